@@ -1,1 +1,1 @@
-"""Recipes: the schema and its loading. Imports no torch."""
+"""Recipes: the schema, its loading and its cross-checks. Imports no torch."""

@@ -1,0 +1,94 @@
+"""Dotted command-line overrides of a recipe, parsed and documented by tyro."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from openril.errors import RecipeError
+from openril.recipe.schema import Recipe
+from openril.recipe.validation import nearest, settings, suspicious, translate
+
+
+def override(recipe: Recipe, overrides: list[str], prog: str) -> Recipe:
+    import tyro
+
+    known = {".".join(map(str, key)): value for key, value in settings(recipe, ())}
+    arguments = _spell_switches(overrides, known)
+    printed = io.StringIO()
+    wants_help = any(a in ("--help", "-h") for a in arguments)
+    try:
+        if wants_help:
+            return tyro.cli(Recipe, default=recipe, args=arguments, prog=prog)
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            changed = tyro.cli(Recipe, default=recipe, args=arguments, prog=prog)
+        changed = Recipe.model_validate(changed.model_dump())
+    except ValidationError as e:
+        raise RecipeError("\n".join(f"--{'.'.join(map(str, k))}: {text}" for k, text in translate(e))) from e
+    except SystemExit as e:
+        if wants_help:
+            raise
+        raise RecipeError(_plain(printed.getvalue())) from e
+    problems = [f"--{'.'.join(map(str, key))}: {text}" for key, text in suspicious(changed.model_dump(), changed, ())]
+    if problems:
+        raise RecipeError("\n".join(problems))
+    return changed
+
+
+def _spell_switches(overrides: list[str], known: Mapping[str, Any]) -> list[str]:
+    """Refuse unknown names with the nearest one, and turn ``--sft.enabled false`` into the switch tyro knows."""
+    arguments: list[str] = []
+    names = {name.replace("-", "_"): name for name in known}
+    i = 0
+    while i < len(overrides):
+        argument = overrides[i]
+        i += 1
+        if not re.match(r"--[A-Za-z]", argument) or argument == "--help":
+            arguments.append(argument)
+            continue
+        raw, equals, value = argument[2:].partition("=")
+        name = raw.replace("-", "_")
+        negated = re.sub(r"(^|\.)no_(?=[^.]*$)", r"\1", name)
+        if name not in names and not (negated != name and isinstance(known.get(negated), bool)):
+            match = nearest(name, list(names))
+            if match is None or (match.rpartition(".")[0] != name.rpartition(".")[0] and name in _last_words(names)):
+                match = _last_words(names).get(name, match)
+            hint = f"; did you mean --{match}?" if match else "; --help lists every setting"
+            raise RecipeError(f"--{raw}: unknown setting{hint}")
+        if isinstance(known.get(names.get(name, "")), bool):
+            word = value if equals else (overrides[i] if i < len(overrides) else "")
+            if equals or not word.startswith("-"):
+                switch = {"true": True, "yes": True, "on": True, "1": True}.get(word.lower())
+                if switch is None and word.lower() in ("false", "no", "off", "0"):
+                    switch = False
+                if switch is None and (equals or word):
+                    raise RecipeError(f"--{raw}: {word!r} found; true or false is wanted")
+                i += int(not equals and bool(word))
+                if switch is False:
+                    head, _, last = name.rpartition(".")
+                    name = f"{head}.no_{last}" if head else f"no_{last}"
+            arguments.append(f"--{name.replace('_', '-')}")
+        else:
+            arguments.append(argument)
+    return arguments
+
+
+def _last_words(names: Mapping[str, str]) -> dict[str, str]:
+    return {n.rsplit(".", 1)[-1]: n for n in names}
+
+
+def _plain(boxed: str) -> str:
+    """tyro's message without its frame and its pointers."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", boxed)
+    rows = [row.strip().strip("│").strip() for row in text.splitlines()]
+    rows = [row for row in rows if row and not re.match(r"^[╭╰─]", row)]
+    joined = " ".join(rows)
+    joined = re.split(r"For full helptext|Argument helptext:", joined)[0]
+    joined = re.sub(r"For further information visit \S+", "", joined)
+    joined = re.sub(r"\[type=[^\]]*\]|[─-]{5,}", "", joined)
+    return re.sub(r"\s+", " ", joined).strip()
