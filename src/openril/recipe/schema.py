@@ -182,6 +182,8 @@ class Teacher(Endpoint):
     """Short unique name; it labels responses in the cache and in every report."""
     system_prompt: str = ""
     """System message for this teacher."""
+    send_vllm_fields: bool = True
+    """Send top_k and repetition_penalty, which vLLM, SGLang and others take. Off for APIs that know only OpenAI's fields."""
 
 
 class Collect(Section):
@@ -377,8 +379,6 @@ class Train(Section):
     """Paper: AdamW, 1e-6 constant."""
     precision: Literal["float32", "bfloat16", "pure_bf16"] = "bfloat16"
     """float32; bfloat16 autocast over float32 weights; or bfloat16 weights (least memory; small updates are lost)."""
-    offload_between_phases: bool = False
-    """Keep the model that is not at work (student or discriminator) in CPU memory, as the paper does."""
     save_every: NonNegativeInt = 50
     """Steps between checkpoints; one is also written at the end and on interrupts. 0 turns the regular ones off."""
     keep_checkpoints: PositiveInt = 2

@@ -1,0 +1,1 @@
+"""The training room: warm start, the loop, and its exact state."""

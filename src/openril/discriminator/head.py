@@ -1,0 +1,122 @@
+"""The discriminator network: the student's backbone with a linear head d x 1 on the last token (paper, section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import openril.models.torchvision_cure  # noqa: F401  (must come before transformers)
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModel
+
+from openril.errors import ModelError
+from openril.models.group_forward import repeat_vision
+from openril.models.loading import load_model, load_processor
+from openril.models.prompts import Prompt
+from openril.recipe.schema import Student
+
+HEAD_FILE = "score_head.safetensors"
+
+
+class DiscriminatorModel(nn.Module):
+    """Backbone of a vision-language model and a score head; the logit is of student_prob.
+
+    On disk: an ordinary checkpoint of the backbone (``AutoModel.from_pretrained`` takes it) with its processor, and
+    the head beside it in ``score_head.safetensors``.
+    """
+
+    def __init__(self, backbone: nn.Module, hidden_size: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Linear(hidden_size, 1)
+
+    @classmethod
+    def from_student(cls, checkpoint: str, student: Student, *, seed: int, dtype: torch.dtype = torch.float32):  # type: ignore[no-untyped-def]
+        """Student weights, its LM head replaced by a fresh score head drawn from ``seed``."""
+        model = load_model(
+            checkpoint,
+            what="discriminator",
+            dtype=dtype,
+            trust_remote_code=student.trust_remote_code,
+            attn_implementation=student.attn_implementation,
+        )
+        backbone: Any = model.model
+        hidden = model.config.get_text_config().hidden_size
+        made = cls(backbone, hidden)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            made.head.weight.copy_(torch.randn(1, hidden, generator=generator) * hidden**-0.5 * 0.1)
+            made.head.bias.zero_()
+        return made.eval()
+
+    @classmethod
+    def from_checkpoint(cls, folder: str | Path, student: Student, *, dtype: torch.dtype = torch.float32):  # type: ignore[no-untyped-def]
+        """What ``save`` wrote. Raises ModelError when the folder holds no discriminator."""
+        folder = Path(folder)
+        if not (folder / HEAD_FILE).is_file():
+            raise ModelError(f"{folder} holds no discriminator (no {HEAD_FILE}); run `ril discriminator` first")
+        backbone = AutoModel.from_pretrained(
+            folder,
+            dtype=dtype,
+            trust_remote_code=student.trust_remote_code,
+            attn_implementation=student.attn_implementation,
+            use_safetensors=True,
+        )
+        head = load_file(folder / HEAD_FILE)
+        made = cls(backbone, head["weight"].shape[1])
+        made.head.load_state_dict(head)
+        return made.eval()
+
+    def save(self, folder: Path, processor: Any, state: dict[str, Tensor] | None = None) -> None:
+        """Write backbone, head and processor. state: the whole module's weights if they are not all here (sharded)."""
+        state = state if state is not None else self.state_dict()
+        backbone = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
+        self.backbone.save_pretrained(folder, state_dict=backbone)  # type: ignore[operator]
+        save_file({"weight": state["head.weight"].cpu(), "bias": state["head.bias"].cpu()}, folder / HEAD_FILE)
+        processor.save_pretrained(folder)
+
+    def forward(self, model_inputs: dict[str, Tensor], last: Tensor) -> Tensor:
+        """float32 [N]: logits of student_prob. last: int64 [N], index of each row's last token."""
+        hidden = self.backbone(**model_inputs, use_cache=False).last_hidden_state
+        state = hidden[torch.arange(len(last), device=last.device), last]
+        # The head runs in its own type (float32 unless the whole model is bfloat16), whatever autocast does around it.
+        with torch.autocast(device_type=state.device.type, enabled=False):
+            return self.head(state.to(self.head.weight.dtype))[:, 0].float()
+
+
+def lay_out_prompts(prompts: Sequence[Prompt], pad_token_id: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Prompts as rows padded on the right, and the index of each row's last token."""
+    rows, longest = len(prompts), max(p.length for p in prompts)
+    channels = prompts[0].position_ids.shape[0]
+    input_ids = torch.full((rows, longest), pad_token_id)
+    attention_mask = torch.zeros(rows, longest, dtype=torch.long)
+    position_ids = torch.zeros(channels, rows, longest, dtype=torch.long)
+    token_types = torch.zeros(rows, longest, dtype=torch.long)
+    for r, prompt in enumerate(prompts):
+        input_ids[r, : prompt.length] = prompt.input_ids
+        attention_mask[r, : prompt.length] = 1
+        position_ids[:, r, : prompt.length] = prompt.position_ids
+        if prompt.token_types is not None:
+            token_types[r, : prompt.length] = prompt.token_types
+    inputs = {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "position_ids": position_ids if channels > 1 else position_ids[0],
+        **repeat_vision(prompts),
+    }
+    if any(p.token_types is not None for p in prompts):
+        inputs["mm_token_type_ids"] = token_types
+    return inputs, torch.tensor([p.length - 1 for p in prompts])
+
+
+def load_discriminator_processor(folder: str | Path, student: Student) -> Any:
+    return load_processor(
+        str(folder),
+        what="discriminator",
+        trust_remote_code=student.trust_remote_code,
+        min_pixels=student.min_pixels,
+        max_pixels=student.max_pixels,
+    )

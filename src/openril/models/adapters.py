@@ -1,0 +1,49 @@
+"""Low-rank adapters by peft: on the language model only; the reference model is the base with them switched off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+from torch import nn
+
+from openril.errors import ModelError
+from openril.models.freezing import module_group
+from openril.recipe.schema import Lora
+
+
+def add_adapters(model: nn.Module, lora: Lora) -> nn.Module:
+    """Wrap ``model`` with LoRA on the named linear layers outside the vision side; all else is frozen.
+
+    Raises ModelError if no layer has one of the names.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    targets = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and name.rsplit(".", 1)[-1] in lora.target_modules
+        and module_group(name) not in ("vision_tower", "projector")
+    ]
+    if not targets:
+        raise ModelError(f"student.lora.target_modules: no linear layer is called {', '.join(lora.target_modules)}")
+    config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
+    return get_peft_model(model, config)  # type: ignore[arg-type]
+
+
+def is_adapted(model: Any) -> bool:
+    return hasattr(model, "disable_adapter") and hasattr(model, "get_base_model")
+
+
+@contextmanager
+def without_adapters(model: Any) -> Iterator[None]:
+    """Inside, the adapted model computes what its base would: the reference model of a LoRA run."""
+    with model.disable_adapter() if is_adapted(model) else nullcontext():
+        yield
+
+
+def base_model(model: Any) -> Any:
+    """The transformers model, with or without adapters around it."""
+    return model.get_base_model() if is_adapted(model) else model

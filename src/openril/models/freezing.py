@@ -1,0 +1,66 @@
+"""Which parameters train: the module groups of the paper's Table 5c and the vision side, found by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+
+from torch import nn
+
+from openril.errors import ModelError
+from openril.recipe.schema import ModuleGroup
+
+# First match wins, so the vision side comes first: its blocks have attention, norms and MLPs too.
+_PATTERNS: tuple[tuple[ModuleGroup, re.Pattern[str]], ...] = (
+    ("projector", re.compile(r"(multi_modal_projector|visual\.(deepstack_)?merger|connector|modality_projection|mlp1)\b")),
+    ("projector", re.compile(r"(visual\.(deepstack_)?merger|image_newline)")),
+    ("vision_tower", re.compile(r"\b(visual|vision_tower|vision_model|vision_encoder)\b")),
+    ("lm_head", re.compile(r"\blm_head\b")),
+    ("word_embeddings", re.compile(r"\b(embed_tokens|wte|word_embeddings)\b")),
+    ("layer_norms", re.compile(r"(layernorm|layer_norm|\bnorm\b|[qk]_norm)")),
+    ("attention", re.compile(r"\b(self_attn|attention)\b")),
+    ("mlp_gate", re.compile(r"\bgate_proj\b")),
+    ("mlp_up", re.compile(r"\bup_proj\b")),
+    ("mlp_down", re.compile(r"\bdown_proj\b")),
+)
+
+
+def module_group(parameter_name: str) -> ModuleGroup | None:
+    """Group of a parameter of any AutoModelForImageTextToText, by its name; None if it belongs to none."""
+    for group, pattern in _PATTERNS:
+        if pattern.search(parameter_name):
+            return group
+    return None
+
+
+def freeze(model: nn.Module, groups: Collection[ModuleGroup]) -> dict[str, int]:
+    """Turn gradients off for the parameters of ``groups`` and on for all others.
+
+    Returns the number of parameters that stay trainable, by group. Tied weights (embeddings and LM head) are frozen if
+    either group is named. Raises ModelError if a named group has no parameters, or if nothing is left to train.
+    """
+    found: set[ModuleGroup | None] = set()
+    trainable: dict[str, int] = {}
+    frozen_ids = set()
+    names = list(model.named_parameters(remove_duplicate=False))
+    for name, parameter in names:
+        group = module_group(name)
+        found.add(group)
+        if group in groups:
+            frozen_ids.add(id(parameter))
+    seen: set[int] = set()
+    for name, parameter in names:
+        parameter.requires_grad_(id(parameter) not in frozen_ids)
+        if parameter.requires_grad and id(parameter) not in seen:
+            label = module_group(name) or "other"
+            trainable[label] = trainable.get(label, 0) + parameter.numel()
+        seen.add(id(parameter))
+    tied = not any("lm_head" in name for name, _ in names)
+    if missing := [g for g in groups if g not in found and not (g == "lm_head" and tied)]:
+        raise ModelError(
+            f"{type(model).__name__} has no parameters in {', '.join(missing)};"
+            f" it has {', '.join(sorted(g for g in found if g))}"
+        )
+    if not trainable:
+        raise ModelError(f"freezing {', '.join(groups)} leaves nothing of {type(model).__name__} to train")
+    return trainable

@@ -1,0 +1,121 @@
+"""Checkpoints on disk or on the hub, safetensors only, with errors that say what is missing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import openril.models.torchvision_cure  # noqa: F401  (must come before transformers)
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import logging as transformers_logging
+
+from openril.errors import ModelError
+from openril.recipe.schema import Student
+
+# A bar for every load of a model drowns our own progress display.
+transformers_logging.disable_progress_bar()
+
+
+def _checked(checkpoint: str, what: str) -> str:
+    if not checkpoint:
+        raise ModelError(f"{what}: no checkpoint is named")
+    path = Path(checkpoint).expanduser()
+    looks_local = checkpoint.startswith((".", "/", "~")) or checkpoint.count("/") > 1
+    if looks_local and not (path / "config.json").is_file():
+        raise ModelError(f"{what}: {checkpoint} holds no checkpoint (no config.json); has the stage before it run?")
+    return str(path) if path.is_dir() else checkpoint
+
+
+def load_model(
+    checkpoint: str,
+    *,
+    what: str = "student",
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    attn_implementation: str = "sdpa",
+) -> nn.Module:
+    """An ``AutoModelForImageTextToText``, in evaluation mode.
+
+    what: how errors call it. Raises ModelError when there is none, when it is not a vision-language model, when its
+    weights are not safetensors, or when weights are missing from the file (they would be random).
+    """
+    checkpoint = _checked(checkpoint, what)
+    try:
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            checkpoint,
+            dtype=dtype,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            attn_implementation=attn_implementation,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError) as e:
+        raise ModelError(f"{what}: {checkpoint} cannot be loaded as a vision-language model: {e}") from e
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ModelError(
+            f"{what}: {checkpoint} lacks {len(missing)} weights its architecture needs ({', '.join(missing[:3])}, ...);"
+            " they would be random"
+        )
+    return model.eval()
+
+
+def load_processor(
+    checkpoint: str,
+    *,
+    what: str = "student",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    min_pixels: int = 0,
+    max_pixels: int = 0,
+) -> Any:
+    """The checkpoint's processor; min_pixels and max_pixels bound the resized image area where it supports that."""
+    checkpoint = _checked(checkpoint, what)
+    try:
+        processor = AutoProcessor.from_pretrained(checkpoint, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError) as e:
+        raise ModelError(f"{what}: the processor of {checkpoint} cannot be loaded: {e}") from e
+    if min_pixels or max_pixels:
+        image_processor = getattr(processor, "image_processor", None)
+        size = dict(getattr(image_processor, "size", None) or {})
+        if "longest_edge" not in size:
+            raise ModelError(
+                f"{what}: min_pixels and max_pixels are not supported by {type(image_processor).__name__};"
+                " leave student.min_pixels and student.max_pixels at 0"
+            )
+        if min_pixels:
+            size["shortest_edge"] = min_pixels
+        if max_pixels:
+            size["longest_edge"] = max_pixels
+        image_processor.size = size
+    return processor
+
+
+def load_student(student: Student, checkpoint: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
+    """Model and processor of the recipe's student from ``checkpoint`` (its SFT version or student.model)."""
+    remote = {"trust_remote_code": student.trust_remote_code}
+    revision = student.revision if checkpoint == student.model else None
+    model = load_model(
+        checkpoint, dtype=dtype, revision=revision, attn_implementation=student.attn_implementation, **remote
+    )
+    processor = load_processor(
+        checkpoint, revision=revision, min_pixels=student.min_pixels, max_pixels=student.max_pixels, **remote
+    )
+    return model, processor
+
+
+def load_config(checkpoint: str, *, what: str = "student", trust_remote_code: bool = False) -> Any:
+    """The configuration alone: cheap, for checks before anything is loaded."""
+    checkpoint = _checked(checkpoint, what)
+    try:
+        return AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as e:
+        raise ModelError(f"{what}: {checkpoint} cannot be read: {e}") from e
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]

@@ -1,0 +1,189 @@
+"""From a question to what a model reads: chat template, images, token ids and positions, computed once a question."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import openril.models.torchvision_cure  # noqa: F401  (must come before transformers)
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from openril.data.images import load_image
+from openril.data.text import strip_special
+from openril.data.wording import question_text
+from openril.errors import DataError, ModelError
+from openril.records import IMAGE_MARKER, Question, Response
+
+
+@dataclass
+class Prompt:
+    """A prompt ready for the model; P is its length in tokens, image tokens included.
+
+    input_ids: int64 [P]. vision: tensors of the processor that belong to images (pixel values, grids), to be
+    concatenated along dim 0 over rows. token_types: int64 [P], where the processor gives them. position_ids: int64
+    [C, P], with C = 3 for M-RoPE and 1 otherwise. next_position: the position of the first token behind the prompt.
+    """
+
+    input_ids: Tensor
+    vision: dict[str, Tensor]
+    token_types: Tensor | None
+    position_ids: Tensor
+    next_position: int
+
+    @property
+    def length(self) -> int:
+        return int(self.input_ids.shape[0])
+
+
+class PromptEncoder:
+    """Encodes questions for one model, and keeps the last few prompts so that a step processes its images once.
+
+    processor: the checkpoint's processor. model: the (unwrapped) model, asked for M-RoPE positions where it has them.
+    Raises DataError for a prompt longer than max_prompt_length (never cut: cutting breaks image tokens).
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        model: nn.Module,
+        *,
+        system_prompt: str = "",
+        max_prompt_length: int = 4096,
+        max_image_pixels: int = 50_000_000,
+        allow_urls: bool = False,
+        keep: int = 64,
+    ) -> None:
+        self.processor = processor
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        if getattr(processor, "chat_template", None) is None and self.tokenizer.chat_template is None:
+            raise ModelError("the checkpoint has no chat template; add chat_template.jinja to its folder")
+        base = getattr(model, "model", model)
+        self._rope_index = getattr(base, "get_rope_index", None)
+        self.system_prompt = system_prompt
+        self.max_prompt_length = max_prompt_length
+        self.max_image_pixels = max_image_pixels
+        self.allow_urls = allow_urls
+        self.eos_token_ids = eos_token_ids(model, self.tokenizer)
+        self.special_token_ids = special_token_ids(self.tokenizer)
+        self._special_texts = [self.tokenizer.convert_ids_to_tokens(i) for i in sorted(self.special_token_ids)]
+        self._keep = keep
+        self._kept: OrderedDict[Question, Prompt] = OrderedDict()
+
+    @property
+    def pad_token_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return int(pad if pad is not None else self.eos_token_ids[0])
+
+    def clean(self, text: str) -> str:
+        """Text from data or from another model, without anything this tokenizer would read as a special token."""
+        return strip_special(text, extra=self._special_texts)
+
+    def __call__(self, question: Question) -> Prompt:
+        """The prompt of a question, up to and including the header of the assistant's turn."""
+        kept = self._kept.get(question)
+        if kept is not None:
+            self._kept.move_to_end(question)
+            return kept
+        images = [
+            load_image(source, max_pixels=self.max_image_pixels, allow_urls=self.allow_urls)
+            for source in question.images
+        ]
+        messages = question_messages(question, self.system_prompt, self.clean)
+        prompt = self.encode(messages, images, name=f"question {question.id} ({question.origin})")
+        self._kept[question] = prompt
+        if len(self._kept) > self._keep:
+            self._kept.popitem(last=False)
+        return prompt
+
+    def encode(self, messages: list[dict[str, Any]], images: Sequence[Image.Image], *, name: str = "prompt") -> Prompt:
+        """Any chat (ending in a user turn) with its images in order. name: how errors call it."""
+        template = self.processor if getattr(self.processor, "chat_template", None) else self.tokenizer
+        text = template.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        if images:
+            inputs = self.processor(text=[text], images=[list(images)], return_tensors="pt")
+        else:
+            inputs = self.tokenizer([text], return_tensors="pt", add_special_tokens=False)
+        input_ids = inputs["input_ids"][0]
+        length = input_ids.shape[0]
+        if length > self.max_prompt_length:
+            raise DataError(
+                f"{name}: the prompt has {length} tokens, more than data.max_prompt_length {self.max_prompt_length};"
+                " raise it, lower student.max_pixels, or leave the question out"
+            )
+        vision, token_types = {}, None
+        for key, value in inputs.items():
+            if key in ("input_ids", "attention_mask"):
+                continue
+            if value.shape[:2] == (1, length):
+                token_types = value[0]
+            else:
+                vision[key] = value
+        position_ids = self._positions(inputs, length)
+        return Prompt(input_ids, vision, token_types, position_ids, int(position_ids.max()) + 1)
+
+    def _positions(self, inputs: Any, length: int) -> Tensor:
+        if self._rope_index is None:
+            return torch.arange(length)[None]
+        if "image_grid_thw" not in inputs:
+            return torch.arange(length)[None].expand(3, -1)
+        positions, _ = self._rope_index(
+            inputs["input_ids"],
+            **{k: inputs[k] for k in ("image_grid_thw", "mm_token_type_ids") if k in inputs},
+            attention_mask=inputs["attention_mask"],
+        )
+        return positions[:, 0]
+
+    def completion_ids(self, response: Response, max_completion_length: int) -> Tensor:
+        """int64 [T]: the sampler's own ids where it kept them; otherwise the text's ids, with the end-of-turn token if
+        the response ended by itself, cut at max_completion_length."""
+        if response.token_ids is not None:
+            return torch.tensor(response.token_ids, dtype=torch.long)
+        ids = self.tokenizer(self.clean(response.text), add_special_tokens=False)["input_ids"]
+        if response.finish_reason == "stop":
+            ids = [*ids, self.eos_token_ids[0]]
+        return torch.tensor(ids[:max_completion_length] or [self.eos_token_ids[0]], dtype=torch.long)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+
+
+def question_messages(question: Question, system_prompt: str, clean: Any = strip_special) -> list[dict[str, Any]]:
+    """The chat of a question in transformers' form. Images stand where ``<image>`` markers are, else before the text."""
+    text = question_text(question)
+    content: list[dict[str, Any]] = []
+    pieces = text.split(IMAGE_MARKER)
+    if len(pieces) - 1 == len(question.images) and question.images:
+        for i, piece in enumerate(pieces):
+            if i > 0:
+                content.append({"type": "image"})
+            if cleaned := clean(piece):
+                content.append({"type": "text", "text": cleaned})
+    else:
+        content = [{"type": "image"} for _ in question.images]
+        content.append({"type": "text", "text": clean(text)})
+    messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+    if system_prompt:
+        messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system_prompt}]})
+    return messages
+
+
+def eos_token_ids(model: nn.Module, tokenizer: Any) -> list[int]:
+    """End-of-sequence ids, the one that ends a chat turn first. Raises ModelError if there is none."""
+    config = getattr(model, "generation_config", None)
+    ids = getattr(config, "eos_token_id", None)
+    ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+    if tokenizer.eos_token_id is not None:
+        ids = [tokenizer.eos_token_id, *ids]
+    if not ids:
+        raise ModelError("the checkpoint names no end-of-sequence token; set eos_token in its tokenizer")
+    return list(dict.fromkeys(int(i) for i in ids))
+
+
+def special_token_ids(tokenizer: Any) -> set[int]:
+    """Ids of special tokens: turn marks, image placeholders, padding."""
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | set(tokenizer.all_special_ids)

@@ -1,0 +1,269 @@
+"""The RIL loop. ``RILTrainer.step`` is Algorithm 2 of the paper (arXiv 2510.19307), line by line.
+
+Where it departs from the paper's text (docs/algorithm.md has the whole list):
+1. Ratios are per token; sums over a group are divided by the constant (members) x max_completion_length.
+2. KL is the k3 estimator per token.
+3. With several teachers, G teacher responses in all, balanced, drawn without replacement.
+4. A response whose reward is unknown has advantage 0 and is outside its group's mean.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from openril.algorithm.advantages import group_advantages
+from openril.discriminator.health import HealthWatch
+from openril.discriminator.training import Discriminator
+from openril.recipe.schema import Recipe
+from openril.records import Group, Question, Response, Rollout
+from openril.sampling.protocol import Sampler
+from openril.storage import stable_hash
+from openril.training.metrics import reward_metrics
+from openril.training.optimisation import learning_rate, set_learning_rate
+from openril.training.policy_update import PolicyUpdate
+from openril.training.run_folder import RunFolder
+
+TeacherResponses = Callable[[Question, int], list[Response]]
+"""(question, visit) -> teacher responses for its group; visit counts how often the question has come up before."""
+
+
+class RewardModel(Protocol):
+    """Fills reward, verdict and similarity of every rollout; returns counts and seconds by metric name."""
+
+    def score(self, groups: list[Group]) -> dict[str, float]: ...
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was asked to stop, and has saved its state."""
+
+
+class RILTrainer:
+    """Runs Algorithm 2 (or, with the recipe's switches, Algorithm 1 and the ablations between them).
+
+    The parts come ready (training/setup.py builds them from a recipe): ``sampler`` draws from the student's current
+    weights, ``policy`` is what learns, ``discriminator`` may be None, ``teacher_responses`` draws from the cache,
+    ``rewards`` fills in rewards. ``save(step)`` writes a checkpoint. ``evaluate()`` returns metrics or None.
+    All processes run the same steps on their own share of each batch.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        questions: Sequence[Question],
+        *,
+        accelerator: Accelerator,
+        sampler: Sampler,
+        policy: PolicyUpdate,
+        discriminator: Discriminator | None,
+        teacher_responses: TeacherResponses,
+        rewards: RewardModel,
+        folder: RunFolder,
+        save: Callable[[int], None],
+        evaluate: Callable[[], dict[str, float]] | None = None,
+        first_step: int = 0,
+        report: Callable[[int, int, dict[str, Any]], None] = lambda step, total, row: None,
+        warn: Callable[[str], None] = lambda message: None,
+    ) -> None:
+        self.recipe = recipe
+        self.questions = list(questions)
+        self.accelerator = accelerator
+        self.sampler = sampler
+        self.policy = policy
+        self.discriminator = discriminator
+        self.teacher_responses = teacher_responses
+        self.rewards = rewards
+        self.folder = folder
+        self.save = save
+        self.evaluate = evaluate
+        self.step_number = first_step
+        self.report = report
+        self.warn = warn
+        d = recipe.discriminator
+        self.watch = HealthWatch(d.health_window, d.asleep_accuracy, d.won_accuracy)
+        self.seconds: dict[str, float] = {}
+
+    # ---- Algorithm 2 ------------------------------------------------------------------------------------------------
+
+    def step(self, batch: Sequence[tuple[Question, int]]) -> tuple[list[Group], dict[str, float]]:
+        """One pass over a batch of (question, visit), this process's share; returns its groups and metrics."""
+        metrics: dict[str, float] = {}
+        with self.timed("sampling"):  # G responses from pi_old, G of the teachers from the cache
+            groups = self.sample_groups(batch)
+        if self.discriminator is not None:
+            with self.timed("discriminator"):  # D learns from these 2G responses first, then judges them
+                if self.recipe.discriminator.mode == "updated":
+                    for _ in range(self.recipe.train.num_iterations):
+                        metrics |= prefixed("discriminator", self.discriminator.update(groups))
+                self.discriminator.score(groups)
+                if self.recipe.discriminator.mode == "fixed":
+                    metrics |= prefixed("discriminator", self.discriminator.measure(groups))
+        with self.timed("rewards"):  # similarity and answer, for all 2G
+            metrics |= prefixed("reward", self.rewards.score(groups))
+        self.set_advantages(groups)
+        with self.timed("update"):  # mu steps on Eq. 2
+            metrics |= prefixed("train", self.policy.update(groups, self.step_number))
+        return groups, metrics
+
+    def sample_groups(self, batch: Sequence[tuple[Question, int]]) -> list[Group]:
+        """Groups of the batch: the student's samples first, then the teachers' cached responses."""
+        train = self.recipe.train
+        with self.accelerator.autocast():
+            samples = self.sampler.sample(
+                [q for q, _ in batch],
+                train.num_generations,
+                settings=train.sampling,
+                max_completion_length=train.max_completion_length,
+                seed=stable_hash(self.recipe.seed, "sample", self.step_number),
+            )
+        return [
+            Group(q, [Rollout(r) for r in [*mine, *self.teacher_responses(q, visit)]])
+            for (q, visit), mine in zip(batch, samples, strict=True)
+        ]
+
+    def set_advantages(self, groups: Sequence[Group]) -> None:
+        """A_i = R_i - mean over the group's members in the update; a member with unknown reward is left out."""
+        for group in groups:
+            members = self.policy.members(group)
+            rewards = [float("nan") if r.reward is None else r.reward for r in members]
+            advantages = group_advantages(
+                torch.tensor([rewards], dtype=torch.float64), scale_by_std=self.recipe.train.algorithm == "grpo"
+            )
+            for rollout, advantage in zip(members, advantages[0].tolist(), strict=True):
+                rollout.advantage = advantage
+
+    # ---- around it --------------------------------------------------------------------------------------------------
+
+    @property
+    def total_steps(self) -> int:
+        return total_steps(self.recipe, len(self.questions))
+
+    def batch_at(self, step: int) -> list[tuple[Question, int]]:
+        """This process's share of the batch of ``step``: contiguous, so that any number of processes sees the same
+        batch. Batches cut an endless row of seeded permutations; the visit is the number of the permutation."""
+        size, n = self.recipe.train.questions_per_step, len(self.questions)
+        share = size // self.accelerator.num_processes
+        first = step * size + share * self.accelerator.process_index
+        batch = []
+        for position in range(first, first + share):
+            visit, place = divmod(position, n)
+            batch.append((self.questions[permutation(n, self.recipe.seed, visit)[place]], visit))
+        return batch
+
+    def train(self) -> None:
+        """Run to the last step, from where the run is. Raises Interrupted after saving when asked to stop."""
+        train = self.recipe.train
+        saved = self.step_number
+        with stop_requests() as stop:
+            while self.step_number < self.total_steps:
+                started = time.perf_counter()
+                self.seconds = {}
+                rate = learning_rate(train.optimiser, self.step_number, self.total_steps)
+                set_learning_rate(self.policy.optimiser, rate)
+                if self.discriminator is not None and self.discriminator.optimiser is not None:
+                    d_settings = self.recipe.discriminator.optimiser
+                    d_rate = learning_rate(d_settings, self.step_number, self.total_steps)
+                    set_learning_rate(self.discriminator.optimiser, d_rate)
+                groups, metrics = self.step(self.batch_at(self.step_number))
+                self.step_number += 1
+                step = self.step_number
+                everyone = [Group(*g) for g in gather_object([(g.question, g.rollouts) for g in groups])]
+                metrics |= reward_metrics(everyone, train.max_completion_length)
+                metrics["train/learning_rate"] = rate
+                if self.evaluate is not None and train.eval_every and step % train.eval_every == 0:
+                    with self.timed("eval"):
+                        metrics |= prefixed("eval", self.evaluate())
+                self.seconds["step"] = time.perf_counter() - started
+                metrics |= prefixed("time", self.seconds)
+                metrics |= memory_metrics()
+                self._log(step, everyone, metrics)
+                stopping = any(gather_object([bool(stop)]))
+                if stopping or step == self.total_steps or (train.save_every and step % train.save_every == 0):
+                    self.save(step)
+                    saved = step
+                if stopping and step < self.total_steps:
+                    raise Interrupted(f"stopped after step {saved}; the same command continues")
+
+    def _log(self, step: int, groups: list[Group], metrics: dict[str, float]) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        row: dict[str, Any] = {"step": step, **metrics}
+        self.folder.log_metrics(row)
+        if step % self.recipe.train.log_rollouts_every == 0:
+            self.folder.log_rollouts(step, groups)
+        if self.accelerator.trackers:
+            self.accelerator.log(metrics, step=step)
+        self.report(step, self.total_steps, row)
+        if message := self.watch.see(metrics.get("discriminator/accuracy")):
+            self.warn(message)
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - started
+
+
+def total_steps(recipe: Recipe, num_questions: int) -> int:
+    """Steps of a whole run: train.max_steps, or train.epochs passes over the questions, rounded up."""
+    if recipe.train.max_steps:
+        return recipe.train.max_steps
+    return max(1, -int(-recipe.train.epochs * num_questions // recipe.train.questions_per_step))
+
+
+_permutations: dict[tuple[int, int, int], list[int]] = {}
+
+
+def permutation(n: int, seed: int, visit: int) -> list[int]:
+    """Order of the questions in pass ``visit``."""
+    key = (n, seed, visit)
+    if key not in _permutations:
+        if len(_permutations) > 4:
+            _permutations.clear()
+        generator = torch.Generator().manual_seed(stable_hash(seed, "order", visit))
+        _permutations[key] = torch.randperm(n, generator=generator).tolist()
+    return _permutations[key]
+
+
+def prefixed(prefix: str, metrics: dict[str, float]) -> dict[str, float]:
+    return {f"{prefix}/{k}": v for k, v in metrics.items()}
+
+
+def memory_metrics() -> dict[str, float]:
+    """Peak memory in GiB: the device's if there is one, and this process's resident set."""
+    import resource
+
+    out = {"memory/peak_resident_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    if torch.cuda.is_available():
+        out["memory/peak_device_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return out
+
+
+@contextmanager
+def stop_requests() -> Iterator[list[int]]:
+    """A list that is empty until SIGINT or SIGTERM arrives. The second SIGINT interrupts at once."""
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    try:
+        before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: whoever runs us there handles signals
+        yield received
+        return
+    try:
+        yield received
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)

@@ -1,0 +1,188 @@
+"""The student learns from groups: Eq. 2, in micro-batches of whole groups, one optimiser step an update."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import astuple
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from openril.algorithm.objective import objective_stats, response_weights, token_loss
+from openril.models.adapters import without_adapters
+from openril.models.group_forward import GroupTokens, Policy, Rows, lay_out
+from openril.models.prompts import PromptEncoder
+from openril.models.vision_balance import borrowed_prompt, has_images
+from openril.recipe.schema import Train
+from openril.records import Group, Rollout
+from openril.storage import stable_hash
+
+
+class PolicyUpdate:
+    """pi_theta, pi_old and pi_ref of Algorithm 2.
+
+    policy: the wrapped ``Policy``. reference: another ``Policy``; None at beta 0 and for LoRA, whose reference is the
+    policy without its adapters. Every process passes the same number of groups, whole.
+    """
+
+    def __init__(
+        self,
+        policy: Any,
+        reference: Any | None,
+        optimiser: Any,
+        encoder: PromptEncoder,
+        accelerator: Accelerator,
+        settings: Train,
+        *,
+        seed: int = 0,
+    ) -> None:
+        self.policy = policy
+        self.reference = reference
+        self.optimiser = optimiser
+        self.encoder = encoder
+        self.accelerator = accelerator
+        self.settings = settings
+        self.seed = seed
+        self.unwrapped: Policy = accelerator.unwrap_model(policy)
+        self.trainable = [p for p in self.unwrapped.parameters() if p.requires_grad]
+        self._borrowed = borrowed_prompt(encoder, self.unwrapped, accelerator.num_processes)
+
+    def members(self, group: Group) -> list[Rollout]:
+        """The rollouts that are in Eq. 2: teacher responses too, unless they only train the discriminator."""
+        return group.rollouts if self.settings.teacher_responses_in_update else group.students
+
+    def update(self, groups: Sequence[Group], step: int) -> dict[str, float]:
+        """mu optimiser steps on the groups of one batch, whose advantages are set; returns metrics.
+
+        pi_old is the policy as it is now. Its log-probabilities are the first pass's own, detached: with mu = 1 the
+        ratio is 1 and no pass is spent on them; with mu > 1 they are kept for the passes that follow.
+        """
+        batches = [self._rows(groups[i : i + self.settings.groups_per_micro_batch]) for i in self._starts(groups)]
+        old: list[Tensor] = []
+        reference: list[Tensor | None] = []
+        metrics: dict[str, float] = {}
+        for iteration in range(self.settings.num_iterations):
+            self.policy.train()
+            sums = torch.zeros(6, dtype=torch.float64)
+            for number, (rows, advantages, weights) in enumerate(batches):
+                rows = rows.to(self.accelerator.device)
+                advantages, weights = advantages.to(rows.mask.device), weights.to(rows.mask.device)
+                # Adapter dropout follows from the step, so that no generator's state has to survive a restart.
+                torch.manual_seed(stable_hash(self.seed, "dropout", step, iteration, number, self.accelerator.process_index))
+                if iteration == 0:
+                    reference.append(self._reference_logprobs(rows))
+                last = number == len(batches) - 1
+                with nullcontext() if last else self.accelerator.no_sync(self.policy):
+                    logprobs = self.policy(rows)
+                    if iteration == 0:
+                        old.append(logprobs.detach())
+                    terms = token_loss(
+                        logprobs,
+                        old[number],
+                        advantages,
+                        epsilon=self.settings.epsilon,
+                        ref_logprobs=reference[number],
+                        beta=self.settings.beta,
+                    )
+                    loss = (weights * (terms * rows.mask).sum(-1)).sum() / len(groups)
+                    self.accelerator.backward(loss)
+                stats = objective_stats(
+                    logprobs.detach(),
+                    old[number],
+                    advantages,
+                    rows.mask & (weights > 0)[:, None],
+                    epsilon=self.settings.epsilon,
+                    ref_logprobs=reference[number],
+                )
+                sums += torch.tensor([float(loss.detach()), *astuple(stats)], dtype=torch.float64)
+            norm = self._step()
+            gathered = torch.tensor(gather_object([sums.tolist()]), dtype=torch.float64)
+            loss_mean, totals = float(gathered[:, 0].mean()), gathered[:, 1:].sum(0)
+            tokens, kl, clipped, ratio, logprob = (totals / totals[0].clamp(min=1)).tolist()
+            tokens = float(totals[0])
+            metrics = {
+                "loss": loss_mean,
+                "grad_norm": norm,
+                "clip_share": clipped,
+                "ratio": ratio,
+                "response_logprob": logprob,
+                "update_tokens": tokens,
+            }
+            if self.settings.beta:
+                metrics["kl"] = kl
+        return metrics | self._sampler_difference(groups, old)
+
+    def _starts(self, groups: Sequence[Group]) -> range:
+        return range(0, len(groups), self.settings.groups_per_micro_batch)
+
+    def _rows(self, groups: Sequence[Group]) -> tuple[Rows, Tensor, Tensor]:
+        """A micro-batch: its rows, advantages [R] and weights [R] of the responses in the loss (0 for a borrowed row)."""
+        limit = self.settings.max_completion_length
+        tokens = [
+            GroupTokens(
+                self.encoder(g.question),
+                [self.encoder.completion_ids(r.response, limit) for r in self.members(g)],
+            )
+            for g in groups
+        ]
+        advantages = [r.advantage for g in groups for r in self.members(g)]
+        sizes = [len(self.members(g)) for g in groups for _ in self.members(g)]
+        if self._borrowed is not None and not has_images([t.prompt for t in tokens]):
+            tokens.append(GroupTokens(self._borrowed, [torch.tensor([self.encoder.eos_token_ids[0]])]))
+            advantages.append(0.0)
+            sizes.append(0)
+        rows = lay_out(tokens, self.encoder.pad_token_id)
+        group_sizes = torch.tensor(sizes)
+        weights = response_weights(
+            rows.mask,
+            group_sizes.clamp(min=1),
+            per_length=self.settings.algorithm == "grpo",
+            max_completion_length=limit,
+        )
+        return rows, torch.tensor(advantages), torch.where(group_sizes > 0, weights, 0.0)
+
+    @torch.no_grad()
+    def _reference_logprobs(self, rows: Rows) -> Tensor | None:
+        if not self.settings.beta:
+            return None
+        with self.accelerator.autocast():
+            if self.reference is not None:
+                return self.reference(rows)
+            self.policy.eval()
+            with without_adapters(self.unwrapped.model):
+                logprobs = self.policy(rows)
+            self.policy.train()
+            return logprobs
+
+    def _step(self) -> float:
+        for p in self.trainable:
+            if p.grad is None:  # parts no question of the batch used; with other processes they would be zero too
+                p.grad = torch.zeros_like(p)
+        limit = self.settings.optimiser.max_grad_norm or float("inf")
+        norm = self.accelerator.clip_grad_norm_(self.trainable, limit)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        return float(norm if norm is not None else float("nan"))
+
+    def _sampler_difference(self, groups: Sequence[Group], old: list[Tensor]) -> dict[str, float]:
+        """How far the sampler's log-probabilities of its own samples are from the trainer's, in nats per token."""
+        differences: list[float] = []
+        for number, start in enumerate(self._starts(groups)):
+            responses = [
+                r.response for g in groups[start : start + self.settings.groups_per_micro_batch] for r in self.members(g)
+            ]
+            for row, response in zip(old[number], responses, strict=False):  # a borrowed row has no response
+                if response.logprobs is not None:
+                    sampled = torch.tensor(response.logprobs, device=row.device)
+                    differences += (row[: len(sampled)] - sampled).abs().tolist()
+        everyone = [d for part in gather_object([differences]) for d in part]
+        if not everyone:
+            return {}
+        return {
+            "sampler_logprob_difference": sum(everyone) / len(everyone),
+            "sampler_logprob_difference_max": max(everyone),
+        }

@@ -1,0 +1,72 @@
+"""What a run leaves behind: recipe, metrics, rollouts, trackers. Plain files, whole lines, cut back on resume."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from openril.records import Group
+from openril.storage import append_jsonl, read_jsonl, write_jsonl
+
+
+class RunFolder:
+    """``metrics.jsonl`` (one flat row a step), ``rollouts/`` (every response of a step), beside the stages' folders."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metrics_path = path / "metrics.jsonl"
+        self.rollouts_path = path / "rollouts"
+        self.checkpoints_path = path / "checkpoints"
+        self.verdicts_path = path / "verdicts"
+        self.student_path = path / "student"
+
+    def cut_after(self, step: int) -> None:
+        """Forget rows of steps after ``step``: they were made after the checkpoint the run goes on from."""
+        rows = read_jsonl(self.metrics_path)
+        kept = [row for row in rows if row.get("step", 0) <= step]
+        if self.metrics_path.exists():
+            write_jsonl(self.metrics_path, kept)
+        for path in self.rollouts_path.glob("step_*.jsonl"):
+            if int(path.stem.split("_")[1]) > step:
+                path.unlink()
+
+    def log_metrics(self, row: Mapping[str, Any]) -> None:
+        append_jsonl(self.metrics_path, dict(row))
+
+    def log_rollouts(self, step: int, groups: Sequence[Group]) -> None:
+        write_jsonl(self.rollouts_path / f"step_{step:06d}.jsonl", rollout_rows(step, groups))
+
+    def metrics(self) -> list[dict[str, Any]]:
+        return read_jsonl(self.metrics_path)
+
+
+def rollout_rows(step: int, groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """One plain row a response, groups in order."""
+    rows = []
+    for group in groups:
+        q = group.question
+        for r in group.rollouts:
+            rows.append(
+                {
+                    "step": step,
+                    "question_id": q.id,
+                    "question": q.question,
+                    "images": [image.name for image in q.images],
+                    "answer": q.answer,
+                    "source": r.response.source,
+                    "index": r.response.index,
+                    "text": r.response.text,
+                    "finish_reason": r.response.finish_reason,
+                    "tokens": len(r.response.token_ids) if r.response.token_ids is not None else None,
+                    "student_prob": r.student_prob,
+                    "similarity": r.similarity,
+                    "verdict": r.verdict,
+                    "rewards": r.rewards,
+                    "reward": r.reward,
+                    "advantage": r.advantage,
+                }
+            )
+    return rows
+
+
