@@ -1,0 +1,93 @@
+"""Multiple choice: which option does the ground truth name, and which does a text choose?"""
+
+from __future__ import annotations
+
+import re
+import string
+
+from openril.records import Question
+from openril.rewards.extraction import CONCLUSION, HEDGE, NEGATION, normalise, plain, whole_words
+
+
+def find_options(question: Question) -> list[str]:
+    """Texts of the options, from the data or from lettered lines of the question."""
+    if question.choices:
+        return list(question.choices)
+    lettered = re.findall(r"^\s*\(?([A-Z])\s*[).:]\s*(\S.*?)\s*$", normalise(question.question), re.M)
+    texts = [text for _, text in lettered]
+    letters = "".join(letter for letter, _ in lettered)
+    return texts if len(texts) >= 2 and string.ascii_uppercase.startswith(letters) else []
+
+
+def truth_index(answer: str, options: list[str]) -> int | None:
+    """Which option the ground truth names: by its text, else by its letter."""
+    for i, option in enumerate(options):
+        if plain(option) == plain(answer):
+            return i
+    letter = re.fullmatch(r"\(?([A-Za-z])\s*[).:]?(?:\s+(.*))?", normalise(answer).strip())
+    index = ord(letter[1].upper()) - ord("A") if letter else len(options)
+    fits = index < len(options) and letter and (not letter[2] or plain(letter[2]) == plain(options[index]))
+    return index if fits else None
+
+
+_LEADING = re.compile(
+    r"\(?(?P<bracketed>[A-Z])\s*\)|\[(?P<squared>[A-Z])\]"
+    r"|(?P<bare>[A-Z])(?=\s*(?:[.:,;]|-\s|$|\b(?:because|since|or|and|is)\b|[/|&或和、]))"
+    r"|(?P<spaced>[B-HJ-Z])(?=\s)|(?:option|choice|选项)\s*\(?(?P<named>[A-Z])\b\)?"
+)
+_INSIDE = re.compile(
+    r"\((?P<a>[A-Z])\)|\[(?P<d>[A-Z])\]|\b(?i:option|choice|answer)\s+\(?(?P<b>[A-Z])\b"
+    r"|(?<![A-Za-z0-9'])(?P<c>[B-HJ-Z])(?![A-Za-z0-9'])|(?<![A-Za-z0-9'])(?P<e>A)(?=[.,:;)]|$|\s+(?:or|and)\b)"
+)
+LISTING = re.compile(r"^\s*[-*]?\s*\(?([A-Z])\s*[).:](?=\s*\S)", re.M)
+
+
+def read_choice(text: str, options: list[str]) -> frozenset[int]:
+    """Indices of the options a candidate text chooses."""
+    texts = [plain(option) for option in options]
+    if plain(text) in texts and plain(text):
+        return frozenset({texts.index(plain(text))})
+    parts = CONCLUSION.split(text)
+    if len(parts) > 1 and (concluded := read_choice(parts[-1].strip(" ,:"), options)):
+        return concluded
+    if re.fullmatch(r"\W*[a-z]\W*", text):
+        text = text.upper()
+    within = string.ascii_uppercase[: len(options)]
+
+    def letter_in(match: re.Match[str]) -> str:
+        letter = next(g for g in match.groups() if g)
+        return letter if letter in within else ""
+
+    leading = _LEADING.match(text)
+    if leading and (letter := letter_in(leading)):
+        rest = text[leading.end() :]
+        chosen = {letter}
+        while more := re.match(rf"{HEDGE}(?:option\s+)?[(\[]?([{within}])(?![A-Za-z0-9'])[)\]]?", rest, re.I):
+            chosen.add(more[1].upper())
+            rest = rest[more.end() :]
+        # "B. dog", where dog is another option's text, is two answers.
+        said = plain(rest.lstrip(" )]."))
+        if said in texts[: len(within)] and said and said != texts[within.index(letter)]:
+            chosen.add(within[texts.index(said)])
+        return frozenset(within.index(c) for c in chosen)
+    inside = {
+        letter for m in _INSIDE.finditer(text) if (letter := letter_in(m)) and not NEGATION.search(text[: m.start()])
+    }
+    if inside:
+        return frozenset(within.index(c) for c in inside)
+    remaining = plain(text)
+    for option in sorted(filter(None, texts), key=len, reverse=True):
+        if opening := re.match(rf"{re.escape(option)}(?=\s*[,.:;!])", remaining):  # "Yes, there is no dog"
+            rest = re.sub(rf"^{HEDGE}", "", remaining[opening.end() :])
+            if not any(re.match(rf"{re.escape(o)}(?![a-z0-9])", rest) for o in texts if o and o != option):
+                return frozenset({texts.index(option)})
+    # Longer texts first, each hit blanked out, so that "dark red" is not also "red".
+    chosen_texts = set()
+    for index in sorted(range(len(texts)), key=lambda i: -len(texts[i])):
+        if not texts[index]:
+            continue
+        for m in list(whole_words(texts[index]).finditer(remaining)):
+            if not NEGATION.search(remaining[: m.start()]):
+                chosen_texts.add(index)
+            remaining = remaining[: m.start()] + "\0" * len(m.group()) + remaining[m.end() :]
+    return frozenset(chosen_texts)

@@ -1,0 +1,291 @@
+"""Answer rules against a table of responses: what is right, wrong, and unparsed (None)."""
+
+import pytest
+
+from openril.errors import DataError
+from openril.records import Question
+from openril.rewards.extraction import numbers, whole_number
+from openril.rewards.rules import choose_rule, score
+
+PETS = ("cat", "dog", "bird")
+
+
+def ask(answer, choices=(), question="What is shown?"):
+    return Question("q1", question, answer, choices=tuple(choices), origin="questions.jsonl:7")
+
+
+CHOICE = [
+    ("B", 1.0),
+    ("b", 1.0),
+    ("(B)", 1.0),
+    ("B.", 1.0),
+    ("B. dog", 1.0),
+    ("dog", 1.0),
+    ("A dog.", 1.0),  # an article, not the letter A
+    ("A", 0.0),
+    ("C) bird", 0.0),
+    ("Let us look closely.\nThe ears hang, so it is (B).", 1.0),
+    ("<answer>B</answer>", 1.0),
+    ("The answer is B.", 1.0),
+    ("**Answer:** B", 1.0),
+    ("**Answer:**\nB) dog", 1.0),
+    ("The correct option is (B) because cats have other ears.", 1.0),
+    ("It is not A. The answer is B", 1.0),
+    ("The answer is not A.\nThe answer is B.", 1.0),
+    (r"So we get $\boxed{\text{B}}$", 1.0),
+    ("Ｂ", 1.0),  # full width
+    ("答案是B", 1.0),
+    ("答案：（Ｂ）", 1.0),
+    ("故选B。", 1.0),
+    ("A. cat - the tail is wrong\nB. dog - fits\nC. bird - has no wings\nTherefore B", 1.0),
+    ("The animal is a dog.", 1.0),
+    ("<think>A cat? Answer: A. No.</think>Answer: B", 1.0),
+    ("Answer: B, since A and C have other ears", 1.0),
+    # attempts to be right whatever the truth is
+    ("A or B or C", 0.0),
+    ("B or C", 0.0),
+    ("(A) (B) (C)", 0.0),
+    ("A/B/C", 0.0),
+    ("A, B and C", 0.0),
+    ("cat, dog, bird", 0.0),
+    ("cat dog bird", 0.0),
+    ("A. cat\nC. bird\nB. dog", 0.0),
+    ("B. cat", 0.0),
+    ("Answer: A\nAnswer: B", 0.0),
+    ("<answer>A</answer><answer>B</answer>", 0.0),
+    (r"\boxed{B} or maybe \boxed{C}", 0.0),
+    ("The answer is not B", None),
+    ("not a dog", None),
+    ("", 0.0),
+    (" \n\u200b", 0.0),
+    ("I cannot see any picture here.", None),
+    ("Both look alike to me", None),
+]
+
+
+@pytest.mark.parametrize(("response", "expected"), CHOICE)
+def test_choice(response, expected):
+    assert score("auto", ask("B", PETS), response) == expected
+
+
+@pytest.mark.parametrize("truth", ["B", "b", "(B)", "B.", "dog", "Dog", "B. dog"])
+def test_choice_truth_may_be_letter_or_text(truth):
+    assert score("choice", ask(truth, PETS), "I say (B)") == 1.0
+    assert score("choice", ask(truth, PETS), "I say (C)") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("response", "expected"),
+    [
+        ("Yes", 1.0),
+        ("Yes, there is no dog", 1.0),
+        ("No, yes would be wrong", 0.0),
+        ("Yes or No", 0.0),
+        ("yes, no", 0.0),
+    ],
+)
+def test_choice_between_words_that_also_occur_in_sentences(response, expected):
+    assert score("auto", ask("Yes", ("Yes", "No")), response) == expected
+
+
+def test_choice_prefers_the_longer_text():
+    colours = ("red", "dark red", "blue")
+    assert score("auto", ask("dark red", colours), "The ball is dark red") == 1.0
+    assert score("auto", ask("red", colours), "The ball is dark red") == 0.0
+
+
+def test_choice_between_numbers():
+    assert score("auto", ask("3.5", ("3", "3.5", "35")), "It comes to 3.5") == 1.0
+    assert score("auto", ask("3", ("3", "3.5", "35")), "It comes to 3.5") == 0.0
+
+
+def test_more_options_than_letters_are_told_apart_by_text():
+    many = [f"item {i}" for i in range(40)]
+    assert score("auto", ask("item 33", many), "It is item 33.") == 1.0
+    assert score("auto", ask("item 33", many), "It is item 3.") == 0.0
+
+
+def test_choice_with_options_in_the_question_text():
+    text = "What is it?\nA. cat\nB. dog\nC. bird"
+    assert choose_rule(ask("B", question=text)) == "choice"
+    assert score("auto", ask("B", question=text), "a dog") == 1.0
+    assert score("auto", ask("B", question="Which panel?"), "Panel (B)") == 1.0  # letters alone
+
+
+NUMBER = [
+    ("42", "42", 1.0),
+    ("42", "42.0", 1.0),
+    ("42", "43", 0.0),
+    ("42", "The total is 42 apples.", 1.0),
+    ("42", "12 + 30 = 42", 1.0),
+    ("42", "There are 12 red and 30 blue ones, so 42 in total.", 1.0),
+    ("42", "42, because 12 and 30 are counted.", 1.0),
+    ("42", "We see 12 here.\nAnswer: 42", 1.0),
+    ("42", r"Thus $\boxed{42}$.", 1.0),
+    ("42", "４２", 1.0),
+    ("42", "答案是42。", 1.0),
+    ("42", "there are forty-two of them", 1.0),
+    ("3", "There are three cats.", 1.0),
+    ("1000", "1,000", 1.0),
+    ("1,000", "1000", 1.0),
+    ("1234567.5", "$1,234,567.50", 1.0),
+    ("1000", "1\u202f000", 1.0),
+    ("1000", r"1{,}000", 1.0),
+    ("5000000", "5 million", 1.0),
+    ("5 million", "5", 0.0),
+    ("2500", "2.5k", 1.0),
+    ("-7", "−7", 1.0),
+    ("-7", "7", 0.0),
+    ("7", "- 7", 1.0),  # a bullet
+    ("35%", "35 %", 1.0),
+    ("35%", "35", 1.0),
+    ("0.35", "35%", 1.0),
+    ("35", "35 percent", 1.0),
+    ("5 cm", "about 5 cm", 1.0),
+    ("5 m", "5", 1.0),
+    ("1/2", "0.5", 1.0),
+    ("0.5", r"\frac{1}{2}", 1.0),
+    ("1/3", "0.33", 1.0),
+    ("1/3", "0.3", 0.0),
+    ("2.5", "2 1/2", 1.0),
+    ("2.5", "2½", 1.0),
+    ("1000000", "10⁶", 1.0),
+    ("49", "7² = 49", 1.0),
+    ("9 m²", "9 m^2", 1.0),
+    ("3000000", "3 × 10^6", 1.0),
+    ("0.00012", "1.2e-4", 1.0),
+    ("3", "3 or 4", 0.0),
+    ("3", "1, 2, 3, 4", 0.0),
+    ("3", "between 3 and 4", 0.0),
+    ("3", "Answer: 3\nAnswer: 4", 0.0),
+    ("3", "<answer>2</answer> <answer>3</answer>", 0.0),
+    ("3", "Of the 5 shapes only those 3 on top of 1 other count", None),
+    ("3", "I do not know", None),
+    ("3", "", 0.0),
+]
+
+
+@pytest.mark.parametrize(("truth", "response", "expected"), NUMBER)
+def test_number(truth, response, expected):
+    assert choose_rule(ask(truth)) == "number"
+    assert score("number", ask(truth), response) == expected
+
+
+@pytest.mark.parametrize(
+    ("truth", "response", "expected"),
+    [
+        ("100", "105", 1.0),  # exactly 5 %
+        ("100", "105.1", 0.0),
+        ("100", "95", 1.0),
+        ("1,000", "1040", 1.0),
+        ("0", "0.01", 0.0),
+        ("-20", "-21", 1.0),
+        ("42%", "0.43", 1.0),
+        ("Germany", "germany", 1.0),
+        ("Germany", "France", 0.0),
+    ],
+)
+def test_relaxed_number(truth, response, expected):
+    assert score("relaxed_number", ask(truth), response) == expected
+
+
+def test_years_are_not_relaxed():
+    assert score("relaxed_number", ask("2010", question="In which year was it highest?"), "2015") == 0.0
+    assert score("relaxed_number", ask("2010", question="How many were sold?"), "2015") == 1.0
+
+
+BOOLEAN = [
+    ("yes", "Yes.", 1.0),
+    ("yes", "True", 1.0),
+    ("true", "yes, there is a black box", 1.0),
+    ("false", "No, all boxes are yellow.", 1.0),
+    ("false", "The statement is not true.", 1.0),
+    ("true", "There are no circles, so the statement is true.", 1.0),
+    ("true", "False", 0.0),
+    ("true", "Looking at each tower.\nThe statement is false.", 0.0),
+    ("true", "The answer is: true", 1.0),
+    ("true", "<answer>True</answer>", 1.0),
+    ("true", "是的", 1.0),
+    ("false", "答案：错误", 1.0),
+    ("yes", "yes or no", 0.0),
+    ("yes", "true/false", 0.0),
+    ("yes", "Yes and no.", 0.0),
+    ("yes", "Yes, it is.\nThe statement is false.", 0.0),
+    ("yes", "Nothing can be said", None),
+    ("yes", "", 0.0),
+]
+
+
+@pytest.mark.parametrize(("truth", "response", "expected"), BOOLEAN)
+def test_boolean(truth, response, expected):
+    assert choose_rule(ask(truth)) == "boolean"
+    assert score("auto", ask(truth), response) == expected
+
+
+CONTAINS = [
+    ("red", "Red", 1.0),
+    ("red", "The colour of the ball is red.", 1.0),
+    ("red", "It is not red.", 0.0),
+    ("red", "hundred", 0.0),  # part of a word
+    ("red", "red, green or blue", 0.0),
+    ("red", "red, green, blue", 0.0),
+    ("red", "red or blue", 0.0),
+    ("red", "blue", 0.0),
+    ("red", "The ball that lies on the left side looks crimson to me", None),
+    ("red", "The answer is crimson", 0.0),
+    ("Paris", "Paris, France", 1.0),
+    ("red and blue", "The flags are red and blue.", 1.0),
+    ("東京", "答案是東京。", 1.0),
+    ("café", "cafe\u0301", 1.0),
+]
+
+
+@pytest.mark.parametrize(("truth", "response", "expected"), CONTAINS)
+def test_contains(truth, response, expected):
+    assert choose_rule(ask(truth)) == "contains"
+    assert score("auto", ask(truth), response) == expected
+
+
+@pytest.mark.parametrize(
+    ("truth", "response", "expected"),
+    [
+        ("Red ball", "the red ball.", 1.0),
+        ("red ball", "red balls", 0.0),
+        ("red ball", "Answer: red ball. It lies left.", 1.0),
+        ("red ball", "I looked at it for a long time before I saw the red ball", None),
+        ("10:30", "10:30", 1.0),
+        ("STRASSE", "Straße", 1.0),
+    ],
+)
+def test_exact(truth, response, expected):
+    assert score("exact", ask(truth), response) == expected
+
+
+def test_long_answers_in_other_words_are_unparsed_under_auto():
+    truth = "The man is repairing the roof of his house with a hammer"
+    assert choose_rule(ask(truth)) == "exact"
+    assert score("auto", ask(truth), "Answer: he mends a roof") is None
+    assert score("exact", ask(truth), "Answer: he mends a roof") == 0.0
+    assert score("auto", ask(truth), truth.upper() + ".") == 1.0
+
+
+def test_errors_name_the_question_and_the_cure():
+    with pytest.raises(DataError, match=r"q1 .*questions.jsonl:7.*unknown answer rule 'numbre'.*relaxed_number"):
+        score("numbre", ask("1"), "1")
+    with pytest.raises(DataError, match=r"q1 .*has no answer to compare"):
+        score("auto", ask(" "), "1")
+    with pytest.raises(DataError, match="'many' is not a number"):
+        score("number", ask("many"), "1")
+    with pytest.raises(DataError, match="none of its choices cat, dog, bird"):
+        score("choice", ask("fish", PETS), "A")
+    with pytest.raises(DataError, match="not yes/no/true/false"):
+        score("boolean", ask("maybe"), "yes")
+
+
+def test_numbers_reads_values():
+    assert [float(n.value) for n in numbers("1,000 and -2.5 and 3/4")] == [1000.0, -2.5, 0.75]
+
+
+@pytest.mark.parametrize("text", ["12 angry men", "10:30", "2019-05-01", "room 5", "1-2", ""])
+def test_texts_that_are_not_one_number(text):
+    assert whole_number(text) is None
