@@ -116,8 +116,8 @@ def _data(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
         if data.selection.drop_overlong and recipe.collect.max_completion_length != recipe.train.max_completion_length:
             yield Problem(
                 "data.selection.drop_overlong",
-                f"counts responses cut at collect.max_completion_length ({recipe.collect.max_completion_length}), while "
-                f"the loop cuts at train.max_completion_length ({recipe.train.max_completion_length})",
+                f"counts responses cut at collect.max_completion_length ({recipe.collect.max_completion_length}), "
+                f"while the loop cuts at train.max_completion_length ({recipe.train.max_completion_length})",
                 "make them equal",
                 "warning",
             )

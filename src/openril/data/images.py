@@ -1,0 +1,191 @@
+"""Opening images from anywhere, safely, and handing them to servers as they are.
+
+Every image becomes upright 8-bit RGB: EXIF rotation is applied, transparency is laid on white, palettes, grey, CMYK and
+16-bit are converted, and animations give their first frame. The size is checked before anything is decoded.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import re
+import time
+import urllib.parse
+import warnings
+from typing import TYPE_CHECKING
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from openril.errors import DataError
+from openril.records import ImageSource
+
+if TYPE_CHECKING:
+    import httpx
+
+MAX_PIXELS = 50_000_000
+MAX_BYTES = 64 * 2**20
+"""Largest download or data URL."""
+FETCH_SECONDS = 30.0
+"""Longest a download may take, all in all."""
+
+# Formats with a decoder of Pillow's own. Others start helper programs (EPS) or are containers of many things (PDF).
+_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+_SENDABLE = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
+
+
+def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS, allow_urls: bool = False) -> Image.Image:
+    """The image as upright 8-bit RGB. Raises DataError for anything that is missing, broken, too large or forbidden."""
+    image, _ = _decode(source, read_bytes(source, allow_urls), max_pixels)
+    return image
+
+
+def to_data_url(source: ImageSource, max_pixels: int = MAX_PIXELS, allow_urls: bool = False) -> str:
+    """The image as a data URL for a chat request.
+
+    A plain upright PNG, JPEG or WebP keeps its own bytes. Anything a server could read differently from us (rotation
+    tags, transparency, animation, 16 bits, other formats) is sent as PNG of what ``load_image`` returns.
+    Raises DataError like ``load_image``.
+    """
+    data = read_bytes(source, allow_urls)
+    image, kept = _decode(source, data, max_pixels)
+    if kept is None:
+        buffer = io.BytesIO()
+        image.save(buffer, format="PNG")
+        data, kept = buffer.getvalue(), "image/png"
+    return f"data:{kept};base64,{base64.b64encode(data).decode('ascii')}"
+
+
+def image_size(source: ImageSource, max_pixels: int = MAX_PIXELS, allow_urls: bool = False) -> tuple[int, int]:
+    """(width, height) after rotation; decodes everything, so that damage shows. Raises like ``load_image``."""
+    return load_image(source, max_pixels, allow_urls).size
+
+
+def _decode(source: ImageSource, data: bytes, max_pixels: int) -> tuple[Image.Image, str | None]:
+    """The RGB image, and the media type under which its own bytes may be sent, or None."""
+    if not data:
+        raise DataError(f"image {source.name} is empty (0 bytes)")
+    Image.init()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's own size warning; the limit here is the recipe's
+            opened = Image.open(io.BytesIO(data), formats=[f for f in _FORMATS if f in Image.OPEN])
+            with opened:
+                width, height = opened.size
+                if width * height > max_pixels:
+                    raise _bomb(source, f"{width} x {height} pixels", max_pixels)
+                rotated = opened.getexif().get(0x0112, 1) not in (0, 1)
+                frames = getattr(opened, "n_frames", 1)
+                mode, kind = opened.mode, opened.format or ""
+                transparent = opened.has_transparency_data
+                opened.load()
+                image = _to_rgb(ImageOps.exif_transpose(opened))
+    except Image.DecompressionBombError as e:
+        raise _bomb(source, str(e), max_pixels) from e
+    except UnidentifiedImageError as e:
+        raise DataError(f"image {source.name} is no image in a known format ({', '.join(_FORMATS)})") from e
+    except DataError:
+        raise
+    except MemoryError as e:
+        raise DataError(f"image {source.name} does not fit into memory; set data.max_image_pixels lower") from e
+    except Exception as e:  # on damaged bytes Pillow's plugins raise nearly every class there is
+        raise DataError(f"image {source.name} is damaged or cut off ({e})") from e
+    plain = kind in _SENDABLE and mode in ("RGB", "L", "P", "1") and not (rotated or transparent or frames > 1)
+    return image, _SENDABLE[kind] if plain else None
+
+
+def _bomb(source: ImageSource, size: str, max_pixels: int) -> DataError:
+    return DataError(
+        f"image {source.name} is too large, possibly a decompression bomb: {size}; data.max_image_pixels is "
+        f"{max_pixels:,}. Scale it down, or raise the limit if you trust it"
+    )
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in ("I;16", "I;16L", "I;16B", "I;16N"):
+        image = image.point(lambda v: v / 257).convert("L")  # 65535 -> 255; a plain conversion would clip
+    elif image.mode == "I":
+        brightest = image.getextrema()[1]
+        wide = isinstance(brightest, int | float) and brightest > 255
+        image = image.point(lambda v: v / 257).convert("L") if wide else image.convert("L")
+    elif image.mode == "F":
+        image = image.convert("L")
+    if image.has_transparency_data:
+        layered = image.convert("RGBA")
+        white = Image.new("RGBA", layered.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, layered).convert("RGB")
+    return image.convert("RGB")
+
+
+def read_bytes(source: ImageSource, allow_urls: bool = False) -> bytes:
+    """The encoded image. Raises DataError when it is missing, unreadable or may not be fetched."""
+    if source.data is not None:
+        return source.data
+    if source.path is not None:
+        if not source.path.is_file():  # also refuses folders, pipes and devices, which would never end
+            raise DataError(f"image {source.path} does not exist" + (" as a file" if source.path.exists() else ""))
+        try:
+            return source.path.read_bytes()
+        except OSError as e:
+            raise DataError(f"image {source.path} cannot be read ({e.strerror or e})") from e
+    assert source.url is not None
+    scheme = source.url.split(":", 1)[0].lower()
+    if scheme == "data":
+        return _from_data_url(source)
+    if scheme not in ("http", "https"):
+        raise DataError(f"image {source.name}: {scheme}: addresses are refused; use a path, http(s) or a data URL")
+    if not allow_urls:
+        raise DataError(
+            f"image {source.name} is on the network; set data.allow_urls to true to fetch it, or download it"
+        )
+    return _fetch(source.url, source.name)
+
+
+def _from_data_url(source: ImageSource) -> bytes:
+    assert source.url is not None
+    match = re.match(r"data:([^,]*),", source.url[:200], re.IGNORECASE)
+    if match is None:
+        raise DataError(f"image {source.name} is no data URL (data:image/png;base64,...)")
+    body = source.url[match.end() :]
+    if len(body) > MAX_BYTES * 4 // 3:
+        raise DataError(f"image {source.name} is larger than {MAX_BYTES >> 20} MiB")
+    try:
+        if match[1].lower().endswith(";base64"):
+            return base64.b64decode(re.sub(r"\s", "", urllib.parse.unquote(body)), validate=True)
+        return urllib.parse.unquote_to_bytes(body)
+    except (binascii.Error, ValueError) as e:
+        raise DataError(f"image {source.name} is a damaged data URL ({e})") from e
+
+
+def _fetch(url: str, name: str) -> bytes:
+    import httpx
+
+    error: Exception | None = None
+    for attempt in range(3):
+        if attempt:
+            time.sleep(0.5 * 2**attempt)
+        try:
+            with (
+                httpx.Client(follow_redirects=True, max_redirects=5, timeout=10.0) as client,
+                client.stream("GET", url) as r,
+            ):
+                if r.status_code in (408, 429) or r.status_code >= 500:
+                    error = DataError(f"the server answered {r.status_code}")
+                    continue
+                if r.status_code != 200:
+                    raise DataError(f"image {name}: the server answered {r.status_code}")
+                return _read_limited(r, name)
+        except (httpx.HTTPError, httpx.InvalidURL) as e:
+            error = e
+    raise DataError(f"image {name} cannot be fetched ({error or 'no answer'})") from error
+
+
+def _read_limited(response: httpx.Response, name: str) -> bytes:
+    start, data = time.monotonic(), bytearray()
+    for chunk in response.iter_bytes():
+        data += chunk
+        if len(data) > MAX_BYTES:
+            raise DataError(f"image {name} is larger than {MAX_BYTES >> 20} MiB")
+        if time.monotonic() - start > FETCH_SECONDS:
+            raise DataError(f"image {name} takes longer than {FETCH_SECONDS:g} s to fetch")
+    return bytes(data)

@@ -1,0 +1,204 @@
+"""Which questions the loop uses: log-probability sampling and the overlong filter (arXiv 2510.19307, section 4).
+
+The paper names two methods without their settings. What is done here:
+
+Overlong filter (after DAPO, arXiv 2503.14476): a question is left out when more than ``max_overlong_share`` of the
+student's cached responses were cut at the length limit: such groups teach the student to stop, not to answer.
+
+With a reference model (after NVILA's DeltaLoss, arXiv 2412.04468): score = mean over the answer's tokens of
+log p_reference - log p_student. Near 0 both know the answer or neither does, below 0 it speaks for the student: only
+questions above 0 are kept, the highest first. As in NVILA every subset (here: data file) keeps its own best; the places
+are shared in proportion to the subsets' sizes, and places a subset cannot fill go to the others. The mean over tokens,
+where a sum would favour long answers, is our choice.
+
+With the student alone: drawn without replacement with weight 1 - exp(mean log p_student): what the student would say
+anyway is seldom drawn, and one mislabelled question counts little more than any other hard one.
+
+Everything follows from the arguments and the seed; the order of the questions is kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from openril import storage
+from openril.errors import DataError
+from openril.recipe.schema import Selection as SelectionConfig
+from openril.records import Question, Response
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One question's fate. score: see the module; None when it was not scored. reason: "" for a chosen question."""
+
+    id: str
+    selected: bool
+    reason: str
+    score: float | None = None
+    student_logprob: float | None = None
+    reference_logprob: float | None = None
+    overlong_share: float | None = None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """ids: chosen questions in the data's order. decisions: one for every question, in the same order."""
+
+    ids: tuple[str, ...]
+    decisions: tuple[Decision, ...]
+
+    def counts(self) -> dict[str, int]:
+        """How many were selected, and how many left out for each kind of reason."""
+        counts: dict[str, int] = {}
+        for decision in self.decisions:
+            kind = "selected" if decision.selected else decision.reason.split(":")[0]
+            counts[kind] = counts.get(kind, 0) + 1
+        return counts
+
+
+def overlong_shares(responses: Iterable[Response]) -> dict[str, float]:
+    """Question id -> share of its student responses whose finish_reason is "length", in [0, 1]."""
+    cut: dict[str, list[bool]] = {}
+    for response in responses:
+        if response.from_student:
+            cut.setdefault(response.question_id, []).append(response.finish_reason == "length")
+    return {question: sum(flags) / len(flags) for question, flags in cut.items()}
+
+
+def select(
+    questions: Sequence[Question],
+    student_logprobs: Mapping[str, float | None],
+    reference_logprobs: Mapping[str, float | None] | None,
+    overlong_share: Mapping[str, float] | None,
+    config: SelectionConfig,
+    seed: int,
+) -> Selection:
+    """Choose up to ``config.num_questions`` questions.
+
+    student_logprobs, reference_logprobs: question id -> mean log-probability per token of the ground-truth answer, in
+    nats (<= 0); None where there is no answer. reference_logprobs: None to use the student alone. overlong_share: what
+    ``overlong_shares`` returns; needed when ``config.drop_overlong``.
+
+    Raises DataError for numbers that are no log-probabilities, for questions that were not scored, and when questions
+    lack student responses that the overlong filter needs.
+    """
+    if config.drop_overlong:
+        lacking = [q.id for q in questions if overlong_share is None or q.id not in overlong_share]
+        if lacking:
+            raise DataError(
+                f"data.selection.drop_overlong: {len(lacking)} questions have no cached student responses (first: "
+                f"{lacking[0]}); run `ril collect` with collect.student on, or set drop_overlong to false"
+            )
+    left_out: dict[str, str] = {}
+    scores: dict[str, float] = {}
+    for q in questions:
+        share = overlong_share.get(q.id) if config.drop_overlong and overlong_share is not None else None
+        student = _logprob(student_logprobs, q.id, "student")
+        reference = _logprob(reference_logprobs, q.id, "reference") if reference_logprobs is not None else None
+        if student is None or (reference_logprobs is not None and reference is None):
+            left_out[q.id] = "no answer: nothing to score"
+        elif reference is not None:
+            scores[q.id] = 0.0 if reference == student else reference - student
+        else:
+            scores[q.id] = -math.expm1(student)
+        if share is not None and share > config.max_overlong_share:
+            left_out[q.id] = f"overlong: {share:.0%} of its student responses are cut"
+        elif q.id in scores and scores[q.id] <= 0 and reference_logprobs is not None:
+            left_out[q.id] = f"reference no better: score {scores[q.id]:.4g}"
+        elif q.id in scores and scores[q.id] <= 0:
+            left_out[q.id] = "known: the student is already certain of the answer"
+
+    open_ids = [q.id for q in questions if q.id not in left_out]
+    if reference_logprobs is not None:
+        chosen = _best_of_each_subset(questions, open_ids, scores, config.num_questions, seed)
+    else:
+        chosen = _weighted_draw(open_ids, scores, config.num_questions, seed)
+    decisions = tuple(
+        Decision(
+            id=q.id,
+            selected=q.id in chosen,
+            reason="" if q.id in chosen else left_out.get(q.id, "not drawn: others came first"),
+            score=scores.get(q.id),
+            student_logprob=student_logprobs.get(q.id),
+            reference_logprob=reference_logprobs.get(q.id) if reference_logprobs is not None else None,
+            overlong_share=overlong_share.get(q.id) if overlong_share is not None else None,
+        )
+        for q in questions
+    )
+    return Selection(tuple(d.id for d in decisions if d.selected), decisions)
+
+
+def _logprob(values: Mapping[str, float | None], question_id: str, whose: str) -> float | None:
+    if question_id not in values:
+        raise DataError(f"question {question_id}: the {whose}'s log-probability is missing; score all questions again")
+    value = values[question_id]
+    if value is None:
+        return None
+    if math.isnan(value) or value > 1e-4:  # a little above 0 is rounding
+        raise DataError(
+            f"question {question_id}: {value} is no log-probability of the {whose} (a number <= 0 is wanted)"
+        )
+    return min(value, 0.0)
+
+
+def _uniform(seed: int, question_id: str) -> float:
+    """In (0, 1), the same for the same question and seed whatever else is in the data."""
+    return (storage.stable_hash("selection", seed, question_id) + 0.5) / 2.0**63
+
+
+def _weighted_draw(ids: Sequence[str], weights: Mapping[str, float], number: int, seed: int) -> set[str]:
+    """Without replacement, in proportion to the weights (Efraimidis and Spirakis: the smallest -log(u) / weight)."""
+    return set(sorted(ids, key=lambda i: (-math.log(_uniform(seed, i)) / weights[i], i))[:number])
+
+
+def _best_of_each_subset(
+    questions: Sequence[Question], open_ids: Sequence[str], scores: Mapping[str, float], number: int, seed: int
+) -> set[str]:
+    subset = {q.id: q.origin.rpartition(":")[0] for q in questions}
+    sizes: dict[str, int] = {}
+    for name in subset.values():
+        sizes[name] = sizes.get(name, 0) + 1
+    ranked: dict[str, list[str]] = {name: [] for name in sizes}
+    for i in sorted(open_ids, key=lambda i: (-scores[i], _uniform(seed, i))):
+        ranked[subset[i]].append(i)
+    chosen: set[str] = set()
+    for name, places in share_places(number, sizes, {n: len(r) for n, r in ranked.items()}).items():
+        chosen.update(ranked[name][:places])
+    return chosen
+
+
+def share_places(number: int, sizes: Mapping[str, int], available: Mapping[str, int]) -> dict[str, int]:
+    """``number`` places in proportion to ``sizes``, at most ``available`` each; others get what one cannot fill."""
+    given = dict.fromkeys(sizes, 0)
+    left = min(number, sum(available.values()))
+    while left:
+        taking = {n: s for n, s in sizes.items() if given[n] < available[n]}
+        whole = sum(taking.values())
+        exact = {n: left * s / whole for n, s in taking.items()}
+        step = {n: min(int(e), available[n] - given[n]) for n, e in exact.items()}
+        if not any(step.values()):  # only remainders are left: the largest first
+            for n in sorted(taking, key=lambda n: (-exact[n], n))[:left]:
+                step[n] = 1
+        for n, places in step.items():
+            given[n] += places
+            left -= places
+    return given
+
+
+def write_selection(path: Path, selection: Selection) -> None:
+    """One JSON line a question: id, selected, reason, score and what it was made of."""
+    storage.write_jsonl(path, [vars(d) for d in selection.decisions])
+
+
+def read_selection(path: Path) -> Selection:
+    """What ``write_selection`` wrote. Raises DataError when it is missing or damaged."""
+    if not path.is_file():
+        raise DataError(f"{path}: no selection here; the loop makes it when data.selection.enabled is set")
+    try:
+        decisions = tuple(Decision(**row) for row in storage.read_jsonl(path))
+    except TypeError as e:
+        raise DataError(f"{path}: damaged ({e}); remove it to select again") from e
+    return Selection(tuple(d.id for d in decisions if d.selected), decisions)
