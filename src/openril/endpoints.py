@@ -1,7 +1,7 @@
 """Talking to OpenAI-compatible servers: several URLs for one model, bounded concurrency, retries, one event loop.
 
-Retries, exponential backoff and Retry-After are the ``openai`` client's; spreading over servers, the bound on requests
-in flight and errors that say what to do are here.
+The ``openai`` client speaks the protocol. Retries are here: they go to another server where there is
+one, and an unusable answer (a proxy's HTML page, an answer without choices) is worth one too.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import atexit
 import os
+import random
 import threading
+import time
 from collections.abc import Coroutine
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -19,14 +21,38 @@ from openril.errors import EndpointError
 from openril.recipe.schema import Endpoint
 
 if TYPE_CHECKING:
+    import openai
     from openai import AsyncOpenAI
 
 T = TypeVar("T")
 
+FIRST_BACKOFF, LONGEST_BACKOFF = 0.5, 30.0
+"""Seconds before the first retry, doubled for each further one up to the second number."""
+LONGEST_RETRY_AFTER = 300.0
+"""A server's Retry-After is followed up to this many seconds."""
+REST_UNREACHABLE = 10.0
+"""Seconds for which a server that could not be reached gets no work while others can take it."""
+
+
+class RequestRefusedError(EndpointError):
+    """The server refused the request itself (a 4xx status), so that asking again would change nothing.
+
+    status: the HTTP status. concerns_every_request: key, model name or address are wrong, not this one request.
+    """
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+        self.concerns_every_request = status in (401, 403, 404)
+
 
 @dataclass(frozen=True)
 class Completion:
-    """One answer of a server. finish_reason: what the server said ("stop", "length", "content_filter", ...)."""
+    """One answer of a server.
+
+    text: what it said; its refusal when it refused; "" when it ended without a word. finish_reason: what the server
+    said ("stop", "length", "content_filter", ...), or "refusal".
+    """
 
     text: str
     finish_reason: str
@@ -46,18 +72,30 @@ class EventLoopThread:
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Wait for the result; an interrupt cancels the coroutine before it is passed on."""
-        future = self.submit(coroutine)
+        """Wait for the result; an interrupt cancels the coroutine and waits for its end before it is passed on."""
+        ended = threading.Event()
+
+        async def watched() -> T:
+            try:
+                return await coroutine
+            finally:
+                ended.set()
+
+        future = self.submit(watched())
         try:
             return future.result()
         except BaseException:
             future.cancel()
+            ended.wait(timeout=10)
             raise
 
     def close(self) -> None:
+        atexit.unregister(self.close)
         if self.loop.is_running():
             self.loop.call_soon_threadsafe(self.loop.stop)
             self.thread.join(timeout=5)
+        if not self.loop.is_running() and not self.loop.is_closed():
+            self.loop.close()
 
 
 class ChatClient:
@@ -70,37 +108,50 @@ class ChatClient:
         """what: how messages call this endpoint, for instance "judge" or "teacher qwen72b"."""
         if not endpoint.base_urls or not endpoint.model:
             raise EndpointError(f"{what}: set base_urls (for instance http://127.0.0.1:8000/v1) and model")
+        for url in endpoint.base_urls:
+            if not url.startswith(("http://", "https://")):
+                raise EndpointError(f"{what}: base_urls: {url!r} must start with http:// or https://")
         self.endpoint = endpoint
         self.what = what
-        self.loop_thread = EventLoopThread()
-        self._key = "none"
+        self._key = ""
         if endpoint.api_key_env:
-            key = os.environ.get(endpoint.api_key_env)
-            if not key:
-                raise EndpointError(f"{what}: environment variable {endpoint.api_key_env} is not set; export the key there")
-            self._key = key
+            self._key = os.environ.get(endpoint.api_key_env, "").strip()
+            if not self._key:
+                raise EndpointError(
+                    f"{what}: environment variable {endpoint.api_key_env} is not set; export the key there"
+                )
+            if not (self._key.isascii() and self._key.isprintable()):
+                raise EndpointError(f"{what}: {endpoint.api_key_env} holds characters that no key has; export it again")
+        self.loop_thread = EventLoopThread()
         self._clients: list[AsyncOpenAI] = []
         self._in_flight: list[int] = []
+        self._shunned_until: list[float] = []  # could not be reached
+        self._paused_until: list[float] = []  # asked for a pause
         self._limit: asyncio.Semaphore | None = None
 
     def _start(self) -> None:
         # Inside the loop's thread: connection pools and the semaphore belong to that loop.
-        import httpx
-        from openai import AsyncOpenAI
+        import openai
 
-        # Environment proxies are for the internet; a loopback server must be reached directly.
         for url in self.endpoint.base_urls:
+            # Environment proxies are for the internet; a loopback server must be reached directly.
             local = any(host in url for host in ("//127.", "//localhost", "//[::1]"))
+            http_client = openai.DefaultAsyncHttpxClient(trust_env=False) if local else None
+            # Without a key no Authorization header is sent at all.
+            headers: dict[str, Any] = {} if self._key else {"Authorization": openai.Omit()}
             self._clients.append(
-                AsyncOpenAI(
+                openai.AsyncOpenAI(
                     base_url=url,
-                    api_key=self._key,
+                    api_key=self._key or "none",
                     timeout=self.endpoint.timeout,
-                    max_retries=self.endpoint.max_retries,
-                    http_client=httpx.AsyncClient(trust_env=False, timeout=self.endpoint.timeout) if local else None,
+                    max_retries=0,
+                    default_headers=headers,
+                    http_client=http_client,
                 )
             )
             self._in_flight.append(0)
+            self._shunned_until.append(0.0)
+            self._paused_until.append(0.0)
         self._limit = asyncio.Semaphore(self.endpoint.concurrency)
 
     async def chat(self, messages: list[dict[str, Any]], **settings: Any) -> Completion:
@@ -108,36 +159,92 @@ class ChatClient:
         ``extra_body`` is merged with the endpoint's own.
 
         Must run on this client's loop: ``client.loop_thread.run(client.chat(...))`` or ``submit``.
-        Raises EndpointError when the request fails for good or the answer holds no text.
+        Raises RequestRefusedError at once for a request the server will never take, and EndpointError when every retry
+        failed or answered with something that is no completion.
         """
-        import openai
-
         if self._limit is None:
             self._start()
         assert self._limit is not None
-        extra_body = {**self.endpoint.extra_body, **settings.pop("extra_body", {})}
+        settings["extra_body"] = {**self.endpoint.extra_body, **settings.get("extra_body", {})} or None
         async with self._limit:
-            server = min(range(len(self._clients)), key=self._in_flight.__getitem__)
-            self._in_flight[server] += 1
-            url = self.endpoint.base_urls[server]
-            try:
+            failed: set[int] = set()
+            for attempt in range(self.endpoint.max_retries + 1):
+                server = self._pick(avoid=failed)
+                self._in_flight[server] += 1
+                try:
+                    if (pause := self._paused_until[server] - time.monotonic()) > 0:
+                        await asyncio.sleep(pause)
+                    return await self._ask(server, messages, settings)
+                except RequestRefusedError:
+                    raise
+                except _PassingError as e:
+                    failed.add(server)
+                    if attempt == self.endpoint.max_retries:
+                        raise EndpointError(f"{e}{f' ({attempt + 1} attempts)' if attempt else ''}") from e.__cause__
+                    wait = e.wait
+                finally:
+                    self._in_flight[server] -= 1
+                if wait is None:
+                    wait = min(FIRST_BACKOFF * 2**attempt, LONGEST_BACKOFF) * random.uniform(0.75, 1.0)
+                # Another server that has not failed this request need not be waited for.
+                if len(failed) == len(self._clients):
+                    await asyncio.sleep(wait)
+                    failed.clear()
+        raise AssertionError("unreachable")
+
+    def _pick(self, avoid: set[int]) -> int:
+        """The least busy server; one that rests or failed this request, only where no other is left."""
+        now = time.monotonic()
+        return min(
+            range(len(self._clients)),
+            key=lambda i: (
+                i in avoid,
+                self._shunned_until[i] > now or self._paused_until[i] > now,
+                self._in_flight[i],
+            ),
+        )
+
+    async def _ask(self, server: int, messages: list[dict[str, Any]], settings: dict[str, Any]) -> Completion:
+        """One attempt at one server. Raises RequestRefusedError or _PassingError."""
+        import openai
+
+        url = self.endpoint.base_urls[server]
+        try:
+            # The client's own timeout is per read: a server that dribbles would never reach it.
+            async with asyncio.timeout(self.endpoint.timeout):
                 answer = await self._clients[server].chat.completions.create(
-                    model=self.endpoint.model, messages=messages, extra_body=extra_body or None, **settings
+                    model=self.endpoint.model,
+                    messages=messages,  # type: ignore[arg-type]
+                    **settings,
                 )
-            except openai.APITimeoutError as e:
-                raise EndpointError(f"{self.what}: no answer from {url} within {self.endpoint.timeout:g} s") from e
-            except openai.APIConnectionError as e:
-                raise EndpointError(f"{self.what}: cannot reach {url} ({e.__cause__ or e}); is the server running?") from e
-            except openai.APIStatusError as e:
-                raise EndpointError(f"{self.what}: {url} answered {e.status_code}: {str(e.message)[:300]}") from e
-            except (openai.OpenAIError, ValueError) as e:
-                raise EndpointError(f"{self.what}: {url} sent something unusable: {str(e)[:300]}") from e
-            finally:
-                self._in_flight[server] -= 1
-        choices = getattr(answer, "choices", None)
-        if not choices or choices[0].message is None or not isinstance(choices[0].message.content, str):
-            raise EndpointError(f"{self.what}: {url} sent an answer without text")
-        return Completion(choices[0].message.content, choices[0].finish_reason or "stop", getattr(answer, "model", "") or "")
+        except (TimeoutError, openai.APITimeoutError) as e:
+            raise _PassingError(f"{self.what}: no answer from {url} within {self.endpoint.timeout:g} s") from e
+        except openai.APIConnectionError as e:
+            self._shunned_until[server] = time.monotonic() + REST_UNREACHABLE
+            raise _PassingError(f"{self.what}: cannot reach {url} ({e.__cause__ or e}); is the server running?") from e
+        except openai.APIStatusError as e:
+            raise self._status_error(server, e) from e
+        except (openai.OpenAIError, ValueError) as e:
+            raise _PassingError(f"{self.what}: {url} sent something unusable: {str(e)[:300]}") from e
+        completion = read_completion(answer)
+        if completion is None:
+            raise _PassingError(f"{self.what}: {url} sent an answer that is no chat completion: {str(answer)[:200]!r}")
+        return completion
+
+    def _status_error(self, server: int, error: openai.APIStatusError) -> EndpointError:
+        url, status = self.endpoint.base_urls[server], error.status_code
+        message = f"{self.what}: {url} answered {status}: {str(error.message)[:300]}"
+        if status in (408, 409, 425, 429) or status >= 500:
+            wait = retry_after(error.response.headers)
+            if wait is not None:
+                self._paused_until[server] = time.monotonic() + wait
+            return _PassingError(message, wait)
+        cure = {
+            401: f"; check the key in {self.endpoint.api_key_env}" if self._key else "; set api_key_env",
+            403: "; check that the key may use this model",
+            404: f"; check that the server knows model {self.endpoint.model!r} and that the URL is whole (/v1)",
+        }
+        return RequestRefusedError(message + cure.get(status, ""), status)
 
     async def probe(self) -> list[str]:
         """Ask every server for its models; the list of problems found, empty when all is well."""
@@ -148,13 +255,73 @@ class ChatClient:
         problems = []
         for url, client in zip(self.endpoint.base_urls, self._clients, strict=True):
             try:
-                models = [m.id async for m in client.with_options(timeout=10.0, max_retries=0).models.list()]
-            except (openai.OpenAIError, ValueError) as e:
-                problems.append(f"{self.what}: {url} cannot be asked for its models ({str(e)[:200]}); is the server running?")
+                async with asyncio.timeout(10.0):
+                    models = [m.id async for m in client.models.list()]
+            except (openai.OpenAIError, ValueError, TypeError, AttributeError, TimeoutError) as e:
+                reason = str(e)[:200] or "no answer within 10 s"
+                problems.append(f"{self.what}: {url} cannot be asked for its models ({reason}); is the server running?")
                 continue
             if self.endpoint.model not in models:
-                problems.append(f"{self.what}: {url} has no model {self.endpoint.model!r}; it serves {', '.join(models[:8])}")
+                problems.append(
+                    f"{self.what}: {url} has no model {self.endpoint.model!r}; it serves {', '.join(models[:8])}"
+                )
         return problems
 
     def close(self) -> None:
+        """Close connections and end the loop's thread."""
+        if self._clients and self.loop_thread.loop.is_running():
+            self.loop_thread.run(self._close_connections())
         self.loop_thread.close()
+
+    async def _close_connections(self) -> None:
+        rest = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in rest:
+            task.cancel()
+        await asyncio.gather(*rest, return_exceptions=True)
+        for client in self._clients:
+            await client.close()
+
+
+class _PassingError(EndpointError):
+    """An attempt that failed in a way that may pass. wait: seconds the server asked for."""
+
+    def __init__(self, message: str, wait: float | None = None) -> None:
+        super().__init__(message)
+        self.wait = wait
+
+
+def read_completion(answer: Any) -> Completion | None:
+    """The first choice of a server's answer; None when it holds none."""
+    choices = getattr(answer, "choices", None)
+    if not isinstance(choices, list) or not choices:
+        return None
+    message = getattr(choices[0], "message", None)
+    if message is None:
+        return None
+    text, refusal = getattr(message, "content", None), getattr(message, "refusal", None)
+    if text is not None and not isinstance(text, str):
+        return None
+    finish_reason = getattr(choices[0], "finish_reason", None) or "stop"
+    if not text and isinstance(refusal, str) and refusal:
+        text, finish_reason = refusal, "refusal"
+    return Completion(text or "", str(finish_reason), str(getattr(answer, "model", "") or ""))
+
+
+def retry_after(headers: Any) -> float | None:
+    """Seconds the server asks to wait, from Retry-After (seconds or a date) or retry-after-ms."""
+    from email.utils import parsedate_to_datetime
+
+    try:
+        if "retry-after-ms" in headers:
+            wait = float(headers["retry-after-ms"]) / 1000
+        elif "retry-after" in headers:
+            value = headers["retry-after"]
+            try:
+                wait = float(value)
+            except ValueError:
+                wait = parsedate_to_datetime(value).timestamp() - time.time()
+        else:
+            return None
+    except ValueError:
+        return None
+    return min(max(wait, 0.0), LONGEST_RETRY_AFTER)

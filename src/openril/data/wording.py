@@ -11,8 +11,10 @@ def question_text(question: Question) -> str:
 
     ``<image>`` markers stay where they are. Choices that the text already lists line by line are not repeated.
     """
-    text = strip_special(question.question)
-    lines = [f"{choice_letter(i)}. {strip_special(choice)}" for i, choice in enumerate(question.choices)]
+    text = strip_special(question.question, keep_markers=True)
+    lines = [
+        f"{choice_letter(i)}. {strip_special(choice, keep_markers=True)}" for i, choice in enumerate(question.choices)
+    ]
     written = {line.strip() for line in text.splitlines()}
     if not lines or all(line.strip() in written for line in lines):
         return text

@@ -183,7 +183,7 @@ class Teacher(Endpoint):
     system_prompt: str = ""
     """System message for this teacher."""
     send_vllm_fields: bool = True
-    """Send top_k and repetition_penalty, which vLLM, SGLang and others take. Off for APIs that know only OpenAI's fields."""
+    """Send top_k and repetition_penalty, which vLLM and SGLang take. Off for APIs that know only OpenAI's fields."""
 
 
 class Collect(Section):
@@ -251,6 +251,8 @@ class SFT(Section):
 class Pretraining(Section):
     """Discriminator pre-training on the response cache."""
 
+    enabled: bool = True
+    """Off: the loop starts with a discriminator that has learnt nothing."""
     epochs: Positive = 1.0
     """Passes over the questions."""
     questions_per_step: PositiveInt = 16

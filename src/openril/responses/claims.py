@@ -1,0 +1,111 @@
+"""Who works on which questions, when several processes collect into one folder.
+
+A source's questions fall into 64 blocks by id. A process works on a block only while it holds the block's lock, so no
+two ask for the same response; a dead process's locks are free at once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from openril.records import Question
+from openril.responses.files import Lock, file_stem
+from openril.storage import stable_hash
+
+if TYPE_CHECKING:
+    from openril.responses.cache import ResponseCache
+
+BLOCKS = 64
+
+Work = tuple[Question, list[int]]
+"""A question and the indices of the responses it still needs."""
+
+
+class Claims:
+    """The share of a source's missing responses this process may collect.
+
+    Take work with ``take``; report every piece with ``done`` once its responses are in the journal (or have failed),
+    which frees its block for others when it was the last.
+    """
+
+    def __init__(self, cache: ResponseCache, questions: Sequence[Question], source: str, num_responses: int) -> None:
+        self.cache = cache
+        self.source = source
+        self.num_responses = num_responses
+        self._folder: Path = cache.folder / "locks" / file_stem(source)
+        self._questions: dict[int, list[Question]] = {}
+        for question in questions:
+            self._questions.setdefault(block_of(question.id), []).append(question)
+        blocks = sorted(self._questions)
+        # Collectors start at different blocks, so that they meet late.
+        start = stable_hash(os.getpid()) % len(blocks) if blocks else 0
+        self._waiting = blocks[start:] + blocks[:start]
+        self._held: dict[int, Lock] = {}
+        self._outstanding: dict[int, int] = {}
+        self._work: Iterator[Work] = iter(())
+
+    @property
+    def finished(self) -> bool:
+        """Whether every block has been worked through, by us or by others."""
+        return not self._waiting and not self._held
+
+    @property
+    def questions_elsewhere(self) -> int:
+        """Questions in blocks that others hold or that nobody has looked at yet."""
+        return sum(len(self._questions[block]) for block in self._waiting)
+
+    def take(self) -> Work | None:
+        """The next piece of work; None when there is none now: all is ``finished`` or others hold the rest."""
+        while True:
+            for work in self._work:
+                return work
+            block = self._claim()
+            if block is None:
+                return None
+            works = list(self._missing(block))
+            self._outstanding[block] = len(works)
+            self._work = iter(works)
+            if not works:
+                self._free(block)
+
+    def done(self, question: Question) -> None:
+        """A piece of work is over."""
+        block = block_of(question.id)
+        self._outstanding[block] -= 1
+        if self._outstanding[block] == 0:
+            self._free(block)
+
+    def release(self) -> None:
+        """Give everything back, finished or not."""
+        for block in list(self._held):
+            self._free(block)
+        self._waiting = []
+
+    def _claim(self) -> int | None:
+        for block in self._waiting:
+            lock = Lock(self._folder / f"{block:02d}.lock")
+            if lock.acquire(wait=False):
+                self._held[block] = lock
+                self._waiting.remove(block)
+                return block
+        return None
+
+    def _missing(self, block: int) -> Iterator[Work]:
+        # The former holder wrote all it had before it let go, so what is missing now is ours alone.
+        indices: dict[str, list[int]] = {}
+        questions = self._questions[block]
+        for question, index in self.cache.missing(questions, self.source, self.num_responses):
+            indices.setdefault(question.id, []).append(index)
+        for question in questions:
+            if question.id in indices:
+                yield question, indices[question.id]
+
+    def _free(self, block: int) -> None:
+        self._held.pop(block).release()
+
+
+def block_of(question_id: str) -> int:
+    return stable_hash(question_id) % BLOCKS

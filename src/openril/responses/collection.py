@@ -1,0 +1,340 @@
+"""Collecting responses into the cache: from servers, many requests at a time, or from a model in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from openril.endpoints import ChatClient, RequestRefusedError
+from openril.errors import DataError, EndpointError, RecipeError
+from openril.recipe.schema import Recipe, Teacher
+from openril.records import STUDENT, Question, Response
+from openril.responses.cache import ResponseCache, Writer
+from openril.responses.claims import Claims, Work
+from openril.responses.identity import model_identity
+from openril.responses.requests import chat_messages, request_settings, response_seed, sampling_record
+from openril.sampling.protocol import Sampler
+from openril.storage import stable_hash
+
+POLL = 1.0
+"""Seconds between looks at blocks of questions that other processes hold."""
+
+
+class Progress(Protocol):
+    """Who wants to know how it goes."""
+
+    def start(self, source: str, total: int, done: int) -> None: ...
+    def update(self, source: str, *, done: int, in_flight: int, failed: int) -> None: ...
+    def note(self, message: str) -> None: ...
+
+
+class Silent:
+    """A ``Progress`` that shows nothing."""
+
+    def start(self, source: str, total: int, done: int) -> None: ...
+    def update(self, source: str, *, done: int, in_flight: int, failed: int) -> None: ...
+    def note(self, message: str) -> None: ...
+
+
+@dataclass
+class Collected:
+    """What one call of ``collect`` did for one source.
+
+    new: responses written by this process. cut, empty, refused: how many of them ended at the length limit, hold no
+    text, or are refusals (all are kept). failed: responses that could not be had; causes: their number by cause, with
+    the first few question ids.
+    """
+
+    source: str
+    total: int = 0
+    already: int = 0
+    new: int = 0
+    cut: int = 0
+    empty: int = 0
+    refused: int = 0
+    failed: int = 0
+    causes: dict[str, tuple[int, list[str]]] = field(default_factory=dict)
+
+    def count(self, response: Response) -> None:
+        self.new += 1
+        self.cut += response.finish_reason == "length"
+        self.empty += not response.text.strip()
+        self.refused += response.finish_reason in ("refusal", "content_filter")
+
+    def fail(self, question_id: str, cause: str, responses: int = 1) -> None:
+        self.failed += responses
+        if cause not in self.causes and len(self.causes) >= 20:
+            cause = "further causes"
+        number, examples = self.causes.get(cause, (0, []))
+        if question_id not in examples and len(examples) < 5:
+            examples = [*examples, question_id]
+        self.causes[cause] = (number + responses, examples)
+
+    def failure_report(self) -> str:
+        """One line for every cause."""
+        ranked = sorted(self.causes.items(), key=lambda item: -item[1][0])
+        return "\n".join(f"  {n} x {cause} (questions {', '.join(ids)}, ...)" for cause, (n, ids) in ranked)
+
+
+def collect(
+    recipe: Recipe,
+    questions: Sequence[Question],
+    source: str,
+    cache: ResponseCache,
+    progress: Progress | None = None,
+    *,
+    make_sampler: Callable[[Recipe, str], Sampler] | None = None,
+) -> Collected:
+    """Collect what is missing of ``recipe.collect.num_responses`` responses to each question from one source.
+
+    source: a teacher's name or ``STUDENT``. make_sampler: builds the engine of a local source from (recipe, source);
+    the default runs transformers. Several processes may do this at once and share the work. A response that cannot be
+    had after the endpoint's retries stays missing and is counted in the result; calling again asks for it anew.
+
+    Raises CacheError for stale responses or other settings than before, and EndpointError when the server refuses every
+    request or fails many in a row; what was collected is kept.
+    """
+    progress = progress or Silent()
+    teacher = teacher_of(recipe, source)
+    model, revision = model_identity(recipe, teacher)
+    cache.register(source, model=model, revision=revision, sampling=sampling_record(recipe, teacher))
+    wanted = recipe.collect.num_responses
+    missing = len(cache.missing(questions, source, wanted))
+    total = len(questions) * wanted
+    result = Collected(source, total=total, already=total - missing)
+    progress.start(source, total, result.already)
+    if not missing:
+        return result
+    claims = Claims(cache, questions, source, wanted)
+    with cache.writer(source) as writer:
+        try:
+            if teacher is not None and not teacher.model_path:
+                client = ChatClient(teacher, f"teacher {source}")
+                try:
+                    client.loop_thread.run(_Served(recipe, teacher, client, claims, writer, progress, result).run())
+                finally:
+                    client.close()
+            else:
+                sampler = (make_sampler or local_sampler)(recipe, source)
+                _collect_locally(recipe, source, sampler, claims, writer, progress, result)
+        finally:
+            claims.release()
+    return result
+
+
+def teacher_of(recipe: Recipe, source: str) -> Teacher | None:
+    """The recipe's teacher of that name; None for the student. Raises RecipeError for an unknown name."""
+    if source == STUDENT:
+        return None
+    for teacher in recipe.teachers:
+        if teacher.name == source:
+            return teacher
+    names = ", ".join([t.name for t in recipe.teachers] + [STUDENT])
+    raise RecipeError(f"no teacher is called {source!r}; the recipe's sources are {names}")
+
+
+def local_sampler(recipe: Recipe, source: str) -> Sampler:
+    """A transformers engine for the student or a local teacher."""
+    from openril.sampling.transformers_engine import TransformersSampler
+
+    teacher = teacher_of(recipe, source)
+    shared: dict[str, Any] = {
+        "max_prompt_length": recipe.data.max_prompt_length,
+        "max_image_pixels": recipe.data.max_image_pixels,
+        "allow_urls": recipe.data.allow_urls,
+        "questions_per_batch": recipe.collect.questions_per_batch,
+    }
+    if teacher is None:
+        return TransformersSampler.from_checkpoint(recipe.start_student, recipe.student, **shared)
+    return TransformersSampler.from_checkpoint(
+        teacher.model_path, trust_remote_code=teacher.trust_remote_code, system_prompt=teacher.system_prompt, **shared
+    )
+
+
+class _Served:
+    """One collection from a teacher's servers. Everything here runs on the client's loop."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        teacher: Teacher,
+        client: ChatClient,
+        claims: Claims,
+        writer: Writer,
+        progress: Progress,
+        result: Collected,
+    ) -> None:
+        self.recipe = recipe
+        self.teacher = teacher
+        self.client = client
+        self.claims = claims
+        self.writer = writer
+        self.progress = progress
+        self.result = result
+        self.settings = request_settings(recipe, teacher)
+        self.outstanding = 0
+        self.failures_in_a_row = 0
+        self.fatal: Exception | None = None
+
+    async def run(self) -> None:
+        running: set[asyncio.Task[None]] = set()
+        waiting = False
+        try:
+            while self.fatal is None:
+                # A question is prepared only when its requests are soon due: memory is bounded by the concurrency.
+                room = self.outstanding < 2 * self.teacher.concurrency
+                work = await asyncio.to_thread(self.claims.take) if room else None
+                if work is not None:
+                    self.outstanding += len(work[1])
+                    running.add(asyncio.create_task(self.answer_question(*work)))
+                elif running:
+                    ended, running = await asyncio.wait(running, timeout=POLL, return_when=asyncio.FIRST_COMPLETED)
+                    for task in ended:
+                        task.result()
+                elif self.claims.finished:
+                    return
+                else:
+                    waiting = _note_waiting(self.claims, self.progress, waiting)
+                    await asyncio.sleep(POLL)
+            raise self.fatal
+        finally:
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
+
+    async def answer_question(self, question: Question, indices: list[int]) -> None:
+        try:
+            messages = await asyncio.to_thread(
+                chat_messages,
+                question,
+                system_prompt=self.teacher.system_prompt,
+                max_pixels=self.recipe.data.max_image_pixels,
+                allow_urls=self.recipe.data.allow_urls,
+            )
+        except DataError as e:
+            self.result.fail(question.id, str(e), len(indices))
+            self.outstanding -= len(indices)
+        else:
+            await asyncio.gather(*(self.answer(question, messages, i) for i in indices))
+        finally:
+            self.claims.done(question)
+            self.show()
+
+    async def answer(self, question: Question, messages: list[dict[str, Any]], index: int) -> None:
+        """One response. Never raises but for cancellation: what must end the collection is left in ``fatal``."""
+        source = self.result.source
+        try:
+            seed = response_seed(self.recipe.seed, source, question.id, index)
+            completion = await self.client.chat(messages, seed=seed, **self.settings)
+            response = Response(question.id, source, index, completion.text, completion.finish_reason)
+            self.writer.append(question, response)
+            self.result.count(response)
+            self.failures_in_a_row = 0
+        except EndpointError as e:
+            self.result.fail(question.id, str(e))
+            self.failures_in_a_row += 1
+            if isinstance(e, RequestRefusedError) and (e.concerns_every_request or self.cure(e)):
+                self.fatal = self.fatal or EndpointError(f"{e}{self.cure(e)}")
+            elif self.failures_in_a_row >= max(20, 2 * self.teacher.concurrency):
+                self.fatal = self.fatal or EndpointError(
+                    f"{e}. Stopped after {self.failures_in_a_row} failures in a row"
+                )
+        except Exception as e:  # passed on by run()
+            self.fatal = self.fatal or e
+        finally:
+            self.outstanding -= 1
+            self.show()
+
+    def cure(self, error: RequestRefusedError) -> str:
+        """What to set when the server does not know a field we send; "" when it is something else."""
+        message = str(error)
+        if error.status not in (400, 422):
+            return ""
+        if self.teacher.send_vllm_fields and ("top_k" in message or "repetition_penalty" in message):
+            return (
+                f". This API knows only OpenAI's fields: set send_vllm_fields: false for teacher {self.result.source}"
+            )
+        if "max_tokens" in self.settings and "max_completion_tokens" in message:
+            length = self.recipe.collect.max_completion_length
+            return (
+                f". Set extra_body: {{max_completion_tokens: {length}}} for teacher {self.result.source}; it is then "
+                "sent in place of max_tokens"
+            )
+        return ""
+
+    def show(self) -> None:
+        result = self.result
+        in_flight = min(self.outstanding, self.teacher.concurrency)
+        self.progress.update(result.source, done=result.already + result.new, in_flight=in_flight, failed=result.failed)
+
+
+def _collect_locally(
+    recipe: Recipe,
+    source: str,
+    sampler: Sampler,
+    claims: Claims,
+    writer: Writer,
+    progress: Progress,
+    result: Collected,
+) -> None:
+    seed = stable_hash(recipe.seed, "collect", source) % 2**31
+    waiting = False
+    while True:
+        batch = take_batch(claims, recipe.collect.questions_per_batch)
+        if not batch:
+            if claims.finished:
+                return
+            waiting = _note_waiting(claims, progress, waiting)
+            time.sleep(POLL)
+            continue
+        # Questions that need the same indices go together; an interrupted batch may have left gaps.
+        by_run: dict[tuple[int, int], list[Question]] = {}
+        for question, indices in batch:
+            for run in runs(indices):
+                by_run.setdefault(run, []).append(question)
+        for (first, count), group in by_run.items():
+            answers = sampler.sample(
+                group,
+                count,
+                settings=recipe.collect.sampling,
+                max_completion_length=recipe.collect.max_completion_length,
+                seed=seed,
+                first_index=first,
+                source=source,
+            )
+            for question, responses in zip(group, answers, strict=True):
+                for response in responses:
+                    writer.append(question, response)
+                    result.count(response)
+            progress.update(source, done=result.already + result.new, in_flight=0, failed=0)
+        for question, _ in batch:
+            claims.done(question)
+
+
+def take_batch(claims: Claims, size: int) -> list[Work]:
+    """Up to ``size`` pieces of work; fewer when there are no more to be had now."""
+    batch: list[Work] = []
+    while len(batch) < size and (work := claims.take()) is not None:
+        batch.append(work)
+    return batch
+
+
+def runs(indices: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """(first, count) of each gapless stretch: [0, 1, 3] -> (0, 2), (3, 1)."""
+    start = 0
+    for i in range(1, len(indices) + 1):
+        if i == len(indices) or indices[i] != indices[i - 1] + 1:
+            yield indices[start], i - start
+            start = i
+
+
+def _note_waiting(claims: Claims, progress: Progress, noted: bool) -> bool:
+    if not noted:
+        progress.note(
+            f"{claims.source}: another process is collecting the last {claims.questions_elsewhere} questions; "
+            "waiting for it, and taking over if it stops"
+        )
+    return True

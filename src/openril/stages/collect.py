@@ -1,0 +1,179 @@
+"""`ril collect`: responses of every teacher and of the student into the cache, and their verdicts if wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from openril.errors import EndpointError
+from openril.recipe.schema import Recipe
+from openril.records import STUDENT, Question, Response
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from openril.responses.cache import ResponseCache
+    from openril.sampling.protocol import Sampler
+
+JudgeMany = Callable[[Sequence[Question], Sequence[Response]], Sequence[float | None]]
+"""Verdicts on responses, each beside its question; None where no verdict could be had."""
+
+JUDGED_AT_ONCE = 256
+
+
+def run_collect(
+    recipe: Recipe,
+    console: Console,
+    sources: list[str] | None = None,
+    *,
+    recollect: bool = False,
+    judge_many: JudgeMany | None = None,
+    make_sampler: Callable[[Recipe, str], Sampler] | None = None,
+) -> None:
+    """Collect what is missing; a complete cache returns at once.
+
+    sources: names of teachers, or ``STUDENT``; None for all the recipe wants. recollect: first drop cached responses
+    that no longer fit (stale questions, other model or settings). judge_many: judges the responses when
+    ``collect.judge_responses`` is set. make_sampler: see ``responses.collection.collect``.
+
+    Raises EndpointError when some responses could not be had: what came is kept, and calling again continues.
+    """
+    from openril.data.reading import read_questions
+    from openril.responses.cache import ResponseCache
+    from openril.responses.collection import collect, teacher_of
+
+    names = wanted_sources(recipe) if sources is None else sources
+    for name in names:
+        teacher_of(recipe, name)  # an unknown name is refused before any work
+    questions = read_questions(recipe.data, "train")
+    cache = ResponseCache.create(recipe.cache_path, shard_size=recipe.collect.shard_size)
+    if recollect:
+        for name in names:
+            drop_unfitting(recipe, cache, questions, name, console)
+    problems = []
+    with RichProgress(console) as progress:
+        for name in names:
+            try:
+                result = collect(recipe, questions, name, cache, progress, make_sampler=make_sampler)
+            except EndpointError as e:
+                problems.append(str(e))  # the other sources' servers may well be there
+                continue
+            notes = [(result.new, "new"), (result.cut, f"cut at {recipe.collect.max_completion_length} tokens")]
+            notes += [(result.empty, "empty"), (result.refused, "refused")]
+            details = ", ".join(f"{n} {what}" for n, what in notes if n)
+            progress.note(
+                f"{name}: {result.total - result.failed} of {result.total} responses" + f" ({details})" * bool(details)
+            )
+            if result.failed:
+                problems.append(f"{name}: {result.failed} responses could not be had:\n{result.failure_report()}")
+    if problems:
+        raise EndpointError("\n".join(problems) + "\nEverything collected is kept; the same command collects the rest")
+    if recipe.collect.judge_responses and judge_many is not None:
+        judge_cached(cache, questions, names, recipe.collect.num_responses, judge_many, console)
+
+
+def wanted_sources(recipe: Recipe) -> list[str]:
+    """All the recipe collects from: its teachers, then the student."""
+    return [t.name for t in recipe.teachers] + ([STUDENT] if recipe.collect.student else [])
+
+
+def drop_unfitting(
+    recipe: Recipe, cache: ResponseCache, questions: Sequence[Question], source: str, console: Console
+) -> None:
+    """Remove a source's responses that other settings, another model or older questions produced."""
+    from openril.responses.cache import differences
+    from openril.responses.collection import teacher_of
+    from openril.responses.identity import model_identity
+    from openril.responses.requests import sampling_record
+
+    old = cache.manifest()["sources"].get(source)
+    if old is None:
+        return
+    teacher = teacher_of(recipe, source)
+    model, revision = model_identity(recipe, teacher)
+    now = {"model": model, "revision": revision, "sampling": sampling_record(recipe, teacher)}
+    dropped = cache.discard(source) if differences(old, now) else cache.discard_stale(questions, source)
+    if dropped:
+        console.print(f"{source}: dropped {dropped} responses that no longer fit", highlight=False)
+
+
+def judge_cached(
+    cache: ResponseCache,
+    questions: Sequence[Question],
+    sources: Sequence[str],
+    num_responses: int,
+    judge_many: JudgeMany,
+    console: Console,
+) -> None:
+    """Judge every cached response that has no verdict yet; each batch's verdicts are kept at once."""
+    loaded = cache.load(questions, sources, num_responses, check_hashes=False)
+    by_id = {q.id: q for q in questions}
+    todo = (
+        response
+        for question in questions
+        for source in sources
+        for response, verdict in zip(
+            loaded.responses_for(question.id, source), loaded.verdicts_for(question.id, source), strict=True
+        )
+        if verdict is None
+    )
+    judged, unknown = 0, 0
+    for batch in batches(todo, JUDGED_AT_ONCE):
+        verdicts = judge_many([by_id[r.question_id] for r in batch], batch)
+        known = {(r.question_id, r.source, r.index): v for r, v in zip(batch, verdicts, strict=True) if v is not None}
+        cache.record_verdicts(known)
+        judged += len(known)
+        unknown += len(batch) - len(known)
+    cache.merge_verdicts()
+    note = f", {unknown} verdicts could not be had (the same command asks again)" if unknown else ""
+    console.print(f"judged {judged} responses{note}", highlight=False)
+
+
+def batches(items: Iterable[Response], size: int) -> Iterator[list[Response]]:
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch
+
+
+class RichProgress:
+    """Bars on the terminal, one a source."""
+
+    def __init__(self, console: Console) -> None:
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TaskID,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[state]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._tasks: dict[str, TaskID] = {}
+
+    def start(self, source: str, total: int, done: int) -> None:
+        self._tasks[source] = self._bars.add_task(source, total=total, completed=done, state="")
+
+    def update(self, source: str, *, done: int, in_flight: int, failed: int) -> None:
+        parts = [f"{in_flight} in flight"] * bool(in_flight) + [f"{failed} failed"] * bool(failed)
+        self._bars.update(self._tasks[source], completed=done, state=", ".join(parts))
+
+    def note(self, message: str) -> None:
+        self._bars.console.print(message, highlight=False, markup=False)
+
+    def __enter__(self) -> RichProgress:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
