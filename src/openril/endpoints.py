@@ -127,6 +127,7 @@ class ChatClient:
         self._in_flight: list[int] = []
         self._shunned_until: list[float] = []  # could not be reached
         self._paused_until: list[float] = []  # asked for a pause
+        self._headers: dict[str, Any] | None = None
         self._limit: asyncio.Semaphore | None = None
 
     def _start(self) -> None:
@@ -137,21 +138,20 @@ class ChatClient:
             # Environment proxies are for the internet; a loopback server must be reached directly.
             local = any(host in url for host in ("//127.", "//localhost", "//[::1]"))
             http_client = openai.DefaultAsyncHttpxClient(trust_env=False) if local else None
-            # Without a key no Authorization header is sent at all.
-            headers: dict[str, Any] = {} if self._key else {"Authorization": openai.Omit()}
             self._clients.append(
                 openai.AsyncOpenAI(
                     base_url=url,
                     api_key=self._key or "none",
                     timeout=self.endpoint.timeout,
                     max_retries=0,
-                    default_headers=headers,
                     http_client=http_client,
                 )
             )
             self._in_flight.append(0)
             self._shunned_until.append(0.0)
             self._paused_until.append(0.0)
+        # Without a key no Authorization header is sent at all.
+        self._headers = None if self._key else {"Authorization": openai.Omit()}
         self._limit = asyncio.Semaphore(self.endpoint.concurrency)
 
     async def chat(self, messages: list[dict[str, Any]], **settings: Any) -> Completion:
@@ -215,6 +215,7 @@ class ChatClient:
                 answer = await self._clients[server].chat.completions.create(
                     model=self.endpoint.model,
                     messages=messages,  # type: ignore[arg-type]
+                    extra_headers=self._headers,
                     **settings,
                 )
         except (TimeoutError, openai.APITimeoutError) as e:
@@ -256,7 +257,7 @@ class ChatClient:
         for url, client in zip(self.endpoint.base_urls, self._clients, strict=True):
             try:
                 async with asyncio.timeout(10.0):
-                    models = [m.id async for m in client.models.list()]
+                    models = [m.id async for m in client.models.list(extra_headers=self._headers)]
             except (openai.OpenAIError, ValueError, TypeError, AttributeError, TimeoutError) as e:
                 reason = str(e)[:200] or "no answer within 10 s"
                 problems.append(f"{self.what}: {url} cannot be asked for its models ({reason}); is the server running?")

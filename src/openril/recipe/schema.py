@@ -201,8 +201,8 @@ class Collect(Section):
     """Judge the collected responses at once, for instance for rejection sampling."""
     questions_per_batch: PositiveInt = 8
     """Questions a local model answers at a time."""
-    shard_size: PositiveInt = 512
-    """Responses a Parquet shard holds; a kill loses at most the unfinished requests, never a written response."""
+    shard_size: PositiveInt = 8192
+    """Responses a full Parquet shard holds. It does not matter for kills: every finished response is on disk at once."""
 
 
 class Judge(Endpoint):

@@ -35,7 +35,7 @@ FORMAT = "openril-responses"
 class ResponseCache:
     """A response cache folder. Make one with ``open`` or ``create``."""
 
-    def __init__(self, folder: Path, shard_size: int = 512) -> None:
+    def __init__(self, folder: Path, shard_size: int = 8192) -> None:
         self.folder = folder
         self.shard_size = shard_size
         self._seen: dict[str, int] = {}  # journal stem -> bytes read, or -1 once its shard is read
@@ -48,7 +48,7 @@ class ResponseCache:
     # Opening
 
     @classmethod
-    def create(cls, folder: str | Path, *, shard_size: int = 512) -> ResponseCache:
+    def create(cls, folder: str | Path, *, shard_size: int = 8192) -> ResponseCache:
         """Open the cache, making an empty one when there is none. shard_size: responses in a full shard."""
         cache = cls(Path(folder), shard_size)
         if not cache.manifest_path.exists():
@@ -60,7 +60,7 @@ class ResponseCache:
         return cls.open(folder, shard_size=shard_size)
 
     @classmethod
-    def open(cls, folder: str | Path, *, shard_size: int = 512) -> ResponseCache:
+    def open(cls, folder: str | Path, *, shard_size: int = 8192) -> ResponseCache:
         """Open an existing cache and turn journals that dead writers left into shards.
 
         Raises CacheError when there is no cache, it is damaged, or a newer OpenRIL made it.

@@ -24,8 +24,9 @@ class LoadedResponses(Mapping[str, list[Response]]):
         self.question_ids = tuple(question_ids)
         self._question_number = {id: i for i, id in enumerate(self.question_ids)}
         self._source_number = {source: i for i, source in enumerate(self.sources)}
-        self._table = table
-        self._columns = {name: table[name] for name in table.column_names}
+        # Only what records are built from stays; the rest becomes numbers.
+        kept = [name for name in ("text", "finish_reason", "token_ids") if name in table.column_names]
+        self._columns = {name: table[name] for name in kept}
         q = codes(table["question_id"], self.question_ids)
         s = codes(table["source"], self.sources)
         index = table["index"].to_numpy().astype(np.int64)
@@ -39,6 +40,9 @@ class LoadedResponses(Mapping[str, list[Response]]):
         # Slot q * S + s holds that question's and source's rows: self._rows[starts[slot] : starts[slot + 1]].
         self._starts = np.searchsorted(key, np.arange(len(self.question_ids) * len(self.sources) + 1))
         self._verdicts = table["verdict"].to_numpy(zero_copy_only=False).astype(np.float32)[self._rows]
+        hashes = table["question_hash"].combine_chunks().dictionary_encode()
+        self._hash_values = hashes.dictionary.to_pylist()
+        self._hash_codes = hashes.indices.to_numpy()[self._rows]
 
     def _slot(self, question_id: str, source: str) -> tuple[int, int]:
         """Start and end of this question's and source's rows. Raises CacheError for what was not loaded."""
@@ -106,12 +110,10 @@ class LoadedResponses(Mapping[str, list[Response]]):
         """(question id, source) pairs that hold a response to another content than ``hashes`` says, in order."""
         if not len(self._rows):
             return []
-        encoded = self._columns["question_hash"].combine_chunks().dictionary_encode()
-        number = {value: i for i, value in enumerate(encoded.dictionary.to_pylist())}
+        number = {value: i for i, value in enumerate(self._hash_values)}
         expected = np.array([number.get(hashes[id], -1) for id in self.question_ids], np.int64)
-        cached = encoded.indices.to_numpy()[self._rows]
         slot = np.repeat(np.arange(len(self._starts) - 1), np.diff(self._starts))
-        wrong = np.unique(slot[cached != expected[slot // len(self.sources)]])
+        wrong = np.unique(slot[self._hash_codes != expected[slot // len(self.sources)]])
         return [(self.question_ids[i // len(self.sources)], self.sources[i % len(self.sources)]) for i in wrong]
 
     # Mapping of question id -> all its responses
