@@ -42,8 +42,8 @@ Does the generated text capture the ground truth?"""
 NUDGES = (
     "",
     "\nExplain briefly, then write the digit inside the answer tags as your very last words.",
-    "\nYour reply must be: one sentence of explanation, then the opening answer tag, one digit (0 or 1), and the closing"
-    " answer tag. Write the tags once.",
+    "\nYour reply must be: one sentence of explanation, then the opening answer tag, one digit (0 or 1), and the"
+    " closing answer tag. Write the tags once.",
 )
 """Added to the prompt when a verdict could not be read; further attempts repeat the last with their number."""
 

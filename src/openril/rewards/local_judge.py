@@ -1,0 +1,131 @@
+"""A judge from a local checkpoint, run with transformers in this process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import openril.models.torchvision_cure  # noqa: F401  (must come before transformers)
+
+# isort: split
+import torch
+from jinja2 import TemplateError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    GenerationConfig,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+from openril.data.text import strip_special
+from openril.endpoints import EventLoopThread
+from openril.errors import ModelError
+from openril.recipe.schema import Judge as JudgeSettings
+from openril.rewards.judge import Settle
+from openril.rewards.verdicts import Verdict
+
+
+class LocalJudge:
+    """Judges one prompt at a time: a verdict never depends on what else is judged beside it. Vision-language
+    checkpoints are used for text alone.
+
+    Work is done when a result is asked for, in a thread of its own, so that autocast and gradient modes of the caller
+    do not reach it; the random state is put back afterwards. Raises ModelError for a checkpoint that cannot be loaded
+    or has no chat template.
+    """
+
+    def __init__(self, settings: JudgeSettings, device: str | None = None) -> None:
+        self.settings = settings
+        self.name = settings.model_path + (f"@{settings.revision}" if settings.revision else "")
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        where: dict[str, Any] = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
+        dtype = torch.float32 if self.device.type == "cpu" else "auto"
+        try:
+            config = AutoConfig.from_pretrained(settings.model_path, **where)
+            vision = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+            loader = AutoModelForImageTextToText if vision else AutoModelForCausalLM
+            model: Any = loader.from_pretrained(settings.model_path, dtype=dtype, **where)
+            self.tokenizer = AutoTokenizer.from_pretrained(settings.model_path, **where)
+            if self.tokenizer.chat_template is None and vision:
+                self.tokenizer.chat_template = AutoProcessor.from_pretrained(settings.model_path, **where).chat_template
+        except (OSError, ValueError, ImportError) as e:
+            raise ModelError(f"judge.model_path: cannot load {settings.model_path}: {e}") from e
+        if self.tokenizer.chat_template is None:
+            raise ModelError(
+                f"judge.model_path: {settings.model_path} has no chat template; use an instruction-tuned model,"
+                " or add chat_template.jinja to its folder"
+            )
+        self.model = model.to(self.device).eval()
+        added = self.tokenizer.added_tokens_decoder.values()
+        self._special = [*self.tokenizer.all_special_tokens, *(token.content for token in added if token.special)]
+        self._loop = EventLoopThread()
+
+    async def ask(self, messages: list[dict[str, str]], seed: int) -> str:
+        ids = self.tokenizer(self.render(messages), add_special_tokens=False, return_tensors="pt")["input_ids"]
+        generation = GenerationConfig(
+            max_new_tokens=self.settings.max_tokens,
+            do_sample=self.settings.temperature > 0,
+            temperature=self.settings.temperature or None,
+            top_k=None,
+            eos_token_id=self._end_ids(),
+            pad_token_id=self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self._end_ids()[0],
+        )
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), torch.inference_mode():
+            torch.manual_seed(seed)
+            ids = ids.to(self.device)
+            out = self.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=generation)
+        return str(self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+
+    def render(self, messages: list[dict[str, str]]) -> str:
+        """The prompt as text. Templates without a system role get the system text at the head of the user's; templates
+        that want content in parts get parts."""
+        cleaned = [{**m, "content": strip_special(m["content"], extra=self._special)} for m in messages]
+        folded = [{"role": "user", "content": "\n\n".join(m["content"] for m in cleaned)}]
+        for chat in (cleaned, folded):
+            for in_parts in (False, True):
+                candidate: list[dict[str, Any]] = [
+                    {**m, "content": [{"type": "text", "text": m["content"]}]} if in_parts else m for m in chat
+                ]
+                try:
+                    text = self.tokenizer.apply_chat_template(candidate, tokenize=False, add_generation_prompt=True)
+                except (TemplateError, TypeError):
+                    continue
+                if isinstance(text, str) and all(m["content"].strip() in text for m in cleaned):
+                    return text
+        raise ModelError(f"judge.model_path: the chat template of {self.settings.model_path} leaves out the prompt")
+
+    def _end_ids(self) -> list[int]:
+        config = getattr(self.model, "generation_config", None)
+        ids = getattr(config, "eos_token_id", None)
+        ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+        if self.tokenizer.eos_token_id is not None:
+            ids = [self.tokenizer.eos_token_id, *ids]
+        if not ids:
+            raise ModelError(f"judge.model_path: {self.settings.model_path} names no end-of-sequence token")
+        return list(dict.fromkeys(ids))
+
+    def start(self, settle: Settle) -> _Later:
+        return _Later(settle, self._loop)
+
+    def close(self) -> None:
+        self._loop.close()
+
+
+class _Later:
+    """A verdict that is settled when it is first asked for."""
+
+    def __init__(self, settle: Settle, loop: EventLoopThread) -> None:
+        self._settle = settle
+        self._loop = loop
+        self._verdict: Verdict | None = None
+
+    def result(self) -> Verdict:
+        if self._verdict is None:
+            self._verdict = self._loop.run(self._settle())
+        return self._verdict
+
+    def cancel(self) -> bool:
+        return False
