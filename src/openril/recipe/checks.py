@@ -99,8 +99,10 @@ def _data(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
                 yield Problem(
                     key, f"no such file: {path.resolve()}", "paths count from the current directory; correct it"
                 )
-    both = {str(Path(n).resolve()) for n in data.train} & {str(Path(n).resolve()) for n in data.validation}
-    if both and data.split == data.validation_split:
+    both = {n for n in data.train if n in data.validation}
+    if data.split != data.validation_split:  # then folders and hub names stand for two different things
+        both = {n for n in both if Path(n).suffix in DATA_SUFFIXES}
+    if both:
         cure = "keep validation questions out of training, or the score says nothing"
         yield Problem("data.validation", f"also in data.train: {', '.join(sorted(both))}", cure, "warning")
     for field in data.columns:
@@ -260,7 +262,8 @@ def _collection(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem
 
 
 def _discriminator(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
-    pretrains = stage == "discriminator" or (stage == "run" and recipe.uses_discriminator)
+    enabled = recipe.discriminator.pretraining.enabled
+    pretrains = stage == "discriminator" or (stage == "run" and recipe.uses_discriminator and enabled)
     needed = pretrains or (_loop_in(stage) and recipe.uses_discriminator)
     if not needed:
         return
@@ -307,7 +310,10 @@ def _discriminator(recipe: Recipe, stage: str, world_size: int) -> Iterator[Prob
         yield from _schedule(d.pretraining.optimiser, "discriminator.pretraining.optimiser")
     if stage == "discriminator" and not _cached(recipe):
         yield Problem("cache_dir", f"{recipe.cache_path} holds no responses", "run `ril collect` first")
-    if stage == "train" and (why := _missing_checkpoint(str(recipe.discriminator_path))):
+    if _loop_in(stage) and not enabled and d.mode == "fixed":
+        cure = "turn it on, or set discriminator.mode to updated"
+        yield Problem("discriminator.pretraining.enabled", "is off, so a fixed discriminator would know nothing", cure)
+    if stage == "train" and enabled and (why := _missing_checkpoint(str(recipe.discriminator_path))):
         yield Problem("discriminator.mode", f"is {d.mode}, but {why}", "run `ril discriminator` first")
 
 

@@ -1,0 +1,353 @@
+"""``ril check``: everything that can be known before a run costs anything, on one page."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+
+import openril.models.torchvision_cure  # noqa: F401  (must come before transformers)
+from openril.data.preflight import CountTokens, Report, Size, preflight
+from openril.data.text import strip_special
+from openril.endpoints import ChatClient
+from openril.errors import ModelError, OpenRILError
+from openril.models.loading import load_config, load_processor
+from openril.models.prompts import question_messages
+from openril.recipe.checks import cross_check
+from openril.recipe.schema import Endpoint, Recipe
+from openril.records import Question
+from openril.stages import estimate
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_PROBE_SECONDS = 60.0
+
+
+class _Page:
+    """Prints findings as they come, and remembers whether any of them stops the run."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.errors = 0
+        self.warnings = 0
+
+    def heading(self, text: str) -> None:
+        self.console.print(f"\n[bold]{escape(text)}[/bold]")
+
+    def good(self, text: str) -> None:
+        self.console.print(f"  [green]ok[/green]       {escape(text)}", highlight=False, soft_wrap=True)
+
+    def error(self, text: str) -> None:
+        self.errors += 1
+        self.console.print(f"  [red]problem[/red]  {escape(text)}", highlight=False, soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        self.warnings += 1
+        self.console.print(f"  [yellow]warning[/yellow]  {escape(text)}", highlight=False, soft_wrap=True)
+
+    def plain(self, text: str) -> None:
+        self.console.print(f"           {escape(text)}", highlight=False, soft_wrap=True)
+
+
+def run_check(recipe: Recipe, console: Console, world_size: int = 1) -> int:
+    """Check settings, data, models, servers, memory and disk for ``ril run``. Nothing is trained, sent for an answer or
+    written.
+
+    world_size: number of training processes planned. Returns 0 when nothing stands in the way, else 2.
+    """
+    page = _Page(console)
+    page.heading("Settings")
+    problems = cross_check(recipe, "run", world_size)
+    for problem in problems:
+        (page.error if problem.level == "error" else page.warn)(str(problem))
+    if not problems:
+        page.good("they fit together")
+
+    page.heading("Models")
+    shape, count_tokens = _check_student(recipe, page)
+    for what, endpoint in _endpoints(recipe):
+        if endpoint.model_path and not endpoint.base_urls:
+            _check_local(endpoint, what, page)
+
+    page.heading("Data")
+    reports = {which: _check_data(recipe, which, count_tokens, page) for which in ("train", "validation")}
+
+    page.heading("Servers")
+    _check_servers(recipe, page)
+
+    page.heading("What the run will need")
+    train, validation = reports["train"], reports["validation"]
+    _say_needs(recipe, shape, train, validation, world_size, page)
+
+    if page.errors:
+        console.print(f"\n[red]{page.errors} problem{'s' * (page.errors != 1)}[/red], {page.warnings} warnings")
+        return 2
+    console.print(f"\n[green]Ready.[/green] {page.warnings} warning{'s' * (page.warnings != 1)}")
+    return 0
+
+
+def _endpoints(recipe: Recipe) -> list[tuple[str, Endpoint]]:
+    """Teachers, and the judge where something asks it."""
+    found: list[tuple[str, Endpoint]] = [(f"teacher {t.name}", t) for t in recipe.teachers]
+    asked = [recipe.answer_kind, recipe.eval.score if recipe.data.validation else "rules"]
+    if any(kind in ("judge", "rules_then_judge") for kind in asked):
+        found.append(("judge", recipe.judge))
+    return found
+
+
+# Models
+
+
+def _check_student(recipe: Recipe, page: _Page) -> tuple[estimate.Shape | None, CountTokens | None]:
+    student = recipe.student
+    if not student.model:
+        page.error("student.model is empty, so lengths and memory cannot be worked out")
+        return None, None
+    shape, counter = None, None
+    try:
+        config = load_config(student.model, trust_remote_code=student.trust_remote_code)
+        _require_image_text_to_text(config, student.model)
+        parameters = _parameters(student.model, student.revision)
+        if parameters is None:
+            page.warn(f"student: the sizes of {student.model}'s weights could not be read; no memory estimate")
+        else:
+            shape = estimate.shape_of(config, parameters)
+        size = f", {_count(shape.total)} parameters" if shape is not None else ""
+        page.good(f"student: {student.model} ({config.model_type}{size})")
+    except OpenRILError as e:
+        page.error(str(e))
+    try:
+        processor = load_processor(
+            student.model,
+            revision=student.revision,
+            trust_remote_code=student.trust_remote_code,
+            min_pixels=student.min_pixels,
+            max_pixels=student.max_pixels,
+        )
+        counter = TokenCounter(processor, student.system_prompt)
+        page.good(f"student: {type(processor).__name__} with a chat template")
+    except OpenRILError as e:
+        page.error(str(e))
+    return shape, counter
+
+
+def _require_image_text_to_text(config: Any, model: str) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    if type(config) not in AutoModelForImageTextToText._model_mapping and not getattr(config, "auto_map", None):
+        raise ModelError(
+            f"student: {model} is a {config.model_type} model, which takes no images (no AutoModelForImageTextToText); "
+            "choose a vision-language model"
+        )
+
+
+def _parameters(model: str, revision: str | None) -> dict[str, int] | None:
+    """Parameters by module group, of a folder or a hub model; None when the hub does not say."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return estimate.checkpoint_parameters(folder)
+    from huggingface_hub import get_safetensors_metadata
+
+    try:
+        metadata = get_safetensors_metadata(model, revision=revision)
+    except Exception as e:  # offline, gated, renamed, without safetensors: one answer for all
+        import logging
+
+        logging.getLogger(__name__).info("no safetensors metadata of %s: %s", model, e)
+        return None
+    tensors = {n: t.parameter_count for f in metadata.files_metadata.values() for n, t in f.tensors.items()}
+    return estimate.by_group(tensors)
+
+
+def _check_local(endpoint: Endpoint, what: str, page: _Page) -> None:
+    try:
+        config = load_config(endpoint.model_path, what=what, trust_remote_code=endpoint.trust_remote_code)
+        parameters = _parameters(endpoint.model_path, endpoint.revision)
+    except OpenRILError as e:
+        page.error(str(e))
+        return
+    size = f", {_count(sum(parameters.values()))} parameters" if parameters else ""
+    page.good(f"{what}: {endpoint.model_path} ({config.model_type}{size}), in this process")
+
+
+class TokenCounter:
+    """Prompt lengths without opening images, from the processor's own rule for the number of image tokens.
+
+    The rule is compared with real calls of the processor on the first few image sizes; where they differ, or the
+    processor has no such rule, every distinct size is measured by a real call on a blank image.
+    Raises ModelError when there is no chat template.
+    """
+
+    _COMPARED = 3
+
+    def __init__(self, processor: Any, system_prompt: str = "") -> None:
+        self.processor = processor
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        if getattr(processor, "chat_template", None) is None and getattr(self.tokenizer, "chat_template", None) is None:
+            raise ModelError("student: the checkpoint has no chat template; add chat_template.jinja to its folder")
+        self.template = processor if getattr(processor, "chat_template", None) else self.tokenizer
+        self.system_prompt = system_prompt
+        special = set(self.tokenizer.all_special_tokens)
+        special |= {str(t) for t in self.tokenizer.added_tokens_decoder.values() if t.special}
+        self.special = sorted(special)
+        self.exact_rule: bool | None = True if hasattr(processor, "_get_num_multimodal_tokens") else None
+        self.compared: set[tuple[Size, ...]] = set()
+        self.measured: dict[tuple[Size, ...], int] = {}
+
+    def __call__(self, question: Question, sizes: Sequence[Size]) -> tuple[int, int]:
+        """(prompt tokens, image tokens) of a question whose images have these (width, height)."""
+        messages = question_messages(question, self.system_prompt, lambda t: strip_special(t, self.special))
+        text = self.template.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        length = len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        if not sizes:
+            return length, 0
+        key = tuple(sizes)
+        if self.exact_rule:
+            image = self._by_rule(key)
+            if key in self.compared or len(self.compared) >= self._COMPARED:
+                return length - len(sizes) + image, image
+            self.compared.add(key)
+            if self._measure(text, key) == length - len(sizes) + image:
+                return length - len(sizes) + image, image
+            self.exact_rule = False
+        if key not in self.measured:
+            self.measured[key] = self._measure(text, key) - length + len(sizes)
+        image = self.measured[key]
+        return length - len(sizes) + image, image
+
+    def _by_rule(self, sizes: tuple[Size, ...]) -> int:
+        counts = self.processor._get_num_multimodal_tokens(image_sizes=[(h, w) for w, h in sizes])
+        return int(sum(counts.num_image_tokens))
+
+    def _measure(self, text: str, sizes: tuple[Size, ...]) -> int:
+        from PIL import Image
+
+        blank = [Image.new("RGB", size) for size in sizes]
+        return int(self.processor(text=[text], images=[blank], return_tensors="pt")["input_ids"].shape[1])
+
+
+# Data
+
+
+def _check_data(recipe: Recipe, which: Any, count_tokens: CountTokens | None, page: _Page) -> Report | None:
+    if not getattr(recipe.data, which):
+        if which == "validation":
+            page.warn("data.validation is empty: no score during training, and nothing for `ril eval`")
+        return None
+    from rich.progress import Progress
+
+    needed = recipe.answer_kind != "none" or (recipe.sft.enabled and recipe.sft.on == "answers")
+    try:
+        with Progress(console=page.console, transient=True) as bar:
+            task = bar.add_task(f"reading data.{which}", total=None)
+            report = preflight(
+                recipe.data,
+                which,
+                count_tokens,
+                answers_needed=needed,
+                rule=recipe.rewards.answer.rule,
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
+            )
+    except OpenRILError as e:
+        page.error(str(e))
+        return None
+    report.print(page.console)
+    page.errors += len(report.errors)
+    page.warnings += len(report.warnings)
+    if not report.num_questions and not report.errors:
+        page.error(f"data.{which} holds no questions")
+    return report
+
+
+# Servers
+
+
+def _check_servers(recipe: Recipe, page: _Page) -> None:
+    asked = [(what, endpoint) for what, endpoint in _endpoints(recipe) if endpoint.base_urls]
+    if not asked:
+        page.good("none are used")
+    for what, endpoint in asked:
+        try:
+            client = ChatClient(endpoint, what)
+        except OpenRILError as e:
+            page.error(str(e))
+            continue
+        try:
+            problems = client.loop_thread.submit(client.probe()).result(timeout=_PROBE_SECONDS)
+        except TimeoutError:
+            problems = [f"{what}: the servers did not list their models within {_PROBE_SECONDS:g} s"]
+        finally:
+            client.close()
+        for problem in problems:
+            page.error(problem)
+        if not problems:
+            page.good(f"{what}: {endpoint.model} at {', '.join(endpoint.base_urls)}")
+
+
+# Needs
+
+
+def _say_needs(
+    recipe: Recipe,
+    shape: estimate.Shape | None,
+    train: Report | None,
+    validation: Report | None,
+    world_size: int,
+    page: _Page,
+) -> None:
+    if train is not None and train.num_usable:
+        work = estimate.work(recipe, train.num_usable, validation.num_usable if validation else 0)
+        page.plain(
+            f"{work.steps:,} steps on {work.questions:,} questions, {work.student_samples:,} student samples; "
+            f"{work.collected_responses:,} responses to collect"
+        )
+        for server, number in work.requests.items():
+            page.plain(f"up to {number:,} requests to {server}")
+        if recipe.train.questions_per_step > work.questions:
+            page.warn(f"train.questions_per_step is {recipe.train.questions_per_step}, more than there are questions")
+    if shape is None:
+        return
+    long_prompt = float(recipe.data.max_prompt_length)
+    if train is not None and train.prompt_tokens is not None and train.prompt_tokens.p95:
+        long_prompt = train.prompt_tokens.p95
+    memory = estimate.loop_memory(recipe, shape, long_prompt)
+    page.plain(f"loop, memory of one process without sharding: {_gib(memory.total)}")
+    for name, amount in memory.parts.items():
+        page.plain(f"  {_gib(amount):>10}  {name.removeprefix('loop: ')}")
+    if world_size > 1:
+        sharded = memory.total - memory.shardable + memory.shardable // world_size
+        page.plain(f"with FSDP or ZeRO-3 over {world_size} processes: {_gib(sharded)} each")
+    _check_device(memory, world_size, page)
+    checkpoints = estimate.checkpoint_bytes(recipe, shape) * (recipe.train.keep_checkpoints + 1)
+    place = recipe.run_path
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    text = f"disk: about {_gib(checkpoints)} for checkpoints, {_gib(free)} free at {place}"
+    (page.error if checkpoints > free else page.good)(text)
+
+
+def _check_device(memory: estimate.Memory, world_size: int, page: _Page) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        return
+    there = torch.cuda.get_device_properties(0).total_memory
+    least = memory.total - memory.shardable + memory.shardable // max(world_size, 1)
+    if least > there:
+        page.warn(
+            f"this device has {_gib(there)}, less than the estimated {_gib(least)}; shard over more processes, turn on "
+            "student.gradient_checkpointing, lower train.groups_per_micro_batch, or use student.lora"
+        )
+
+
+def _gib(amount: float) -> str:
+    return f"{amount / estimate.GIB:,.1f} GiB" if amount >= 0.1 * estimate.GIB else f"{amount / 2**20:,.1f} MiB"
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.2f}B" if number >= 1e8 else f"{number / 1e6:.2f}M"

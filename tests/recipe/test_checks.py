@@ -1,0 +1,197 @@
+"""Cross-checks: each reason a recipe cannot work, and that a good recipe passes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from openril.errors import RecipeError
+from openril.recipe.checks import STAGES, cross_check, require
+from openril.recipe.schema import Recipe
+
+
+@pytest.fixture
+def good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
+    """A recipe for which everything is in place: data, checkpoints, a cache, a pre-trained discriminator."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("model", "run/sft/student", "run/discriminator/discriminator"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "config.json").write_text("{}")
+    (tmp_path / "run/responses").mkdir()
+    (tmp_path / "run/responses/shard-0.parquet").touch()
+    for name in ("train.jsonl", "validation.jsonl"):
+        (tmp_path / name).write_text("{}\n")
+    served = {"base_urls": ["http://127.0.0.1:1/v1"], "model": "m"}
+    return Recipe.model_validate(
+        {
+            "run_dir": "run",
+            "data": {"train": ["train.jsonl"], "validation": ["validation.jsonl"]},
+            "student": {"model": "./model"},
+            "teachers": [{"name": "qwen72b", **served}, {"name": "intern78b", **served}],
+            "judge": served,
+        }
+    )
+
+
+def change(recipe: Recipe, **changes: Any) -> Recipe:
+    """changes: dotted names with __ for the dots."""
+    values = recipe.model_dump()
+    for name, value in changes.items():
+        *sections, last = name.split("__")
+        place = values
+        for section in sections:
+            place = place[int(section)] if section.isdigit() else place[section]
+        place[last] = value
+    return Recipe.model_validate(values)
+
+
+def found(recipe: Recipe, stage: str, world_size: int = 1, level: str = "error") -> dict[str, str]:
+    return {p.key: str(p) for p in cross_check(recipe, stage, world_size) if p.level == level}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_good_recipe_has_no_problems_at_any_stage(good: Recipe, stage: str) -> None:
+    assert cross_check(good, stage) == []
+
+
+CASES: list[tuple[str, dict[str, Any], str, str]] = [
+    ("train", {"train__algorithm": "ril", "teachers": []}, "teachers", "no teachers"),
+    ("run", {"discriminator__mode": "none", "teachers": [], "rewards__similarity__weight": 0}, "teachers", "no teachers"),
+    ("train", {"cache_dir": "elsewhere"}, "cache_dir", "run `ril collect` first"),
+    ("discriminator", {"cache_dir": "elsewhere"}, "cache_dir", "run `ril collect` first"),
+    ("train", {"discriminator__mode": "none"}, "discriminator.mode", "or rewards.similarity.weight to 0"),
+    ("train", {"discriminator__mode": "none", "train__algorithm": "gail"}, "discriminator.mode", "updated or fixed"),
+    ("train", {"run_dir": "other", "cache_dir": "run/responses", "sft__enabled": False}, "discriminator.mode", "ril discr"),
+    ("run", {"discriminator__mode": "fixed", "discriminator__pretraining__enabled": False},
+     "discriminator.pretraining.enabled", "would know nothing"),
+    ("train", {"judge__base_urls": []}, "judge", "neither base_urls nor model_path"),
+    ("train", {"judge__base_urls": [], "rewards__answer__kind": "rules_then_judge"}, "judge", "rules_then_judge"),
+    ("eval", {"judge__base_urls": [], "eval__score": "judge"}, "judge", "eval.score"),
+    ("train", {"judge__model_path": "model"}, "judge.model_path", "keep one"),
+    ("train", {"judge__model": ""}, "judge.model", "is empty"),
+    ("train", {"judge__base_urls": ["localhost:8000"]}, "judge.base_urls", "http"),
+    ("train", {"judge__api_key_env": "OPENRIL_NOT_SET"}, "judge.api_key_env", "export OPENRIL_NOT_SET"),
+    ("collect", {"teachers__0__base_urls": []}, "teachers.0", "neither base_urls nor model_path"),
+    ("collect", {"teachers__0__model_path": "model"}, "teachers.0.model_path", "keep one"),
+    ("collect", {"teachers__0__name": "student"}, "teachers.0.name", "reserved"),
+    ("collect", {"teachers__0__name": "intern78b"}, "teachers.1.name", "used twice"),
+    ("collect", {"teachers__0__name": ""}, "teachers.0.name", "is empty"),
+    ("collect", {"teachers": [], "collect__student": False}, "collect", "add teachers"),
+    ("train", {"train__teachers": ["qwen27b"]}, "train.teachers", "did you mean qwen72b?"),
+    ("sft", {"sft__on": "teacher_responses", "sft__sources": ["intern"]}, "sft.sources", "did you mean intern78b?"),
+    ("sft", {"sft__on": "teacher_responses", "cache_dir": "elsewhere"}, "sft.on", "run `ril collect` first"),
+    ("sft", {"sft__batch_size": 10, "sft__micro_batch_size": 4}, "sft.batch_size", "multiple"),
+    ("train", {"train__num_teacher_responses": 0}, "train.num_teacher_responses", "nothing to compare with"),
+    ("train", {"train__num_teacher_responses": -1}, "train.num_teacher_responses", "negative"),
+    # 9 over two teachers is 5 + 4, one more than the 4 that were collected.
+    ("train", {"train__num_teacher_responses": 9, "collect__num_responses": 4}, "train.num_teacher_responses", "up to 5"),
+    ("train", {"train__num_teacher_responses": 5, "train__per_teacher": True, "collect__num_responses": 4},
+     "train.num_teacher_responses", "up to 5"),
+    ("train", {"train__algorithm": "grpo", "train__num_generations": 1}, "train.num_generations", "standard deviation"),
+    ("train", {"train__num_generations": 1, "train__teacher_responses_in_update": False}, "train.num_generations", "of one"),
+    ("train", {"train__questions_per_step": 10, "train__groups_per_micro_batch": 4}, "train.questions_per_step", "8 or 12"),
+    ("train", {"train__eval_every": 5, "data__validation": []}, "train.eval_every", "data.validation is empty"),
+    ("train", {"rewards__answer__rule": "exakt"}, "rewards.answer.rule", "did you mean exact?"),
+    ("train", {"rewards__answer__kind": "none", "rewards__similarity__weight": 0}, "rewards", "nothing to learn"),
+    ("train", {"rewards__functions": [{"function": "nowhere"}]}, "rewards.functions.0.function", "package.module:name"),
+    ("train", {"rewards__functions": [{"function": "no.py:f"}]}, "rewards.functions.0.function", "no such file"),
+    ("run", {"data__selection": {"enabled": True}, "collect__student": False}, "data.selection.drop_overlong", "student"),
+    ("run", {"data__selection": {"enabled": True, "reference": "./model"}}, "data.selection.reference", "itself"),
+    ("run", {"collect__student": False}, "collect.student", "pre-training needs student responses"),
+    ("run", {"discriminator__pretraining__responses_per_question": 17},
+     "discriminator.pretraining.responses_per_question", "17 are wanted of 16"),
+    ("eval", {"data__validation": []}, "data.validation", "is empty"),
+    ("train", {"data__train": []}, "data.train", "is empty"),
+    ("train", {"data__train": ["trian.jsonl"]}, "data.train", "no such file"),
+    ("train", {"data__columns": {"qestion": "q"}}, "data.columns.qestion", "did you mean question?"),
+    ("run", {"student__model": ""}, "student.model", "is empty"),
+    ("run", {"student__model": "./nowhere"}, "student.model", "no such folder"),
+    ("train", {"run_dir": "fresh", "cache_dir": "run/responses"}, "sft.enabled", "run `ril sft` first"),
+    ("run", {"student__min_pixels": 9, "student__max_pixels": 4}, "student.min_pixels", "larger"),
+    ("run", {"run_dir": "train.jsonl"}, "run_dir", "is a file"),
+    ("run", {"discriminator__asleep_accuracy": 0.99}, "discriminator.asleep_accuracy", "not below"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("stage", "changes", "key", "words"), CASES)
+def test_errors_name_key_reason_and_cure(good: Recipe, stage: str, changes: dict, key: str, words: str) -> None:
+    problems = found(change(good, **changes), stage)
+    assert key in problems and words in problems[key], problems
+
+
+WARNINGS: list[tuple[str, dict[str, Any], str, str]] = [
+    ("train", {"train__beta": 0}, "train.beta", "collapse"),
+    ("train", {"train__precision": "pure_bf16"}, "train.precision", "round away"),
+    ("train", {"train__num_teacher_responses": 1}, "train.num_teacher_responses", "absent from every group"),
+    (
+        "run",
+        {"train__num_generations": 20, "train__num_teacher_responses": 4},
+        "collect.num_responses",
+        "pre-training sees",
+    ),
+    ("train", {"data__validation": ["train.jsonl"]}, "data.validation", "also in data.train"),
+    (
+        "run",
+        {"data__selection": {"enabled": True}, "collect__max_completion_length": 9},
+        "data.selection.drop_overlong",
+        "9",
+    ),
+]
+
+
+@pytest.mark.parametrize(("stage", "changes", "key", "words"), WARNINGS)
+def test_warnings_are_said_but_stop_nothing(good: Recipe, stage: str, changes: dict, key: str, words: str) -> None:
+    recipe = change(good, **changes)
+    assert words in found(recipe, stage, level="warning")[key]
+    assert key in [p.key for p in require(recipe, stage)]
+
+
+def test_uneven_shares_of_teachers_are_fine(good: Recipe) -> None:
+    assert found(change(good, train__num_teacher_responses=5), "train") == {}
+
+
+def test_one_student_sample_is_enough_beside_teacher_responses(good: Recipe) -> None:
+    assert found(change(good, train__num_generations=1, train__num_teacher_responses=1), "train") == {}
+
+
+def test_rl_only_needs_no_teachers_cache_or_discriminator(good: Recipe) -> None:
+    changes = {"teachers": [], "train__algorithm": "dr_grpo", "cache_dir": "elsewhere", "sft__enabled": False}
+    assert found(change(good, **changes), "train") == {}
+
+
+def test_a_run_makes_its_own_cache_and_models(good: Recipe) -> None:
+    assert found(change(good, run_dir="fresh"), "run") == {}
+
+
+def test_a_judge_nobody_asks_need_not_exist(good: Recipe) -> None:
+    assert found(change(good, judge__base_urls=[], judge__model="", rewards__answer__kind="rules"), "run") == {}
+
+
+def test_collection_from_teachers_alone_needs_no_student(good: Recipe) -> None:
+    assert found(change(good, student__model="", collect__student=False), "collect") == {}
+
+
+def test_batch_has_to_fit_the_number_of_processes(good: Recipe) -> None:
+    assert found(good, "train", world_size=6) == {}
+    assert "train.questions_per_step" in found(good, "train", world_size=5)
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "trackio", "tensorboard"])
+def test_a_tracker_that_is_not_installed_prints_its_install_line(
+    good: Recipe, monkeypatch: pytest.MonkeyPatch, tracker: str
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert f'pip install "openril[{tracker}]"' in found(change(good, train__log_to=[tracker]), "train")["train.log_to"]
+
+
+def test_require_raises_with_every_error(good: Recipe) -> None:
+    with pytest.raises(RecipeError) as caught:
+        require(change(good, train__teachers=["x"], data__train=[]), "train")
+    assert "train.teachers" in str(caught.value) and "data.train" in str(caught.value)
+
+
+def test_unknown_stage_lists_the_stages(good: Recipe) -> None:
+    with pytest.raises(RecipeError, match="sft, collect, discriminator, train, eval, run"):
+        cross_check(good, "traim")

@@ -1,0 +1,206 @@
+"""Recipes from YAML, bases and overrides: what is accepted, and what the messages say."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from openril.errors import RecipeError
+from openril.recipe.loading import load_recipe, save_recipe, setting_names
+from openril.recipe.schema import Recipe
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.yaml"))
+
+SERVED = """
+teachers:
+  - {name: big, model: m, base_urls: [http://127.0.0.1:1/v1]}
+"""
+
+
+def write(folder: Path, text: str, name: str = "r.yaml") -> Path:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def message(folder: Path, text: str, *overrides: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(write(folder, text), overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)
+def test_every_shipped_recipe_loads(path: Path) -> None:
+    assert isinstance(load_recipe(path), Recipe)
+
+
+def test_empty_file_is_all_defaults(tmp_path: Path) -> None:
+    assert load_recipe(write(tmp_path, "")) == Recipe()
+
+
+def test_sections_without_content_keep_their_defaults(tmp_path: Path) -> None:
+    assert load_recipe(write(tmp_path, "student:\nteachers:\ntrain:\n  beta:\n")) == Recipe()
+
+
+def test_the_key_on_is_a_key_and_not_a_truth_value(tmp_path: Path) -> None:
+    assert load_recipe(write(tmp_path, "sft:\n  on: teacher_responses\n")).sft.on == "teacher_responses"
+
+
+def test_yes_and_off_are_understood_where_a_switch_is_wanted(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, "sft: {enabled: off}\ndata: {allow_urls: yes}\n"))
+    assert (recipe.sft.enabled, recipe.data.allow_urls) == (False, True)
+
+
+def test_exponents_without_a_point_are_numbers(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, SERVED.replace("}", ", extra_body: {x: 1e-6, y: 010}}")))
+    assert recipe.teachers[0].extra_body == {"x": 1e-6, "y": 10}
+
+
+def test_unknown_key_names_file_line_and_nearest(tmp_path: Path) -> None:
+    text = message(tmp_path, "seed: 1\ntrain:\n  betta: 0.1\n")
+    assert text == f"{tmp_path}/r.yaml:3: train.betta: unknown key; did you mean train.beta?"
+
+
+def test_right_key_in_the_wrong_section_is_found(tmp_path: Path) -> None:
+    assert "did you mean train.optimiser.learning_rate" in message(tmp_path, "train: {learning_rate: 1e-5}")
+    assert "did you mean train.num_generations?" in message(tmp_path, "num_generations: 8")
+
+
+def test_unknown_key_in_a_list_entry(tmp_path: Path) -> None:
+    assert "teachers.0.nam: unknown key; did you mean teachers.0.name?" in message(tmp_path, "teachers: [{nam: x}]")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("train: {num_generations: four}", "train.num_generations: 'four' found; a whole number is wanted"),
+        ("train: {num_generations: 2.5}", "train.num_generations: 2.5 found; a whole number is wanted"),
+        ("train: {beta: true}", "train.beta: true found; a number is wanted"),
+        ("train: {beta: -1}", "train.beta: -1 found; a number >= 0 is wanted"),
+        ("train: {beta: .nan}", "train.beta: nan found; a number >= 0 is wanted"),
+        ("rewards: {answer: {weight: .inf}}", "rewards.answer.weight: inf found; a finite number is wanted"),
+        ("data: {train: q.jsonl}", "data.train: 'q.jsonl' found; a list is wanted"),
+        ("train: 3", "train: 3 found; a section with keys of its own is wanted"),
+        ("train: {algorithm: gril}", "one of ril, dr_grpo, grpo, gail is wanted (did you mean ril?)"),
+        ("student: {model: 7}", "student.model: 7 found; text is wanted"),
+    ],
+)
+def test_wrong_types_say_found_and_wanted(tmp_path: Path, text: str, expected: str) -> None:
+    assert expected in message(tmp_path, text)
+
+
+def test_all_problems_come_at_once_in_the_order_of_the_file(tmp_path: Path) -> None:
+    lines = message(tmp_path, "train:\n  betta: 1\n  epochs: -1\ndata:\n  train: x\n").splitlines()
+    assert [line.split(": ")[0].rsplit(":", 1)[1] for line in lines] == ["2", "3", "5"]
+
+
+def test_a_key_written_twice_is_refused(tmp_path: Path) -> None:
+    assert ":2: not YAML: key 'seed' is written twice" in message(tmp_path, "seed: 1\nseed: 2\n")
+
+
+@pytest.mark.parametrize("text", ["a: [1", "- a\n- b", "{a: &x [*x]}", "\tseed: 1"])
+def test_what_is_no_recipe_is_a_recipe_error(tmp_path: Path, text: str) -> None:
+    assert "r.yaml" in message(tmp_path, text)
+
+
+def test_tags_that_would_run_code_are_refused(tmp_path: Path) -> None:
+    message(tmp_path, "run_dir: !!python/object/apply:os.system ['true']")
+
+
+def test_missing_recipe_names_the_nearest_file(tmp_path: Path) -> None:
+    write(tmp_path, "", "paper.yaml")
+    with pytest.raises(RecipeError, match=r"no such recipe; did you mean .*paper\.yaml"):
+        load_recipe(tmp_path / "papr.yaml")
+
+
+def test_base_merges_sections_and_replaces_lists(tmp_path: Path) -> None:
+    write(tmp_path, "seed: 3\ntrain: {beta: 0.5, epsilon: 0.3}\ndata: {train: [a.jsonl, b.jsonl]}\n", "deep/base.yaml")
+    path = write(tmp_path, "base: deep/base.yaml\ntrain: {beta: 0.1}\ndata: {train: [c.jsonl]}\n")
+    recipe = load_recipe(path)
+    assert (recipe.seed, recipe.train.beta, recipe.train.epsilon) == (3, 0.1, 0.3)
+    assert recipe.data.train == ["c.jsonl"]
+
+
+def test_an_empty_key_takes_back_what_the_base_set(tmp_path: Path) -> None:
+    write(tmp_path, "train: {beta: 0.5}\n", "base.yaml")
+    assert load_recipe(write(tmp_path, "base: base.yaml\ntrain: {beta: }\n")).train.beta == 0.01
+
+
+def test_problems_in_a_base_name_the_base(tmp_path: Path) -> None:
+    write(tmp_path, "train:\n  betta: 1\n", "base.yaml")
+    assert "base.yaml:2: train.betta" in message(tmp_path, "base: base.yaml\n")
+
+
+def test_bases_in_a_circle_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, "base: r.yaml\n", "base.yaml")
+    assert "each other's base" in message(tmp_path, "base: base.yaml\n")
+
+
+def test_saved_recipe_reads_back_equal(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, "sft: {on: answers}\ntrain: {beta: 3e-7}\nrun_dir: läufe/é\n" + SERVED))
+    save_recipe(recipe, tmp_path / "saved.yaml")
+    assert load_recipe(tmp_path / "saved.yaml") == recipe
+    assert "läufe/é" in (tmp_path / "saved.yaml").read_text(encoding="utf-8")
+
+
+def test_a_key_pasted_into_the_recipe_is_refused_and_not_repeated(tmp_path: Path) -> None:
+    text = message(tmp_path, "judge: {api_key_env: sk-12345}")
+    assert "environment variable" in text and "12345" not in text
+    assert "12345" not in message(tmp_path, "judge: {base_urls: ['https://me:12345@host/v1']}")
+    assert "12345" not in message(tmp_path, "judge: {extra_body: {api_key: sk-12345}}")
+
+
+def test_overrides_change_values_lists_and_list_entries(tmp_path: Path) -> None:
+    path = write(tmp_path, SERVED)
+    arguments = (
+        "--train.beta 0.02 --data.train a b --teachers.0.base-urls http://x/v1 --train.num_generations=8".split()
+    )
+    recipe = load_recipe(path, arguments)
+    assert (recipe.train.beta, recipe.train.num_generations, recipe.data.train) == (0.02, 8, ["a", "b"])
+    assert (recipe.teachers[0].base_urls, recipe.teachers[0].name) == (["http://x/v1"], "big")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--sft.no-enabled"], ["--sft.enabled", "false"], ["--sft.enabled=False"], ["--sft.no_enabled"]]
+)
+def test_switches_can_be_written_both_ways(tmp_path: Path, arguments: list[str]) -> None:
+    assert load_recipe(write(tmp_path, ""), arguments).sft.enabled is False
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("--train.betta 1", "--train.betta: unknown setting; did you mean --train.beta?"),
+        ("--beta 1", "did you mean --train.beta?"),
+        ("--train.beta x", "--train.beta: could not convert"),
+        ("--train.beta -1", "greater than or equal to 0"),
+        ("--train.algorithm ppo", "invalid choice 'ppo'"),
+        ("--sft.enabled maybe", "true or false is wanted"),
+        ("--rewards.answer.weight inf", "a finite number is wanted"),
+        ("stray", "Unrecognized options: stray"),
+    ],
+)
+def test_bad_overrides_are_recipe_errors(tmp_path: Path, arguments: str, expected: str) -> None:
+    assert expected in message(tmp_path, "", *arguments.split())
+
+
+def test_help_shows_the_docstring_of_every_setting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        load_recipe(write(tmp_path, SERVED), ["--help"])
+    assert caught.value.code == 0
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "Weight of the KL term (k3 estimator) to the SFT student." in shown
+    assert "Short unique name; it labels responses in the cache and in every report." in shown
+    lists_of_sections = {"teachers", "rewards.functions"}  # written in the file; their entries are reached by number
+    for name in set(setting_names()) - lists_of_sections:
+        flag = f"--{name.replace('_', '-')}"
+        assert f"{flag} " in shown or f"{flag}," in shown, name
+
+
+def test_loading_and_checking_import_no_torch() -> None:
+    code = "import sys, openril.recipe.loading, openril.recipe.checks; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
