@@ -1,0 +1,269 @@
+"""A tiny judge: a text-only model that learns to read the judge's prompt and to write a verdict.
+
+It is trained by plain supervised learning on (question, ground truth, response) with the verdict of the exact answer
+rule, and explains itself first: it repeats the truth, finds what the response says, and compares the two.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import openril.models.torchvision_cure  # noqa: F401  (must come before transformers)
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+from openril.data.wording import question_text
+from openril.models.tiny import build_tiny_model
+from openril.records import Question
+from openril.rewards import judge_prompt, rules
+from openril.storage import atomic_path, stable_hash, write_json
+
+MAX_RESPONSE_CHARS = 8000
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A response to judge. says: the answer it states, "" for none."""
+
+    question: Question
+    response: str
+    says: str
+
+    @property
+    def verdict(self) -> int:
+        """The exact rule's verdict; a response without an answer is wrong."""
+        rule = self.question.rule or rules.choose_rule(self.question)
+        return int(rules.score(rule, self.question, self.response) == 1.0)
+
+    @property
+    def reply(self) -> str:
+        """What the judge should write."""
+        right = self.verdict
+        says = f"says {self.says}" if self.says else "gives no answer"
+        return (
+            f"The truth is {self.question.answer} and the text {says}, so it is {'right' if right else 'wrong'}."
+            f" <answer>{right}</answer>"
+        )
+
+    def messages(self) -> list[dict[str, str]]:
+        return judge_messages(self.question, self.response)
+
+
+def judge_messages(question: Question, response: str) -> list[dict[str, str]]:
+    """The judge's chat about a response."""
+    prompt = judge_prompt.Prompt.of(question_text(question), question.answer, response, MAX_RESPONSE_CHARS)
+    return prompt.messages()
+
+
+def make_pairs(
+    questions: Sequence[Question], wordings: Callable[[Question], Sequence[str]], number: int, seed: int
+) -> list[Pair]:
+    """Responses of every sort, about half of them right.
+
+    wordings: right responses to a question, each ending in its answer (a full stop may follow); the first is the answer
+    alone. Wrong ones exchange that last word for another question's answer, or are another question's response;
+    a share is cut short before its answer, or is a heap of words.
+    """
+    rng = random.Random(seed)
+    by_kind: dict[str, list[Question]] = {}
+    for q in questions:
+        by_kind.setdefault(str(q.metadata.get("kind", "")), []).append(q)
+    all_words = sorted({word for q in questions[:200] for text in wordings(q) for word in text.split()})
+    pairs = []
+    while len(pairs) < number:
+        question = rng.choice(questions)
+        other = rng.choice(by_kind[str(question.metadata.get("kind", ""))])
+        sort = rng.random()
+        texts = wordings(question)
+        style = rng.randrange(len(texts))
+        if sort < 0.1:
+            words = texts[style].split()
+            cut = " ".join(words[: rng.randrange(1, len(words))]) if len(words) > 1 else ""
+            salad = " ".join(rng.choices(all_words, k=rng.randrange(1, 12)))
+            response, says = (cut, "") if cut and rng.random() < 0.5 else (salad, "")
+            if Pair(question, response, "").verdict:  # it happens to hold the answer
+                continue
+        elif sort < 0.5:
+            response, says = texts[style], question.answer
+        elif sort < 0.75:
+            response, says = wordings(other)[style], other.answer
+        else:
+            response, says = exchange_answer(texts[style], question.answer, other.answer), other.answer
+        pairs.append(Pair(question, response, says))
+    return pairs
+
+
+def exchange_answer(text: str, old: str, new: str) -> str:
+    """The text with its closing answer exchanged."""
+    end = "." if text.endswith(".") else ""
+    body = text.removesuffix(".")
+    assert body.endswith(old), (text, old)
+    return body.removesuffix(old) + new + end
+
+
+def train_judge(
+    folder: Path,
+    questions: Sequence[Question],
+    wordings: Callable[[Question], Sequence[str]],
+    *,
+    held_out: Sequence[Question],
+    steps: int = 400,
+    batch_size: int = 64,
+    learning_rate: float = 2e-3,
+    hidden_size: int = 96,
+    num_layers: int = 3,
+    seed: int = 0,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Train a judge, write it to ``folder`` with ``agreement.json``, and return the same numbers: agreement with the
+    exact rule on ``num_pairs`` responses to held-out questions, by verdict, and the share of unreadable replies."""
+    started = time.perf_counter()
+    pairs = make_pairs(questions, wordings, steps * batch_size, stable_hash("judge", seed))
+    with atomic_path(folder) as temporary:
+        build_tiny_model(
+            temporary,
+            "qwen2",
+            texts=_tokenizer_texts(pairs[:3000]),
+            vocab_size=1500,
+            hidden_size=hidden_size,
+            num_layers=num_layers,
+            seed=seed,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(temporary)
+        model = AutoModelForCausalLM.from_pretrained(temporary, dtype=torch.float32)
+        _fit(model, tokenizer, pairs, steps, batch_size, learning_rate, say)
+        test = make_pairs(held_out, wordings, 512, stable_hash("judge test", seed))
+        result = agreement(model, tokenizer, test)
+        result["seconds"] = round(time.perf_counter() - started, 1)
+        model.save_pretrained(temporary)
+        write_json(temporary / "agreement.json", result)
+    say(
+        f"judge: agrees with the exact rule on {result['agreement']:.1%} of {result['num_pairs']} held-out responses "
+        f"({result['seconds']:.0f} s)"
+    )
+    return result
+
+
+def _tokenizer_texts(pairs: Sequence[Pair]) -> list[str]:
+    """The prompt's fixed words as often as the rest, so that every word is one token."""
+    texts = []
+    for pair in pairs:
+        texts += [message["content"] for message in pair.messages()]
+        texts.append(pair.reply)
+    return texts
+
+
+def _fit(
+    model: Any,
+    tokenizer: Any,
+    pairs: Sequence[Pair],
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    say: Callable[[str], None],
+) -> None:
+    """AdamW with a linear decay; the prompt's part that all rows share is run once a batch."""
+    encoded = [_encode(tokenizer, pair) for pair in pairs]
+    prefix = _common_prefix([ids for ids, _ in encoded])
+    optimiser = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    warmup = max(1, steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, lambda n: min((n + 1) / warmup, max(0.02, (steps - n) / (steps - warmup)))
+    )
+    model.train()
+    total = 0.0
+    for step in range(steps):
+        batch = encoded[step * batch_size : (step + 1) * batch_size]
+        loss = _loss(model, batch, prefix)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
+        optimiser.zero_grad(set_to_none=True)
+        total += float(loss.detach())
+        if (step + 1) % 50 == 0:
+            say(f"judge: step {step + 1}/{steps}, loss {total / 50:.4f}")
+            total = 0.0
+    model.eval()
+
+
+def _encode(tokenizer: Any, pair: Pair) -> tuple[list[int], int]:
+    """Token ids of prompt and reply, and where the reply begins."""
+    prompt = tokenizer.apply_chat_template(pair.messages(), tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    reply = tokenizer(pair.reply, add_special_tokens=False)["input_ids"]
+    return [*ids, *reply, tokenizer.eos_token_id], len(ids)
+
+
+def _common_prefix(rows: Sequence[Sequence[int]]) -> list[int]:
+    length = min(map(len, rows))
+    for i in range(length):
+        if len({row[i] for row in rows}) > 1:
+            return list(rows[0][:i])
+    return list(rows[0][:length])
+
+
+def _loss(model: Any, batch: Sequence[tuple[list[int], int]], prefix: Sequence[int]) -> Tensor:
+    """Cross-entropy of the replies, mean over their tokens."""
+    shared, rows = len(prefix), len(batch)
+    longest = max(len(ids) for ids, _ in batch) - shared
+    inputs = torch.zeros(rows, longest, dtype=torch.long)
+    mask = torch.zeros(rows, shared + longest, dtype=torch.long)
+    wanted = torch.zeros(rows, longest, dtype=torch.bool)
+    for r, (ids, start) in enumerate(batch):
+        inputs[r, : len(ids) - shared] = torch.tensor(ids[shared:])
+        mask[r, : len(ids)] = 1
+        wanted[r, start - shared - 1 : len(ids) - shared - 1] = True
+    first = model.model(torch.tensor([list(prefix)]), use_cache=True)
+    cache = DynamicCache()
+    for number, layer in enumerate(first.past_key_values.layers):
+        cache.update(layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1), number)
+    hidden = model.model(
+        inputs,
+        attention_mask=mask,
+        position_ids=torch.arange(shared, shared + longest)[None].expand(rows, -1),
+        past_key_values=cache,
+        use_cache=True,
+    ).last_hidden_state
+    logits = model.lm_head(hidden[wanted])
+    return torch.nn.functional.cross_entropy(logits, inputs.roll(-1, dims=1)[wanted])
+
+
+@torch.no_grad()
+def judge_texts(model: Any, tokenizer: Any, chats: Sequence[list[dict[str, str]]], batch_size: int = 64) -> list[str]:
+    """Greedy replies to chats."""
+    replies = []
+    for start in range(0, len(chats), batch_size):
+        texts = [
+            tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            for chat in chats[start : start + batch_size]
+        ]
+        inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+        out = model.generate(**inputs, do_sample=False, max_new_tokens=64, pad_token_id=tokenizer.pad_token_id)
+        replies += tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return replies
+
+
+def agreement(model: Any, tokenizer: Any, pairs: Sequence[Pair]) -> dict[str, Any]:
+    """How often the judge's verdict is the exact rule's; an unreadable reply never agrees."""
+    replies = judge_texts(model, tokenizer, [pair.messages() for pair in pairs])
+    counts = {0: [0, 0], 1: [0, 0]}
+    unreadable = 0
+    for pair, reply in zip(pairs, replies, strict=True):
+        read = judge_prompt.read_verdict(reply)
+        unreadable += isinstance(read, str)
+        counts[pair.verdict][0] += not isinstance(read, str) and int(read[0]) == pair.verdict
+        counts[pair.verdict][1] += 1
+    return {
+        "agreement": sum(c[0] for c in counts.values()) / len(pairs),
+        "agreement_on_wrong": counts[0][0] / max(1, counts[0][1]),
+        "agreement_on_right": counts[1][0] / max(1, counts[1][1]),
+        "unreadable": unreadable / len(pairs),
+        "num_pairs": len(pairs),
+    }
