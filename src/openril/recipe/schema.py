@@ -326,6 +326,8 @@ class RewardFunction(Section):
 
     function: str = ""
     """Where it is: `package.module:name` or `path/to/file.py:name`."""
+    form: Literal["text", "messages"] = "text"
+    """What prompts and completions are: plain strings, or lists of chat messages as TRL gives for chat data."""
     weight: float = 1.0
     """Factor in the sum; 0 logs only."""
 
