@@ -3,12 +3,12 @@ import threading
 import time
 
 import pytest
-from support.misbehaving_server import Drop, EmptyChoices, Garbage, Hang, MisbehavingServer, Refuse, Say, Status
 
 from openril import endpoints
 from openril.endpoints import ChatClient, Completion, RequestRefusedError, retry_after
 from openril.errors import EndpointError
 from openril.recipe.schema import Endpoint
+from support.misbehaving_server import Drop, EmptyChoices, Garbage, Hang, MisbehavingServer, Refuse, Say, Status
 
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -74,7 +74,7 @@ def test_missing_key_is_named(monkeypatch):
 
 @pytest.mark.parametrize("settings", [{"base_urls": []}, {"model": ""}, {"base_urls": ["127.0.0.1:8000/v1"]}])
 def test_unusable_endpoint_is_refused_at_once(settings):
-    with pytest.raises(EndpointError, match="judge: .*(set base_urls|must start with http)"):
+    with pytest.raises(EndpointError, match=r"judge: .*(set base_urls|must start with http)"):
         ChatClient(Endpoint(**{"base_urls": ["http://h/v1"], "model": "m", **settings}), "judge")
 
 
@@ -98,7 +98,7 @@ def test_retries_end(client):
 
 
 def test_garbage_to_the_end_names_what_came(client):
-    with MisbehavingServer(then=Garbage()) as server, pytest.raises(EndpointError, match="unusable|no chat completion"):
+    with MisbehavingServer(then=Garbage()) as server, pytest.raises(EndpointError, match=r"unusable|no chat completion"):
         chat(client(server))
 
 
@@ -168,7 +168,7 @@ def test_timeout_to_the_end(client):
 
 
 def test_connection_refused(client):
-    with pytest.raises(EndpointError, match="cannot reach http://127.0.0.1:9/v1.*is the server running"):
+    with pytest.raises(EndpointError, match=r"cannot reach http://127.0.0.1:9/v1.*is the server running"):
         chat(client("http://127.0.0.1:9/v1"))
 
 

@@ -13,6 +13,10 @@ class Cache:
         return [Response(question_id, source, i, f"{source} {i}") for i in range(self.sizes[source])]
 
 
+def flat(hands):
+    return [card for hand in hands for card in hand]
+
+
 def counts(responses, teachers):
     return [sum(r.source == t for r in responses) for t in teachers]
 
@@ -20,8 +24,8 @@ def counts(responses, teachers):
 def test_a_deck_is_dealt_once_before_it_repeats():
     # 6 cards, hands of 2: three hands are one deck, the next three the same cards again.
     hands = [hand(6, [2] * n, ["k"]) for n in range(1, 7)]
-    assert sorted(sum(hands[:3], [])) == [0, 1, 2, 3, 4, 5]
-    assert sorted(sum(hands[3:], [])) == [0, 1, 2, 3, 4, 5]
+    assert sorted(flat(hands[:3])) == [0, 1, 2, 3, 4, 5]
+    assert sorted(flat(hands[3:])) == [0, 1, 2, 3, 4, 5]
     assert hands[:3] != hands[3:]  # shuffled anew
 
 
@@ -30,7 +34,7 @@ def test_a_hand_across_two_decks_has_no_card_twice():
     for key in range(50):
         hands = [hand(5, [3] * n, [key]) for n in range(1, 6)]
         assert all(len(set(h)) == 3 for h in hands)
-        dealt = sum(hands, [])  # 15 cards = three decks
+        dealt = flat(hands)  # 15 cards = three decks
         assert all(dealt.count(card) == 3 for card in range(5))
 
 
@@ -74,7 +78,7 @@ def test_cycling_holds_with_an_extra_that_takes_turns():
 
 
 def test_a_draw_follows_from_its_arguments_alone():
-    args = dict(total=4, seed=7, visit=5)
+    args = {"total": 4, "seed": 7, "visit": 5}
     assert draw(Cache(a=8, b=8), "q", "ab", **args) == draw(Cache(a=8, b=8), "q", "ab", **args)
     assert draw(Cache(a=8, b=8), "q", "ab", **args) != draw(Cache(a=8, b=8), "q", "ab", **{**args, "seed": 8})
 
@@ -90,5 +94,5 @@ def test_more_teachers_than_responses_asks_nothing_of_the_rest():
 
 
 def test_too_few_cached_is_an_error_with_numbers():
-    with pytest.raises(CacheError, match="4 responses of teacher 'a' .* 3 are cached"):
+    with pytest.raises(CacheError, match=r"4 responses of teacher 'a' .* 3 are cached"):
         draw(Cache(a=3), "q7", ["a"], total=4, seed=0, visit=0)

@@ -217,7 +217,16 @@ def write_shard(path: Path, header: dict[str, Any], rows: list[dict[str, Any]]) 
 def write_table(path: Path, table: pa.Table) -> None:
     """Write a shard atomically and durably, with checksums."""
     with atomic_path(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
+        pq.write_table(
+            table,
+            temporary,
+            compression="zstd",
+            use_dictionary=[
+                name for name in SCHEMA.names if pa.types.is_string(SCHEMA.field(name).type) and name != "text"
+            ],
+            write_statistics=["question_id", "source", "index"],
+            write_page_checksum=True,
+        )
         file = os.open(temporary, os.O_RDONLY)
         os.fsync(file)
         os.close(file)
