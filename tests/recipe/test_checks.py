@@ -58,14 +58,28 @@ def test_a_good_recipe_has_no_problems_at_any_stage(good: Recipe, stage: str) ->
 
 CASES: list[tuple[str, dict[str, Any], str, str]] = [
     ("train", {"train__algorithm": "ril", "teachers": []}, "teachers", "no teachers"),
-    ("run", {"discriminator__mode": "none", "teachers": [], "rewards__similarity__weight": 0}, "teachers", "no teachers"),
+    (
+        "run",
+        {"discriminator__mode": "none", "teachers": [], "rewards__similarity__weight": 0},
+        "teachers",
+        "no teachers",
+    ),
     ("train", {"cache_dir": "elsewhere"}, "cache_dir", "run `ril collect` first"),
     ("discriminator", {"cache_dir": "elsewhere"}, "cache_dir", "run `ril collect` first"),
     ("train", {"discriminator__mode": "none"}, "discriminator.mode", "or rewards.similarity.weight to 0"),
     ("train", {"discriminator__mode": "none", "train__algorithm": "gail"}, "discriminator.mode", "updated or fixed"),
-    ("train", {"run_dir": "other", "cache_dir": "run/responses", "sft__enabled": False}, "discriminator.mode", "ril discr"),
-    ("run", {"discriminator__mode": "fixed", "discriminator__pretraining__enabled": False},
-     "discriminator.pretraining.enabled", "would know nothing"),
+    (
+        "train",
+        {"run_dir": "other", "cache_dir": "run/responses", "sft__enabled": False},
+        "discriminator.mode",
+        "ril discr",
+    ),
+    (
+        "run",
+        {"discriminator__mode": "fixed", "discriminator__pretraining__enabled": False},
+        "discriminator.pretraining.enabled",
+        "would know nothing",
+    ),
     ("train", {"judge__base_urls": []}, "judge", "neither base_urls nor model_path"),
     ("train", {"judge__base_urls": [], "rewards__answer__kind": "rules_then_judge"}, "judge", "rules_then_judge"),
     ("eval", {"judge__base_urls": [], "eval__score": "judge"}, "judge", "eval.score"),
@@ -86,22 +100,50 @@ CASES: list[tuple[str, dict[str, Any], str, str]] = [
     ("train", {"train__num_teacher_responses": 0}, "train.num_teacher_responses", "nothing to compare with"),
     ("train", {"train__num_teacher_responses": -1}, "train.num_teacher_responses", "negative"),
     # 9 over two teachers is 5 + 4, one more than the 4 that were collected.
-    ("train", {"train__num_teacher_responses": 9, "collect__num_responses": 4}, "train.num_teacher_responses", "up to 5"),
-    ("train", {"train__num_teacher_responses": 5, "train__per_teacher": True, "collect__num_responses": 4},
-     "train.num_teacher_responses", "up to 5"),
+    (
+        "train",
+        {"train__num_teacher_responses": 9, "collect__num_responses": 4},
+        "train.num_teacher_responses",
+        "up to 5",
+    ),
+    (
+        "train",
+        {"train__num_teacher_responses": 5, "train__per_teacher": True, "collect__num_responses": 4},
+        "train.num_teacher_responses",
+        "up to 5",
+    ),
     ("train", {"train__algorithm": "grpo", "train__num_generations": 1}, "train.num_generations", "standard deviation"),
-    ("train", {"train__num_generations": 1, "train__teacher_responses_in_update": False}, "train.num_generations", "of one"),
-    ("train", {"train__questions_per_step": 10, "train__groups_per_micro_batch": 4}, "train.questions_per_step", "8 or 12"),
+    (
+        "train",
+        {"train__num_generations": 1, "train__teacher_responses_in_update": False},
+        "train.num_generations",
+        "of one",
+    ),
+    (
+        "train",
+        {"train__questions_per_step": 10, "train__groups_per_micro_batch": 4},
+        "train.questions_per_step",
+        "8 or 12",
+    ),
     ("train", {"train__eval_every": 5, "data__validation": []}, "train.eval_every", "data.validation is empty"),
     ("train", {"rewards__answer__rule": "exakt"}, "rewards.answer.rule", "did you mean exact?"),
     ("train", {"rewards__answer__kind": "none", "rewards__similarity__weight": 0}, "rewards", "nothing to learn"),
     ("train", {"rewards__functions": [{"function": "nowhere"}]}, "rewards.functions.0.function", "package.module:name"),
     ("train", {"rewards__functions": [{"function": "no.py:f"}]}, "rewards.functions.0.function", "no such file"),
-    ("run", {"data__selection": {"enabled": True}, "collect__student": False}, "data.selection.drop_overlong", "student"),
+    (
+        "run",
+        {"data__selection": {"enabled": True}, "collect__student": False},
+        "data.selection.drop_overlong",
+        "student",
+    ),
     ("run", {"data__selection": {"enabled": True, "reference": "./model"}}, "data.selection.reference", "itself"),
     ("run", {"collect__student": False}, "collect.student", "pre-training needs student responses"),
-    ("run", {"discriminator__pretraining__responses_per_question": 17},
-     "discriminator.pretraining.responses_per_question", "17 are wanted of 16"),
+    (
+        "run",
+        {"discriminator__pretraining__responses_per_question": 17},
+        "discriminator.pretraining.responses_per_question",
+        "17 are wanted of 16",
+    ),
     ("eval", {"data__validation": []}, "data.validation", "is empty"),
     ("train", {"data__train": []}, "data.train", "is empty"),
     ("train", {"data__train": ["trian.jsonl"]}, "data.train", "no such file"),
@@ -112,7 +154,7 @@ CASES: list[tuple[str, dict[str, Any], str, str]] = [
     ("run", {"student__min_pixels": 9, "student__max_pixels": 4}, "student.min_pixels", "larger"),
     ("run", {"run_dir": "train.jsonl"}, "run_dir", "is a file"),
     ("run", {"discriminator__asleep_accuracy": 0.99}, "discriminator.asleep_accuracy", "not below"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("stage", "changes", "key", "words"), CASES)

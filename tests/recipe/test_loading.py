@@ -156,9 +156,8 @@ def test_a_key_pasted_into_the_recipe_is_refused_and_not_repeated(tmp_path: Path
 
 def test_overrides_change_values_lists_and_list_entries(tmp_path: Path) -> None:
     path = write(tmp_path, SERVED)
-    arguments = (
-        "--train.beta 0.02 --data.train a b --teachers.0.base-urls http://x/v1 --train.num_generations=8".split()
-    )
+    arguments = ["--train.beta", "0.02", "--data.train", "a", "b", "--teachers.0.base-urls", "http://x/v1"]
+    arguments += ["--train.num_generations=8"]
     recipe = load_recipe(path, arguments)
     assert (recipe.train.beta, recipe.train.num_generations, recipe.data.train) == (0.02, 8, ["a", "b"])
     assert (recipe.teachers[0].base_urls, recipe.teachers[0].name) == (["http://x/v1"], "big")
