@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Coroutine
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from openril.errors import EndpointError
@@ -51,12 +51,14 @@ class Completion:
     """One answer of a server.
 
     text: what it said; its refusal when it refused; "" when it ended without a word. finish_reason: what the server
-    said ("stop", "length", "content_filter", ...), or "refusal".
+    said ("stop", "length", "content_filter", ...), or "refusal". answer: the whole answer as the ``openai`` client has
+    it, for what only some servers send (token ids, further choices).
     """
 
     text: str
     finish_reason: str
     model: str
+    answer: Any = field(default=None, repr=False, compare=False)
 
 
 class EventLoopThread:
@@ -305,7 +307,7 @@ def read_completion(answer: Any) -> Completion | None:
     finish_reason = getattr(choices[0], "finish_reason", None) or "stop"
     if not text and isinstance(refusal, str) and refusal:
         text, finish_reason = refusal, "refusal"
-    return Completion(text or "", str(finish_reason), str(getattr(answer, "model", "") or ""))
+    return Completion(text or "", str(finish_reason), str(getattr(answer, "model", "") or ""), answer)
 
 
 def retry_after(headers: Any) -> float | None:

@@ -343,6 +343,28 @@ class Rewards(Section):
     """Your own."""
 
 
+class Rollouts(Section):
+    """What draws the student's samples in the loop."""
+
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """The training process itself, or vLLM servers that are given the new weights before every step."""
+    base_urls: list[str] = Field(default_factory=list)
+    """vllm: servers of the student, started with VLLM_SERVER_DEV_MODE=1 (for instance http://127.0.0.1:8000/v1)."""
+    model: str = "student"
+    """vllm: model name the servers know."""
+    weights_dir: str = ""
+    """vllm: folder for the weights on their way, which the servers see under the same path; "" means `rollout_weights`
+    inside run_dir."""
+    api_key_env: str = ""
+    """vllm: name of the environment variable that holds the servers' key; "" sends none."""
+    concurrency: PositiveInt = 64
+    """vllm: questions in flight over all servers; each asks for all of its samples at once."""
+    timeout: Positive = 600.0
+    """vllm: seconds a request or a sync may take."""
+    max_logprob_difference: Positive = 0.1
+    """vllm: a sync fails when server and trainer differ by more on a probe (mean over its tokens, nats)."""
+
+
 class Train(Section):
     """The RIL loop (Algorithm 2)."""
 
@@ -379,6 +401,8 @@ class Train(Section):
     """Longest sample in tokens; also the constant in Dr.GRPO's denominator."""
     sampling: Sampling = Field(default_factory=Sampling)
     """How the student's samples are drawn."""
+    sampler: Rollouts = Field(default_factory=Rollouts)
+    """What draws them."""
     optimiser: Optimiser = Field(default_factory=Optimiser)
     """Paper: AdamW, 1e-6 constant."""
     precision: Literal["float32", "bfloat16", "pure_bf16"] = "bfloat16"
@@ -495,6 +519,6 @@ for _model in (Data, Student, Recipe):
 
 __all__ = [
     "SFT", "AnswerReward", "Collect", "Data", "Discriminator", "Endpoint", "Evaluation", "Judge", "Lora", "ModuleGroup",
-    "Optimiser", "Pretraining", "Recipe", "RewardFunction", "Rewards", "Sampling", "Section", "Selection", "Similarity",
-    "Student", "Teacher", "Train",
+    "Optimiser", "Pretraining", "Recipe", "RewardFunction", "Rewards", "Rollouts", "Sampling", "Section", "Selection",
+    "Similarity", "Student", "Teacher", "Train",
 ]  # fmt: skip
