@@ -17,6 +17,7 @@ from openril.models.group_forward import repeat_vision
 from openril.models.loading import load_model, load_processor
 from openril.models.prompts import Prompt
 from openril.recipe.schema import Student
+from openril.storage import atomic_path
 
 HEAD_FILE = "score_head.safetensors"
 
@@ -71,12 +72,13 @@ class DiscriminatorModel(nn.Module):
         return made.eval()
 
     def save(self, folder: Path, processor: Any, state: dict[str, Tensor] | None = None) -> None:
-        """Write backbone, head and processor. state: the whole module's weights if they are not all here (sharded)."""
+        """Write backbone, head and processor, atomically. state: the whole module's weights if they are not all here (sharded)."""
         state = state if state is not None else self.state_dict()
         backbone = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
-        self.backbone.save_pretrained(folder, state_dict=backbone)  # type: ignore[operator]
-        save_file({"weight": state["head.weight"].cpu(), "bias": state["head.bias"].cpu()}, folder / HEAD_FILE)
-        processor.save_pretrained(folder)
+        with atomic_path(folder) as temporary:
+            self.backbone.save_pretrained(temporary, state_dict=backbone)  # type: ignore[operator]
+            save_file({"weight": state["head.weight"].cpu(), "bias": state["head.bias"].cpu()}, temporary / HEAD_FILE)
+            processor.save_pretrained(temporary)
 
     def forward(self, model_inputs: dict[str, Tensor], last: Tensor) -> Tensor:
         """float32 [N]: logits of student_prob. last: int64 [N], index of each row's last token."""

@@ -1,0 +1,162 @@
+"""The ``ril`` command. Thin: heavy imports happen inside the stages, so that help and mistakes answer at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from openril import __version__
+from openril.errors import OpenRILError
+from openril.recipe.schema import Recipe
+
+OK, PROBLEM, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+@dataclass(frozen=True)
+class Command:
+    """stage: module in ``openril.stages``. run: its function (recipe, console, **options) -> exit code or anything else.
+
+    options: flags of this command alone, as (name, whether it takes values, help).
+    """
+
+    help: str
+    stage: str
+    run: str
+    options: tuple[tuple[str, bool, str], ...] = ()
+
+
+COMMANDS: dict[str, Command] = {
+    "check": Command("read every question, probe every server, estimate memory, before anything costs money", "check", "run_check"),
+    "sft": Command("supervised warm start of the student (also of teachers, and on cached text)", "sft", "run_sft"),
+    "collect": Command("collect responses of the teachers and the student into the cache", "collect", "run_collect", (
+        ("sources", True, "only these: names of teachers, or student"),
+        ("recollect", False, "first drop cached responses that no longer fit (other model, settings or questions)"),
+    )),
+    "select": Command("choose the questions for the loop", "select", "run_select"),
+    "discriminator": Command("pre-train the discriminator on the cache", "discriminator", "run_discriminator"),
+    "train": Command("the RIL loop", "train", "run_train"),
+    "eval": Command("score the student's checkpoints on held-out questions", "eval", "run_eval", (
+        ("checkpoints", True, "only these checkpoint folders"),
+    )),
+    "run": Command("all stages that are not done yet, in order", "run", "run_all"),
+}
+
+USAGE_TEXT = """\
+usage: ril COMMAND RECIPE [--section.key value ...]
+
+commands
+{commands}
+
+  ril COMMAND --help    every setting, its default and meaning
+  ril --version
+
+A command that was interrupted or killed continues where it was when it is given again.
+Exit codes: 0 done, 1 failed, 2 something you can cure (the message says how), 130 interrupted and saved.
+"""
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    return USAGE_TEXT.format(commands="\n".join(f"  {name:<{width}}  {c.help}" for name, c in COMMANDS.items()))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage(), end="")
+        return OK if arguments else USAGE
+    if arguments[0] in ("--version", "-V"):
+        print(f"openril {__version__}")
+        return OK
+    name, rest = arguments[0], arguments[1:]
+    if name not in COMMANDS:
+        import difflib
+
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"; did you mean `ril {near[0]}`?" if near else ""
+        print(f"ril: there is no command {name!r}{hint}\n\n{usage()}", file=sys.stderr, end="")
+        return USAGE
+    try:
+        rest, options = _options(COMMANDS[name], rest)
+        recipe = _recipe(name, rest)
+    except OpenRILError as e:
+        return _complain(str(e))
+    except SystemExit as e:  # the override parser prints its own help and messages
+        return int(e.code or 0)
+    return _run(COMMANDS[name], recipe, options)
+
+
+def _options(command: Command, rest: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """Take the command's own flags out of its arguments; a flag with values takes all up to the next flag."""
+    known = {f"--{name}": (name, takes) for name, takes, _ in command.options}
+    left: list[str] = []
+    options: dict[str, Any] = {}
+    i = 0
+    while i < len(rest):
+        argument = rest[i]
+        i += 1
+        if argument not in known:
+            left.append(argument)
+            continue
+        name, takes = known[argument]
+        options[name] = True
+        if takes:
+            options[name] = []
+            while i < len(rest) and not rest[i].startswith("--"):
+                options[name].append(rest[i])
+                i += 1
+            if not options[name]:
+                raise OpenRILError(f"{argument} needs at least one value")
+    return left, options
+
+
+def _recipe(name: str, rest: list[str]) -> Recipe:
+    from openril.errors import RecipeError
+    from openril.recipe.loading import load_recipe
+    from openril.recipe.overrides import override
+
+    if rest and rest[0] in ("-h", "--help"):
+        for flag, takes, text in COMMANDS[name].options:
+            print(f"  --{flag}{' ...' if takes else ''}  {text}")
+        override(Recipe(), ["--help"], f"ril {name} RECIPE")
+        raise SystemExit(OK)
+    if not rest or rest[0].startswith("-"):
+        raise RecipeError(f"ril {name} needs a recipe: ril {name} RECIPE.yaml [--section.key value ...]")
+    return load_recipe(rest[0], rest[1:], prog=f"ril {name} {rest[0]}")
+
+
+def _run(command: Command, recipe: Recipe, options: dict[str, Any]) -> int:
+    import importlib
+
+    # Progress is ours; the libraries' own would tear it.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from rich.console import Console
+
+    console = Console()
+    function: Callable[..., object] = getattr(importlib.import_module(f"openril.stages.{command.stage}"), command.run)
+    try:
+        code = function(recipe, console, **options)
+    except OpenRILError as e:
+        return _complain(str(e))
+    except KeyboardInterrupt as e:
+        print(f"ril: {e or 'interrupted; the same command continues'}", file=sys.stderr)
+        return INTERRUPTED
+    return code if isinstance(code, int) and not isinstance(code, bool) else OK
+
+
+def _complain(message: str) -> int:
+    print(f"ril: {message}", file=sys.stderr)
+    return USAGE
+
+
+def entry() -> None:
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    entry()

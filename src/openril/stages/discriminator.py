@@ -1,0 +1,96 @@
+"""`ril discriminator`: pre-train the discriminator on the response cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from openril.data.reading import read_questions
+from openril.discriminator.head import DiscriminatorModel, load_discriminator_processor
+from openril.errors import DataError, StateError
+from openril.recipe.checks import require
+from openril.recipe.loading import save_recipe
+from openril.recipe.schema import Recipe
+from openril.records import STUDENT
+from openril.report.progress import StageProgress
+from openril.responses.cache import ResponseCache
+from openril.storage import write_json
+from openril.training.pretraining import DiscriminatorPretraining
+from openril.training.processes import make_accelerator, master_dtype
+from openril.training.run_folder import RunFolder
+from openril.training.saving import Saver, changed_settings
+from openril.training.setup import fresh_discriminator, wrap_discriminator
+from openril.training.state import Checkpoints, read_progress
+
+
+def run_discriminator(recipe: Recipe, console: Console) -> Path:
+    """Pre-train, or continue; returns the folder of the discriminator. Does nothing if it is there already.
+
+    Leaves ``run_dir/discriminator/``: ``discriminator/`` (the checkpoint), ``metrics.jsonl``, ``held_out.json``.
+    """
+    target = recipe.discriminator_path
+    if target.is_dir():
+        console.print(f"discriminator: already pre-trained in {target}")
+        return target
+    accelerator = make_accelerator(recipe)
+    require(recipe, "discriminator", accelerator.num_processes)
+    questions = read_questions(recipe.data, "train")
+    sources = [STUDENT, *recipe.teacher_names]
+    responses = ResponseCache.open(recipe.cache_path).load(questions, sources, recipe.collect.num_responses)
+    folder = RunFolder(target.parent)
+    checkpoints = Checkpoints(folder.checkpoints_path)
+    latest = checkpoints.latest()
+    step = 0
+    if accelerator.is_main_process:
+        checkpoints.sweep()
+        save_recipe(recipe, recipe.run_path / "recipe.yaml")
+    optimiser = recipe.discriminator.pretraining.optimiser
+    if latest is None:
+        discriminator = fresh_discriminator(recipe, accelerator, optimiser)
+    else:
+        if changed := changed_settings(latest / "recipe.yaml", recipe):
+            raise StateError(
+                f"{latest} was made with other values of {', '.join(changed[:6])}; restore them, or remove {folder.path}"
+            )
+        step = int(read_progress(latest)["step"])
+        network = DiscriminatorModel.from_checkpoint(latest / "discriminator", recipe.student, dtype=master_dtype(recipe))
+        processor = load_discriminator_processor(latest / "discriminator", recipe.student)
+        discriminator = wrap_discriminator(recipe, accelerator, network, processor, optimiser)
+    saver = Saver(
+        checkpoints,
+        accelerator,
+        recipe,
+        network=discriminator.network,
+        discriminator_processor=discriminator.encoder.processor,
+        optimisers={"discriminator": discriminator.optimiser},
+    )
+    if latest is not None:
+        saver.restore(latest)
+    if accelerator.is_main_process:
+        folder.cut_after(step)
+    with StageProgress(console, "discriminator", enabled=accelerator.is_main_process) as progress:
+        training = DiscriminatorPretraining(
+            recipe,
+            questions,
+            responses,
+            discriminator=discriminator,
+            folder=folder,
+            saver=saver,
+            first_step=step,
+            report=progress.report,
+        )
+        if not training.questions:
+            raise DataError("data.train has too few questions for discriminator.pretraining.held_out_share")
+        held_out = training.train()
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        write_json(folder.path / "held_out.json", held_out)
+        if held_out:
+            console.print(
+                f"discriminator: held-out accuracy {held_out['accuracy']:.3f} on {int(held_out['questions'])} questions"
+                + (f" (length alone: {held_out['length_only_accuracy']:.3f})" if "length_only_accuracy" in held_out else "")
+            )
+    saver.write_discriminator(target)
+    accelerator.wait_for_everyone()
+    return target

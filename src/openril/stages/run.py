@@ -1,0 +1,41 @@
+"""`ril run`: every stage that is not done yet, in order."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+from rich.console import Console
+
+from openril.recipe.checks import require
+from openril.recipe.schema import Recipe
+
+
+def stages(recipe: Recipe) -> list[tuple[str, str, str]]:
+    """(title, module in openril.stages, function) of the stages this recipe needs, in order.
+
+    SFT on cached text comes after collection; the collection then starts from the student as it is.
+    """
+    needs_cache = recipe.teacher_responses_per_question > 0 or recipe.sft.enabled and recipe.sft.on != "answers"
+    needs_discriminator = recipe.uses_discriminator and recipe.discriminator.pretraining.enabled
+    collect = [("collect", "collect", "run_collect")] if needs_cache or needs_discriminator else []
+    sft = [("sft", "sft", "run_sft")] if recipe.sft.enabled else []
+    first = [*collect, *sft] if recipe.sft.enabled and recipe.sft.on != "answers" else [*sft, *collect]
+    select = [("select", "select", "run_select")] if recipe.data.selection.enabled else []
+    pretrain = [("discriminator", "discriminator", "run_discriminator")] if needs_discriminator else []
+    evaluate = [("eval", "eval", "run_eval")] if recipe.data.validation else []
+    return [*first, *select, *pretrain, ("train", "train", "run_train"), *evaluate]
+
+
+def run_all(recipe: Recipe, console: Console) -> int:
+    """Run the stages in order; each does nothing when its result is there. Stops at the first that fails."""
+    require(recipe, "run")
+    for title, module, name in stages(recipe):
+        console.rule(title)
+        function: Callable[[Recipe, Console], object] = getattr(
+            importlib.import_module(f"openril.stages.{module}"), name
+        )
+        function(recipe, console)
+    console.rule("done")
+    console.print(f"everything this run made is in {recipe.run_path}")
+    return 0

@@ -1,0 +1,134 @@
+"""Discriminator pre-training on the response cache (paper, section 3), before the loop."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from accelerate.utils import gather_object
+
+from openril.discriminator.training import Discriminator
+from openril.recipe.schema import Recipe
+from openril.records import STUDENT, Group, Question, Response, Rollout
+from openril.responses.loaded import LoadedResponses
+from openril.storage import stable_hash
+from openril.training.loop import Interrupted, permutation, prefixed, stop_requests
+from openril.training.optimisation import learning_rate, set_learning_rate
+from openril.training.run_folder import RunFolder
+from openril.training.saving import Saver
+
+
+def split_held_out(questions: Sequence[Question], share: float, seed: int) -> tuple[list[Question], list[Question]]:
+    """(train, held out): each question's side follows from its id alone, so that more questions move none.
+
+    Neither side is empty as long as there are two questions and share is above 0.
+    """
+    ranked = sorted(questions, key=lambda q: stable_hash(seed, "held out", q.id))
+    held = {q.id for q in ranked if stable_hash(seed, "held out", q.id) / 2**63 < share}
+    if share > 0 and len(ranked) > 1:
+        held = held or {ranked[0].id}
+        held -= {ranked[-1].id} if len(held) == len(ranked) else set()
+    return [q for q in questions if q.id not in held], [q for q in questions if q.id in held]
+
+
+def pretraining_steps(recipe: Recipe, num_questions: int) -> int:
+    """Optimiser steps of pre-training over ``num_questions`` training questions."""
+    settings = recipe.discriminator.pretraining
+    return max(1, -int(-settings.epochs * num_questions // settings.questions_per_step))
+
+
+class DiscriminatorPretraining:
+    """Trains a fresh discriminator on cached responses of the student and of every teacher, in whole groups."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        questions: Sequence[Question],
+        responses: LoadedResponses,
+        *,
+        discriminator: Discriminator,
+        folder: RunFolder,
+        saver: Saver,
+        first_step: int = 0,
+        report: Callable[[int, int, dict[str, Any]], None] = lambda step, total, row: None,
+    ) -> None:
+        self.recipe = recipe
+        self.settings = recipe.discriminator.pretraining
+        self.responses = responses
+        self.discriminator = discriminator
+        self.accelerator = discriminator.accelerator
+        self.folder = folder
+        self.saver = saver
+        self.step_number = first_step
+        self.report = report
+        self.questions, self.held_out = split_held_out(questions, self.settings.held_out_share, recipe.seed)
+
+    @property
+    def total_steps(self) -> int:
+        return pretraining_steps(self.recipe, len(self.questions))
+
+    def group(self, question: Question, visit: int) -> Group:
+        """The question with cached responses of both sides: all, or a seeded choice of responses_per_question each."""
+        students = self.responses.responses_for(question.id, STUDENT)
+        teachers: list[Response] = []
+        limit = self.settings.responses_per_question
+        names = self.recipe.teacher_names
+        for number, name in enumerate(names):
+            per_teacher = (limit + len(names) - 1 - number) // len(names) if limit else 0
+            teachers += self._choose(self.responses.responses_for(question.id, name), per_teacher, visit, limit > 0)
+        students = self._choose(students, limit, visit, limit > 0)
+        return Group(question, [Rollout(r) for r in [*students, *teachers]])
+
+    def _choose(self, responses: list[Response], count: int, visit: int, choose: bool) -> list[Response]:
+        if not choose or count >= len(responses):
+            return responses
+        if count == 0:
+            return []
+        first = responses[0]
+        rng = random.Random(stable_hash(self.recipe.seed, "pretraining", first.question_id, first.source, visit))
+        return sorted(rng.sample(responses, count), key=lambda r: r.index)
+
+    def batch_at(self, step: int) -> list[Group]:
+        """This process's share of the step's groups."""
+        size, n = self.settings.questions_per_step, len(self.questions)
+        share = size // self.accelerator.num_processes
+        groups = []
+        first = step * size + share * self.accelerator.process_index
+        for position in range(first, first + share):
+            visit, place = divmod(position, n)
+            question = self.questions[permutation(n, stable_hash(self.recipe.seed, "pretraining"), visit)[place]]
+            groups.append(self.group(question, visit))
+        return groups
+
+    def train(self) -> dict[str, float]:
+        """Run to the end from where it is; returns the held-out measurement. Raises Interrupted after saving."""
+        optimiser = self.settings.optimiser
+        with stop_requests() as stop:
+            while self.step_number < self.total_steps:
+                rate = learning_rate(optimiser, self.step_number, self.total_steps)
+                set_learning_rate(self.discriminator.optimiser, rate)
+                metrics = self.discriminator.update(self.batch_at(self.step_number))
+                self.step_number += 1
+                step = self.step_number
+                row = {"step": step, "learning_rate": rate, **prefixed("discriminator", metrics)}
+                if self.accelerator.is_main_process:
+                    self.folder.log_metrics(row)
+                    self.report(step, self.total_steps, row)
+                stopping = any(gather_object([bool(stop)]))
+                regular = self.settings.save_every and step % self.settings.save_every == 0
+                if (stopping or regular) and step < self.total_steps:
+                    self.saver.save(step)
+                if stopping and step < self.total_steps:
+                    raise Interrupted(f"stopped after step {step}; the same command continues")
+        return self.measure()
+
+    def measure(self) -> dict[str, float]:
+        """Health on the held-out questions, of which every process takes an equal share."""
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        whole = len(self.held_out) // world * world
+        groups = [self.group(q, 0) for q in self.held_out[rank:whole:world]]
+        if not whole:
+            return {}
+        self.discriminator.score(groups)
+        return {"questions": float(whole), **self.discriminator.measure(groups)}

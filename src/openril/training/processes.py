@@ -1,0 +1,56 @@
+"""Processes and devices: accelerate, set up the same way for every stage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, set_seed
+
+from openril.recipe.schema import Recipe
+
+
+def make_accelerator(recipe: Recipe, *, trackers: bool = False) -> Accelerator:
+    """An Accelerator with the recipe's precision. Stages of one process may differ in it, so earlier state is dropped.
+
+    Seeds the global generators too (for user reward functions); everything of ours draws from streams of its own.
+    """
+    AcceleratorState._reset_state()
+    run = recipe.run_path
+    accelerator = Accelerator(
+        mixed_precision="bf16" if recipe.train.precision == "bfloat16" else "no",
+        cpu=not torch.cuda.is_available(),
+        log_with=list(recipe.train.log_to) if trackers and recipe.train.log_to else None,
+        project_dir=str(run),
+        step_scheduler_with_optimizer=False,
+    )
+    if trackers and recipe.train.log_to:
+        accelerator.init_trackers("openril", config=flat(recipe.model_dump(mode="json")))
+    set_seed(recipe.seed + accelerator.process_index)
+    return accelerator
+
+
+def master_dtype(recipe: Recipe) -> torch.dtype:
+    """Type of the weights while training."""
+    return torch.bfloat16 if recipe.train.precision == "pure_bf16" else torch.float32
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether weights and optimiser states are spread over processes (FSDP, ZeRO)."""
+    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, int | float | str | bool]:
+    """Nested settings as dotted keys with plain values: what trackers take."""
+    out: dict[str, int | float | str | bool] = {}
+    for key, value in values.items():
+        name = f"{prefix}.{key}" if prefix else key
+        if isinstance(value, dict):
+            out |= flat(value, name)
+        else:
+            out[name] = value if isinstance(value, (int, float, str, bool)) else str(value)
+    return out
+
+

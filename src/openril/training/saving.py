@@ -1,0 +1,178 @@
+"""Writing a run's checkpoint from all processes, and the final student."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from openril import __version__
+from openril.discriminator.head import DiscriminatorModel
+from openril.models.adapters import base_model, is_adapted
+from openril.recipe.loading import load_recipe, save_recipe
+from openril.recipe.schema import Recipe
+from openril.storage import atomic_path
+from openril.training.processes import is_sharded
+from openril.training.state import (
+    Checkpoints,
+    load_optimiser,
+    load_rng,
+    recipe_differences,
+    save_optimiser,
+    save_rng,
+    write_progress,
+)
+
+# Settings that may change when a run is continued: they decide what is measured, kept or waited for, not what is learnt.
+_FREE = (
+    "run_dir", "cache_dir", "teachers", "collect", "sft", "eval", "judge.base_urls", "judge.concurrency", "judge.timeout",
+    "judge.max_retries", "judge.api_key_env", "judge.max_unknown_share", "data.train", "data.validation",
+    "data.validation_split", "data.allow_urls", "student.model", "student.dtype", "discriminator.pretraining",
+    "discriminator.init", "discriminator.asleep_accuracy", "discriminator.won_accuracy", "discriminator.health_window",
+    "train.max_steps", "train.epochs", "train.save_every", "train.keep_checkpoints", "train.eval_every", "train.log_to",
+    "train.log_rollouts_every", "train.questions_per_sampling_batch", "discriminator.response_batch_size",
+)  # fmt: skip
+
+
+def changed_settings(saved_recipe: Path, recipe: Recipe) -> list[str]:
+    """Keys in which ``recipe`` differs from a saved one in a way that would make a continued run another run."""
+
+    def free(key: str) -> bool:
+        return any(key == f or key.startswith(f + ".") for f in _FREE)
+
+    saved = load_recipe(saved_recipe)
+    keys = recipe_differences(saved.model_dump(mode="json"), recipe.model_dump(mode="json"), free)
+    return keys + (["teachers (names)"] if saved.teacher_names != recipe.teacher_names else [])
+
+
+class Saver:
+    """Saves and restores student, discriminator, optimisers and random states of a run.
+
+    policy, network: the wrapped modules (network None without a discriminator). optimisers: by name.
+    """
+
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        accelerator: Accelerator,
+        recipe: Recipe,
+        *,
+        policy: Any | None = None,
+        processor: Any = None,
+        network: Any | None = None,
+        discriminator_processor: Any = None,
+        optimisers: dict[str, Any] | None = None,
+    ) -> None:
+        self.checkpoints = checkpoints
+        self.accelerator = accelerator
+        self.recipe = recipe
+        self.policy = policy
+        self.processor = processor
+        self.network = network
+        self.discriminator_processor = discriminator_processor
+        self.optimisers = optimisers or {}
+
+    def save(self, step: int, **progress: Any) -> None:
+        """Write checkpoint ``step``; every process must call this. progress: further plain values for state.json."""
+        accelerator = self.accelerator
+        if accelerator.is_main_process:
+            self.checkpoints.begin(step)
+        accelerator.wait_for_everyone()
+        folder = self.checkpoints.partial(step)
+        if self.policy is not None:
+            self.write_student(folder / "student")
+            model = accelerator.unwrap_model(self.policy).model
+            if is_adapted(model) and accelerator.is_main_process:
+                model.save_pretrained(folder / "adapter")
+        if self.network is not None:
+            self.write_discriminator(folder / "discriminator")
+        if is_sharded(accelerator):
+            accelerator.save_state(str(folder / "engine"))
+        elif accelerator.is_main_process:
+            for name, optimiser in self.optimisers.items():
+                save_optimiser(folder / f"optimiser_{name}.safetensors", optimiser)
+        save_rng(folder, accelerator.process_index)
+        if accelerator.is_main_process:
+            save_recipe(self.recipe, folder / "recipe.yaml")
+            versions = {"openril": __version__, "torch": torch.__version__}
+            write_progress(
+                folder, {"step": step, "processes": accelerator.num_processes, "versions": versions, **progress}
+            )
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            self.checkpoints.finish(step)
+        accelerator.wait_for_everyone()
+
+    def restore(self, folder: Path) -> None:
+        """Optimisers and random states; the models were loaded from the checkpoint when they were made."""
+        if is_sharded(self.accelerator):
+            self.accelerator.load_state(str(folder / "engine"))
+        else:
+            for name, optimiser in self.optimisers.items():
+                load_optimiser(folder / f"optimiser_{name}.safetensors", optimiser)
+        load_rng(folder, self.accelerator.process_index)
+
+    def write_student(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        """The student as an ordinary checkpoint with its processor; adapters are merged. Every process must call this."""
+        state = self.accelerator.get_state_dict(self.policy)
+        if not self.accelerator.is_main_process:
+            return
+        model = self.accelerator.unwrap_model(self.policy).model
+        state = {k.removeprefix("model."): v for k, v in state.items()}
+        write_checkpoint(model, state, self.processor, folder, dtype)
+
+    def write_discriminator(self, folder: Path) -> None:
+        """The discriminator as a checkpoint. Every process must call this."""
+        state = self.accelerator.get_state_dict(self.network)
+        if self.accelerator.is_main_process:
+            network: DiscriminatorModel = self.accelerator.unwrap_model(self.network)
+            network.save(folder, self.discriminator_processor, state)
+
+
+def write_checkpoint(
+    model: Any, state: dict[str, Tensor], processor: Any, folder: Path, dtype: torch.dtype | None = None
+) -> None:
+    """Write ``state`` of ``model`` (adapters merged in) and the processor to ``folder``, atomically.
+
+    dtype: convert floating weights to it, in the file and in its configuration.
+    """
+    base = base_model(model)
+    if is_adapted(model):
+        state = merged_state(model, state)
+    if dtype is not None:
+        state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
+    before = base.config.dtype
+    with atomic_path(folder) as temporary:
+        try:
+            if dtype is not None:
+                base.config.dtype = dtype
+            base.save_pretrained(temporary, state_dict=state)
+        finally:
+            base.config.dtype = before
+        processor.save_pretrained(temporary)
+
+
+def merged_state(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of the base with the adapters' updates added, without touching the model (merging in place and back
+    would change its last bits)."""
+    from peft.tuners.lora import LoraLayer
+
+    prefix = "base_model.model."
+    deltas = {
+        name.removeprefix(prefix): module.get_delta_weight(module.active_adapters[0])
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+    merged = {}
+    for key, value in state.items():
+        if "lora_" in key:
+            continue
+        name = key.removeprefix(prefix).replace(".base_layer.", ".")
+        layer, _, kind = name.rpartition(".")
+        merged[name] = value + deltas[layer].to(value) if kind == "weight" and layer in deltas else value
+    return merged
+
+

@@ -1,0 +1,179 @@
+"""From a recipe to the parts of a run: models, optimisers, wrapping, restoring. Nothing here is part of the method."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from openril.discriminator.head import DiscriminatorModel, load_discriminator_processor
+from openril.discriminator.training import Discriminator
+from openril.errors import ModelError, StateError
+from openril.models.adapters import add_adapters, base_model
+from openril.models.freezing import freeze
+from openril.models.group_forward import Policy
+from openril.models.loading import load_processor, load_student
+from openril.models.prompts import PromptEncoder
+from openril.recipe.schema import Optimiser, Recipe
+from openril.sampling.transformers_engine import TransformersSampler
+from openril.training.optimisation import build_optimiser
+from openril.training.policy_update import PolicyUpdate
+from openril.training.processes import is_sharded, master_dtype
+from openril.training.saving import Saver, changed_settings
+from openril.training.state import Checkpoints, read_progress
+
+
+class Parts:
+    """The models of a run, wrapped and (when it is continued) restored.
+
+    step: optimiser steps already done. resumed_from: the checkpoint folder, or None.
+    """
+
+    def __init__(self, recipe: Recipe, accelerator: Accelerator, checkpoints_folder: Path) -> None:
+        self.recipe = recipe
+        self.accelerator = accelerator
+        self.checkpoints = Checkpoints(checkpoints_folder, recipe.train.keep_checkpoints)
+        if accelerator.is_main_process:
+            self.checkpoints.sweep()
+        self.resumed_from = self.checkpoints.latest()
+        self.step = 0
+        if self.resumed_from is not None:
+            if changed := changed_settings(self.resumed_from / "recipe.yaml", recipe):
+                raise StateError(
+                    f"{self.resumed_from} was made with other values of {', '.join(changed[:6])}; restore them, or set"
+                    " another run_dir for a new run"
+                )
+            self.step = int(read_progress(self.resumed_from)["step"])
+        optimisers: dict[str, Any] = {}
+        self._build_student()
+        optimisers["student"] = self.optimiser
+        self.discriminator = self._build_discriminator() if recipe.uses_discriminator else None
+        if self.discriminator is not None and self.discriminator.optimiser is not None:
+            optimisers["discriminator"] = self.discriminator.optimiser
+        self.saver = Saver(
+            self.checkpoints,
+            accelerator,
+            recipe,
+            policy=self.policy,
+            processor=self.encoder.processor,
+            network=self.discriminator.network if self.discriminator else None,
+            discriminator_processor=self.discriminator.encoder.processor if self.discriminator else None,
+            optimisers=optimisers,
+        )
+        if self.resumed_from is not None:
+            self.saver.restore(self.resumed_from)
+
+    def _build_student(self) -> None:
+        recipe, accelerator, train = self.recipe, self.accelerator, self.recipe.train
+        lora = recipe.student.lora
+        start = recipe.start_student
+        resumed = self.resumed_from
+        source = str(resumed / "student") if resumed is not None and not lora.enabled else start
+        model, processor = load_student(recipe.student, source, master_dtype(recipe))
+        if resumed is not None and source != start:
+            processor = load_processor(
+                start,
+                min_pixels=recipe.student.min_pixels,
+                max_pixels=recipe.student.max_pixels,
+                trust_remote_code=recipe.student.trust_remote_code,
+            )
+        if lora.enabled:
+            torch.manual_seed(recipe.seed)  # the adapters' first values
+            model = add_adapters(model, lora)
+            if resumed is not None:
+                _load_adapter(model, resumed / "adapter")
+        else:
+            freeze(model, recipe.student.freeze)
+        if recipe.student.gradient_checkpointing:
+            enable_checkpointing(model)
+        self.encoder = make_encoder(recipe, processor, base_model(model))
+        policy = Policy(model, train.sampling.temperature)
+        reference = None
+        if train.beta and not lora.enabled:
+            reference_model, _ = load_student(recipe.student, start, master_dtype(recipe))
+            reference = place(accelerator, Policy(reference_model.requires_grad_(False), train.sampling.temperature))
+        policy.to(accelerator.device)
+        self.policy, self.optimiser = accelerator.prepare(policy, build_optimiser(policy.parameters(), train.optimiser))
+        self.policy_update = PolicyUpdate(
+            self.policy, reference, self.optimiser, self.encoder, accelerator, train, seed=recipe.seed
+        )
+        self.sampler = TransformersSampler(
+            accelerator.unwrap_model(self.policy).model,
+            self.encoder,
+            questions_per_batch=train.questions_per_sampling_batch,
+        )
+
+    def _build_discriminator(self) -> Discriminator:
+        recipe = self.recipe
+        folder = self.resumed_from / "discriminator" if self.resumed_from is not None else recipe.discriminator_path
+        if self.resumed_from is None and not recipe.discriminator.pretraining.enabled:
+            return fresh_discriminator(recipe, self.accelerator, recipe.discriminator.optimiser)
+        network = DiscriminatorModel.from_checkpoint(folder, recipe.student, dtype=master_dtype(recipe))
+        optimiser = recipe.discriminator.optimiser if recipe.discriminator.mode == "updated" else None
+        processor = load_discriminator_processor(folder, recipe.student)
+        return wrap_discriminator(recipe, self.accelerator, network, processor, optimiser)
+
+
+def fresh_discriminator(recipe: Recipe, accelerator: Accelerator, optimiser: Optimiser) -> Discriminator:
+    """A discriminator with the SFT student's weights (or discriminator.init's) and a new head."""
+    start = recipe.discriminator.init or recipe.start_student
+    network = DiscriminatorModel.from_student(start, recipe.student, seed=recipe.seed, dtype=master_dtype(recipe))
+    return wrap_discriminator(
+        recipe, accelerator, network, load_discriminator_processor(start, recipe.student), optimiser
+    )
+
+
+def wrap_discriminator(
+    recipe: Recipe, accelerator: Accelerator, network: DiscriminatorModel, processor: Any, optimiser: Optimiser | None
+) -> Discriminator:
+    """Freeze, place and wrap; optimiser None makes a fixed discriminator."""
+    settings = recipe.discriminator
+    if recipe.student.gradient_checkpointing and optimiser is not None:
+        enable_checkpointing(network.backbone)
+    encoder = make_encoder(recipe, processor, network.backbone, keep=0)
+    if optimiser is None:
+        return Discriminator(
+            place(accelerator, network.requires_grad_(False)), encoder, accelerator, settings, optimiser=None
+        )
+    groups = {g for g in settings.freeze if g != "lm_head"}
+    if settings.sees != "image":
+        groups |= {"vision_tower", "projector"}  # it never runs, so there is nothing to train
+    freeze(network, groups)
+    network.to(accelerator.device)
+    wrapped, built = accelerator.prepare(network, build_optimiser(network.parameters(), optimiser))
+    return Discriminator(wrapped, encoder, accelerator, settings, optimiser=built)
+
+
+def place(accelerator: Accelerator, module: nn.Module) -> Any:
+    """A module without gradients on its device, sharded where the others are."""
+    if is_sharded(accelerator):
+        return accelerator.prepare_model(module, evaluation_mode=True)
+    return module.to(accelerator.device)
+
+
+def make_encoder(recipe: Recipe, processor: Any, model: nn.Module, keep: int | None = None) -> PromptEncoder:
+    return PromptEncoder(
+        processor,
+        model,
+        system_prompt=recipe.student.system_prompt,
+        max_prompt_length=recipe.data.max_prompt_length,
+        max_image_pixels=recipe.data.max_image_pixels,
+        allow_urls=recipe.data.allow_urls,
+        keep=max(64, 2 * recipe.train.questions_per_step) if keep is None else keep,
+    )
+
+
+def enable_checkpointing(model: Any) -> None:
+    # Reentrant checkpointing would lose the gradient where the embeddings are frozen, and is not exact under DDP.
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def _load_adapter(model: Any, folder: Path) -> None:
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    if not (folder / "adapter_config.json").is_file():
+        raise ModelError(f"{folder} holds no adapter; the checkpoint was made without LoRA")
+    set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))

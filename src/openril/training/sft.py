@@ -1,0 +1,409 @@
+"""The supervised warm start with TRL's SFTTrainer, in the loop's own token layout, continued exactly after a stop."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import openril.models.torchvision_cure  # noqa: F401  (must come before transformers)
+
+# isort: split
+import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast_object_list, gather_object
+from datasets import Dataset
+from transformers import PrinterCallback, TrainerCallback
+from transformers.utils import logging as transformers_logging
+from trl import SFTConfig, SFTTrainer
+
+from openril import __version__
+from openril.errors import DataError, RecipeError, StateError
+from openril.models.adapters import add_adapters, base_model
+from openril.models.freezing import freeze
+from openril.models.loading import load_student, torch_dtype
+from openril.models.vision_balance import borrowed_prompt
+from openril.recipe.schema import Optimiser, Recipe
+from openril.storage import read_jsonl, remove, stable_hash, write_json, write_jsonl, write_text
+from openril.training.loop import Interrupted, stop_requests
+from openril.training.optimisation import build_optimiser, learning_rate
+from openril.training.processes import master_dtype
+from openril.training.run_folder import RunFolder
+from openril.training.saving import write_checkpoint
+from openril.training.setup import enable_checkpointing, make_encoder
+from openril.training.sft_examples import Example, SFTCollator, fingerprint
+from openril.training.state import recipe_differences
+
+KEEP_CHECKPOINTS = 2
+_WHOLE = "whole"
+_FREE = ("sft.enabled", "sft.save_every", "sft.micro_batch_size", "student.gradient_checkpointing", "student.dtype")
+"""Settings that may change between two parts of a run: they decide about memory and files, not about what is learnt."""
+
+
+class SFTFolder(RunFolder):
+    """``run_dir/sft``: ``student/`` (there exactly when the stage is done), ``metrics.jsonl``, ``left_out.jsonl``,
+    ``settings.json``, and ``checkpoints/`` while it runs."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__(recipe.sft_student_path.parent)
+        self.left_out_path = self.path / "left_out.jsonl"
+        self.settings_path = self.path / "settings.json"
+
+    @property
+    def done(self) -> bool:
+        return self.student_path.is_dir()
+
+    def whole_checkpoints(self) -> list[Path]:
+        """Checkpoints that were written to the end, oldest first. A kill leaves the others without their mark."""
+        found = [p for p in self.checkpoints_path.glob("checkpoint-*") if (p / _WHOLE).exists()]
+        return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
+
+    def remove_torn_checkpoints(self) -> None:
+        for path in self.checkpoints_path.glob("checkpoint-*"):
+            if not (path / _WHOLE).exists():
+                remove(path)
+
+    def left_out(self) -> int:
+        """Examples left out as too long; one met again after a restart counts once."""
+        return len({(r["question_id"], r["source"], r["index"]) for r in read_jsonl(self.left_out_path)})
+
+
+def sft_settings(recipe: Recipe, examples: Sequence[Example]) -> dict[str, Any]:
+    """What an SFT student follows from, as plain data."""
+    return {
+        "student": recipe.student.model_dump(mode="json"),
+        "sft": recipe.sft.model_dump(mode="json"),
+        "precision": recipe.train.precision,
+        "max_prompt_length": recipe.data.max_prompt_length,
+        "max_completion_length": recipe.train.max_completion_length,
+        "seed": recipe.seed,
+        "examples": fingerprint(examples),
+    }
+
+
+def changed_since(folder: SFTFolder, settings: dict[str, Any]) -> list[str]:
+    """Keys in which the folder was made with other settings than these."""
+    try:
+        saved = json.loads(folder.settings_path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return []
+    saved.pop("versions", None)
+    return recipe_differences(saved, settings, lambda key: key in _FREE)
+
+
+def train_sft(
+    recipe: Recipe,
+    examples: Sequence[Example],
+    *,
+    report: Callable[[int, int, dict[str, Any]], None] = lambda step, total, row: None,
+    warn: Callable[[str], None] = lambda message: None,
+) -> Path:
+    """Train ``recipe.student.model`` on the examples and write ``run_dir/sft/student``; returns that folder.
+
+    The loss is the mean negative log-probability in nats over the answer tokens of a batch, end of turn included, on
+    all processes. Called again after a stop of any kind it continues from the newest whole checkpoint and ends with the
+    same weights. report: (steps done, steps in all, metrics row), on the first process.
+
+    Raises Interrupted after saving when asked to stop; RecipeError for batch sizes that do not divide; StateError when
+    the folder was begun with other settings, or the loss is not finite; DataError when every example is too long.
+    """
+    folder = SFTFolder(recipe)
+    if folder.done:
+        return folder.student_path
+    with own_accelerate_state(), quiet_transformers(), stop_requests() as stop:
+        trainer = _build_trainer(recipe, examples, folder, stop, report)
+        accelerator = trainer.accelerator
+        checkpoint = _prepare_folder(folder, recipe, examples, accelerator)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        step, total = trainer.state.global_step, trainer.state.max_steps
+        if step < total:
+            raise Interrupted(f"stopped after step {step}; the same command continues")
+        left_out = folder.left_out()
+        if left_out >= len(examples):
+            raise DataError(
+                f"all {left_out} examples are too long (see {folder.left_out_path}); raise data.max_prompt_length"
+                f" {recipe.data.max_prompt_length} or lower student.max_pixels"
+            )
+        if left_out and accelerator.is_main_process:
+            warn(
+                f"{left_out} of {len(examples)} examples were too long and left out; {folder.left_out_path} lists them"
+            )
+        state = accelerator.get_state_dict(trainer.model_wrapped)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            model = accelerator.unwrap_model(trainer.model_wrapped)
+            trainer.restore_configs(base_model(model))
+            dtype = torch_dtype(recipe.student.dtype)
+            write_checkpoint(model, state, trainer.processing_class, folder.student_path, dtype)
+            remove(folder.checkpoints_path)
+        accelerator.wait_for_everyone()
+    return folder.student_path
+
+
+def micro_batches(recipe: Recipe, num_processes: int) -> tuple[int, int]:
+    """(examples per forward pass, passes per step) of one process. Raises RecipeError when they do not divide."""
+    sft = recipe.sft
+    micro = min(sft.micro_batch_size, max(1, sft.batch_size // num_processes))
+    accumulation, rest = divmod(sft.batch_size, micro * num_processes)
+    if rest:
+        raise RecipeError(
+            f"sft.batch_size {sft.batch_size} is not micro_batch_size {micro} x processes {num_processes} x a whole"
+            f" number; set it to {micro * num_processes * (accumulation + 1)} or change sft.micro_batch_size"
+        )
+    return micro, accumulation
+
+
+def _prepare_folder(folder: SFTFolder, recipe: Recipe, examples: Sequence[Example], accelerator: Any) -> Path | None:
+    """Refuse, sweep or begin the folder; the checkpoint to go on from, or None. The first process decides for all."""
+    outcome: list[Any] = [None, ""]
+    if accelerator.is_main_process:
+        settings = sft_settings(recipe, examples)
+        folder.remove_torn_checkpoints()
+        whole = folder.whole_checkpoints()
+        changed = changed_since(folder, settings) if whole else []
+        if changed:
+            outcome[1] = (
+                f"{folder.path} was begun with other values of {', '.join(changed[:6])}; restore them, or remove"
+                f" {folder.path} to begin anew"
+            )
+        else:
+            outcome[0] = whole[-1] if whole else None
+            versions = {"openril": __version__, "torch": torch.__version__}
+            write_json(folder.settings_path, {**settings, "versions": versions})
+            folder.cut_after(int(whole[-1].name.rpartition("-")[2]) if whole else 0)
+            if not whole and folder.left_out_path.exists():
+                write_jsonl(folder.left_out_path, [])
+    broadcast_object_list(outcome)
+    if outcome[1]:
+        raise StateError(outcome[1])
+    return outcome[0]
+
+
+def _build_trainer(
+    recipe: Recipe,
+    examples: Sequence[Example],
+    folder: SFTFolder,
+    stop: list[int],
+    report: Callable[[int, int, dict[str, Any]], None],
+) -> _Trainer:
+    cuda = torch.cuda.is_available()
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    micro, accumulation = micro_batches(recipe, processes)
+    sft = recipe.sft
+    settings: dict[str, Any] = dict(
+        output_dir=str(folder.checkpoints_path),
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=accumulation,
+        num_train_epochs=sft.epochs,
+        max_steps=sft.max_steps or -1,
+        learning_rate=sft.optimiser.learning_rate,
+        max_grad_norm=sft.optimiser.max_grad_norm,
+        bf16=recipe.train.precision == "bfloat16",
+        fp16=False,
+        use_cpu=not cuda,
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        gradient_checkpointing=False,  # ours to switch on, below
+        save_strategy="steps" if sft.save_every else "no",
+        save_steps=sft.save_every or 500,
+        save_total_limit=KEEP_CHECKPOINTS,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        # Examples are laid out by our collator: nothing is prepared, and nothing is ever truncated.
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None,
+        # Images of the next micro-batches are decoded and resized while the GPU works.
+        dataloader_num_workers=min(4, max(0, (os.cpu_count() or 1) // processes - 1)) if cuda else 0,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # about a setting's newer name, which older versions lack
+        args = SFTConfig(**settings)
+    args._n_gpu = min(1, args.n_gpu)  # one process drives one device, as in every other stage
+    model: Any
+    model, processor = load_student(recipe.student, recipe.student.model, master_dtype(recipe))
+    configs = _Configs(model)
+    if recipe.student.lora.enabled:
+        torch.manual_seed(stable_hash(recipe.seed, "adapters"))
+        model = add_adapters(model, recipe.student.lora)
+    else:
+        freeze(model, recipe.student.freeze)
+    if recipe.student.gradient_checkpointing:
+        enable_checkpointing(model)
+    encoder = make_encoder(recipe, processor, base_model(model), keep=0)
+    collator = SFTCollator(
+        examples,
+        encoder,
+        max_prompt_length=recipe.data.max_prompt_length,
+        max_length=recipe.data.max_prompt_length + recipe.train.max_completion_length,
+        left_out_path=folder.left_out_path,
+        borrowed=borrowed_prompt(encoder, model, processes),
+    )
+    trainer = _Trainer(
+        model=model,
+        args=args,
+        data_collator=collator,
+        train_dataset=Dataset.from_dict({"example": list(range(len(examples)))}),
+        processing_class=processor,
+    )
+    # Some models say that their own loss cannot be divided by the tokens of all accumulated micro-batches. The loss here
+    # is TRL's, which can; without this, each micro-batch would weigh the same however few tokens it has.
+    trainer.model_accepts_loss_kwargs = True
+    trainer.settings = sft.optimiser
+    trainer.configs = configs
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(_Steps(trainer, folder, stop, report))
+    return trainer
+
+
+class _Configs:
+    """A model's configurations as they were: the trainer rewrites token ids in them, which is not ours to change."""
+
+    def __init__(self, model: Any) -> None:
+        self.generation = model.generation_config.to_dict() if model.generation_config else None
+        text = model.config.get_text_config()
+        self.token_ids = {k: getattr(text, k, None) for k in ("eos_token_id", "bos_token_id", "pad_token_id")}
+
+    def restore(self, model: Any) -> None:
+        text = model.config.get_text_config()
+        for key, value in self.token_ids.items():
+            setattr(text, key, value)
+        if self.generation is not None:
+            model.generation_config = type(model.generation_config).from_dict(self.generation)
+
+
+class _Trainer(SFTTrainer):
+    """TRL's trainer with our optimiser and learning rate, which are the loop's too."""
+
+    settings: Optimiser
+    configs: _Configs
+    learnt_tokens: Any = None
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        if self.optimizer is None:
+            trained: Any = self.model if model is None else model
+            self.optimizer = build_optimiser(trained.parameters(), self.settings)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if self.lr_scheduler is None:
+            settings, trained = self.settings, optimizer or self.optimizer
+            assert trained is not None
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                trained,
+                lambda step: learning_rate(settings, step, num_training_steps) / settings.learning_rate,
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        self.learnt_tokens = num_items_in_batch
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """None: these checkpoints are not for others to read."""
+
+    def restore_configs(self, model: Any) -> None:
+        self.configs.restore(model)
+
+
+class _Steps(TrainerCallback):
+    """Metrics, requests to stop, and the mark of a whole checkpoint."""
+
+    def __init__(
+        self,
+        trainer: _Trainer,
+        folder: SFTFolder,
+        stop: list[int],
+        report: Callable[[int, int, dict[str, Any]], None],
+    ) -> None:
+        self.trainer = trainer
+        self.folder = folder
+        self.stop = stop
+        self.report = report
+        self.started = time.perf_counter()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started = time.perf_counter()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # A part that no example of the batch used (the projector, in a batch of text) has no gradient; with several
+        # processes it would have zeros. The optimiser must do the same in both cases.
+        if self.trainer.accelerator.num_processes == 1:
+            model: Any = self.trainer.model
+            for parameter in model.parameters():
+                if parameter.requires_grad and parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if any(gather_object([bool(self.stop)])) and state.global_step < state.max_steps:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if not logs or "loss" not in logs:
+            return
+        step, loss = state.global_step, float(logs["loss"])
+        if not math.isfinite(loss):
+            raise StateError(
+                f"the SFT loss of step {step} is {loss}; lower sft.optimiser.learning_rate or set train.precision to"
+                " float32, then run the same command: it goes on from the last checkpoint"
+            )
+        if not state.is_world_process_zero:
+            return
+        row = {
+            "step": step,
+            "loss": loss,
+            "learning_rate": learning_rate(self.trainer.settings, step - 1, state.max_steps),
+            "tokens": int(self.trainer.learnt_tokens) if self.trainer.learnt_tokens is not None else None,
+            "token_accuracy": logs.get("mean_token_accuracy"),
+            "entropy": logs.get("entropy"),
+            "grad_norm": logs.get("grad_norm"),
+            "seconds": time.perf_counter() - self.started,
+        }
+        row = {k: v for k, v in row.items() if v is not None}
+        self.folder.log_metrics(row)
+        self.report(step, state.max_steps, row)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.accelerator.wait_for_everyone()  # every process has written its random state
+        if state.is_world_process_zero:
+            path = self.folder.checkpoints_path / f"checkpoint-{state.global_step}" / _WHOLE
+            write_text(path, f"step {state.global_step}\n")
+
+
+@contextmanager
+def own_accelerate_state() -> Iterator[None]:
+    """accelerate keeps its settings in globals and in the environment: later stages of this process must not see the
+    trainer's, nor the trainer theirs."""
+    before = {k: v for k, v in os.environ.items() if k.startswith("ACCELERATE_")}
+    AcceleratorState._reset_state(True)
+    try:
+        yield
+    finally:
+        AcceleratorState._reset_state(True)
+        for key in [k for k in os.environ if k.startswith("ACCELERATE_") and k not in before]:
+            del os.environ[key]
+        os.environ.update(before)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Inside, the trainer's own remarks and bars are off: the stage has a display of its own."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+        transformers_logging.disable_progress_bar()  # the trainer turns it on

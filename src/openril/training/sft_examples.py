@@ -1,0 +1,166 @@
+"""What the warm start learns from: pairs of question and answer, and how they become rows of a batch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openril.errors import CacheError, DataError
+from openril.models.group_forward import GroupTokens, Rows, lay_out
+from openril.models.prompts import Prompt, PromptEncoder
+from openril.recipe.schema import Recipe
+from openril.records import Question, Response
+from openril.responses.cache import ResponseCache
+from openril.storage import append_jsonl
+
+IGNORED = -100
+"""Label of a token that is not learnt."""
+
+UNCUT = 2**31
+"""As a limit on an answer's tokens: none. Answers that do not fit are left out whole, never cut."""
+
+
+_NO_ANSWER = ("refusal", "content_filter")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A question and the answer to learn. Holds no image: those are opened when the example's batch comes up."""
+
+    question: Question
+    answer: Response
+
+
+def sft_examples(recipe: Recipe, questions: Sequence[Question]) -> list[Example]:
+    """The examples ``recipe.sft.on`` asks for, in the order of the questions, sources and indices.
+
+    Raises DataError when no question has an answer, and CacheError when the cache lacks responses or verdicts.
+    """
+    if recipe.sft.on == "answers":
+        examples = [Example(q, Response(q.id, "answer", 0, q.answer)) for q in questions if q.answer.strip()]
+        if not examples:
+            raise DataError(
+                "data.train: no question has an answer to learn; add answers, map data.columns.answer to the column"
+                " that holds them, or set sft.on to teacher_responses"
+            )
+        return examples
+    return _cached_examples(recipe, questions)
+
+
+def _cached_examples(recipe: Recipe, questions: Sequence[Question]) -> list[Example]:
+    judged = recipe.sft.on == "judged_responses"
+    limit = recipe.sft.responses_per_question or None
+    sources = recipe.sft.sources or [t.name for t in recipe.teachers]
+    loaded = ResponseCache.open(recipe.cache_path).load(questions, sources)
+    examples: list[Example] = []
+    verdicts_known = 0
+    for question in questions:
+        for source in sources:
+            responses = loaded.responses_for(question.id, source)
+            if judged:
+                verdicts = loaded.verdicts_for(question.id, source)
+                verdicts_known += sum(v is not None for v in verdicts)
+                responses = [r for r, v in zip(responses, verdicts, strict=True) if v is not None and v >= 1.0]
+            responses = [r for r in responses if r.text.strip() and r.finish_reason not in _NO_ANSWER]
+            examples += [Example(question, r) for r in responses[:limit]]
+    if judged and not verdicts_known:
+        raise CacheError(
+            f"{recipe.cache_path}: no response of {', '.join(sources)} is judged, and sft.on is judged_responses;"
+            " set collect.judge_responses to true and run `ril collect`"
+        )
+    if not examples:
+        what = "judged right" if judged else "with text"
+        raise CacheError(
+            f"{recipe.cache_path}: no response of {', '.join(sources)} is {what}, so there is nothing to learn"
+        )
+    return examples
+
+
+def fingerprint(examples: Sequence[Example]) -> str:
+    """Changes with any question id, source, index or answer text, and with their order."""
+    digest = hashlib.sha256()
+    for e in examples:
+        parts = [e.question.id, e.question.question, e.answer.source, e.answer.index, e.answer.text]
+        digest.update(json.dumps(parts).encode())
+    return f"{len(examples)} examples, {digest.hexdigest()[:16]}"
+
+
+def labels_of(rows: Rows) -> Tensor:
+    """int64 [R, L]: every response token at its place in the row, ``IGNORED`` for prompt, image and padding tokens."""
+    labels = torch.full_like(rows.model_inputs["input_ids"], IGNORED)
+    # ``index`` says from which kept position a target is predicted; the target itself stands one further right.
+    place = rows.index + rows.keep[0] + 1
+    row = torch.arange(len(labels))[:, None].expand_as(place)
+    labels[row[rows.mask], place[rows.mask]] = rows.targets[rows.mask]
+    return labels
+
+
+class SFTCollator:
+    """Micro-batches of examples, laid out token for token as the loop lays out groups: prompt, answer, end of turn.
+
+    An example whose prompt has more than ``max_prompt_length`` tokens, or that has more than ``max_length`` in all, is
+    left out (cutting could cut through an image) and noted in ``left_out_path``. borrowed: see models/vision_balance.
+    Called with dataset rows ``{"example": number}``. Raises DataError for an image that cannot be used.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        encoder: PromptEncoder,
+        *,
+        max_prompt_length: int,
+        max_length: int,
+        left_out_path: Path,
+        borrowed: Prompt | None = None,
+    ) -> None:
+        self.examples = examples
+        self.encoder = encoder
+        self.max_prompt_length = max_prompt_length
+        self.max_length = max_length
+        self.left_out_path = left_out_path
+        self.borrowed = borrowed
+        # The encoder refuses over-long prompts by an error; here they are left out and counted instead.
+        encoder.max_prompt_length = UNCUT
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """Inputs of the model and ``labels`` [R, L]. A micro-batch is never empty: if all its examples are left out, a
+        row without labels stands in, so that every process makes the same steps."""
+        groups = [g for row in rows if (g := self._tokens(self.examples[row["example"]])) is not None]
+        learnt = len(groups)
+        if self.borrowed is not None and not any(g.prompt.vision for g in groups):
+            groups.append(self._filler(self.borrowed))
+        if not groups:
+            question = Question("stand-in", "-")
+            groups.append(self._filler(self.encoder(question)))
+        laid_out = lay_out(groups, self.encoder.pad_token_id)
+        labels = labels_of(laid_out)
+        labels[learnt:] = IGNORED
+        return {**laid_out.model_inputs, "labels": labels}
+
+    def _tokens(self, example: Example) -> GroupTokens | None:
+        question = example.question
+        prompt = self.encoder(question)
+        answer = self.encoder.completion_ids(example.answer, UNCUT)
+        length = prompt.length + len(answer)
+        if prompt.length <= self.max_prompt_length and length <= self.max_length:
+            return GroupTokens(prompt, [answer])
+        row = {
+            "question_id": question.id,
+            "origin": question.origin,
+            "source": example.answer.source,
+            "index": example.answer.index,
+            "prompt_tokens": prompt.length,
+            "answer_tokens": len(answer),
+        }
+        append_jsonl(self.left_out_path, row)
+        return None
+
+    def _filler(self, prompt: Prompt) -> GroupTokens:
+        return GroupTokens(prompt, [torch.tensor([self.encoder.eos_token_ids[0]])])

@@ -1,0 +1,76 @@
+"""The clipped objective worked by hand."""
+
+import math
+
+import pytest
+import torch
+
+from openril.algorithm.objective import k3, objective_stats, response_weights, token_loss
+
+
+def logs(*ratios: float) -> torch.Tensor:
+    return torch.tensor([[math.log(r) for r in ratios]], dtype=torch.float64)
+
+
+ZERO = torch.zeros(1, 3, dtype=torch.float64)
+
+
+def test_positive_advantage_is_clipped_above():
+    # A = 2, eps = 0.2: ratio 1.5 counts as 1.2, ratios 1 and 0.5 count as they are.
+    loss = token_loss(logs(1.5, 1.0, 0.5), ZERO, torch.tensor([2.0]), epsilon=0.2)
+    assert loss[0].tolist() == pytest.approx([-2.4, -2.0, -1.0])
+
+
+def test_negative_advantage_is_clipped_below():
+    # A = -2: min(r A, clip(r) A) takes 1.5 as it is (-3), and 0.5 as 0.8 (-1.6).
+    loss = token_loss(logs(1.5, 1.0, 0.5), ZERO, torch.tensor([-2.0]), epsilon=0.2)
+    assert loss[0].tolist() == pytest.approx([3.0, 2.0, 1.6])
+
+
+def test_no_gradient_flows_through_a_clipped_token():
+    logprobs = logs(1.5, 1.0, 0.5).requires_grad_()
+    token_loss(logprobs, ZERO, torch.tensor([1.0]), epsilon=0.2).sum().backward()
+    # d(-r A)/d log r = -r A for tokens that are not clipped.
+    assert logprobs.grad is not None
+    assert logprobs.grad[0].tolist() == pytest.approx([0.0, -1.0, -0.5])
+
+
+def test_k3_by_hand():
+    # d = log pi_ref - log pi_theta = log 2: exp(d) - d - 1 = 2 - 0.693147 - 1.
+    value = k3(torch.tensor([[math.log(0.25)]]), torch.tensor([[math.log(0.5)]]))
+    assert float(value) == pytest.approx(1 - math.log(2), rel=1e-6)
+    assert float(k3(torch.tensor([[-1.0]]), torch.tensor([[-1.0]]))) == 0.0
+
+
+def test_k3_is_unbiased():
+    # E_pi[exp(d) - d - 1] = KL(pi || ref): sum over the four tokens of a distribution.
+    pi = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
+    ref = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
+    estimate = (pi * k3(pi.log(), ref.log())).sum()
+    assert float(estimate) == pytest.approx(float((pi * (pi / ref).log()).sum()))
+
+
+def test_kl_is_added_with_beta():
+    loss = token_loss(ZERO, ZERO, torch.tensor([0.0]), epsilon=0.2, ref_logprobs=ZERO + math.log(2), beta=0.5)
+    assert loss[0].tolist() == pytest.approx([0.5 * (1 - math.log(2))] * 3)
+
+
+def test_dr_grpo_denominator_is_constant():
+    # 2G = 4 members, at most 10 tokens: 1/40 whatever the response's length.
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    weights = response_weights(mask, torch.tensor([4, 4]), per_length=False, max_completion_length=10)
+    assert weights.tolist() == pytest.approx([1 / 40, 1 / 40])
+
+
+def test_grpo_divides_by_each_length():
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    weights = response_weights(mask, torch.tensor([4, 4]), per_length=True, max_completion_length=10)
+    assert weights.tolist() == pytest.approx([1 / 8, 1 / 12])
+
+
+def test_stats_count_tokens_whose_clipped_term_was_taken():
+    mask = torch.tensor([[True, True, True]])
+    up = objective_stats(logs(1.5, 1.0, 0.5), ZERO, torch.tensor([1.0]), mask, epsilon=0.2, ref_logprobs=None)
+    down = objective_stats(logs(1.5, 1.0, 0.5), ZERO, torch.tensor([-1.0]), mask, epsilon=0.2, ref_logprobs=None)
+    assert (up.clipped, down.clipped, up.tokens) == (1.0, 1.0, 3.0)
+    assert up.ratio == pytest.approx(3.0)

@@ -1,0 +1,89 @@
+"""Module groups of real architectures, and adapters whose absence is the reference model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.tiny import tiny_questions
+
+from openril.errors import ModelError
+from openril.models.adapters import add_adapters, without_adapters
+from openril.models.freezing import freeze, module_group
+from openril.models.group_forward import GroupTokens, Policy, lay_out
+from openril.models.loading import load_model, load_processor
+from openril.models.prompts import PromptEncoder
+from openril.recipe.schema import Lora
+from openril.training.saving import merged_state
+
+GROUPS = [
+    "vision_tower", "projector", "word_embeddings", "attention", "mlp_gate", "mlp_up", "mlp_down", "layer_norms", "lm_head",
+]  # fmt: skip
+
+
+def test_every_parameter_belongs_to_a_group(tiny_student: Path):
+    model = load_model(str(tiny_student))
+    found = {module_group(name) for name, _ in model.named_parameters()}
+    assert found == set(GROUPS)
+
+
+@pytest.mark.parametrize(
+    ("name", "group"),
+    [
+        ("model.visual.merger.mlp.0.weight", "projector"),
+        ("model.visual.blocks.0.attn.qkv.weight", "vision_tower"),
+        ("model.visual.blocks.0.norm1.weight", "vision_tower"),
+        ("model.multi_modal_projector.layer_norm.weight", "projector"),
+        ("model.vision_tower.encoder.layer.0.attention.q_proj.weight", "vision_tower"),
+        ("model.language_model.layers.3.input_layernorm.weight", "layer_norms"),
+        ("model.language_model.layers.3.self_attn.q_norm.weight", "layer_norms"),
+        ("model.language_model.norm.weight", "layer_norms"),
+        ("model.language_model.layers.3.mlp.down_proj.weight", "mlp_down"),
+        ("base_model.model.lm_head.weight", "lm_head"),
+    ],
+)
+def test_groups_by_name(name: str, group: str):
+    assert module_group(name) == group
+
+
+def test_only_the_named_groups_freeze(tiny_student: Path):
+    model = load_model(str(tiny_student))
+    trainable = freeze(model, ["vision_tower", "attention"])
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == (module_group(name) not in ("vision_tower", "attention"))
+    assert sum(trainable.values()) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_freezing_everything_is_refused(tiny_student: Path):
+    with pytest.raises(ModelError, match="nothing"):
+        freeze(load_model(str(tiny_student)), GROUPS)  # type: ignore[arg-type]
+
+
+def test_adapters_off_is_the_base_and_merging_is_exact(tiny_student: Path, tmp_path: Path):
+    base = load_model(str(tiny_student))
+    encoder = PromptEncoder(load_processor(str(tiny_student)), base)
+    [question] = tiny_questions(tmp_path, 1)
+    rows = lay_out([GroupTokens(encoder(question), [torch.tensor([50, 51, 52])])], encoder.pad_token_id)
+    with torch.no_grad():
+        before = Policy(base)(rows)
+        model = add_adapters(load_model(str(tiny_student)), Lora(enabled=True, r=4))
+        for name, parameter in model.named_parameters():
+            assert parameter.requires_grad == ("lora_" in name)
+            assert "lora_" not in name or module_group(name) in ("attention", "mlp_gate", "mlp_up", "mlp_down")
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        adapted = Policy(model)(rows)
+        with without_adapters(model):
+            off = Policy(model)(rows)
+        merged = load_model(str(tiny_student))
+        merged.load_state_dict(merged_state(model, model.state_dict()))
+        after = Policy(merged)(rows)
+    assert torch.equal(off, before)
+    assert (adapted - before).abs().max() > 1e-3
+    assert torch.allclose(after, adapted, atol=1e-5)
+
+
+def test_unknown_target_modules_are_named(tiny_qwen: Path):
+    with pytest.raises(ModelError, match="nonsense"):
+        add_adapters(load_model(str(tiny_qwen)), Lora(enabled=True, target_modules=["nonsense"]))

@@ -1,0 +1,58 @@
+"""Checkpoints that cannot be used are refused with a reason."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from openril.errors import ModelError
+from openril.models.loading import load_model, load_processor
+from openril.models.tiny import build_tiny_model
+
+
+def test_missing_folder_is_named():
+    with pytest.raises(ModelError, match="no/such/folder"):
+        load_model("./no/such/folder")
+
+
+def test_a_text_model_is_no_student(tmp_path: Path):
+    folder = build_tiny_model(tmp_path / "text", "qwen2", hidden_size=32)
+    with pytest.raises(ModelError, match="vision-language"):
+        load_model(str(folder))
+
+
+def test_missing_weights_are_an_error(tiny_qwen: Path, tmp_path: Path):
+    folder = shutil.copytree(tiny_qwen, tmp_path / "holes")
+    weights = load_file(folder / "model.safetensors")
+    gone = next(k for k in weights if "down_proj" in k and "visual" not in k)
+    save_file({k: v for k, v in weights.items() if k != gone}, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="down_proj"):
+        load_model(str(folder))
+
+
+def test_pickled_weights_are_refused(tiny_qwen: Path, tmp_path: Path):
+    folder = shutil.copytree(tiny_qwen, tmp_path / "pickled")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="safetensors"):
+        load_model(str(folder))
+
+
+def test_max_pixels_bounds_the_image_tokens(tiny_qwen: Path):
+    processor = load_processor(str(tiny_qwen), max_pixels=28 * 28 * 4)
+    assert processor.image_processor.size["longest_edge"] == 28 * 28 * 4
+
+
+def test_max_pixels_where_it_means_nothing_is_refused(tiny_internvl: Path):
+    with pytest.raises(ModelError, match="max_pixels"):
+        load_processor(str(tiny_internvl), max_pixels=1000)
+
+
+def test_tiny_models_are_reproducible(tmp_path: Path):
+    a = build_tiny_model(tmp_path / "a", "internvl", hidden_size=32, seed=3)
+    b = build_tiny_model(tmp_path / "b", "internvl", hidden_size=32, seed=3)
+    assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
+    assert json.loads((a / "config.json").read_text())["model_type"] == "internvl"
