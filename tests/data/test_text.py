@@ -11,7 +11,8 @@ from openril.data.text import has_special, strip_special
 TOKENS = [
     "<|im_end|>", "<|im_start|>", "<|image_pad|>", "<|vision_start|>", "<|eot_id|>", "<image>", "<IMG_CONTEXT>",
     "<img>", "</img>", "</s>", "<s>", "[INST]", "[/INST]", "<<SYS>>", "<start_of_turn>", "<image_soft_token>",
-    "<unused99>", "<fake_token_around_image>", "<row_1_col_2>", "<global-img>", "[IMG]", "<\uFF5CUser\uFF5C>", "<bos>", "<pad>",
+    "<unused99>", "<fake_token_around_image>", "<row_1_col_2>", "<global-img>",
+    "[IMG]", "<\uFF5CUser\uFF5C>", "<bos>", "<pad>",
 ]  # fmt: skip
 
 
