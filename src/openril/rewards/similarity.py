@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from openril.recipe.schema import Similarity
-
 
 def similarity_reward(
     student_prob: float, kind: Literal["binary", "continuous", "levels"] = "binary", levels: int = 11
@@ -29,8 +27,3 @@ def similarity_reward(
         case "levels":
             return math.ceil(teacher_prob * (levels - 1) - 0.5) / (levels - 1)
     raise ValueError(f"unknown similarity {kind!r}; choose binary, continuous or levels")
-
-
-def from_settings(student_prob: float, settings: Similarity) -> float:
-    """The similarity reward as the recipe sets it."""
-    return similarity_reward(student_prob, settings.kind, settings.levels)

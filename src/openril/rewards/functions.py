@@ -1,0 +1,212 @@
+"""Reward functions of the user's own, with TRL's signature ``(prompts, completions, **columns) -> list[float | None]``.
+
+What they raise is passed on with a note that names the function; a broken reward never becomes a 0.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from openril.data.wording import question_text
+from openril.endpoints import EventLoopThread
+from openril.errors import RecipeError
+from openril.recipe.schema import RewardFunction
+from openril.records import Group, Question, Rollout
+
+BUILT_IN = ("similarity", "answer")
+"""Names of rewards that are not functions."""
+
+
+@dataclass(frozen=True)
+class LoadedFunction:
+    """A reward function ready to be called. name: its key in ``Rollout.rewards``. where: how errors call it."""
+
+    name: str
+    where: str
+    weight: float
+    form: str
+    call: Callable[..., Any]
+
+
+def load_functions(settings: Sequence[RewardFunction]) -> list[LoadedFunction]:
+    """Import every function of a recipe. Raises RecipeError where one cannot be found or is not callable."""
+    loaded: list[LoadedFunction] = []
+    for i, function in enumerate(settings):
+        where = f"rewards.functions.{i} ({function.function or 'no function'})"
+        call = load_callable(function.function, where)
+        name = function.function.rpartition(":")[2]
+        if name in BUILT_IN or any(name == other.name for other in loaded):
+            name = function.function
+        if any(name == other.name for other in loaded):
+            raise RecipeError(f"{where}: is listed twice; give it one weight")
+        loaded.append(LoadedFunction(name, where, function.weight, function.form, call))
+    return loaded
+
+
+def load_callable(spec: str, where: str) -> Callable[..., Any]:
+    """What ``package.module:name`` or ``path/to/file.py:name`` names."""
+    module_name, separator, attribute = spec.rpartition(":")
+    if not separator or not module_name or not attribute:
+        raise RecipeError(f"{where}: write it as package.module:name or path/to/file.py:name")
+    if module_name.endswith(".py"):
+        module = _load_file(Path(module_name).expanduser().resolve(), where)
+    else:
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as e:
+            if e.name is None or not (module_name == e.name or module_name.startswith(f"{e.name}.")):
+                raise  # the module is there; something it imports is not
+            raise RecipeError(
+                f"{where}: there is no module {module_name}; install it, or name a file: path/to/file.py:{attribute}"
+            ) from e
+    found: Any = module
+    for part in attribute.split("."):
+        found = getattr(found, part, None)
+    if found is None:
+        there = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+        raise RecipeError(
+            f"{where}: {module_name} has no {attribute}; it has {', '.join(sorted(there)[:10]) or 'nothing'}"
+        )
+    if not callable(found):
+        raise RecipeError(f"{where}: {attribute} is a {type(found).__name__}, not a function")
+    return found
+
+
+def _load_file(path: Path, where: str) -> Any:
+    if not path.is_file():
+        raise RecipeError(f"{where}: there is no file {path}; paths start from the folder the command runs in")
+    # Registered, so that dataclasses and pickling inside the file work; named by path, so that two files do not meet.
+    name = f"openril_reward_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def columns_of(rollouts: Sequence[tuple[Question, Rollout]]) -> dict[str, list[Any]]:
+    """One list per column, a value per response: every metadata column, every field of Question, ``question_id``,
+    ``source`` and ``completion_ids`` (None for responses that came as text). Rows without a column hold None."""
+    names = dict.fromkeys(name for q, _ in rollouts for name in q.metadata)
+    columns: dict[str, list[Any]] = {name: [q.metadata.get(name) for q, _ in rollouts] for name in names}
+    for field in fields(Question):
+        if field.name not in ("id", "metadata"):
+            columns[field.name] = [getattr(q, field.name) for q, _ in rollouts]
+    columns["question_id"] = [q.id for q, _ in rollouts]
+    columns["source"] = [r.response.source for _, r in rollouts]
+    columns["completion_ids"] = [None if (ids := r.response.token_ids) is None else list(ids) for _, r in rollouts]
+    columns.pop("prompts", None)
+    columns.pop("completions", None)
+    return columns
+
+
+class FunctionRewards:
+    """Calls all functions once per step; async ones run side by side."""
+
+    def __init__(self, functions: Sequence[LoadedFunction]) -> None:
+        self.functions = list(functions)
+        self._loop: EventLoopThread | None = None
+
+    def score(self, groups: Sequence[Group]) -> dict[str, list[float | None]]:
+        """Rewards by function name, one for each rollout of all groups in order. Raises RecipeError, naming the
+        function, for a result that is not one finite number or None per completion."""
+        rollouts = [(group.question, rollout) for group in groups for rollout in group.rollouts]
+        if not rollouts or not self.functions:
+            return {f.name: [] for f in self.functions}
+        columns = columns_of(rollouts)
+        prompts = [question_text(q) for q, _ in rollouts]
+        completions = [r.response.text for _, r in rollouts]
+        results: dict[str, Any] = {}
+        for function in self.functions:
+            arguments: dict[str, Any] = {"prompts": prompts, "completions": completions, **columns}
+            if function.form == "messages":
+                arguments["prompts"] = [[{"role": "user", "content": text}] for text in prompts]
+                arguments["completions"] = [[{"role": "assistant", "content": text}] for text in completions]
+            with _noted(function):
+                results[function.name] = function.call(**_accepted(function, arguments))
+        self._await(results)
+        return {f.name: check_rewards(results[f.name], len(rollouts), f.where) for f in self.functions}
+
+    def _await(self, results: dict[str, Any]) -> None:
+        """Replace what async functions returned by what it resolves to."""
+        waiting = {f.name: f for f in self.functions if inspect.isawaitable(results[f.name])}
+        if not waiting:
+            return
+        self._loop = self._loop or EventLoopThread()
+
+        async def resolve(function: LoadedFunction) -> Any:
+            with _noted(function):
+                return await results[function.name]
+
+        async def resolve_all() -> list[Any]:
+            return await asyncio.gather(*(resolve(f) for f in waiting.values()))
+
+        for name, result in zip(waiting, self._loop.run(resolve_all()), strict=True):
+            results[name] = result
+
+
+class _noted:
+    """Adds the function's name to whatever it raises."""
+
+    def __init__(self, function: LoadedFunction) -> None:
+        self.function = function
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is not None:
+            error.add_note(f"raised by the reward function {self.function.where}")
+
+
+def _accepted(function: LoadedFunction, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments a function takes: all of them with ``**kwargs``, else those it names."""
+    try:
+        parameters = inspect.signature(function.call).parameters.values()
+    except (TypeError, ValueError):
+        return arguments
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return arguments
+    missing = [
+        p.name
+        for p in parameters
+        if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in arguments
+    ]
+    if missing:
+        raise RecipeError(f"{function.where}: wants {', '.join(missing)}; there is {', '.join(sorted(arguments))}")
+    return {p.name: arguments[p.name] for p in parameters if p.name in arguments}
+
+
+def check_rewards(result: Any, count: int, where: str) -> list[float | None]:
+    """``result`` as a list of finite floats and None, one per completion. Arrays and tensors are taken too."""
+    values = result.tolist() if hasattr(result, "tolist") else result
+    if not isinstance(values, list | tuple):
+        raise RecipeError(f"{where}: returned a {type(result).__name__}; return a list with one number per completion")
+    if len(values) != count:
+        raise RecipeError(f"{where}: returned {len(values)} rewards for {count} completions; return one for each")
+    rewards: list[float | None] = []
+    for i, value in enumerate(values):
+        value = value.item() if hasattr(value, "item") else value
+        if value is not None and not isinstance(value, int | float):
+            raise RecipeError(f"{where}: reward {i} is {value!r}, neither a number nor None")
+        if value is not None and not math.isfinite(value):
+            raise RecipeError(f"{where}: reward {i} is {value}; return None where there is no reward")
+        rewards.append(None if value is None else float(value))
+    return rewards
