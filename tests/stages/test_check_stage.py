@@ -1,0 +1,197 @@
+"""`ril check` on real tiny checkpoints, real files and a real local server."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from openril.errors import ModelError
+from openril.models.loading import load_config, load_processor
+from openril.models.prompts import question_messages
+from openril.recipe.schema import Recipe
+from openril.records import ImageSource, Question
+from openril.stages import estimate
+from openril.stages.check import TokenCounter, run_check
+from support.misbehaving_server import MisbehavingServer
+
+
+def recipe_for(folder: Path, student: Path, **changes: Any) -> Recipe:
+    Image.new("RGB", (64, 40)).save(folder / "a.png")
+    rows = [
+        {"id": "1", "question": "Which colour?", "answer": "red", "images": ["a.png"]},
+        {"id": "2", "question": "How many?", "answer": "3"},
+    ]
+    (folder / "q.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (folder / "v.jsonl").write_text(json.dumps(rows[0] | {"id": "3", "question": "Which one?"}) + "\n")
+    values: dict[str, Any] = {
+        "run_dir": str(folder / "run"),
+        "data": {"train": [str(folder / "q.jsonl")], "validation": [str(folder / "v.jsonl")]},
+        "student": {"model": str(student)},
+        "teachers": [{"name": "big", "model_path": str(student)}],
+        "rewards": {"answer": {"kind": "rules"}},
+        "train": {"questions_per_step": 2},
+    }
+    return Recipe.model_validate(values | changes)
+
+
+def check(recipe: Recipe) -> tuple[int, str]:
+    console = Console(file=io.StringIO(), width=200)
+    code = run_check(recipe, console)
+    return code, console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_recipe_that_is_ready(tmp_path: Path, tiny_student: Path) -> None:
+    code, page = check(recipe_for(tmp_path, tiny_student))
+    assert code == 0 and "Ready." in page, page
+    assert "2 questions, 2 usable; 1 images, 1 questions without one" in page
+    # 2 questions x 16 responses x (teacher and student); 1 step of 2 questions x 4 samples.
+    assert "1 steps on 2 questions, 8 student samples; 64 responses to collect" in page
+    assert not (tmp_path / "run").exists()
+
+
+def test_problems_of_every_part_are_on_one_page(tmp_path: Path, tiny_qwen: Path) -> None:
+    recipe = recipe_for(tmp_path, tiny_qwen, judge={"base_urls": ["http://127.0.0.1:9/v1"], "model": "j"})
+    recipe.rewards.answer.kind = "judge"
+    recipe.teachers[0].model_path = str(tmp_path / "nowhere")
+    recipe.train.num_teacher_responses = 99
+    (tmp_path / "a.png").write_bytes(b"broken")
+    code, page = check(recipe)
+    assert code == 2
+    for words in (
+        "train.num_teacher_responses",
+        "nowhere",
+        "a.png is no image",
+        "judge: http://127.0.0.1:9/v1 cannot be",
+    ):
+        assert words in page, page
+    # a.png in both files, the teacher's path twice (settings, models), the teacher responses, the judge.
+    assert "6 problems" in page
+
+
+def test_servers_are_asked_for_their_models(tmp_path: Path, tiny_qwen: Path) -> None:
+    with MisbehavingServer() as server:
+        teacher = {"name": "big", "base_urls": [server.url], "model": "no-such-model"}
+        code, page = check(recipe_for(tmp_path, tiny_qwen, teachers=[teacher]))
+        assert code == 2 and "has no model 'no-such-model'" in page
+        teacher["model"] = page.split("it serves ")[1].split()[0].rstrip(",")
+        code, page = check(recipe_for(tmp_path, tiny_qwen, teachers=[teacher]))
+        assert code == 0 and "up to 32 requests to teacher big" in page, page
+
+
+def test_text_only_checkpoints_are_no_students(tmp_path: Path) -> None:
+    from openril.models.tiny import build_tiny_model
+
+    text_only = build_tiny_model(tmp_path / "text", "qwen2", hidden_size=32)
+    code, page = check(recipe_for(tmp_path, text_only))
+    assert code == 2 and "takes no images" in page
+
+
+def test_a_cut_off_weight_file_is_found_without_loading_it(tmp_path: Path, tiny_qwen: Path) -> None:
+    copy = Path(shutil.copytree(tiny_qwen, tmp_path / "copy"))
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    code, page = check(recipe_for(tmp_path, copy))
+    assert code == 2 and "damaged or cut off" in page
+
+
+def test_pickled_weights_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(ModelError, match=r"no weights as \.safetensors, only pytorch_model\.bin"):
+        estimate.checkpoint_parameters(tmp_path)
+
+
+def test_missing_shards_are_named(tmp_path: Path, tiny_qwen: Path) -> None:
+    copy = Path(shutil.copytree(tiny_qwen, tmp_path / "copy"))
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match="1 of 2 weight files are missing: model-00002-of-00002"):
+        estimate.checkpoint_parameters(copy)
+
+
+def test_header_counts_are_the_models_own(tiny_student: Path) -> None:
+    from openril.models.loading import load_model
+
+    wanted = sum(p.numel() for p in load_model(str(tiny_student)).parameters())
+    assert sum(estimate.checkpoint_parameters(tiny_student).values()) == wanted
+
+
+@pytest.mark.parametrize("sizes", [[], [(64, 40)], [(40, 64), (112, 112)], [(500, 90)]])
+def test_token_counts_are_the_processors_own(tiny_student: Path, sizes: list[tuple[int, int]]) -> None:
+    processor = load_processor(str(tiny_student))
+    images = tuple(ImageSource(data=bytes([i])) for i in range(len(sizes)))
+    question = Question("q", "Which " + " and ".join(["<image>"] * len(sizes)) + "?", images=images)
+    text = processor.apply_chat_template(
+        question_messages(question, "Be brief."), tokenize=False, add_generation_prompt=True
+    )
+    blank = [Image.new("RGB", size) for size in sizes]
+    real = processor(text=[text], images=[blank] if blank else None, return_tensors="pt")["input_ids"].shape[1]
+    counter = TokenCounter(processor, "Be brief.")
+    counter._COMPARED = 0  # trust the rule, so that the rule itself is what is measured here
+    assert counter(question, sizes)[0] == real
+
+
+def test_a_processor_whose_rule_is_wrong_is_measured_instead(tiny_qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    processor = load_processor(str(tiny_qwen))
+    question = Question("q", "Which?", images=(ImageSource(data=b"x"),))
+    right = TokenCounter(processor)(question, [(64, 40)])
+    wrong = TokenCounter(processor)
+    monkeypatch.setattr(TokenCounter, "_by_rule", lambda self, sizes: 999)
+    assert wrong(question, [(64, 40)]) == right and wrong.exact_rule is False
+
+
+SHAPE = estimate.Shape(
+    {"vision_tower": 100, "attention": 1000, "lm_head": 200}, hidden=10, intermediate=30, layers=2, vocabulary=50
+)
+
+
+def small(**changes: Any) -> Recipe:
+    train = {"precision": "float32", "num_generations": 2, "max_completion_length": 5, **changes.pop("train", {})}
+    return Recipe.model_validate({"teachers": [{"name": "a"}], "train": train, **changes})
+
+
+def test_memory_worked_by_hand() -> None:
+    parts = estimate.loop_memory(small(), SHAPE, prompt_tokens=15).parts
+    # 1300 values x 4 bytes; 1200 of them train (the vision tower is frozen); the discriminator has no LM head.
+    assert parts["student: weights"] == 5200 and parts["student: gradients"] == 4800
+    assert parts["student: AdamW states"] == 9600 and parts["reference: weights"] == 5200
+    assert parts["discriminator: weights"] == 4400 and parts["discriminator: gradients"] == 4000
+    # 4 rows x 20 tokens x (8 x 10 + 4 x 30) values x 2 layers x 4 bytes.
+    assert parts["loop: activations"] == 80 * 200 * 2 * 4
+    # 4 rows x 5 tokens x 50 words x (logits and gradient) x 4 bytes, and one row twice in float32.
+    assert parts["loop: logits"] == 4 * 250 * 2 * 4 + 2 * 250 * 4
+
+
+def test_memory_follows_the_recipe() -> None:
+    def names(recipe: Recipe) -> set[str]:
+        return {n.split(":")[0] for n in estimate.loop_memory(recipe, SHAPE, 15).parts}
+
+    assert "reference" not in names(small(train={"beta": 0}))
+    assert "reference" not in names(small(student={"lora": {"enabled": True}}))
+    assert "discriminator" not in names(small(train={"algorithm": "grpo"}))
+    fixed = estimate.loop_memory(small(discriminator={"mode": "fixed"}), SHAPE, 15).parts
+    assert "discriminator: gradients" not in fixed
+    whole = estimate.loop_memory(small(), SHAPE, 15)
+    half = estimate.loop_memory(small(train={"precision": "pure_bf16"}), SHAPE, 15)
+    assert half.shardable * 2 == whole.shardable
+
+
+def test_work_of_the_papers_loop() -> None:
+    served = {"base_urls": ["http://h/v1"], "model": "m"}
+    recipe = Recipe.model_validate({"teachers": [{"name": "a", **served}, {"name": "b", **served}], "judge": served})
+    done = estimate.work(recipe, 40_000, 0)
+    assert done.steps == 1112 and done.student_samples == 1112 * 36 * 4  # 40,000 / 36, rounded up
+    assert done.collected_responses == 40_000 * 16 * 3
+    assert done.requests == {"teacher a": 640_000, "teacher b": 640_000, "judge": 1112 * 36 * 8}
+
+
+def test_student_configuration_gives_the_shape(tiny_student: Path) -> None:
+    shape = estimate.shape_of(load_config(str(tiny_student)), estimate.checkpoint_parameters(tiny_student))
+    assert (shape.hidden, shape.intermediate, shape.layers) == (32, 64, 2)
+    assert 0 < shape.trainable(["vision_tower"]) < shape.total
