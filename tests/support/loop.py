@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,10 @@ class SubstringRewards:
         self.unknown = unknown
         self.order: list[str] = []
 
-    def score(self, groups: list[Group]) -> dict[str, float]:
+    def begin(self, groups: Sequence[Group]) -> None:
+        self.order.append("begin")
+
+    def score(self, groups: Sequence[Group]) -> dict[str, float]:
         self.order.append("rewards")
         for g in groups:
             for r in g.rollouts:

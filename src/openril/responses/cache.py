@@ -12,7 +12,6 @@ Any number of processes may collect into a folder and read it at the same time.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,11 +24,11 @@ import pyarrow.compute as pc
 from openril.errors import CacheError, DataError
 from openril.records import Question, Response
 from openril.responses import files
-from openril.responses.files import Journal, Lock
+from openril.responses.files import Lock
 from openril.responses.loaded import LoadedResponses
+from openril.responses.manifest import MANIFEST, differences, empty_manifest, read_manifest
+from openril.responses.writer import Writer
 from openril.storage import append_jsonl, read_jsonl, write_json, write_jsonl
-
-FORMAT = "openril-responses"
 
 
 class ResponseCache:
@@ -54,9 +53,7 @@ class ResponseCache:
         if not cache.manifest_path.exists():
             with cache._lock():
                 if not cache.manifest_path.exists():
-                    write_json(
-                        cache.manifest_path, {"format": FORMAT, "schema_version": files.SCHEMA_VERSION, "sources": {}}
-                    )
+                    write_json(cache.manifest_path, empty_manifest())
         return cls.open(folder, shard_size=shard_size)
 
     @classmethod
@@ -72,7 +69,7 @@ class ResponseCache:
 
     @property
     def manifest_path(self) -> Path:
-        return self.folder / "manifest.json"
+        return self.folder / MANIFEST
 
     @property
     def shard_folder(self) -> Path:
@@ -106,23 +103,7 @@ class ResponseCache:
 
     def manifest(self) -> dict[str, Any]:
         """The manifest: ``sources`` maps a name to its model, revision and sampling settings."""
-        path = self.manifest_path
-        try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise CacheError(
-                f"{self.folder}: no response cache here; run `ril collect RECIPE` or correct cache_dir"
-            ) from None
-        except ValueError as e:
-            raise CacheError(f"{path}: not readable JSON ({e}); restore it or collect into another cache_dir") from e
-        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-            raise CacheError(f"{path}: not the manifest of a response cache; set another cache_dir")
-        if manifest.get("schema_version") != files.SCHEMA_VERSION:
-            raise CacheError(
-                f"{path}: has schema version {manifest.get('schema_version')}, this OpenRIL reads "
-                f"{files.SCHEMA_VERSION}; use the OpenRIL version that made it"
-            )
-        return manifest
+        return read_manifest(self.folder)
 
     @property
     def sources(self) -> list[str]:
@@ -415,64 +396,3 @@ class ResponseCache:
     def responses_for(self, question: Question, source: str) -> list[Response]:
         """A source's responses to one question. Reads the folder: for many questions use ``load``."""
         return self.load([question], [source]).responses_for(question.id, source)
-
-
-class Writer:
-    """Appends one source's responses; each survives a kill as soon as ``append`` returns. For one thread."""
-
-    SYNC_EVERY = 64
-
-    def __init__(self, cache: ResponseCache, source: str, entry: Mapping[str, Any]) -> None:
-        self.cache = cache
-        self.source = source
-        self.header = {
-            "source": source,
-            "model": entry["model"],
-            "revision": entry["revision"],
-            "sampling": json.dumps(entry["sampling"], sort_keys=True),
-        }
-        self._journal: Journal | None = None
-
-    def append(self, question: Question, response: Response) -> None:
-        """Write a response to this question."""
-        assert response.source == self.source and response.question_id == question.id
-        if self._journal is None:
-            self._journal = Journal(self.cache.journal_folder, self.source, self.header)
-        self._journal.append(
-            {
-                "question_id": question.id,
-                "index": response.index,
-                # A lone surrogate, which JSON may carry, is no text that files can hold.
-                "text": response.text.encode("utf-8", "replace").decode(),
-                "finish_reason": response.finish_reason,
-                "question_hash": self.cache.content_hash(question),
-                "token_ids": None if response.token_ids is None else list(response.token_ids),
-                "created": files.now(),
-            }
-        )
-        if len(self._journal.rows) % self.SYNC_EVERY == 0:
-            self._journal.sync()
-        if len(self._journal.rows) >= self.cache.shard_size:
-            self.close()
-
-    def close(self) -> None:
-        """Turn what was written into a shard; appending again starts the next."""
-        if self._journal is not None:
-            journal, self._journal = self._journal, None
-            journal.close(self.cache.shard_folder)
-
-    def __enter__(self) -> Writer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(what, old value, new value) wherever two manifest entries differ."""
-    same_weights = old["revision"] == new["revision"] and str(new["revision"]).startswith("weights:")
-    names = [] if same_weights else ["model", "revision"]
-    pairs = [(name, old[name], new[name]) for name in names]
-    settings = dict.fromkeys([*old["sampling"], *new["sampling"]])
-    pairs += [(name, old["sampling"].get(name), new["sampling"].get(name)) for name in settings]
-    return [pair for pair in pairs if pair[1] != pair[2]]

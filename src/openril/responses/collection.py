@@ -12,10 +12,11 @@ from openril.endpoints import ChatClient, RequestRefusedError
 from openril.errors import DataError, EndpointError, RecipeError
 from openril.recipe.schema import Recipe, Teacher
 from openril.records import STUDENT, Question, Response
-from openril.responses.cache import ResponseCache, Writer
+from openril.responses.cache import ResponseCache
 from openril.responses.claims import Claims, Work
 from openril.responses.identity import model_identity
 from openril.responses.requests import chat_messages, request_settings, response_seed, sampling_record
+from openril.responses.writer import Writer
 from openril.sampling.protocol import Sampler
 from openril.storage import stable_hash
 
