@@ -11,6 +11,7 @@ On GPUs use vLLM's own installation; docs/vllm.md has the commands.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shlex
 import shutil
@@ -181,20 +182,16 @@ class VLLMServer:
             return
         if self._process.poll() is None:
             self._process.terminate()
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(timeout=20)
-            except subprocess.TimeoutExpired:
-                pass
         self.kill()
 
     def kill(self) -> None:
         """End the server and its engine at once, in the middle of whatever it does."""
         if self._process is None:
             return
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self._process.wait()
         self._process = None
 
@@ -210,7 +207,9 @@ class VLLMServer:
             self.stop()
             raise
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.stop()
 
 
@@ -243,7 +242,10 @@ def main() -> None:
             cache_gib=given.cache_gib,
         )
         with server:
-            print(f"{server.url} answers as {server.name!r} after {server.start_seconds:.0f} s; Ctrl-C ends it", flush=True)
+            print(
+                f"{server.url} answers as {server.name!r} after {server.start_seconds:.0f} s; Ctrl-C ends it",
+                flush=True,
+            )
             assert server._process is not None
             server._process.wait()
     except ServerError as e:
