@@ -33,7 +33,7 @@ _ASSISTANT = ("gpt", "assistant", "model", "bot", "chatgpt")
 def to_question(row: Any, *, columns: Mapping[str, str], folder: Path, origin: str) -> Question:
     """The question in ``row``.
 
-    columns: our field -> the row's column. folder: what relative image paths count from. origin: "file:line".
+    columns: our field -> the row's column. folder: what relative image paths count from, absolute. origin: "file:line".
     Raises DataError (without the origin, which the caller adds) with the cause.
     """
     if not isinstance(row, Mapping):
@@ -276,7 +276,8 @@ def to_image(value: Any, folder: Path, number: int = 1) -> ImageSource:
             raise DataError(f"image {number}: {scheme}:// is refused; use a path, http(s) or a data URL")
         if "\0" in value:
             raise DataError(f"image {number}: the path holds a zero byte")
-        return ImageSource(path=(folder / Path(value).expanduser()).absolute())
+        path = Path(value)
+        return ImageSource(path=folder / (path.expanduser() if value.startswith("~") else path))
     if hasattr(value, "save") and hasattr(value, "mode"):  # a PIL image, without importing PIL
         buffer = io.BytesIO()
         value.save(buffer, format="PNG")

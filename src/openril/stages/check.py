@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,12 +54,13 @@ class _Page:
         self.console.print(f"           {escape(text)}", highlight=False, soft_wrap=True)
 
 
-def run_check(recipe: Recipe, console: Console, world_size: int = 1) -> int:
+def run_check(recipe: Recipe, console: Console, world_size: int | None = None) -> int:
     """Check settings, data, models, servers, memory and disk for ``ril run``. Nothing is trained, sent for an answer or
     written.
 
-    world_size: number of training processes planned. Returns 0 when nothing stands in the way, else 2.
+    world_size: number of training processes planned; by default that of the launcher ($WORLD_SIZE), else 1. Returns 0 when nothing stands in the way, else 2.
     """
+    world_size = int(os.environ.get("WORLD_SIZE") or 1) if world_size is None else world_size
     page = _Page(console)
     page.heading("Settings")
     problems = cross_check(recipe, "run", world_size)
