@@ -17,10 +17,7 @@ def groups():
     mine = Response("q1", "student", 0, "3", token_ids=(5, 6))
     two = Question("q2", "What?", "red", metadata={"colour": "dark"})
     return [
-        Group(
-            one,
-            [Rollout(Response("q1", "student", 0, "3", token_ids=(5, 6))), Rollout(Response("q1", "big", 0, "two"))],
-        ),
+        Group(one, [Rollout(mine), Rollout(Response("q1", "big", 0, "two"))]),
         Group(two, [Rollout(Response("q2", "student", 0, "red"))]),
     ]
 
@@ -139,14 +136,7 @@ def test_anything_else_is_an_error_that_names_the_function(result, message):
 
 def test_a_file_is_loaded_once(tmp_path):
     path = tmp_path / "mine.py"
-    path.write_text("from dataclasses import dataclass
-
-@dataclass
-class A:
-    x: int = 1
-
-def f(**k): ...
-")
+    path.write_text("from dataclasses import dataclass\n\n@dataclass\nclass A:\n    x: int = 1\n\ndef f(**k): ...\n")
     assert load_callable(f"{path}:f", "w") is load_callable(f"{path}:f", "w")
 
 

@@ -63,8 +63,8 @@ def submit_answers(
 
     kind: ``judge``; ``rules``; ``rules_then_judge`` (the judge where a rule finds nothing to compare); ``none``. rule:
     for questions that name none of their own. shared: which responses come from the response cache (their verdicts are
-    kept there). Empty and repetitive responses score 0 whatever the kind. Raises DataError for a question without ground
-    truth and RecipeError where a judge is needed but not given.
+    kept there). Empty and repetitive responses score 0, whatever the kind. Raises DataError for a question without
+    ground truth and RecipeError where a judge is needed but not given.
     """
     if kind == "none":
         return AnswersHandle([AnswerScore(None)] * len(items), [], None)
