@@ -1,0 +1,31 @@
+"""The example of docs/rewards.md runs as it stands."""
+
+import re
+from pathlib import Path
+
+import yaml
+
+from openril.recipe.schema import Recipe
+from openril.records import Group, Question, Response, Rollout
+from openril.rewards.total import RewardSystem
+
+DOCS = Path(__file__).parents[2] / "docs" / "rewards.md"
+
+
+def test_the_documented_reward_functions_run(tmp_path, monkeypatch):
+    section = DOCS.read_text().split("## Your own reward functions")[1]
+    code, settings = re.search(r"```python\n(.*?)```.*?```yaml\n(.*?)```", section, re.S).groups()
+    (tmp_path / "brief.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    recipe = Recipe.model_validate(
+        yaml.safe_load(settings) | {"run_dir": str(tmp_path / "run"), "train": {"algorithm": "dr_grpo"}}
+    )
+    recipe.rewards.answer.kind = "rules"
+    texts = [("student", "red"), ("student", "rosy"), ("big", "blue")]
+    group = Group(Question("q", "Which?", "red"), [Rollout(Response("q", s, 0, t)) for s, t in texts])
+    RewardSystem(recipe).score([group])
+    one, two, three = (r.rewards for r in group.rollouts)
+    assert one == {"answer": 1.0, "brief": 0.99, "same_first_letter": 1.0, "think_format_reward": 0.0}
+    assert (two["same_first_letter"], three["same_first_letter"], three["brief"]) == (1.0, 0.0, None)
+    # 1 + 0.5;  0 + 0.5;  0: the unknown brief has weight 0
+    assert [r.reward for r in group.rollouts] == [1.5, 0.5, 0.0]
