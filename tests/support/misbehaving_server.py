@@ -193,7 +193,8 @@ class MisbehavingServer:
             request_queue_size = 128
 
             def handle_error(self, request: Any, client_address: Any) -> None:
-                if not isinstance(sys.exc_info()[1], ConnectionError):  # a killed client is no news
+                # A client that was killed in the middle of a request is no news.
+                if not isinstance(sys.exc_info()[1], ConnectionError | json.JSONDecodeError):
                     super().handle_error(request, client_address)
 
         self._http = Server(("127.0.0.1", 0), Handler)

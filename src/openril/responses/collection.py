@@ -179,9 +179,11 @@ class _Served:
         self.outstanding = 0
         self.failures_in_a_row = 0
         self.fatal: Exception | None = None
+        self.stop = asyncio.Event()
 
     async def run(self) -> None:
         running: set[asyncio.Task[None]] = set()
+        stopped = asyncio.create_task(self.stop.wait())
         waiting = False
         try:
             while self.fatal is None:
@@ -192,8 +194,9 @@ class _Served:
                     self.outstanding += len(work[1])
                     running.add(asyncio.create_task(self.answer_question(*work)))
                 elif running:
-                    ended, running = await asyncio.wait(running, timeout=POLL, return_when=asyncio.FIRST_COMPLETED)
-                    for task in ended:
+                    await asyncio.wait({stopped, *running}, timeout=POLL, return_when=asyncio.FIRST_COMPLETED)
+                    for task in [t for t in running if t.done()]:
+                        running.remove(task)
                         task.result()
                 elif self.claims.finished:
                     return
@@ -202,9 +205,9 @@ class _Served:
                     await asyncio.sleep(POLL)
             raise self.fatal
         finally:
-            for task in running:
-                task.cancel()
-            await asyncio.gather(*running, return_exceptions=True)
+            for pending in (stopped, *running):
+                pending.cancel()
+            await asyncio.gather(stopped, *running, return_exceptions=True)
 
     async def answer_question(self, question: Question, indices: list[int]) -> None:
         try:
@@ -238,16 +241,19 @@ class _Served:
             self.result.fail(question.id, str(e))
             self.failures_in_a_row += 1
             if isinstance(e, RequestRefusedError) and (e.concerns_every_request or self.cure(e)):
-                self.fatal = self.fatal or EndpointError(f"{e}{self.cure(e)}")
+                self.end(EndpointError(f"{e}{self.cure(e)}"))
             elif self.failures_in_a_row >= max(20, 2 * self.teacher.concurrency):
-                self.fatal = self.fatal or EndpointError(
-                    f"{e}. Stopped after {self.failures_in_a_row} failures in a row"
-                )
+                self.end(EndpointError(f"{e}. Stopped after {self.failures_in_a_row} failures in a row"))
         except Exception as e:  # passed on by run()
-            self.fatal = self.fatal or e
+            self.end(e)
         finally:
             self.outstanding -= 1
             self.show()
+
+    def end(self, error: Exception) -> None:
+        """Let ``run`` stop everything and raise this, the first such error."""
+        self.fatal = self.fatal or error
+        self.stop.set()
 
     def cure(self, error: RequestRefusedError) -> str:
         """What to set when the server does not know a field we send; "" when it is something else."""
