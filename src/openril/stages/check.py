@@ -58,7 +58,8 @@ def run_check(recipe: Recipe, console: Console, world_size: int | None = None) -
     """Check settings, data, models, servers, memory and disk for ``ril run``. Nothing is trained, sent for an answer or
     written.
 
-    world_size: number of training processes planned; by default that of the launcher ($WORLD_SIZE), else 1. Returns 0 when nothing stands in the way, else 2.
+    world_size: number of training processes planned; by default that of the launcher ($WORLD_SIZE), else 1.
+    Returns 0 when nothing stands in the way, else 2.
     """
     world_size = int(os.environ.get("WORLD_SIZE") or 1) if world_size is None else world_size
     page = _Page(console)

@@ -134,10 +134,11 @@ def loop_memory(recipe: Recipe, shape: Shape, prompt_tokens: float) -> Memory:
     if student.lora.enabled:
         # r x (in + out) for each adapted layer; all of attention and MLP as an upper bound.
         layer = 4 * 2 * shape.hidden + 3 * (shape.hidden + shape.intermediate)
-        adapters = student.lora.r * layer * shape.layers
-        trained("student", shape.total + adapters, adapters)
+        trainable = student.lora.r * layer * shape.layers
+        trained("student", shape.total + trainable, trainable)
     else:
-        trained("student", shape.total, shape.trainable(student.freeze))
+        trainable = shape.trainable(student.freeze)
+        trained("student", shape.total, trainable)
         if train.beta:
             parts["reference: weights"] = shape.total * master
     if recipe.uses_discriminator:
@@ -149,7 +150,7 @@ def loop_memory(recipe: Recipe, shape: Shape, prompt_tokens: float) -> Memory:
             parts["discriminator: weights"] = body * master
     if train.precision == "bfloat16":
         # Autocast keeps a bfloat16 copy of the weights that train while a pass lasts.
-        parts["loop: bfloat16 copy of the weights"] = shape.trainable(student.freeze) * 2
+        parts["loop: bfloat16 copy of the weights"] = trainable * 2
 
     teachers = recipe.teacher_responses_per_question if train.teacher_responses_in_update else 0
     rows = train.groups_per_micro_batch * (train.num_generations + teachers)
