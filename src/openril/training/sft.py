@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -25,15 +26,15 @@ from trl import SFTConfig, SFTTrainer
 
 from openril import __version__
 from openril.errors import DataError, RecipeError, StateError
-from openril.models.adapters import add_adapters, base_model
+from openril.models.adapters import add_adapters, base_model, is_adapted
 from openril.models.freezing import freeze
-from openril.models.loading import load_student, torch_dtype
+from openril.models.loading import load_model, load_student, torch_dtype
 from openril.models.vision_balance import borrowed_prompt
 from openril.recipe.schema import Optimiser, Recipe
 from openril.storage import read_jsonl, remove, stable_hash, write_json, write_jsonl, write_text
 from openril.training.loop import Interrupted, stop_requests
 from openril.training.optimisation import build_optimiser, learning_rate
-from openril.training.processes import master_dtype
+from openril.training.processes import is_sharded, master_dtype
 from openril.training.run_folder import RunFolder
 from openril.training.saving import write_checkpoint
 from openril.training.setup import enable_checkpointing, make_encoder
@@ -138,7 +139,7 @@ def train_sft(
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             model = accelerator.unwrap_model(trainer.model_wrapped)
-            trainer.restore_configs(base_model(model))
+            trainer.configs.restore(base_model(model))
             dtype = torch_dtype(recipe.student.dtype)
             write_checkpoint(model, state, trainer.processing_class, folder.student_path, dtype)
             remove(folder.checkpoints_path)
@@ -196,34 +197,34 @@ def _build_trainer(
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     micro, accumulation = micro_batches(recipe, processes)
     sft = recipe.sft
-    settings: dict[str, Any] = dict(
-        output_dir=str(folder.checkpoints_path),
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=accumulation,
-        num_train_epochs=sft.epochs,
-        max_steps=sft.max_steps or -1,
-        learning_rate=sft.optimiser.learning_rate,
-        max_grad_norm=sft.optimiser.max_grad_norm,
-        bf16=recipe.train.precision == "bfloat16",
-        fp16=False,
-        use_cpu=not cuda,
-        seed=recipe.seed,
-        data_seed=recipe.seed,
-        gradient_checkpointing=False,  # ours to switch on, below
-        save_strategy="steps" if sft.save_every else "no",
-        save_steps=sft.save_every or 500,
-        save_total_limit=KEEP_CHECKPOINTS,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
+    settings: dict[str, Any] = {
+        "output_dir": str(folder.checkpoints_path),
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": accumulation,
+        "num_train_epochs": sft.epochs,
+        "max_steps": sft.max_steps or -1,
+        "learning_rate": sft.optimiser.learning_rate,
+        "max_grad_norm": sft.optimiser.max_grad_norm,
+        "bf16": recipe.train.precision == "bfloat16",
+        "fp16": False,
+        "use_cpu": not cuda,
+        "seed": recipe.seed,
+        "data_seed": recipe.seed,
+        "gradient_checkpointing": False,  # ours to switch on, below
+        "save_strategy": "steps" if sft.save_every else "no",
+        "save_steps": sft.save_every or 500,
+        "save_total_limit": KEEP_CHECKPOINTS,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
         # Examples are laid out by our collator: nothing is prepared, and nothing is ever truncated.
-        dataset_kwargs={"skip_prepare_dataset": True},
-        max_length=None,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "max_length": None,
         # Images of the next micro-batches are decoded and resized while the GPU works.
-        dataloader_num_workers=min(4, max(0, (os.cpu_count() or 1) // processes - 1)) if cuda else 0,
-    )
+        "dataloader_num_workers": min(4, max(0, (os.cpu_count() or 1) // processes - 1)) if cuda else 0,
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # about a setting's newer name, which older versions lack
         args = SFTConfig(**settings)
@@ -254,9 +255,10 @@ def _build_trainer(
         train_dataset=Dataset.from_dict({"example": list(range(len(examples)))}),
         processing_class=processor,
     )
-    # Some models say that their own loss cannot be divided by the tokens of all accumulated micro-batches. The loss here
-    # is TRL's, which can; without this, each micro-batch would weigh the same however few tokens it has.
+    # Some models say that their own loss cannot be divided by the tokens of all accumulated micro-batches. The loss
+    # here is TRL's, which can; without this, each micro-batch would weigh the same however few tokens it has.
     trainer.model_accepts_loss_kwargs = True
+    trainer.recipe = recipe
     trainer.settings = sft.optimiser
     trainer.configs = configs
     trainer.remove_callback(PrinterCallback)
@@ -265,24 +267,22 @@ def _build_trainer(
 
 
 class _Configs:
-    """A model's configurations as they were: the trainer rewrites token ids in them, which is not ours to change."""
+    """A model's configurations as they were: the trainer writes token ids and ``use_cache`` into them, and the student
+    must leave with its own."""
 
     def __init__(self, model: Any) -> None:
-        self.generation = model.generation_config.to_dict() if model.generation_config else None
-        text = model.config.get_text_config()
-        self.token_ids = {k: getattr(text, k, None) for k in ("eos_token_id", "bos_token_id", "pad_token_id")}
+        self.config = copy.deepcopy(model.config)
+        self.generation_config = copy.deepcopy(model.generation_config)
 
     def restore(self, model: Any) -> None:
-        text = model.config.get_text_config()
-        for key, value in self.token_ids.items():
-            setattr(text, key, value)
-        if self.generation is not None:
-            model.generation_config = type(model.generation_config).from_dict(self.generation)
+        model.config = self.config
+        model.generation_config = self.generation_config
 
 
 class _Trainer(SFTTrainer):
     """TRL's trainer with our optimiser and learning rate, which are the loop's too."""
 
+    recipe: Recipe
     settings: Optimiser
     configs: _Configs
     learnt_tokens: Any = None
@@ -310,11 +310,25 @@ class _Trainer(SFTTrainer):
         self.learnt_tokens = num_items_in_batch
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        # The trainer's own loading passes over names it does not know, and vision-language models are saved under
+        # other names than they have in memory: it would go on with the weights the run began with. from_pretrained
+        # knows both.
+        model = self.model if model is None else model
+        if is_adapted(model) or is_sharded(self.accelerator):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        student = self.recipe.student
+        saved = load_model(
+            resume_from_checkpoint,
+            dtype=master_dtype(self.recipe),
+            trust_remote_code=student.trust_remote_code,
+            attn_implementation=student.attn_implementation,
+        )
+        model.load_state_dict(saved.state_dict())
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None: these checkpoints are not for others to read."""
-
-    def restore_configs(self, model: Any) -> None:
-        self.configs.restore(model)
 
 
 class _Steps(TrainerCallback):

@@ -1,0 +1,39 @@
+"""`ril sft`: the supervised warm start, and the imitation baselines on cached text."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from openril.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def run_sft(recipe: Recipe, console: Console) -> Path:
+    """Train, or continue; returns the student's folder, ``run_dir/sft/student``. Does nothing if it is there already.
+
+    Raises Interrupted when asked to stop (the same command continues), and what ``training.sft.train_sft`` raises.
+    """
+    target = recipe.sft_student_path
+    if target.is_dir():
+        console.print(f"sft: already trained in {target}", highlight=False)
+        return target
+    # Imported here: a finished stage must not cost a minute of imports.
+    from openril.data.reading import read_questions
+    from openril.recipe.checks import require
+    from openril.recipe.loading import save_recipe
+    from openril.report.progress import StageProgress
+    from openril.training.sft import train_sft
+    from openril.training.sft_examples import sft_examples
+
+    processes, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    require(recipe, "sft", processes)
+    examples = sft_examples(recipe, read_questions(recipe.data, "train"))
+    if rank == 0:
+        save_recipe(recipe, recipe.run_path / "recipe.yaml")
+        console.print(f"sft: {len(examples)} examples ({recipe.sft.on})", highlight=False)
+    with StageProgress(console, "sft", enabled=rank == 0) as progress:
+        return train_sft(recipe, examples, report=progress.report, warn=progress.warn)
