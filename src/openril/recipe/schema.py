@@ -5,10 +5,11 @@ No torch here, so that ``--help`` and ``ril check``'s first messages are fast. F
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 ModuleGroup = Literal[
     "vision_tower",
@@ -170,9 +171,18 @@ class Endpoint(Section):
     max_retries: NonNegativeInt = 5
     """Retries of a failed request, with exponential backoff."""
     extra_body: dict[str, str | int | float | bool] = Field(default_factory=dict)
-    """Further fields of the request, passed on as they are."""
+    """Further fields of the request, for instance {chat_template_kwargs: {enable_thinking: false}}. A nested one is kept,
+    and on the command line written, as JSON text."""
     trust_remote_code: bool = False
     """Run code that comes with a local checkpoint. Only for publishers you trust."""
+
+    @field_validator("extra_body", mode="before")
+    @classmethod
+    def _nested_fields_as_json(cls, value: Any) -> Any:
+        # Command-line options have no nested types; the client reads the text back.
+        if not isinstance(value, dict):
+            return value
+        return {k: json.dumps(v, ensure_ascii=False) if isinstance(v, dict | list) else v for k, v in value.items()}
 
 
 class Teacher(Endpoint):
