@@ -144,6 +144,8 @@ CASES: list[tuple[str, dict[str, Any], str, str]] = [
         "discriminator.pretraining.responses_per_question",
         "17 are wanted of 16",
     ),
+    ("select", {"cache_dir": "elsewhere"}, "data.selection.drop_overlong", "run `ril collect` first"),
+    ("select", {"run_dir": "fresh", "cache_dir": "run/responses"}, "sft.enabled", "run `ril sft` first"),
     ("eval", {"data__validation": []}, "data.validation", "is empty"),
     ("train", {"data__train": []}, "data.train", "is empty"),
     ("train", {"data__train": ["trian.jsonl"]}, "data.train", "no such file"),
@@ -207,6 +209,14 @@ def test_a_run_makes_its_own_cache_and_models(good: Recipe) -> None:
     assert found(change(good, run_dir="fresh"), "run") == {}
 
 
+def test_rl_alone_does_not_ask_the_teachers_it_lists(good: Recipe) -> None:
+    assert found(change(good, teachers__0__base_urls=[], train__algorithm="dr_grpo"), "run") == {}
+
+
+def test_collection_for_sft_on_teacher_text_comes_before_sft(good: Recipe) -> None:
+    assert found(change(good, run_dir="fresh", sft__on="teacher_responses"), "collect") == {}
+
+
 def test_a_judge_nobody_asks_need_not_exist(good: Recipe) -> None:
     assert found(change(good, judge__base_urls=[], judge__model="", rewards__answer__kind="rules"), "run") == {}
 
@@ -235,5 +245,5 @@ def test_require_raises_with_every_error(good: Recipe) -> None:
 
 
 def test_unknown_stage_lists_the_stages(good: Recipe) -> None:
-    with pytest.raises(RecipeError, match="sft, collect, discriminator, train, eval, run"):
+    with pytest.raises(RecipeError, match="sft, collect, select, discriminator, train, eval, run"):
         cross_check(good, "traim")

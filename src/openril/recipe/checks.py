@@ -18,7 +18,7 @@ from openril.recipe.loading import nearest
 from openril.recipe.schema import Endpoint, ModuleGroup, Optimiser, Recipe
 from openril.records import STUDENT
 
-Stage = Literal["sft", "collect", "discriminator", "train", "eval", "run"]
+Stage = Literal["sft", "collect", "select", "discriminator", "train", "eval", "run"]
 STAGES: tuple[str, ...] = get_args(Stage)
 
 ANSWER_RULES = ("auto", "exact", "choice", "number", "relaxed_number", "boolean", "contains")
@@ -48,7 +48,7 @@ class Problem:
 def cross_check(recipe: Recipe, stage: str, world_size: int = 1) -> list[Problem]:
     """Everything in ``recipe`` that would make ``stage`` fail or waste its work.
 
-    stage: sft, collect, discriminator, train, eval, or run (all of them in order, so nothing has to be there yet).
+    stage: sft, collect, select, discriminator, train, eval, or run (all in order: nothing has to be there yet).
     world_size: number of training processes. Raises RecipeError for an unknown stage.
     """
     if stage not in STAGES:
@@ -68,6 +68,14 @@ def require(recipe: Recipe, stage: str, world_size: int = 1) -> list[Problem]:
 
 def _loop_in(stage: str) -> bool:
     return stage in ("train", "run")
+
+
+def _collects(recipe: Recipe) -> bool:
+    """Whether ``ril run`` needs responses in the cache."""
+    pretrains = recipe.uses_discriminator and recipe.discriminator.pretraining.enabled
+    learns_text = recipe.sft.enabled and recipe.sft.on != "answers"
+    filters = recipe.data.selection.enabled and recipe.data.selection.drop_overlong
+    return bool(recipe.teacher_responses_per_question) or pretrains or learns_text or filters
 
 
 def _suggest(word: str, choices: list[str] | tuple[str, ...]) -> str:
@@ -108,7 +116,10 @@ def _data(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
     for field in data.columns:
         if field not in QUESTION_FIELDS:
             yield Problem(f"data.columns.{field}", "is no field of a question", _suggest(field, QUESTION_FIELDS))
-    if data.selection.enabled and _loop_in(stage):
+    if (data.selection.enabled and _loop_in(stage)) or stage == "select":
+        if stage == "select" and data.selection.drop_overlong and not _cached(recipe):
+            reason = f"looks at cached student responses, and {recipe.cache_path} holds none"
+            yield Problem("data.selection.drop_overlong", reason, "run `ril collect` first, or turn it off")
         if data.selection.drop_overlong and not recipe.collect.student:
             yield Problem(
                 "data.selection.drop_overlong",
@@ -146,7 +157,9 @@ def _student(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
         yield Problem("student.model", "is empty", "name a checkpoint folder or a hub model")
     elif uses and (why := _missing_checkpoint(student.model)):
         yield Problem("student.model", why, "correct the path (it counts from the current directory)")
-    if recipe.sft.enabled and uses and stage in ("collect", "discriminator", "train"):
+    # SFT on cached text comes after the collection, which then uses the student as it is.
+    after_sft = ("select", "discriminator", "train", *(["collect"] if recipe.sft.on == "answers" else []))
+    if recipe.sft.enabled and uses and stage in after_sft:
         why = _missing_checkpoint(str(recipe.sft_student_path))
         if why:
             yield Problem(
@@ -197,7 +210,7 @@ def _teachers(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
         elif teacher.name in seen:
             yield Problem(f"{key}.name", f"{teacher.name!r} is used twice", "give every teacher a name of its own")
         seen.add(teacher.name)
-        yield from _endpoint(teacher, key, calls=stage in ("collect", "run"))
+        yield from _endpoint(teacher, key, calls=stage == "collect" or (stage == "run" and _collects(recipe)))
     names = [t.name for t in recipe.teachers]
     for name in recipe.train.teachers:
         if name not in names:

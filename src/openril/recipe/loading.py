@@ -178,8 +178,9 @@ def _refuse_secrets(recipe: Recipe, file: str) -> None:
             )
         if any(re.match(r"^[a-z]+://[^/]*@", url) for url in endpoint.base_urls):
             raise RecipeError(f"{file}: {name}.base_urls: a URL holds a user name or password; use api_key_env instead")
-        for field in endpoint.extra_body:
-            if re.search(r"api_?key|authorization|password|secret", field, re.IGNORECASE):
+        for field, value in endpoint.extra_body.items():
+            names = " ".join([field, *re.findall(r'"([^"]*)"\s*:', value if isinstance(value, str) else "")])
+            if re.search(r"api_?key|authorization|password|secret", names, re.IGNORECASE):
                 raise RecipeError(
                     f"{file}: {name}.extra_body.{field} would be written to the run folder; use api_key_env"
                 )

@@ -193,7 +193,7 @@ def suspicious(values: Any, parsed: Any, key: KeyPath) -> Iterator[tuple[KeyPath
     elif isinstance(values, list) and isinstance(parsed, list | tuple):
         for i, (value, inner) in enumerate(zip(values, parsed, strict=False)):
             yield from suspicious(value, inner, (*key, i))
-    elif isinstance(values, bool) and not isinstance(parsed, bool):
+    elif isinstance(values, bool) and isinstance(parsed, int | float) and not isinstance(parsed, bool):
         yield key, f"{describe(values)} found; a number is wanted"
     elif isinstance(parsed, float) and not math.isfinite(parsed):
         yield key, f"{describe(values)} found; a finite number is wanted"
