@@ -192,6 +192,12 @@ def test_warnings_are_said_but_stop_nothing(good: Recipe, stage: str, changes: d
     assert key in [p.key for p in require(recipe, stage)]
 
 
+def test_files_a_stage_does_not_read_need_not_be_there(good: Recipe) -> None:
+    assert found(change(good, data__validation=["later.jsonl"]), "sft") == {}
+    assert found(change(good, data__train=["gone.jsonl"]), "eval") == {}
+    assert "data.validation" in found(change(good, data__validation=["later.jsonl"]), "eval")
+
+
 def test_uneven_shares_of_teachers_are_fine(good: Recipe) -> None:
     assert found(change(good, train__num_teacher_responses=5), "train") == {}
 

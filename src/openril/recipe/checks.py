@@ -100,7 +100,10 @@ def _data(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
         yield Problem("data.train", "is empty", "list question files, datasets folders or hub names")
     if stage == "eval" and not data.validation:
         yield Problem("data.validation", "is empty, and `ril eval` scores these questions", "list question files there")
-    for key, names in (("data.train", data.train), ("data.validation", data.validation)):
+    validates = stage in ("eval", "run") or (stage == "train" and recipe.train.eval_every > 0)
+    read = [("data.train", data.train)] if stage != "eval" else []
+    read += [("data.validation", data.validation)] if validates else []
+    for key, names in read:
         for name in names:
             path = Path(name).expanduser()
             if not re.search(r"[*?\[]", name) and path.suffix in DATA_SUFFIXES and not path.exists():
