@@ -14,17 +14,24 @@ from pathlib import Path
 from typing import Any
 
 import openril.models.torchvision_cure  # noqa: F401  (must come before transformers)
+
+# isort: split
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from openril.data.wording import question_text
 from openril.models.tiny import build_tiny_model
+from openril.playground.greedy import GreedyReader
 from openril.records import Question
 from openril.rewards import judge_prompt, rules
+from openril.rewards.answers import judge_item
 from openril.storage import atomic_path, stable_hash, write_json
 
 MAX_RESPONSE_CHARS = 8000
+MUON = 5.0
+"""Learning rate of the layers' matrices under Muon, as a multiple of AdamW's for the rest."""
+COPYING_SHARE = 0.35
+"""Share of the steps that are mostly spent on copying: to copy is what the explanation is made of."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,7 @@ class Pair:
         right = self.verdict
         says = f"says {self.says}" if self.says else "gives no answer"
         return (
-            f"The truth is {self.question.answer} and the text {says}, so it is {'right' if right else 'wrong'}."
+            f"The truth is {self.question.answer} and the text {says}: {'right' if right else 'wrong'}."
             f" <answer>{right}</answer>"
         )
 
@@ -57,7 +64,8 @@ class Pair:
 
 def judge_messages(question: Question, response: str) -> list[dict[str, str]]:
     """The judge's chat about a response."""
-    prompt = judge_prompt.Prompt.of(question_text(question), question.answer, response, MAX_RESPONSE_CHARS)
+    item = judge_item(question, response)
+    prompt = judge_prompt.Prompt.of(item.question, item.truth, item.response, MAX_RESPONSE_CHARS)
     return prompt.messages()
 
 
@@ -75,7 +83,7 @@ def make_pairs(
     for q in questions:
         by_kind.setdefault(str(q.metadata.get("kind", "")), []).append(q)
     all_words = sorted({word for q in questions[:200] for text in wordings(q) for word in text.split()})
-    pairs = []
+    pairs: list[Pair] = []
     while len(pairs) < number:
         question = rng.choice(questions)
         other = rng.choice(by_kind[str(question.metadata.get("kind", ""))])
@@ -139,7 +147,7 @@ def train_judge(
         model = AutoModelForCausalLM.from_pretrained(temporary, dtype=torch.float32)
         _fit(model, tokenizer, pairs, steps, batch_size, learning_rate, say)
         test = make_pairs(held_out, wordings, 512, stable_hash("judge test", seed))
-        result = agreement(model, tokenizer, test)
+        result = agreement(GreedyReader(model, tokenizer), test)
         result["seconds"] = round(time.perf_counter() - started, 1)
         model.save_pretrained(temporary)
         write_json(temporary / "agreement.json", result)
@@ -169,13 +177,17 @@ def _fit(
     say: Callable[[str], None],
 ) -> None:
     """AdamW with a linear decay; the prompt's part that all rows share is run once a batch."""
-    encoded = [_encode(tokenizer, pair) for pair in pairs]
+    encoded = [
+        _encode(tokenizer, pair, copy=i < COPYING_SHARE * steps * batch_size and i % 4 != 0)
+        for i, pair in enumerate(pairs)
+    ]
     prefix = _common_prefix([ids for ids, _ in encoded])
-    optimiser = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    optimisers = _optimisers(model, learning_rate)
     warmup = max(1, steps // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda n: min((n + 1) / warmup, max(0.02, (steps - n) / (steps - warmup)))
-    )
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(o, lambda n: min((n + 1) / warmup, max(0.02, (steps - n) / (steps - warmup))))
+        for o in optimisers
+    ]
     model.train()
     total = 0.0
     for step in range(steps):
@@ -183,9 +195,10 @@ def _fit(
         loss = _loss(model, batch, prefix)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        schedule.step()
-        optimiser.zero_grad(set_to_none=True)
+        for optimiser, schedule in zip(optimisers, schedules, strict=True):
+            optimiser.step()
+            schedule.step()
+        model.zero_grad(set_to_none=True)
         total += float(loss.detach())
         if (step + 1) % 50 == 0:
             say(f"judge: step {step + 1}/{steps}, loss {total / 50:.4f}")
@@ -193,11 +206,24 @@ def _fit(
     model.eval()
 
 
-def _encode(tokenizer: Any, pair: Pair) -> tuple[list[int], int]:
-    """Token ids of prompt and reply, and where the reply begins."""
+def _optimisers(model: Any, learning_rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the layers' matrices, which learn to copy in a fraction of AdamW's steps; AdamW for the rest."""
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name]
+    known = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in known]
+    return [
+        torch.optim.Muon(matrices, lr=MUON * learning_rate, weight_decay=0.0),
+        torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
+def _encode(tokenizer: Any, pair: Pair, copy: bool = False) -> tuple[list[int], int]:
+    """Token ids of prompt and reply, and where the reply begins. copy: the response takes the reply's place."""
     prompt = tokenizer.apply_chat_template(pair.messages(), tokenize=False, add_generation_prompt=True)
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    reply = tokenizer(pair.reply, add_special_tokens=False)["input_ids"]
+    reply = tokenizer(f"{pair.question.answer}\n{pair.response}" if copy else pair.reply, add_special_tokens=False)[
+        "input_ids"
+    ]
     return [*ids, *reply, tokenizer.eos_token_id], len(ids)
 
 
@@ -235,24 +261,9 @@ def _loss(model: Any, batch: Sequence[tuple[list[int], int]], prefix: Sequence[i
     return torch.nn.functional.cross_entropy(logits, inputs.roll(-1, dims=1)[wanted])
 
 
-@torch.no_grad()
-def judge_texts(model: Any, tokenizer: Any, chats: Sequence[list[dict[str, str]]], batch_size: int = 64) -> list[str]:
-    """Greedy replies to chats."""
-    replies = []
-    for start in range(0, len(chats), batch_size):
-        texts = [
-            tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-            for chat in chats[start : start + batch_size]
-        ]
-        inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
-        out = model.generate(**inputs, do_sample=False, max_new_tokens=64, pad_token_id=tokenizer.pad_token_id)
-        replies += tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return replies
-
-
-def agreement(model: Any, tokenizer: Any, pairs: Sequence[Pair]) -> dict[str, Any]:
+def agreement(reader: GreedyReader, pairs: Sequence[Pair]) -> dict[str, Any]:
     """How often the judge's verdict is the exact rule's; an unreadable reply never agrees."""
-    replies = judge_texts(model, tokenizer, [pair.messages() for pair in pairs])
+    replies = reader.replies([pair.messages() for pair in pairs])
     counts = {0: [0, 0], 1: [0, 0]}
     unreadable = 0
     for pair, reply in zip(pairs, replies, strict=True):

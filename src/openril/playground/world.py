@@ -83,9 +83,10 @@ def _colour(rng: random.Random) -> WorldQuestion:
     others = [Thing(rng.choice([s for s in SHAPES if s != asked.name]), rng.choice(list(COLOURS)))
               for _ in range(rng.randint(1, 3))]  # fmt: skip
     scene = place([asked, *others], rng)
+    seen = _listed([str(t) for t in things(scene)])
     return WorldQuestion(
         "colour", f"What colour is the {asked.name}?", asked.colour, "exact",
-        _styles(_listed([str(t) for t in things(scene)]), f"the {asked.name} is {asked.colour}", asked.colour), (scene,),
+        _styles(seen, f"the {asked.name} is {asked.colour}", asked.colour), (scene,),
     )  # fmt: skip
 
 
