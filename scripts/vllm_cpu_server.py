@@ -227,6 +227,9 @@ def main() -> None:
     serve.add_argument("--dev-mode", action="store_true", help="open the endpoints that a student in the loop needs")
     serve.add_argument("--options", default="", help='further options of vllm serve, in one string: "--seed 1 ..."')
     given = parser.parse_args()
+    # Both end the server too, also where a shell started us in the background and had SIGINT ignored.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     try:
         if given.command == "install":
             print(install())

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
+import json
 import os
 import random
 import threading
@@ -167,7 +169,8 @@ class ChatClient:
         if self._limit is None:
             self._start()
         assert self._limit is not None
-        settings["extra_body"] = {**self.endpoint.extra_body, **settings.get("extra_body", {})} or None
+        extra = {name: nested(value) for name, value in self.endpoint.extra_body.items()}
+        settings["extra_body"] = {**extra, **settings.get("extra_body", {})} or None
         async with self._limit:
             failed: set[int] = set()
             for attempt in range(self.endpoint.max_retries + 1):
@@ -291,6 +294,14 @@ class _PassingError(EndpointError):
     def __init__(self, message: str, wait: float | None = None) -> None:
         super().__init__(message)
         self.wait = wait
+
+
+def nested(value: Any) -> Any:
+    """A field of ``extra_body``: what it says where it is the JSON text of an object or a list, else itself."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
+        with contextlib.suppress(ValueError):
+            return json.loads(value)
+    return value
 
 
 def read_completion(answer: Any) -> Completion | None:

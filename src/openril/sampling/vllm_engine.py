@@ -9,6 +9,7 @@ Servers are started with ``VLLM_SERVER_DEV_MODE=1 vllm serve CHECKPOINT --served
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import time
 from collections import Counter
@@ -43,12 +44,10 @@ class VLLMSampler:
     for which servers do not report the policy's, responses carry none. Special tokens other than the end of the turn
     are never drawn.
 
-    settings: ``train.sampler``. encoder: of the trainer. resizes: whether the recipe bounds image sizes
-    (student.min_pixels, max_pixels), which the server must then be told.
-    Raises EndpointError when the settings name no server.
+    settings: ``train.sampler``. encoder: of the trainer. Raises EndpointError when the settings name no server.
     """
 
-    def __init__(self, settings: Rollouts, encoder: PromptEncoder, *, resizes: bool = False) -> None:
+    def __init__(self, settings: Rollouts, encoder: PromptEncoder) -> None:
         self.settings = settings
         self.encoder = encoder
         self.client = ChatClient(
@@ -62,8 +61,6 @@ class VLLMSampler:
             _WHAT,
         )
         self.banned = sorted(encoder.special_token_ids - set(encoder.eos_token_ids))
-        size = getattr(getattr(encoder.processor, "image_processor", None), "size", None)
-        self._processor_settings = {"size": dict(size)} if resizes and size else None
         self._tensors: dict[str, tuple[int, ...]] | None = None
 
     # Sampling
@@ -129,15 +126,13 @@ class VLLMSampler:
 
     def _request(self, settings: Sampling, max_completion_length: int) -> dict[str, Any]:
         """Fields of every request; also those left alone, since a server may have defaults of its own for them."""
-        extra: dict[str, Any] = {
+        extra = {
             "top_k": settings.top_k or -1,  # vLLM's word for all
             "min_p": 0.0,
             "repetition_penalty": settings.repetition_penalty,
             "stop_token_ids": self.encoder.eos_token_ids,
             "return_token_ids": True,
         }
-        if self._processor_settings:
-            extra["mm_processor_kwargs"] = self._processor_settings
         return {
             "max_tokens": max_completion_length,
             "temperature": settings.temperature,
@@ -185,10 +180,13 @@ class VLLMSampler:
             (i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), min(len(theirs), len(ours))
         )
         shown = [self.encoder.tokenizer.decode(ids[max(0, place - 4) : place + 4]) for ids in (theirs, ours)]
+        cure = "Serve the checkpoint that the run starts from, with its own chat template and processor"
+        size = getattr(getattr(self.encoder.processor, "image_processor", None), "size", None)
+        if question.images and size:
+            cure += f", and start it with --mm-processor-kwargs '{json.dumps({'size': dict(size)})}'"
         raise EndpointError(
             f"{_WHAT}: question {question.id!r}: the server reads the prompt as {len(theirs)} tokens, the trainer as"
-            f" {len(ours)}; they differ from token {place} on ({shown[0]!r} there, {shown[1]!r} here). Serve the"
-            " checkpoint that the run starts from, with its own chat template, tokenizer and image processor"
+            f" {len(ours)}; they differ from token {place} on ({shown[0]!r} there, {shown[1]!r} here). {cure}"
         )
 
     def _read(self, choice: Any, with_logprobs: bool) -> tuple[tuple[int, ...], tuple[float, ...] | None, str]:
