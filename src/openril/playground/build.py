@@ -63,12 +63,14 @@ def build(settings: Settings) -> Path:
     """Build the checkpoint unless it is there; returns its folder."""
     if (settings.out / "config.json").is_file():
         return settings.out
+    from openril.discriminator import prompt
     from openril.models.tiny import build_tiny_model
 
-    from openril.discriminator import prompt
-
     # The discriminator has the student's tokenizer: its fixed words should be single tokens too.
-    texts: Iterable[str] = [text for path in settings.texts for text in file_texts(path)] + [prompt.SYSTEM, prompt.USER] * 50
+    texts: Iterable[str] = [text for path in settings.texts for text in file_texts(path)] + [
+        prompt.SYSTEM,
+        prompt.USER,
+    ] * 50
     sizes = {k: v for k, v in vars(settings).items() if k not in ("out", "architecture", "texts")}
     return build_tiny_model(settings.out, settings.architecture, texts=texts, **sizes)
 

@@ -7,9 +7,10 @@ rule, and explains itself first: it repeats the truth, finds what the response s
 from __future__ import annotations
 
 import random
+import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -278,3 +279,56 @@ def agreement(reader: GreedyReader, pairs: Sequence[Pair]) -> dict[str, Any]:
         "unreadable": unreadable / len(pairs),
         "num_pairs": len(pairs),
     }
+
+
+@dataclass
+class Settings:
+    """Train a tiny judge on question files whose rows hold right responses in several wordings."""
+
+    out: Path
+    """Folder to write; left alone if it is there."""
+    train: Path
+    """Question file (.jsonl) to learn from."""
+    validation: Path
+    """Question file its agreement with the exact rule is measured on."""
+    columns: list[str] = field(default_factory=lambda: ["derivation_a", "derivation_b", "derivation_c"])
+    """Columns with right responses, each ending in the answer."""
+    steps: int = 400
+    """Optimiser steps."""
+    batch_size: int = 32
+    """Responses a step."""
+    seed: int = 0
+    """Of weights and responses."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    import tyro
+
+    from openril.data.reading import read_questions
+    from openril.errors import OpenRILError
+    from openril.recipe.schema import Data
+
+    settings = tyro.cli(Settings, args=arguments, prog="python -m openril.playground.judge")
+    if (settings.out / "agreement.json").is_file():
+        print(f"judge: already trained in {settings.out}")
+        return 0
+    try:
+        data = Data(train=[str(settings.train)], validation=[str(settings.validation)])
+        train_judge(
+            settings.out,
+            read_questions(data, "train"),
+            lambda q: [q.answer, *(str(q.metadata[c]) for c in settings.columns if c in q.metadata)],
+            held_out=read_questions(data, "validation"),
+            steps=settings.steps,
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+            say=lambda line: print(line, flush=True),
+        )
+    except OpenRILError as e:
+        print(e, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
