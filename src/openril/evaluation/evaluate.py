@@ -1,0 +1,164 @@
+"""Greedy answers to held-out questions, scored by training's rules and judge; a killed evaluation continues."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from openril.errors import DataError
+from openril.evaluation.summary import Evaluation, Row, build_evaluation, groups_of
+from openril.recipe.schema import Evaluation as EvaluationSettings
+from openril.recipe.schema import Sampling
+from openril.records import Question, Response
+from openril.rewards.answers import AnswersHandle, submit_answers
+from openril.rewards.judge import JudgeService
+from openril.rewards.verdicts import UnknownBudget
+from openril.sampling.protocol import Sampler
+from openril.storage import append_jsonl, read_jsonl, write_jsonl
+
+GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, repetition_penalty=1.0)
+JUDGED_BEFORE_STOPPING = 16
+"""Verdicts asked for before a large share of unknown ones stops the evaluation."""
+
+
+class Journal:
+    """Answers and scores of an evaluation under way, a line each. key: what the answers follow from; a journal of
+    another key is begun anew."""
+
+    def __init__(self, path: Path, key: str) -> None:
+        self.path = path
+        rows = read_jsonl(path)
+        self.rows: dict[str, Row] = {}
+        if rows and rows[0].get("key") == key:
+            for row in rows[1:]:
+                if "question_id" in row:
+                    self.rows[row["question_id"]] = Row(**row)
+        else:
+            write_jsonl(path, [{"key": key}])
+        self.key = key
+
+    def add(self, rows: Sequence[Row]) -> None:
+        append_jsonl(self.path, *(asdict(r) for r in rows))
+        self.rows.update((r.question_id, r) for r in rows)
+
+    def close(self, rows: Sequence[Row]) -> None:
+        """Write the rows in the order of the questions."""
+        write_jsonl(self.path, [{"key": self.key}, *(asdict(r) for r in rows)])
+
+
+def evaluate(
+    make_sampler: Callable[[], Sampler],
+    questions: Sequence[Question],
+    settings: EvaluationSettings,
+    judge: JudgeService | None = None,
+    *,
+    name: str = "student",
+    checkpoint: str = "",
+    journal: Journal | None = None,
+    max_unknown_share: float = 1.0,
+    report: Callable[[int, int, dict[str, Any]], None] = lambda done, total, row: None,
+) -> Evaluation:
+    """Answer the questions greedily and score them as ``settings`` says.
+
+    make_sampler: called when the first answer is needed, so that a finished journal loads no model. journal: answers in
+    it are not drawn again, and those without a verdict are judged again. report: (questions done, of, running score).
+    Raises DataError for a question without ground truth, and JudgeError when more than max_unknown_share of the
+    verdicts cannot be had (the answers stay in the journal).
+    """
+    if missing := next((q for q in questions if not q.answer.strip()), None):
+        raise DataError(
+            f"question {missing.id} ({missing.origin}) has no answer to score against; add one or leave it out"
+        )
+    run = _Run(questions, settings, judge, journal, UnknownBudget(max_unknown_share), report)
+    sampler: Sampler | None = None
+    size = settings.questions_per_batch
+    for batch in _batches([q for q in questions if q.id in run.answers], size):
+        run.submit(batch, [run.answers[q.id] for q in batch])
+    for batch in _batches([q for q in questions if q.id not in run.rows and q.id not in run.answers], size):
+        sampler = sampler or make_sampler()
+        drawn = sampler.sample(
+            batch, 1, settings=GREEDY, max_completion_length=settings.max_completion_length, seed=0, source=name
+        )
+        run.submit(batch, [responses[0] for responses in drawn])
+    rows = run.finish()
+    if journal is not None:
+        journal.close(rows)
+    return build_evaluation(name, checkpoint, rows)
+
+
+class _Run:
+    """Rows as they come in. The judge works on one batch while the next is being answered."""
+
+    def __init__(
+        self,
+        questions: Sequence[Question],
+        settings: EvaluationSettings,
+        judge: JudgeService | None,
+        journal: Journal | None,
+        budget: UnknownBudget,
+        report: Callable[[int, int, dict[str, Any]], None],
+    ) -> None:
+        self.questions, self.settings, self.judge = questions, settings, judge
+        self.journal, self.budget, self.report = journal, budget, report
+        known = journal.rows if journal is not None else {}
+        here = {q.id for q in questions}
+        self.rows = {i: r for i, r in known.items() if i in here and r.score is not None}
+        self.answers = {i: _response(r) for i, r in known.items() if i in here and r.score is None}
+        self.waiting: tuple[Sequence[Question], Sequence[Response], AnswersHandle] | None = None
+        self.asked = 0
+        self.causes: list[str] = []
+
+    def submit(self, questions: Sequence[Question], responses: Sequence[Response]) -> None:
+        items = [(q, r.text) for q, r in zip(questions, responses, strict=True)]
+        handle = submit_answers(items, self.settings.score, self.settings.rule, self.judge)
+        self._collect()
+        self.waiting = (questions, responses, handle)
+
+    def _collect(self) -> None:
+        if self.waiting is None:
+            return
+        (questions, responses, handle), self.waiting = self.waiting, None
+        rows = []
+        for question, response, score in zip(questions, responses, handle.result(), strict=True):
+            row = Row(
+                question_id=question.id,
+                question=question.question,
+                answer=question.answer,
+                text=response.text,
+                finish_reason=response.finish_reason,
+                tokens=len(response.token_ids) if response.token_ids is not None else None,
+                score=score.score,
+                parsed=score.parsed,
+                asked_judge=score.asked_judge,
+                cause=score.cause,
+                explanation=score.verdict.explanation if score.verdict else "",
+                groups=groups_of(question.metadata),
+            )
+            rows.append(row)
+            self.asked += score.asked_judge
+            if score.score is None:
+                self.causes.append(score.cause)
+        if self.journal is not None:
+            self.journal.add(rows)
+        self.rows.update((r.question_id, r) for r in rows)
+        scores = [r.score for r in self.rows.values() if r.score is not None]
+        running = {"eval/score": sum(scores) / len(scores)} if scores else {}
+        self.report(len(self.rows), len(self.questions), running)
+        if self.asked >= JUDGED_BEFORE_STOPPING:
+            self.budget.check(self.asked, len(self.causes), self.causes)
+
+    def finish(self) -> list[Row]:
+        self._collect()
+        self.budget.check(self.asked, len(self.causes), self.causes)
+        return [self.rows[q.id] for q in self.questions]
+
+
+def _response(row: Row) -> Response:
+    ids = None if row.tokens is None else tuple(range(row.tokens))  # only their number is asked for
+    return Response(row.question_id, "", 0, row.text, row.finish_reason, ids)
+
+
+def _batches(questions: Sequence[Question], size: int) -> list[Sequence[Question]]:
+    return [questions[i : i + size] for i in range(0, len(questions), size)]

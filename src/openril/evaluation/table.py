@@ -1,0 +1,97 @@
+"""Evaluations beside each other: on the terminal, as Markdown and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from openril.evaluation.summary import Comparison, Evaluation, Summary, compare
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+MANY_GROUPS = 8
+"""Groups up to this many get a column each on the terminal; Markdown has all."""
+
+
+def percent(value: float | None, error: float | None = None) -> str:
+    """``71.3 ± 1.2``, in percent."""
+    if value is None:
+        return "-"
+    return f"{100 * value:.1f}" + (f" ± {100 * error:.1f}" if error is not None else "")
+
+
+def difference(comparison: Comparison) -> str:
+    """``+2.1 ± 0.9``, in percent points."""
+    if comparison.difference is None:
+        return "-"
+    error = comparison.standard_error
+    return f"{100 * comparison.difference:+.1f}" + (f" ± {100 * error:.1f}" if error is not None else "")
+
+
+def cells(evaluations: Sequence[Evaluation], max_groups: int | None = None) -> tuple[list[str], list[list[str]]]:
+    """Header and rows. The gain is each row's paired difference to the first row."""
+    first = evaluations[0]
+    columns: list[tuple[str, str]] = []
+    for column in dict.fromkeys(c for e in evaluations for c in e.groups):
+        values = list(dict.fromkeys(v for e in evaluations for v in e.groups.get(column, {})))
+        if max_groups is None or len(values) <= max_groups:
+            columns += [(column, v) for v in values]
+        columns.append((column, ""))
+    header = ["checkpoint", "score", f"gain over {first.name}", "n", "unparsed", "unknown", "cut"]
+    header += [value or f"mean over {column}s" for column, value in columns]
+    rows = []
+    for e in evaluations:
+        s = e.summary
+        row = [
+            e.name,
+            percent(s.score, s.standard_error),
+            "" if e is first else difference(compare(first, e)),
+            *map(str, (s.n, s.unparsed, s.unknown, s.cut)),
+        ]
+        for column, value in columns:
+            if not value:
+                row.append(percent(e.group_means.get(column)))
+            else:
+                group: Summary | None = e.groups.get(column, {}).get(value)
+                row.append(percent(group.score) if group else "-")
+        rows.append(row)
+    return header, rows
+
+
+def rich_table(evaluations: Sequence[Evaluation]) -> Table:
+    from rich.table import Table
+
+    header, rows = cells(evaluations, MANY_GROUPS)
+    table = Table(title="evaluation (percent, ± standard error)")
+    for number, name in enumerate(header):
+        table.add_column(name, justify="left" if number == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def markdown_table(evaluations: Sequence[Evaluation]) -> str:
+    header, rows = cells(evaluations)
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    lines = ["| " + " | ".join(c.replace("|", "\\|") for c in line) + " |" for line in (header, rule, *rows)]
+    return "\n".join(lines) + "\n"
+
+
+def table_data(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
+    """The table as plain data: one entry an evaluation, with ``gain`` over the first."""
+    out = []
+    for e in evaluations:
+        entry = e.as_dict()
+        if e is not evaluations[0]:
+            c = compare(evaluations[0], e)
+            entry["gain"] = {
+                "over": evaluations[0].name,
+                "n": c.n,
+                "difference": c.difference,
+                "standard_error": c.standard_error,
+                "better": c.better,
+                "worse": c.worse,
+            }
+        out.append(entry)
+    return out

@@ -1,0 +1,222 @@
+"""`ril eval`: score the student's checkpoints on data.validation and set them beside each other."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from openril import __version__
+from openril.errors import ModelError
+from openril.recipe.schema import Recipe
+from openril.storage import read_jsonl, stable_hash, write_json, write_text
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from openril.evaluation.evaluate import Journal
+    from openril.evaluation.summary import Evaluation
+    from openril.records import Question
+    from openril.rewards.judge import JudgeService
+    from openril.sampling.protocol import Sampler
+
+
+@dataclass(frozen=True)
+class Target:
+    """A checkpoint to evaluate. name: of its files and its row in the table."""
+
+    name: str
+    checkpoint: str
+
+
+def run_eval(
+    recipe: Recipe,
+    console: Console,
+    checkpoints: list[str] | None = None,
+    *,
+    make_sampler: Callable[[Recipe, str], Sampler] | None = None,
+) -> Path:
+    """Evaluate what has not been evaluated with these settings yet; returns the Markdown table's path.
+
+    checkpoints: folders or hub names; None for the base student, the SFT student, every student in ``checkpoints/`` and
+    the final one, as far as they exist. make_sampler: (recipe, checkpoint) -> sampler; None loads it with transformers.
+    Leaves ``run_dir/eval/``: ``<name>.json``, ``<name>.jsonl`` (every answer), ``table.json`` and ``table.md``.
+    Under a launcher the first process works alone. Raises JudgeError when too many verdicts cannot be had; the answers
+    are kept, and the same command continues.
+    """
+    folder = recipe.run_path / "eval"
+    if int(os.environ.get("RANK", "0")):
+        return folder / "table.md"
+    from openril.data.reading import read_questions
+    from openril.evaluation.table import markdown_table, rich_table, table_data
+    from openril.recipe.checks import require
+    from openril.report.progress import StageProgress
+    from openril.rewards.judge import build_judge_service
+
+    require(recipe, "eval")
+    questions = read_questions(recipe.data, "validation")
+    questions = questions[: recipe.eval.limit] if recipe.eval.limit else questions
+    targets = find_targets(recipe) if checkpoints is None else [named(recipe, c) for c in checkpoints]
+    settings = settings_of(recipe, questions)
+    judge: JudgeService | None = None
+    evaluations: dict[str, Evaluation] = {}
+    try:
+        for target in targets:
+            identity = identity_of(target.checkpoint, recipe)
+            done = read_evaluation(folder, target.name, settings, identity)
+            if done is None:
+                if judge is None and recipe.eval.score != "rules":
+                    judge = build_judge_service(recipe, "eval")
+                with StageProgress(console, f"eval {target.name}") as progress:
+                    done = _evaluate(
+                        recipe, target, questions, settings, identity, judge, progress.report, make_sampler or _load
+                    )
+            evaluations[target.name] = done
+    finally:
+        if judge is not None:
+            judge.close()
+    # Checkpoints that were evaluated and removed since keep their row.
+    for path in sorted(folder.glob("*.json")):
+        if path.stem not in evaluations and path.name != "table.json":
+            older = read_evaluation(folder, path.stem, settings)
+            if older is not None:
+                evaluations[path.stem] = older
+    ordered = [evaluations[name] for name in sorted(evaluations, key=place)]
+    write_json(folder / "table.json", {"settings": settings, "evaluations": table_data(ordered)})
+    write_text(folder / "table.md", markdown_table(ordered))
+    console.print(rich_table(ordered))
+    return folder / "table.md"
+
+
+def find_targets(recipe: Recipe) -> list[Target]:
+    """Base student, SFT student, the loop's checkpoints and the final student, as far as they are there."""
+    found = [Target("base", recipe.student.model)] if recipe.student.model else []
+    if recipe.sft_student_path.is_dir():
+        found.append(Target("sft", str(recipe.sft_student_path)))
+    steps = sorted((recipe.run_path / "checkpoints").glob("step_*/student"))
+    found += [Target(path.parent.name, str(path)) for path in steps]
+    if (recipe.run_path / "student").is_dir():
+        found.append(Target("final", str(recipe.run_path / "student")))
+    if not found:
+        raise ModelError("there is nothing to evaluate: set student.model or name checkpoints")
+    return found
+
+
+def named(recipe: Recipe, checkpoint: str) -> Target:
+    """A checkpoint given by hand: known ones keep their names, others are called after their last folders."""
+    path = Path(checkpoint).expanduser()
+    for target in find_targets(recipe) if recipe.student.model else []:
+        if target.checkpoint == checkpoint or (path.is_dir() and path.resolve() == Path(target.checkpoint).resolve()):
+            return target
+    parts = (path.resolve() if path.is_dir() else path).parts[-2:]
+    readable = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts)).strip("-.") or "checkpoint"
+    # Two folders may end alike: the name says which it is.
+    location = str(path.resolve()) if path.is_dir() else checkpoint
+    return Target(f"{readable}-{stable_hash(location) % 16**4:04x}", checkpoint)
+
+
+def place(name: str) -> tuple[int, str]:
+    """Order of the table's rows."""
+    order = {"base": 0, "sft": 1, "final": 3}
+    return order.get(name, 2 if re.fullmatch(r"step_\d+", name) else 4), name
+
+
+def settings_of(recipe: Recipe, questions: list[Question]) -> dict[str, Any]:
+    """Everything a score follows from, apart from the checkpoint: plain data, kept beside the score."""
+    student, judge = recipe.student, recipe.judge
+    asked = recipe.eval.score != "rules"
+    content = [[q.content_hash(), q.answer, list(q.choices), q.rule] for q in questions]
+    return {
+        **recipe.eval.model_dump(mode="json", exclude={"questions_per_batch", "limit"}),
+        "decoding": "greedy",
+        "questions": len(questions),
+        "questions_hash": f"{stable_hash(content):016x}",
+        "system_prompt": student.system_prompt,
+        "min_pixels": student.min_pixels,
+        "max_pixels": student.max_pixels,
+        "judge": {
+            k: getattr(judge, k) for k in ("model", "model_path", "revision", "temperature", "max_tokens")
+        } if asked else None,
+    }  # fmt: skip
+
+
+def identity_of(checkpoint: str, recipe: Recipe) -> str:
+    """Fingerprint of a folder's weights, or the name and revision of a checkpoint on the hub."""
+    from openril.responses.identity import weights_fingerprint
+
+    revision = recipe.student.revision if checkpoint == recipe.student.model else None
+    return weights_fingerprint(Path(checkpoint).expanduser()) or f"{checkpoint}@{revision or 'main'}"
+
+
+def read_evaluation(
+    folder: Path, name: str, settings: dict[str, Any], identity: str | None = None
+) -> Evaluation | None:
+    """A finished evaluation with these settings (and of these weights), or None. One with unknown scores is not
+    finished: it is taken up again."""
+    from openril.evaluation.summary import Row, build_evaluation
+
+    try:
+        saved = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if saved.get("settings") != settings or (identity is not None and saved.get("weights") != identity):
+        return None
+    rows = [Row(**row) for row in read_jsonl(folder / f"{name}.jsonl") if "question_id" in row]
+    if len(rows) != saved["n"] or (identity is not None and saved["unknown"]):
+        return None
+    return build_evaluation(name, saved["checkpoint"], rows)
+
+
+def _evaluate(
+    recipe: Recipe,
+    target: Target,
+    questions: list[Question],
+    settings: dict[str, Any],
+    identity: str,
+    judge: JudgeService | None,
+    report: Callable[[int, int, dict[str, Any]], None],
+    make_sampler: Callable[[Recipe, str], Sampler],
+) -> Evaluation:
+    import torch
+    import transformers
+
+    from openril.evaluation.evaluate import Journal, evaluate
+
+    folder = recipe.run_path / "eval"
+    journal: Journal = Journal(folder / f"{target.name}.jsonl", f"{stable_hash(settings, identity):016x}")
+    result = evaluate(
+        lambda: make_sampler(recipe, target.checkpoint),
+        questions,
+        recipe.eval,
+        judge,
+        name=target.name,
+        checkpoint=target.checkpoint,
+        journal=journal,
+        max_unknown_share=recipe.judge.max_unknown_share,
+        report=report,
+    )
+    versions = {"openril": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    write_json(
+        folder / f"{target.name}.json",
+        {**result.as_dict(), "weights": identity, "settings": settings, "versions": versions, "date": date},
+    )
+    return result
+
+
+def _load(recipe: Recipe, checkpoint: str) -> Sampler:
+    from openril.sampling.transformers_engine import TransformersSampler
+
+    return TransformersSampler.from_checkpoint(
+        checkpoint,
+        recipe.student,
+        max_prompt_length=recipe.data.max_prompt_length,
+        max_image_pixels=recipe.data.max_image_pixels,
+        allow_urls=recipe.data.allow_urls,
+        questions_per_batch=recipe.eval.questions_per_batch,
+    )
