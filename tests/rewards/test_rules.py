@@ -1,5 +1,7 @@
 """Answer rules against a table of responses: what is right, wrong, and unparsed (None)."""
 
+import time
+
 import pytest
 
 from openril.errors import DataError
@@ -161,6 +163,7 @@ NUMBER = [
     ("3", "<answer>2</answer> <answer>3</answer>", 0.0),
     ("3", "Of the 5 shapes only those 3 on top of 1 other count", None),
     ("3", "I do not know", None),
+    ("3", "3" * 5000, None),  # a loop, not a number
     ("3", "", 0.0),
 ]
 
@@ -280,6 +283,20 @@ def test_errors_name_the_question_and_the_cure():
         score("choice", ask("fish", PETS), "A")
     with pytest.raises(DataError, match="not yes/no/true/false"):
         score("boolean", ask("maybe"), "yes")
+
+
+@pytest.mark.parametrize(
+    "bit", ["\\boxed{", "answer is ", "(", "A ", "1,", "9", "so ", "<answer>", "**", " \n", "  ", "or "]
+)
+def test_runaway_text_does_not_stall_a_rule(bit):
+    started = time.perf_counter()
+    for question in (ask("B", PETS), ask("42"), ask("yes"), ask("red ball")):
+        assert score("auto", question, bit * (60_000 // len(bit))) in (None, 0.0)
+    assert time.perf_counter() - started < 5
+
+
+def test_the_end_of_a_very_long_response_counts():
+    assert score("auto", ask("B", PETS), "Let us think. " * 5000 + "\nThe answer is B.") == 1.0
 
 
 def test_numbers_reads_values():

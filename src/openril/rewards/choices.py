@@ -39,7 +39,7 @@ _INSIDE = re.compile(
     r"\((?P<a>[A-Z])\)|\[(?P<d>[A-Z])\]|\b(?i:option|choice|answer)\s+\(?(?P<b>[A-Z])\b"
     r"|(?<![A-Za-z0-9'])(?P<c>[B-HJ-Z])(?![A-Za-z0-9'])|(?<![A-Za-z0-9'])(?P<e>A)(?=[.,:;)]|$|\s+(?:or|and)\b)"
 )
-LISTING = re.compile(r"^\s*[-*]?\s*\(?([A-Z])\s*[).:](?=\s*\S)", re.M)
+LISTING = re.compile(r"^[ \t]*(?:[-*][ \t]*)?\(?([A-Z])\s*[).:](?=\s*\S)", re.M)
 
 
 def read_choice(text: str, options: list[str]) -> frozenset[int]:

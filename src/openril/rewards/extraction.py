@@ -56,12 +56,18 @@ _MARKER = re.compile(
 _NEGATED = re.compile(r"\s*(?:not|never|neither|isn't|cannot)\b|\s*不", re.I)
 
 
+LONGEST_BOX = 1000
+"""Characters after which an open box is given up."""
+MOST_BOXES = 20
+"""Only the last so many are read."""
+
+
 def _boxed(text: str) -> list[str]:
-    """Contents of every ``\\boxed{...}``, with braces balanced."""
+    """Contents of ``\\boxed{...}``, with braces balanced."""
     found = []
-    for start in re.finditer(r"\\f?boxed\s*\{", text):
+    for start in list(re.finditer(r"\\f?boxed\s*\{", text))[-MOST_BOXES:]:
         depth, i = 1, start.end()
-        while i < len(text) and depth:
+        while i < min(len(text), start.end() + LONGEST_BOX) and depth:
             depth += {"{": 1, "}": -1}.get(text[i], 0)
             i += 1
         if depth == 0:
@@ -142,6 +148,10 @@ _NUMBER = re.compile(
 )
 
 
+LONGEST_NUMBER = 200
+"""Longer rows of digits (a model in a loop) are no numbers; Python refuses to read them from 4300 digits on."""
+
+
 @dataclass(frozen=True)
 class Number:
     """A number in a text. places: digits behind the point, None for a fraction. start, end: where it stands."""
@@ -158,6 +168,8 @@ def numbers(text: str) -> list[Number]:
     signs are understood. Number words count only where there are no digits ("three cats")."""
     found = []
     for m in _NUMBER.finditer(text):
+        if len(m.group()) > LONGEST_NUMBER:
+            continue
         value = Fraction((m["whole"] or "0").replace(",", "") + (m["decimals"] or ""))
         places: int | None = len(m["decimals"] or ".") - 1
         if m["exponent"]:

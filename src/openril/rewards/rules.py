@@ -34,6 +34,9 @@ RULES = ("auto", "exact", "choice", "number", "relaxed_number", "boolean", "cont
 RELAXED_TOLERANCE = Fraction(5, 100)
 """ChartQA's relaxed accuracy: a numeric answer may be off by 5 % of the truth."""
 
+LONGEST_RESPONSE = 20_000
+"""Of longer responses the rules read the first and last halves of this many characters."""
+
 T = TypeVar("T")
 
 
@@ -50,6 +53,8 @@ def score(rule: str, question: Question, response_text: str) -> float | None:
         raise DataError(f"{where} has no answer to compare with; give it one, or set rewards.answer.kind none")
     if not plain(response_text):
         return 0.0
+    if len(response_text) > LONGEST_RESPONSE:  # the answer stands at an end; runaway text must not stall a step
+        response_text = f"{response_text[: LONGEST_RESPONSE // 2]}\n{response_text[-LONGEST_RESPONSE // 2 :]}"
     chosen = choose_rule(question) if rule == "auto" else rule
     answers = find_answers(response_text)
     match chosen:
