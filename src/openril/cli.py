@@ -146,6 +146,9 @@ def _run(command: Command, recipe: Recipe, options: dict[str, Any]) -> int:
     except KeyboardInterrupt as e:
         print(f"ril: {e or 'interrupted; the same command continues'}", file=sys.stderr)
         return INTERRUPTED
+    finally:
+        if "openril.training.processes" in sys.modules:
+            sys.modules["openril.training.processes"].leave_process_group()
     return code if isinstance(code, int) and not isinstance(code, bool) else OK
 
 

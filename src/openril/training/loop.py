@@ -37,9 +37,12 @@ TeacherResponses = Callable[[Question, int], list[Response]]
 
 
 class RewardModel(Protocol):
-    """Fills reward, verdict and similarity of every rollout; returns counts and seconds by metric name."""
+    """Fills reward, verdict and similarity of every rollout; returns counts and seconds of the whole step by name."""
 
-    def score(self, groups: list[Group]) -> dict[str, float]: ...
+    def begin(self, groups: Sequence[Group]) -> None:
+        """Start what needs no discriminator: the judge's requests run while the discriminator trains."""
+
+    def score(self, groups: Sequence[Group]) -> dict[str, float]: ...
 
 
 class Interrupted(KeyboardInterrupt):
@@ -98,6 +101,7 @@ class RILTrainer:
         metrics: dict[str, float] = {}
         with self.timed("sampling"):  # G responses from pi_old, G of the teachers from the cache
             groups = self.sample_groups(batch)
+        self.rewards.begin(groups)
         if self.discriminator is not None:
             with self.timed("discriminator"):  # D learns from these 2G responses first, then judges them
                 if self.recipe.discriminator.mode == "updated":

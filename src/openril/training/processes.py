@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set_seed
 
 from openril.recipe.schema import Recipe
 
@@ -25,11 +25,19 @@ def make_accelerator(recipe: Recipe, *, trackers: bool = False) -> Accelerator:
         log_with=list(recipe.train.log_to) if trackers and recipe.train.log_to else None,
         project_dir=str(run),
         step_scheduler_with_optimizer=False,
+        # The buffers are constants (rotary frequencies); sending them before every forward would cost and change nothing.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     if trackers and recipe.train.log_to:
         accelerator.init_trackers("openril", config=flat(recipe.model_dump(mode="json")))
     set_seed(recipe.seed + accelerator.process_index)
     return accelerator
+
+
+def leave_process_group() -> None:
+    """End the communication with other processes, if there was any: the last thing a command does."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def master_dtype(recipe: Recipe) -> torch.dtype:

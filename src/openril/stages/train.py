@@ -1,0 +1,168 @@
+"""`ril train`: the RIL loop, from the recipe to the trained student."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from accelerate.utils import gather_object
+from rich.console import Console
+
+from openril.data.reading import read_questions
+from openril.data.selection import read_selection
+from openril.errors import DataError
+from openril.models.loading import torch_dtype
+from openril.recipe.checks import require
+from openril.recipe.loading import save_recipe
+from openril.recipe.schema import Recipe, Sampling
+from openril.records import Question, Response
+from openril.report.curves import draw_curves
+from openril.report.progress import StageProgress
+from openril.responses.cache import ResponseCache
+from openril.responses.drawing import draw
+from openril.rewards.answers import score_answers
+from openril.rewards.judge import JudgeService, build_judge_service
+from openril.rewards.total import RewardSystem
+from openril.stages.select import selection_file
+from openril.storage import write_json
+from openril.training.loop import RILTrainer, TeacherResponses, total_steps
+from openril.training.processes import make_accelerator
+from openril.training.run_folder import RunFolder
+from openril.training.setup import Parts
+
+
+def run_train(recipe: Recipe, console: Console) -> Path:
+    """Train, or continue, to the last step; returns the folder of the trained student (an ordinary checkpoint).
+
+    Raises Interrupted when asked to stop (state saved), JudgeError when too many verdicts cannot be had, and the errors
+    of data, cache, models and recipe.
+    """
+    folder = RunFolder(recipe.run_path)
+    accelerator = make_accelerator(recipe, trackers=True)
+    require(recipe, "train", accelerator.num_processes)
+    questions = training_questions(recipe)
+    if _finished(recipe, folder, len(questions)):
+        console.print(f"train: already finished, the student is in {folder.student_path}")
+        return folder.student_path
+    teacher_responses = cached_teacher_responses(recipe, questions)
+    judge = None
+    if recipe.answer_kind in ("judge", "rules_then_judge") or (recipe.train.eval_every and recipe.eval.score != "rules"):
+        judge = build_judge_service(recipe, f"rank{accelerator.process_index}")
+    try:
+        rewards = RewardSystem(recipe, judge, gather=gather_object if accelerator.num_processes > 1 else None)
+        parts = Parts(recipe, accelerator, folder.checkpoints_path)
+        if accelerator.is_main_process:
+            save_recipe(recipe, recipe.run_path / "recipe.yaml")
+            folder.cut_after(parts.step)
+            if parts.step:
+                console.print(f"train: continuing after step {parts.step}")
+        accelerator.wait_for_everyone()
+        with StageProgress(console, "train", enabled=accelerator.is_main_process) as progress:
+            trainer = RILTrainer(
+                recipe,
+                questions,
+                accelerator=accelerator,
+                sampler=parts.sampler,
+                policy=parts.policy_update,
+                discriminator=parts.discriminator,
+                teacher_responses=teacher_responses,
+                rewards=rewards,
+                folder=folder,
+                save=parts.saver.save,
+                evaluate=_evaluation(recipe, parts, judge) if recipe.train.eval_every else None,
+                first_step=parts.step,
+                report=progress.report,
+                warn=progress.warn,
+            )
+            trainer.train()
+        parts.saver.write_student(folder.student_path, torch_dtype(recipe.student.dtype))
+        if accelerator.is_main_process:
+            draw_curves(recipe.run_path)
+            write_json(folder.path / "finished.json", {"step": trainer.step_number})
+            console.print(f"train: the student is in {folder.student_path}")
+        accelerator.wait_for_everyone()
+        return folder.student_path
+    finally:
+        if judge is not None:
+            judge.close()
+        if accelerator.trackers:
+            accelerator.end_training()
+
+
+def training_questions(recipe: Recipe) -> list[Question]:
+    """The loop's questions: all of data.train, or the selected ones. Raises DataError when nothing is selected yet."""
+    questions = read_questions(recipe.data, "train")
+    if recipe.data.selection.enabled:
+        path = selection_file(recipe)
+        if not path.exists():
+            raise DataError(f"data.selection is enabled but {path} is not there; run `ril select` first")
+        chosen = set(read_selection(path).ids)
+        questions = [q for q in questions if q.id in chosen]
+    if len(questions) < recipe.train.questions_per_step:
+        raise DataError(
+            f"{len(questions)} questions are fewer than train.questions_per_step {recipe.train.questions_per_step};"
+            " lower it or add questions"
+        )
+    return questions
+
+
+def cached_teacher_responses(recipe: Recipe, questions: list[Question]) -> TeacherResponses:
+    """Draws a question's teacher responses from the cache, checked against the questions now."""
+    count = recipe.teacher_responses_per_question
+    if not count:
+        return lambda question, visit: []
+    cache = ResponseCache.open(recipe.cache_path).load(questions, recipe.teacher_names, recipe.collect.num_responses)
+    per_teacher = recipe.train.num_teacher_responses if recipe.train.per_teacher else None
+
+    def responses(question: Question, visit: int) -> list[Response]:
+        return draw(
+            cache,
+            question.id,
+            recipe.teacher_names,
+            total=None if recipe.train.per_teacher else count,
+            per_teacher=(per_teacher if per_teacher is not None else recipe.train.num_generations)
+            if recipe.train.per_teacher
+            else None,
+            seed=recipe.seed,
+            visit=visit,
+        )
+
+    return responses
+
+
+def _finished(recipe: Recipe, folder: RunFolder, num_questions: int) -> bool:
+    """Whether the student of the last step is there; a recipe with more steps than before goes on."""
+    import json
+
+    marker = folder.path / "finished.json"
+    if not (marker.exists() and folder.student_path.is_dir()):
+        return False
+    return int(json.loads(marker.read_text())["step"]) >= total_steps(recipe, num_questions)
+
+
+def _evaluation(recipe: Recipe, parts: Parts, judge: JudgeService | None) -> Callable[[], dict[str, float]]:
+    """Greedy answers of the current student to the validation questions, shared over the processes."""
+    questions = read_questions(recipe.data, "validation")
+    questions = questions[: recipe.eval.limit] if recipe.eval.limit else questions
+    accelerator = parts.accelerator
+
+    def evaluate() -> dict[str, float]:
+        mine = questions[accelerator.process_index :: accelerator.num_processes]
+        scores: list[float | None] = []
+        if mine:
+            with accelerator.autocast():
+                answers = parts.sampler.sample(
+                    mine,
+                    1,
+                    settings=Sampling(temperature=0.0, repetition_penalty=1.0),
+                    max_completion_length=recipe.eval.max_completion_length,
+                    seed=recipe.seed,
+                )
+            items = [(q, a[0].text) for q, a in zip(mine, answers, strict=True)]
+            scores = [s.score for s in score_answers(items, recipe.eval.score, recipe.eval.rule, judge)]
+        everyone = [s for part in gather_object([scores]) for s in part]
+        known = [s for s in everyone if s is not None]
+        out = {"questions": float(len(everyone)), "unknown": float(len(everyone) - len(known))}
+        return out | ({"score": sum(known) / len(known)} if known else {})
+
+    return evaluate

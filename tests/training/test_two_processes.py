@@ -1,0 +1,57 @@
+"""One process and two (gloo) give the same run, with text-only and image questions on unlike ranks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from openril.storage import read_jsonl
+
+SCRIPT = Path(__file__).with_name("two_processes.py")
+
+
+def run(processes: int, checkpoint: Path, run_dir: Path, data: Path, kind: str) -> None:
+    command = [sys.executable, str(SCRIPT)]
+    if processes > 1:
+        port = 20000 + os.getpid() % 20000
+        command = [
+            sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}",
+            "--master_addr=127.0.0.1", str(SCRIPT),
+        ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [*command, str(checkpoint), str(run_dir), str(data), kind], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("kind", ["mixed", "all"])
+def test_two_processes_equal_one(kind: str, tiny_student: Path, tmp_path: Path):
+    for processes in (1, 2):
+        run(processes, tiny_student, tmp_path / f"run{processes}", tmp_path / "data", kind)
+    one, two = (load_file(tmp_path / f"run{n}" / "final.safetensors") for n in (1, 2))
+    assert one.keys() == two.keys()
+    start = load_file(tiny_student / "model.safetensors")
+    assert any(k.startswith("discriminator.") for k in one)
+    for key, value in one.items():
+        assert torch.allclose(value, two[key], rtol=0, atol=1e-6), f"{key}: {(value - two[key]).abs().max()}"
+    [name] = [k for k in start if k.endswith("lm_head.weight")]
+    assert (one["student.model.lm_head.weight"] - start[name]).abs().max() > 1e-4  # it did learn something
+    for a, b in zip(*(read_jsonl(tmp_path / f"run{n}" / "metrics.jsonl") for n in (1, 2)), strict=True):
+        compared = 0
+        for name, value in a.items():
+            if name.startswith(("train/", "reward/", "discriminator/")) and not name.endswith("grad_norm"):
+                assert b[name] == pytest.approx(value, abs=1e-6), name
+                compared += 1
+        assert compared > 25
+    # Whole groups, in the same order, whatever the number of processes.
+    rows = [read_jsonl(tmp_path / f"run{n}" / "rollouts" / "step_000002.jsonl") for n in (1, 2)]
+    assert [(r["question_id"], r["source"], r["text"]) for r in rows[0]] == [
+        (r["question_id"], r["source"], r["text"]) for r in rows[1]
+    ]
