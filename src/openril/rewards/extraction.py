@@ -50,7 +50,7 @@ _MARKER = re.compile(
     r"\s*(?:\bis\b|\bare\b|\bwould be\b|\bshould be\b|\bmust be\b|:|=)\s*(?:therefore|thus|simply|just)?\s*:?[ \t]*"
     r"|(?:最终|正确)?(?:答案|选项|结果)\s*(?:应该是|应该为|应为|应是|是|为|选|:)\s*:?[ \t]*"
     r"|(?:所以|因此|故|应该|应|正确)(?:选择?|答案)(?:的是|是|为)?\s*:?[ \t]*"
-    r"|^\s*答\s*:[ \t]*",
+    r"|^[ \t]*答\s*:[ \t]*",
     re.I | re.M,
 )
 _NEGATED = re.compile(r"\s*(?:not|never|neither|isn't|cannot)\b|\s*不", re.I)
