@@ -85,7 +85,7 @@ def test_without_verdicts_the_score_is_unknown_and_asking_again_draws_no_answer_
         judge = build_judge_service(judged_recipe(tmp_path, server, concurrency=1), "eval")
         try:
             first = evaluate(
-                Scripted, QUESTIONS, settings(score="judge"), judge, journal=Journal(tmp_path / "x.jsonl", "k")
+                Scripted, QUESTIONS, settings(score="judge"), judge, journal=Journal(tmp_path / "x.jsonl", "key")
             )
             assert first.summary.unknown == 1 and first.summary.score == 1.0 and first.rows[0].score is None
             sampler = Scripted()
