@@ -11,7 +11,9 @@ On GPUs use vLLM's own installation; docs/vllm.md has the commands.
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
+import json
 import os
 import shlex
 import shutil
@@ -19,9 +21,11 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
@@ -213,6 +217,39 @@ class VLLMServer:
         self.stop()
 
 
+def measure(server: VLLMServer, requests: int, tokens: int, image: Path | None) -> tuple[float, float]:
+    """Seconds the first request takes, and tokens a second of ``requests`` more that are sent at once, each of
+    ``tokens`` tokens and with the image if there is one."""
+    content: list[dict[str, object]] = [{"type": "text", "text": "Describe what you see, at length."}]
+    if image is not None:
+        kind = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}[image.suffix.lower()]
+        data = base64.b64encode(image.read_bytes()).decode()
+        content.insert(0, {"type": "image_url", "image_url": {"url": f"data:image/{kind};base64,{data}"}})
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    def ask(seed: int) -> int:
+        body = {
+            "model": server.name,
+            "messages": [{"role": "user", "content": content if image is not None else content[0]["text"]}],
+            "max_tokens": tokens,
+            "seed": seed,
+            "ignore_eos": True,
+        }
+        request = urllib.request.Request(
+            f"{server.url}/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with opener.open(request, timeout=600) as answer:
+            return int(json.load(answer)["usage"]["completion_tokens"])
+
+    started = time.monotonic()
+    ask(0)
+    first = time.monotonic() - started
+    started = time.monotonic()
+    with ThreadPoolExecutor(requests) as pool:
+        done = sum(pool.map(ask, range(1, requests + 1)))
+    return first, done / (time.monotonic() - started)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -226,6 +263,12 @@ def main() -> None:
     serve.add_argument("--cache-gib", type=int, default=1, help="memory for keys and values")
     serve.add_argument("--dev-mode", action="store_true", help="open the endpoints that a student in the loop needs")
     serve.add_argument("--options", default="", help='further options of vllm serve, in one string: "--seed 1 ..."')
+    timed = commands.add_parser("measure", help="start a server, time it, end it")
+    timed.add_argument("checkpoint")
+    timed.add_argument("--dtype", default="float32")
+    timed.add_argument("--requests", type=int, default=32, help="requests at once")
+    timed.add_argument("--tokens", type=int, default=128, help="tokens each")
+    timed.add_argument("--image", type=Path, help="picture to send with every request")
     given = parser.parse_args()
     # Both end the server too, also where a shell started us in the background and had SIGINT ignored.
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -233,6 +276,12 @@ def main() -> None:
     try:
         if given.command == "install":
             print(install())
+            return
+        if given.command == "measure":
+            log = Path(tempfile.mkdtemp()) / "vllm.log"
+            with VLLMServer(given.checkpoint, name="measured", dtype=given.dtype, log=log) as server:
+                first, rate = measure(server, given.requests, given.tokens, given.image)
+            print(f"start-up {server.start_seconds:.0f} s, first request {first:.1f} s, then {rate:.0f} tokens/s")
             return
         server = VLLMServer(
             given.checkpoint,
