@@ -29,18 +29,28 @@ class Command:
 
 
 COMMANDS: dict[str, Command] = {
-    "check": Command("read every question, probe every server, estimate memory, before anything costs money", "check", "run_check"),
+    "check": Command(
+        "read every question, probe every server, estimate memory, before anything costs money", "check", "run_check"
+    ),
     "sft": Command("supervised warm start of the student (also of teachers, and on cached text)", "sft", "run_sft"),
-    "collect": Command("collect responses of the teachers and the student into the cache", "collect", "run_collect", (
-        ("sources", True, "only these: names of teachers, or student"),
-        ("recollect", False, "first drop cached responses that no longer fit (other model, settings or questions)"),
-    )),
+    "collect": Command(
+        "collect responses of the teachers and the student into the cache",
+        "collect",
+        "run_collect",
+        (
+            ("sources", True, "only these: names of teachers, or student"),
+            ("recollect", False, "first drop cached responses that no longer fit (other model, settings or questions)"),
+        ),
+    ),
     "select": Command("choose the questions for the loop", "select", "run_select"),
     "discriminator": Command("pre-train the discriminator on the cache", "discriminator", "run_discriminator"),
     "train": Command("the RIL loop", "train", "run_train"),
-    "eval": Command("score the student's checkpoints on held-out questions", "eval", "run_eval", (
-        ("checkpoints", True, "only these checkpoint folders"),
-    )),
+    "eval": Command(
+        "score the student's checkpoints on held-out questions",
+        "eval",
+        "run_eval",
+        (("checkpoints", True, "only these checkpoint folders"),),
+    ),
     "run": Command("all stages that are not done yet, in order", "run", "run_all"),
 }
 

@@ -81,7 +81,7 @@ def append_jsonl(path: Path, *rows: dict[str, Any]) -> None:
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Rows of a file we append to ourselves; lines torn by a kill are passed over."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     if not path.exists():
         return rows
     with open(path, encoding="utf-8", errors="replace") as f:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.tiny import tiny_questions
 
 from openril.errors import ModelError
 from openril.models.adapters import add_adapters, without_adapters
@@ -16,6 +15,7 @@ from openril.models.loading import load_model, load_processor
 from openril.models.prompts import PromptEncoder
 from openril.recipe.schema import Lora
 from openril.training.saving import merged_state
+from support.tiny import tiny_questions
 
 GROUPS = [
     "vision_tower", "projector", "word_embeddings", "attention", "mlp_gate", "mlp_up", "mlp_down", "layer_norms", "lm_head",

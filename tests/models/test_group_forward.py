@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.tiny import teacher_responses, tiny_questions
 
 from openril.models.group_forward import GroupTokens, Policy, lay_out
 from openril.models.loading import load_model, load_processor
 from openril.models.prompts import PromptEncoder
 from openril.records import Response
+from support.tiny import teacher_responses, tiny_questions
 
 
 def test_logprobs_equal_the_models_own(tiny_student: Path, tmp_path: Path):

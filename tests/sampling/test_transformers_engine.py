@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.tiny import tiny_questions
 
 from openril.models.group_forward import GroupTokens, Policy, lay_out
 from openril.models.loading import load_model, load_processor
@@ -14,6 +13,7 @@ from openril.models.prompts import PromptEncoder
 from openril.recipe.schema import Sampling
 from openril.sampling.filtering import candidates, penalise_repetition
 from openril.sampling.transformers_engine import TransformersSampler
+from support.tiny import tiny_questions
 
 SETTINGS = Sampling()
 
@@ -68,7 +68,9 @@ def test_special_tokens_are_never_drawn(sampler: TransformersSampler, tmp_path: 
     drawn = {i for r in out for i in r.token_ids or ()}
     assert len(drawn) > 100
     assert not drawn & banned
-    assert all(r.finish_reason == ("stop" if r.token_ids[-1] in sampler.encoder.eos_token_ids else "length") for r in out)
+    assert all(
+        r.finish_reason == ("stop" if r.token_ids[-1] in sampler.encoder.eos_token_ids else "length") for r in out
+    )
 
 
 def test_frequencies_match_exact_probabilities(sampler: TransformersSampler, tmp_path: Path):
@@ -104,6 +106,10 @@ def test_greedy_is_transformers_generate(sampler: TransformersSampler, tmp_path:
             inputs["mm_token_type_ids"] = prompt.token_types[None]
         banned = sorted(sampler.encoder.special_token_ids - set(sampler.encoder.eos_token_ids))
         theirs = sampler.model.generate(
-            **inputs, max_new_tokens=10, do_sample=False, suppress_tokens=banned, attention_mask=torch.ones_like(inputs["input_ids"])
+            **inputs,
+            max_new_tokens=10,
+            do_sample=False,
+            suppress_tokens=banned,
+            attention_mask=torch.ones_like(inputs["input_ids"]),
         )
         assert list(ours.token_ids or ()) == theirs[0, prompt.length :].tolist()

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from support.loop import SubstringRewards, make_trainer, tiny_recipe
 
 from openril.models.group_forward import GroupTokens, lay_out
 from openril.records import Question
 from openril.training.loop import permutation, total_steps
+from support.loop import SubstringRewards, make_trainer, tiny_recipe
 
 
 def weights(trainer: Any) -> dict[str, torch.Tensor]:
@@ -90,7 +90,9 @@ def test_teacher_rows_use_the_students_pi_old(tiny_qwen: Path, tmp_path: Path):
         out = []
         with torch.no_grad():
             for g in groups:
-                tokens = GroupTokens(encoder(g.question), [encoder.completion_ids(r.response, limit) for r in g.rollouts])
+                tokens = GroupTokens(
+                    encoder(g.question), [encoder.completion_ids(r.response, limit) for r in g.rollouts]
+                )
                 rows = lay_out([tokens], encoder.pad_token_id)
                 out += [lp[m] for lp, m in zip(trainer.policy.policy(rows), rows.mask, strict=True)]
         return out
@@ -130,7 +132,9 @@ def test_teacher_responses_can_stay_out_of_the_update(tiny_qwen: Path, tmp_path:
 
 def test_unknown_rewards_do_not_teach(tiny_qwen: Path, tmp_path: Path):
     recipe = tiny_recipe(tmp_path / "run", tiny_qwen)
-    trainer = make_trainer(recipe, tmp_path / "data", SubstringRewards(unknown=lambda r: r.from_student and r.index == 0))
+    trainer = make_trainer(
+        recipe, tmp_path / "data", SubstringRewards(unknown=lambda r: r.from_student and r.index == 0)
+    )
     groups, _ = trainer.step(trainer.batch_at(0))
     for g in groups:
         assert g.rollouts[0].reward is None and g.rollouts[0].advantage == 0.0

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.loop import make_trainer, tiny_recipe
 
 from openril.errors import StateError
 from openril.training.loop import Interrupted
+from support.loop import make_trainer, tiny_recipe
 
 TIMES = ("time/", "memory/")
 
@@ -50,7 +50,9 @@ def test_continuing_equals_never_stopping(overrides: dict[str, Any], tiny_studen
     whole = make_trainer(recipe("whole"), tmp_path / "data")
     whole.train()
     for _ in range(5):  # stopped after every step, by the signal a person sends
-        trainer = make_trainer(recipe("stopped"), tmp_path / "data", report=lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        trainer = make_trainer(
+            recipe("stopped"), tmp_path / "data", report=lambda *_: os.kill(os.getpid(), signal.SIGINT)
+        )
         if trainer.step_number == 4:
             break
         try:
@@ -100,7 +102,9 @@ def test_another_recipe_is_not_continued(tiny_qwen: Path, tmp_path: Path):
 
 
 def test_old_checkpoints_are_removed(tiny_qwen: Path, tmp_path: Path):
-    recipe = tiny_recipe(tmp_path / "run", tiny_qwen, train__max_steps=3, train__save_every=1, train__keep_checkpoints=2)
+    recipe = tiny_recipe(
+        tmp_path / "run", tiny_qwen, train__max_steps=3, train__save_every=1, train__keep_checkpoints=2
+    )
     make_trainer(recipe, tmp_path / "data").train()
     assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == ["step_000002", "step_000003"]
 

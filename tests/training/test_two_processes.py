@@ -26,7 +26,11 @@ def run(processes: int, checkpoint: Path, run_dir: Path, data: Path, kind: str) 
         ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
-        [*command, str(checkpoint), str(run_dir), str(data), kind], env=environment, capture_output=True, text=True, timeout=300
+        [*command, str(checkpoint), str(run_dir), str(data), kind],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
 

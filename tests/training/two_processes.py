@@ -8,13 +8,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import openril.models.torchvision_cure  # noqa: F401
 import torch
 from safetensors.torch import save_file
-from support.loop import make_trainer, tiny_recipe
 
+import openril.models.torchvision_cure
 import openril.training.setup
 from openril.training.processes import leave_process_group
+from support.loop import make_trainer, tiny_recipe
 
 # See test_accumulation_is_the_whole_batch_at_once: in float32 Adam turns rounding noise into steps.
 openril.training.setup.master_dtype = lambda recipe: torch.float64  # type: ignore[assignment]

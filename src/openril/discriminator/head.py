@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import openril.models.torchvision_cure  # noqa: F401  (must come before transformers)
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel
 
+import openril.models.torchvision_cure  # noqa: F401  (must come before transformers)
 from openril.errors import ModelError
 from openril.models.group_forward import repeat_vision
 from openril.models.loading import load_model, load_processor
@@ -35,9 +35,9 @@ class DiscriminatorModel(nn.Module):
         self.head = nn.Linear(hidden_size, 1)
 
     @classmethod
-    def from_student(cls, checkpoint: str, student: Student, *, seed: int, dtype: torch.dtype = torch.float32):  # type: ignore[no-untyped-def]
+    def from_student(cls, checkpoint: str, student: Student, *, seed: int, dtype: torch.dtype = torch.float32):
         """Student weights, its LM head replaced by a fresh score head drawn from ``seed``."""
-        model = load_model(
+        model: Any = load_model(
             checkpoint,
             what="discriminator",
             dtype=dtype,
@@ -54,7 +54,7 @@ class DiscriminatorModel(nn.Module):
         return made.eval()
 
     @classmethod
-    def from_checkpoint(cls, folder: str | Path, student: Student, *, dtype: torch.dtype = torch.float32):  # type: ignore[no-untyped-def]
+    def from_checkpoint(cls, folder: str | Path, student: Student, *, dtype: torch.dtype = torch.float32):
         """What ``save`` wrote. Raises ModelError when the folder holds no discriminator."""
         folder = Path(folder)
         if not (folder / HEAD_FILE).is_file():
@@ -72,11 +72,15 @@ class DiscriminatorModel(nn.Module):
         return made.eval()
 
     def save(self, folder: Path, processor: Any, state: dict[str, Tensor] | None = None) -> None:
-        """Write backbone, head and processor, atomically. state: the whole module's weights if they are not all here (sharded)."""
+        """Write backbone, head and processor, atomically.
+
+        state: the whole module's weights, where they are sharded over processes.
+        """
         state = state if state is not None else self.state_dict()
         backbone = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
+        backbone_model: Any = self.backbone
         with atomic_path(folder) as temporary:
-            self.backbone.save_pretrained(temporary, state_dict=backbone)  # type: ignore[operator]
+            backbone_model.save_pretrained(temporary, state_dict=backbone)
             save_file({"weight": state["head.weight"].cpu(), "bias": state["head.bias"].cpu()}, temporary / HEAD_FILE)
             processor.save_pretrained(temporary)
 

@@ -102,7 +102,11 @@ class Discriminator:
         """Health on groups without learning from them; the groups must be scored already."""
         logit = torch.special.logit
         scored = [
-            Scored(r.response.source, float(logit(torch.tensor(r.student_prob, dtype=torch.float64), eps=1e-12)), len(r.response.text))
+            Scored(
+                r.response.source,
+                float(logit(torch.tensor(r.student_prob, dtype=torch.float64), eps=1e-12)),
+                len(r.response.text),
+            )
             for g in groups
             for r in g.rollouts
             if r.student_prob is not None

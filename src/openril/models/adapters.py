@@ -29,8 +29,9 @@ def add_adapters(model: nn.Module, lora: Lora) -> nn.Module:
     ]
     if not targets:
         raise ModelError(f"student.lora.target_modules: no linear layer is called {', '.join(lora.target_modules)}")
-    config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
-    return get_peft_model(model, config)  # type: ignore[arg-type]
+    alpha: Any = lora.alpha  # peft's annotation says int; it divides by r and takes any number
+    config = LoraConfig(r=lora.r, lora_alpha=alpha, lora_dropout=lora.dropout, target_modules=targets)
+    return get_peft_model(model, config)
 
 
 def is_adapted(model: Any) -> bool:

@@ -12,7 +12,10 @@ from openril.recipe.schema import ModuleGroup
 
 # First match wins, so the vision side comes first: its blocks have attention, norms and MLPs too.
 _PATTERNS: tuple[tuple[ModuleGroup, re.Pattern[str]], ...] = (
-    ("projector", re.compile(r"(multi_modal_projector|visual\.(deepstack_)?merger|connector|modality_projection|mlp1)\b")),
+    (
+        "projector",
+        re.compile(r"(multi_modal_projector|visual\.(deepstack_)?merger|connector|modality_projection|mlp1)\b"),
+    ),
     ("projector", re.compile(r"(visual\.(deepstack_)?merger|image_newline)")),
     ("vision_tower", re.compile(r"\b(visual|vision_tower|vision_model|vision_encoder)\b")),
     ("lm_head", re.compile(r"\blm_head\b")),

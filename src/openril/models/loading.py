@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import openril.models.torchvision_cure  # noqa: F401  (must come before transformers)
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging as transformers_logging
 
+import openril.models.torchvision_cure  # noqa: F401  (must come before transformers)
 from openril.errors import ModelError
 from openril.recipe.schema import Student
 
@@ -44,7 +44,7 @@ def load_model(
     """
     checkpoint = _checked(checkpoint, what)
     try:
-        model, info = AutoModelForImageTextToText.from_pretrained(
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
             checkpoint,
             dtype=dtype,
             revision=revision,
@@ -55,6 +55,7 @@ def load_model(
         )
     except (OSError, ValueError) as e:
         raise ModelError(f"{what}: {checkpoint} cannot be loaded as a vision-language model: {e}") from e
+    model, info = loaded
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ModelError(
@@ -91,19 +92,28 @@ def load_processor(
             size["shortest_edge"] = min_pixels
         if max_pixels:
             size["longest_edge"] = max_pixels
+        assert image_processor is not None
         image_processor.size = size
     return processor
 
 
 def load_student(student: Student, checkpoint: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
     """Model and processor of the recipe's student from ``checkpoint`` (its SFT version or student.model)."""
-    remote = {"trust_remote_code": student.trust_remote_code}
+    remote = student.trust_remote_code
     revision = student.revision if checkpoint == student.model else None
     model = load_model(
-        checkpoint, dtype=dtype, revision=revision, attn_implementation=student.attn_implementation, **remote
+        checkpoint,
+        dtype=dtype,
+        revision=revision,
+        attn_implementation=student.attn_implementation,
+        trust_remote_code=remote,
     )
     processor = load_processor(
-        checkpoint, revision=revision, min_pixels=student.min_pixels, max_pixels=student.max_pixels, **remote
+        checkpoint,
+        revision=revision,
+        min_pixels=student.min_pixels,
+        max_pixels=student.max_pixels,
+        trust_remote_code=remote,
     )
     return model, processor
 

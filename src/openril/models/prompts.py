@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import openril.models.torchvision_cure  # noqa: F401  (must come before transformers)
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+import openril.models.torchvision_cure  # noqa: F401  (must come before transformers)
 from openril.data.images import load_image
 from openril.data.text import strip_special
 from openril.data.wording import question_text

@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-import openril.models.torchvision_cure  # noqa: F401  (must come before transformers)
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
@@ -24,6 +23,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+import openril.models.torchvision_cure  # noqa: F401  (must come before transformers)
 from openril.errors import ModelError
 from openril.storage import atomic_path
 
@@ -48,11 +48,12 @@ _CHAT_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"""
 
-_CORPUS = (
-    "You are a helpful assistant. Compare the generated text with the ground truth. Question, answer, response,"
-    " student, teacher, true, false, yes, no, red, blue, green, yellow, black. There is a box with two squares and one"
-    " circle touching the wall. How many? Which colour? The answer is 0 1 2 3 4 5 6 7 8 9 A B C D."
-).split(". ")
+_CORPUS = [
+    "You are a helpful assistant. Compare the generated text with the ground truth.",
+    "Question, answer, response, student, teacher, true, false, yes, no, red, blue, green, yellow, black.",
+    "There is a box with two squares and one circle touching the wall.",
+    "How many? Which colour? The answer is 0 1 2 3 4 5 6 7 8 9 A B C D.",
+]
 
 
 def _bpe_tokenizer(texts: Iterable[str], vocab_size: int, special: list[str]) -> Tokenizer:
@@ -150,7 +151,9 @@ def build_tiny_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if architecture == "qwen2_5_vl":
-            model, processor = _qwen2_5_vl(text_config, backend, token_id, vision_hidden_size, vision_layers, max_pixels)
+            model, processor = _qwen2_5_vl(
+                text_config, backend, token_id, vision_hidden_size, vision_layers, max_pixels
+            )
         elif architecture == "internvl":
             model, processor = _internvl(
                 text_config, backend, token_id, vision_hidden_size, vision_layers, tile_size, max_tiles
@@ -166,7 +169,7 @@ def build_tiny_model(
     return folder
 
 
-def _qwen2_5_vl(text_config, backend, token_id, vision_hidden_size, vision_layers, max_pixels):  # type: ignore[no-untyped-def]
+def _qwen2_5_vl(text_config, backend, token_id, vision_hidden_size, vision_layers, max_pixels):
     from transformers import Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
     head_dim = text_config["hidden_size"] // text_config["num_attention_heads"]
@@ -212,7 +215,7 @@ def _qwen2_5_vl(text_config, backend, token_id, vision_hidden_size, vision_layer
     return Qwen2_5_VLForConditionalGeneration(config), processor
 
 
-def _internvl(text_config, backend, token_id, vision_hidden_size, vision_layers, tile_size, max_tiles):  # type: ignore[no-untyped-def]
+def _internvl(text_config, backend, token_id, vision_hidden_size, vision_layers, tile_size, max_tiles):
     from transformers import GotOcr2ImageProcessor
     from transformers.models.internvl.video_processing_internvl import InternVLVideoProcessor
 

@@ -24,6 +24,11 @@ ModuleGroup = Literal[
 ]
 """Parts of a vision-language model that can be frozen (the paper's Table 5c lists the language-model ones)."""
 
+
+def _vision_tower() -> list[ModuleGroup]:
+    return ["vision_tower"]
+
+
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -126,7 +131,7 @@ class Student(Section):
     """Largest image area the processor resizes to; 0 keeps the processor's own."""
     system_prompt: str = ""
     """System message of every prompt; "" leaves it to the chat template."""
-    freeze: list[ModuleGroup] = Field(default_factory=lambda: ["vision_tower"])
+    freeze: list[ModuleGroup] = Field(default_factory=_vision_tower)
     """Parts that do not train."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
@@ -290,7 +295,7 @@ class Discriminator(Section):
     """Eq. 1 (paper), or pairs of a teacher's and a student's response to the same question (GAD, arXiv 2511.10643)."""
     init: str = ""
     """Checkpoint to start from instead of the SFT student."""
-    freeze: list[ModuleGroup] = Field(default_factory=lambda: ["vision_tower"])
+    freeze: list[ModuleGroup] = Field(default_factory=_vision_tower)
     """Parts that do not train."""
     max_response_tokens: PositiveInt = 1024
     """Longer responses keep their first and last halves of this many tokens."""

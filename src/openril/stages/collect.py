@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -35,7 +36,8 @@ def run_collect(
 
     sources: names of teachers, or ``STUDENT``; None for all the recipe wants. recollect: first drop cached responses
     that no longer fit (stale questions, other model or settings). judge_many: judges the responses when
-    ``collect.judge_responses`` is set. make_sampler: see ``responses.collection.collect``.
+    ``collect.judge_responses`` is set; the recipe's own judge or rules unless given.
+    make_sampler: see ``responses.collection.collect``.
 
     Raises EndpointError when some responses could not be had: what came is kept, and calling again continues.
     """
@@ -69,8 +71,31 @@ def run_collect(
                 problems.append(f"{name}: {result.failed} responses could not be had:\n{result.failure_report()}")
     if problems:
         raise EndpointError("\n".join(problems) + "\nEverything collected is kept; the same command collects the rest")
-    if recipe.collect.judge_responses and judge_many is not None:
-        judge_cached(cache, questions, names, recipe.collect.num_responses, judge_many, console)
+    if recipe.collect.judge_responses:
+        with answer_judge(recipe) if judge_many is None else nullcontext(judge_many) as judge:
+            judge_cached(cache, questions, names, recipe.collect.num_responses, judge, console)
+
+
+@contextmanager
+def answer_judge(recipe: Recipe) -> Iterator[JudgeMany]:
+    """Scores responses as training does: by the recipe's judge, by rules, or by both (``rewards.answer``)."""
+    from openril.rewards.answers import score_answers
+    from openril.rewards.judge import build_judge_service
+
+    settings = recipe.rewards.answer
+    kind = "judge" if settings.kind == "none" else settings.kind
+    service = build_judge_service(recipe, "collect") if kind != "rules" else None
+
+    def judge_many(questions: Sequence[Question], responses: Sequence[Response]) -> Sequence[float | None]:
+        items = [(q, r.text) for q, r in zip(questions, responses, strict=True)]
+        shared = [not r.from_student for r in responses]
+        return [s.score for s in score_answers(items, kind, settings.rule, service, shared)]
+
+    try:
+        yield judge_many
+    finally:
+        if service is not None:
+            service.close()
 
 
 def wanted_sources(recipe: Recipe) -> list[str]:

@@ -54,7 +54,9 @@ def run_discriminator(recipe: Recipe, console: Console) -> Path:
                 f"{latest} was made with other values of {', '.join(changed[:6])}; restore them, or remove {folder.path}"
             )
         step = int(read_progress(latest)["step"])
-        network = DiscriminatorModel.from_checkpoint(latest / "discriminator", recipe.student, dtype=master_dtype(recipe))
+        network = DiscriminatorModel.from_checkpoint(
+            latest / "discriminator", recipe.student, dtype=master_dtype(recipe)
+        )
         processor = load_discriminator_processor(latest / "discriminator", recipe.student)
         discriminator = wrap_discriminator(recipe, accelerator, network, processor, optimiser)
     saver = Saver(
@@ -89,7 +91,11 @@ def run_discriminator(recipe: Recipe, console: Console) -> Path:
         if held_out:
             console.print(
                 f"discriminator: held-out accuracy {held_out['accuracy']:.3f} on {int(held_out['questions'])} questions"
-                + (f" (length alone: {held_out['length_only_accuracy']:.3f})" if "length_only_accuracy" in held_out else "")
+                + (
+                    f" (length alone: {held_out['length_only_accuracy']:.3f})"
+                    if "length_only_accuracy" in held_out
+                    else ""
+                )
             )
     saver.write_discriminator(target)
     accelerator.wait_for_everyone()

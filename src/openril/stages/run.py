@@ -16,12 +16,17 @@ def stages(recipe: Recipe) -> list[tuple[str, str, str]]:
 
     SFT on cached text comes after collection; the collection then starts from the student as it is.
     """
-    needs_cache = recipe.teacher_responses_per_question > 0 or recipe.sft.enabled and recipe.sft.on != "answers"
+    selection = recipe.data.selection
+    needs_cache = (
+        recipe.teacher_responses_per_question > 0
+        or (recipe.sft.enabled and recipe.sft.on != "answers")
+        or (selection.enabled and selection.drop_overlong)
+    )
     needs_discriminator = recipe.uses_discriminator and recipe.discriminator.pretraining.enabled
     collect = [("collect", "collect", "run_collect")] if needs_cache or needs_discriminator else []
     sft = [("sft", "sft", "run_sft")] if recipe.sft.enabled else []
     first = [*collect, *sft] if recipe.sft.enabled and recipe.sft.on != "answers" else [*sft, *collect]
-    select = [("select", "select", "run_select")] if recipe.data.selection.enabled else []
+    select = [("select", "select", "run_select")] if selection.enabled else []
     pretrain = [("discriminator", "discriminator", "run_discriminator")] if needs_discriminator else []
     evaluate = [("eval", "eval", "run_eval")] if recipe.data.validation else []
     return [*first, *select, *pretrain, ("train", "train", "run_train"), *evaluate]

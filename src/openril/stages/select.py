@@ -67,7 +67,10 @@ def answer_logprobs(
     """
     path = selection_folder(recipe) / f"logprobs_{name}.jsonl"
     header = selection_folder(recipe) / f"logprobs_{name}.json"
-    made_by: dict[str, Any] = {"checkpoint": str(checkpoint), "max_completion_length": recipe.train.max_completion_length}
+    made_by: dict[str, Any] = {
+        "checkpoint": str(checkpoint),
+        "max_completion_length": recipe.train.max_completion_length,
+    }
     if not header.exists():
         write_json(header, made_by)
     done = {row["id"]: row["logprob"] for row in read_jsonl(path)}
@@ -75,7 +78,9 @@ def answer_logprobs(
     if not todo:
         return done
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, processor = load_student(recipe.student, checkpoint, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    model, processor = load_student(
+        recipe.student, checkpoint, torch.bfloat16 if device.type == "cuda" else torch.float32
+    )
     encoder = make_encoder(recipe, processor, model, keep=0)
     policy = Policy(model).to(device)
     with StageProgress(console, f"select ({name})") as progress:

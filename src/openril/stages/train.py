@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from accelerate.utils import gather_object
@@ -38,55 +40,69 @@ def run_train(recipe: Recipe, console: Console) -> Path:
     of data, cache, models and recipe.
     """
     folder = RunFolder(recipe.run_path)
-    accelerator = make_accelerator(recipe, trackers=True)
-    require(recipe, "train", accelerator.num_processes)
-    questions = training_questions(recipe)
-    if _finished(recipe, folder, len(questions)):
+    if _finished(recipe, folder):
         console.print(f"train: already finished, the student is in {folder.student_path}")
         return folder.student_path
-    teacher_responses = cached_teacher_responses(recipe, questions)
+    with open_trainer(recipe, console) as trainer:
+        if trainer.step_number and trainer.accelerator.is_main_process:
+            console.print(f"train: continuing after step {trainer.step_number}")
+        with StageProgress(console, "train", enabled=trainer.accelerator.is_main_process) as progress:
+            trainer.report, trainer.warn = progress.report, progress.warn
+            trainer.train()
+        trainer.write_student(folder.student_path, torch_dtype(recipe.student.dtype))
+        if trainer.accelerator.is_main_process:
+            draw_curves(recipe.run_path)
+            write_json(folder.path / "finished.json", {"step": trainer.step_number})
+            console.print(f"train: the student is in {folder.student_path}")
+        trainer.accelerator.wait_for_everyone()
+    return folder.student_path
+
+
+@contextmanager
+def open_trainer(recipe: Recipe, console: Console | None = None) -> Iterator[RILTrainer]:
+    """A ``RILTrainer`` with everything the recipe names, continued from the run folder's last checkpoint if there is one.
+
+    ``with open_trainer(recipe) as trainer: trainer.train()``; on leaving, judge and trackers are closed.
+    """
+    accelerator = make_accelerator(recipe, trackers=True)
+    for warning in require(recipe, "train", accelerator.num_processes):
+        if console is not None and accelerator.is_main_process:
+            console.print(f"train: {warning}")
+    questions = training_questions(recipe)
+    teacher_responses = cached_teacher_responses(recipe, questions, check=accelerator.is_main_process)
+    evaluates = recipe.train.eval_every > 0
     judge = None
-    if recipe.answer_kind in ("judge", "rules_then_judge") or (recipe.train.eval_every and recipe.eval.score != "rules"):
+    if recipe.answer_kind in ("judge", "rules_then_judge") or (evaluates and recipe.eval.score != "rules"):
         judge = build_judge_service(recipe, f"rank{accelerator.process_index}")
     try:
         rewards = RewardSystem(recipe, judge, gather=gather_object if accelerator.num_processes > 1 else None)
+        folder = RunFolder(recipe.run_path)
         parts = Parts(recipe, accelerator, folder.checkpoints_path)
         if accelerator.is_main_process:
             save_recipe(recipe, recipe.run_path / "recipe.yaml")
             folder.cut_after(parts.step)
-            if parts.step:
-                console.print(f"train: continuing after step {parts.step}")
         accelerator.wait_for_everyone()
-        with StageProgress(console, "train", enabled=accelerator.is_main_process) as progress:
-            trainer = RILTrainer(
-                recipe,
-                questions,
-                accelerator=accelerator,
-                sampler=parts.sampler,
-                policy=parts.policy_update,
-                discriminator=parts.discriminator,
-                teacher_responses=teacher_responses,
-                rewards=rewards,
-                folder=folder,
-                save=parts.saver.save,
-                evaluate=_evaluation(recipe, parts, judge) if recipe.train.eval_every else None,
-                first_step=parts.step,
-                report=progress.report,
-                warn=progress.warn,
-            )
-            trainer.train()
-        parts.saver.write_student(folder.student_path, torch_dtype(recipe.student.dtype))
-        if accelerator.is_main_process:
-            draw_curves(recipe.run_path)
-            write_json(folder.path / "finished.json", {"step": trainer.step_number})
-            console.print(f"train: the student is in {folder.student_path}")
-        accelerator.wait_for_everyone()
-        return folder.student_path
+        yield RILTrainer(
+            recipe,
+            questions,
+            accelerator=accelerator,
+            sampler=parts.sampler,
+            policy=parts.policy_update,
+            discriminator=parts.discriminator,
+            teacher_responses=teacher_responses,
+            rewards=rewards,
+            folder=folder,
+            save=parts.saver.save,
+            write_student=parts.saver.write_student,
+            evaluate=_evaluation(recipe, parts, judge) if evaluates else None,
+            first_step=parts.step,
+        )
     finally:
         if judge is not None:
             judge.close()
         if accelerator.trackers:
-            accelerator.end_training()
+            for tracker in accelerator.trackers:
+                tracker.finish()
 
 
 def training_questions(recipe: Recipe) -> list[Question]:
@@ -106,12 +122,17 @@ def training_questions(recipe: Recipe) -> list[Question]:
     return questions
 
 
-def cached_teacher_responses(recipe: Recipe, questions: list[Question]) -> TeacherResponses:
-    """Draws a question's teacher responses from the cache, checked against the questions now."""
+def cached_teacher_responses(recipe: Recipe, questions: list[Question], *, check: bool = True) -> TeacherResponses:
+    """Draws a question's teacher responses from the cache.
+
+    check: compare the cache with the questions and their images now; one process of a run is enough.
+    """
     count = recipe.teacher_responses_per_question
     if not count:
         return lambda question, visit: []
-    cache = ResponseCache.open(recipe.cache_path).load(questions, recipe.teacher_names, recipe.collect.num_responses)
+    cache = ResponseCache.open(recipe.cache_path).load(
+        questions, recipe.teacher_names, recipe.collect.num_responses, check_hashes=check
+    )
     per_teacher = recipe.train.num_teacher_responses if recipe.train.per_teacher else None
 
     def responses(question: Question, visit: int) -> list[Response]:
@@ -130,14 +151,13 @@ def cached_teacher_responses(recipe: Recipe, questions: list[Question]) -> Teach
     return responses
 
 
-def _finished(recipe: Recipe, folder: RunFolder, num_questions: int) -> bool:
+def _finished(recipe: Recipe, folder: RunFolder) -> bool:
     """Whether the student of the last step is there; a recipe with more steps than before goes on."""
-    import json
-
     marker = folder.path / "finished.json"
     if not (marker.exists() and folder.student_path.is_dir()):
         return False
-    return int(json.loads(marker.read_text())["step"]) >= total_steps(recipe, num_questions)
+    steps = recipe.train.max_steps or total_steps(recipe, len(training_questions(recipe)))
+    return int(json.loads(marker.read_text())["step"]) >= steps
 
 
 def _evaluation(recipe: Recipe, parts: Parts, judge: JudgeService | None) -> Callable[[], dict[str, float]]:

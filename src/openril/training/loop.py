@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
@@ -71,6 +72,7 @@ class RILTrainer:
         rewards: RewardModel,
         folder: RunFolder,
         save: Callable[[int], None],
+        write_student: Callable[..., None] | None = None,
         evaluate: Callable[[], dict[str, float]] | None = None,
         first_step: int = 0,
         report: Callable[[int, int, dict[str, Any]], None] = lambda step, total, row: None,
@@ -86,6 +88,7 @@ class RILTrainer:
         self.rewards = rewards
         self.folder = folder
         self.save = save
+        self._write_student = write_student
         self.evaluate = evaluate
         self.step_number = first_step
         self.report = report
@@ -195,6 +198,14 @@ class RILTrainer:
                     saved = step
                 if stopping and step < self.total_steps:
                     raise Interrupted(f"stopped after step {saved}; the same command continues")
+
+    def write_student(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        """The student as an ordinary checkpoint with its processor (adapters merged), its weights as ``dtype``.
+
+        Every process must call this.
+        """
+        assert self._write_student is not None, "made without a way to write the student"
+        self._write_student(folder, dtype)
 
     def _log(self, step: int, groups: list[Group], metrics: dict[str, float]) -> None:
         if not self.accelerator.is_main_process:

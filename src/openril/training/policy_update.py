@@ -72,7 +72,9 @@ class PolicyUpdate:
                 rows = rows.to(self.accelerator.device)
                 advantages, weights = advantages.to(rows.mask.device), weights.to(rows.mask.device)
                 # Adapter dropout follows from the step, so that no generator's state has to survive a restart.
-                torch.manual_seed(stable_hash(self.seed, "dropout", step, iteration, number, self.accelerator.process_index))
+                torch.manual_seed(
+                    stable_hash(self.seed, "dropout", step, iteration, number, self.accelerator.process_index)
+                )
                 if iteration == 0:
                     reference.append(self._reference_logprobs(rows))
                 last = number == len(batches) - 1
@@ -173,7 +175,9 @@ class PolicyUpdate:
         differences: list[float] = []
         for number, start in enumerate(self._starts(groups)):
             responses = [
-                r.response for g in groups[start : start + self.settings.groups_per_micro_batch] for r in self.members(g)
+                r.response
+                for g in groups[start : start + self.settings.groups_per_micro_batch]
+                for r in self.members(g)
             ]
             for row, response in zip(old[number], responses, strict=False):  # a borrowed row has no response
                 if response.logprobs is not None:

@@ -60,5 +60,3 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, int | float | st
         else:
             out[name] = value if isinstance(value, (int, float, str, bool)) else str(value)
     return out
-
-

@@ -68,5 +68,3 @@ def rollout_rows(step: int, groups: Sequence[Group]) -> list[dict[str, Any]]:
                 }
             )
     return rows
-
-

@@ -161,11 +161,8 @@ def merged_state(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
     from peft.tuners.lora import LoraLayer
 
     prefix = "base_model.model."
-    deltas = {
-        name.removeprefix(prefix): module.get_delta_weight(module.active_adapters[0])
-        for name, module in model.named_modules()
-        if isinstance(module, LoraLayer)
-    }
+    layers: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer)]
+    deltas = {name.removeprefix(prefix): m.get_delta_weight(m.active_adapters[0]) for name, m in layers}
     merged = {}
     for key, value in state.items():
         if "lora_" in key:
@@ -174,5 +171,3 @@ def merged_state(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
         layer, _, kind = name.rpartition(".")
         merged[name] = value + deltas[layer].to(value) if kind == "weight" and layer in deltas else value
     return merged
-
-

@@ -95,7 +95,9 @@ def load_optimiser(path: Path, optimiser: Any) -> None:
         state.setdefault(int(number), {})[key] = tensor
     groups = optimiser.state_dict()["param_groups"]
     if [len(g["params"]) for g in groups] != [len(g["params"]) for g in saved_groups]:
-        raise StateError(f"{path} belongs to a model with other trainable parameters; continue with the recipe it began with")
+        raise StateError(
+            f"{path} belongs to a model with other trainable parameters; continue with the recipe it began with"
+        )
     merged = [{**now, **saved} for now, saved in zip(groups, saved_groups, strict=True)]
     optimiser.load_state_dict({"state": state, "param_groups": merged})
 
