@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,7 +122,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 
 @contextmanager
-def judge_server(checkpoint: Path, port: int, logs: Path):  # type: ignore[no-untyped-def]
+def judge_server(checkpoint: Path, port: int, logs: Path) -> Iterator[str]:
     """The judge's address while the block runs. A taken port is exchanged for a free one.
 
     Raises OpenRILError when the server does not come up within two minutes.

@@ -25,9 +25,12 @@ RECIPES = Path(__file__).resolve().parents[3] / "recipes"
 PLACE = "runs/demo"
 """Where the recipes put things; ``--out`` replaces it."""
 
-STUDENT = ("--architecture", "qwen2_5_vl", "--hidden-size", "64", "--num-layers", "3")
-TEACHER_A = ("--architecture", "qwen2_5_vl", "--hidden-size", "96", "--num-layers", "4")
-TEACHER_B = ("--architecture", "internvl", "--tokenizer", "unigram", "--hidden-size", "96", "--num-layers", "4")
+MODELS: dict[str, dict[str, Any]] = {
+    "teacher_a": {"architecture": "qwen2_5_vl", "hidden_size": 96, "num_layers": 4},
+    "teacher_b": {"architecture": "internvl", "tokenizer": "unigram", "hidden_size": 96, "num_layers": 4},
+    "student": {"architecture": "qwen2_5_vl", "hidden_size": 64, "num_layers": 3},
+}
+"""The random models that training starts from."""
 
 
 @dataclass
@@ -91,21 +94,29 @@ def prepare(settings: Settings) -> dict[str, Path]:
     return {name: recipe_copy(name, settings) for name in ("teacher_a", "teacher_b", "student", "ril")}
 
 
+def build_models(settings: Settings) -> None:
+    """The random checkpoints, as ``python -m openril.playground.build`` writes them."""
+    for name, sizes in MODELS.items():
+        folder = settings.out / "models" / name
+        if (folder / "config.json").is_file():
+            continue
+        from openril.playground import build
+
+        texts = [settings.out / "world" / "train.jsonl"]
+        build.build(build.Settings(folder, texts=texts, seed=settings.seed, **sizes))
+        say(f"  built {folder}")
+
+
 def model_lanes(settings: Settings, recipes: dict[str, Path]) -> list[list[Command]]:
     """Two lanes of about the same length: teacher A and the judge; teacher B and the student."""
     out = settings.out
     texts = str(out / "world" / "train.jsonl")
 
-    def built(name: str, sizes: Sequence[str]) -> list[Command]:
-        folder = str(out / "models" / name)
-        arguments = ("--out", folder, "--texts", texts, "--seed", str(settings.seed), *sizes)
-        lane = [Command(f"build {name}", ("openril.playground.build", *arguments))]
-        if Path(folder, "config.json").is_file():
-            lane = []
-        if not (out / name / "sft" / "student" / "config.json").is_file():
-            metrics = out / name / "sft" / "metrics.jsonl"
-            lane.append(Command(f"train {name}", ("openril.cli", "sft", str(recipes[name])), metrics))
-        return lane
+    def trained(name: str) -> list[Command]:
+        if (out / name / "sft" / "student" / "config.json").is_file():
+            return []
+        metrics = out / name / "sft" / "metrics.jsonl"
+        return [Command(f"train {name}", ("openril.cli", "sft", str(recipes[name])), metrics)]
 
     judge = Command(
         "train judge",
@@ -117,8 +128,8 @@ def model_lanes(settings: Settings, recipes: dict[str, Path]) -> list[list[Comma
     )  # fmt: skip
     judge_lane = [] if (out / "models" / "judge" / "agreement.json").is_file() else [judge]
     return [
-        [*built("teacher_a", TEACHER_A), *judge_lane],
-        [*built("teacher_b", TEACHER_B), *built("student", STUDENT)],
+        [*trained("teacher_a"), *judge_lane],
+        [*trained("teacher_b"), *trained("student")],
     ]
 
 
@@ -223,6 +234,7 @@ def run_demo(settings: Settings) -> int:
     recipes = prepare(settings)
     say("2. models: two teachers, a student, a judge (two commands at a time)")
     logs = settings.out / "logs"
+    build_models(settings)
     lanes = model_lanes(settings, recipes)
     if any(lanes):
         run_lanes(lanes, logs, say)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import openril.models.torchvision_cure  # noqa: F401  (must come before transformers)
 
 # isort: split
 import torch

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import openril.models.torchvision_cure  # noqa: F401  (must come before transformers)
 
 # isort: split
 import torch
