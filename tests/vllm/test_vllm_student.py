@@ -12,6 +12,7 @@ from openril.models.group_forward import Policy
 from openril.models.loading import load_processor, load_student
 from openril.models.prompts import PromptEncoder
 from openril.recipe.schema import Rollouts, Sampling, Student
+from openril.records import Question
 from openril.sampling.vllm_engine import VLLMSampler, policy_logprobs
 from support.tiny import tiny_questions
 
@@ -31,7 +32,9 @@ class StudentInTheLoop:
         self.encoder = PromptEncoder(processor, model)
         settings = Rollouts(engine="vllm", base_urls=[server.url], max_logprob_difference=0.01)
         self.sampler = VLLMSampler(settings, self.encoder)
-        self.questions = tiny_questions(folder / "images", 3)  # one image, two, none
+        # One image, two, none; and a prompt that fills blocks of vLLM's prefix cache (128 tokens on CPUs).
+        long = "Which of these is a colour? " + " ".join(f"word {i}," for i in range(100))
+        self.questions = [*tiny_questions(folder / "images", 3), Question("long", long)]
 
     def sample(self, count: int = 4, settings: Sampling | None = None, **more):
         settings = settings or Sampling()
