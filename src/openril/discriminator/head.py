@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel
 
-import openril.models.torchvision_cure  # noqa: F401  (must come before transformers)
 from openril.errors import ModelError
 from openril.models.group_forward import repeat_vision
 from openril.models.loading import load_model, load_processor

@@ -10,7 +10,6 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging as transformers_logging
 
-import openril.models.torchvision_cure  # noqa: F401  (must come before transformers)
 from openril.errors import ModelError
 from openril.recipe.schema import Student
 

@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-import openril.models.torchvision_cure  # noqa: F401  (must come before transformers)
 from openril.data.images import load_image
 from openril.data.text import strip_special
 from openril.data.wording import question_text

@@ -23,7 +23,6 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-import openril.models.torchvision_cure  # noqa: F401  (must come before transformers)
 from openril.errors import ModelError
 from openril.storage import atomic_path
 

@@ -56,7 +56,7 @@ def load_functions(settings: Sequence[RewardFunction]) -> list[LoadedFunction]:
 def load_callable(spec: str, where: str) -> Callable[..., Any]:
     """What ``package.module:name`` or ``path/to/file.py:name`` names."""
     # The user's module may import transformers, which this must precede.
-    importlib.import_module("openril.models.torchvision_cure")
+    importlib.import_module("openril.models")
     module_name, separator, attribute = spec.rpartition(":")
     if not separator or not module_name or not attribute:
         raise RecipeError(f"{where}: write it as package.module:name or path/to/file.py:name")

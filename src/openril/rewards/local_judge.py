@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import openril.models.torchvision_cure  # noqa: F401  (must come before transformers)
+import openril.models  # noqa: F401  (makes torchvision importable; must come before transformers)
 
 # isort: split
 import torch

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-import openril.models.torchvision_cure  # noqa: F401  (must come before transformers)
 from openril.data.preflight import CountTokens, Report, Size, preflight
 from openril.data.text import strip_special
 from openril.endpoints import ChatClient

@@ -1,1 +1,3 @@
-"""The training room: warm start, the loop, and its exact state."""
+"""The training room: warm start, pre-training, the loop, and its exact state."""
+
+import openril.models  # noqa: F401  (makes torchvision importable, before anything here imports transformers)

@@ -13,8 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import openril.models.torchvision_cure  # noqa: F401  (must come before transformers)
-
 # isort: split
 import torch
 from accelerate.state import AcceleratorState
