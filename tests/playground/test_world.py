@@ -29,7 +29,7 @@ def recomputed(row):
     scenes = [cells(scene) for scene in row["scenes"]]
     seen = scenes[0] if scenes else []
     digits = [int(name) for _, name in seen if name.isdigit()]
-    question, kind = row["question"], row["kind"]
+    question, kind = row["question"], row["skill"]
     if kind == "count":
         colour = re.search(r"many (\w+) shapes", question)[1]
         return str(sum(c == colour and n in SHAPES for c, n in seen))

@@ -52,7 +52,7 @@ def file_texts(path: Path) -> list[str]:
         value
         for row in read_jsonl(path)
         for key, value in row.items()
-        if isinstance(value, str) and key not in ("id", "rule", "kind")
+        if isinstance(value, str) and key not in ("id", "rule", "skill")
     ]
     if not texts:
         raise DataError(f"{path}: no rows with text; name question files (.jsonl)")

@@ -45,7 +45,7 @@ class Settings:
     """Training questions to draw."""
     num_validation: int = 240
     """Held-out questions to draw."""
-    judge_steps: int = 500
+    judge_steps: int = 350
     """Training steps of the judge."""
     judge_port: int = 8131
     """Port of the judge's server on 127.0.0.1."""
@@ -181,13 +181,12 @@ def mean_of(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def read_evaluations(run: Path) -> list[dict[str, Any]]:
-    """Scores that `ril eval` left in the run folder, one row a checkpoint."""
-    rows = []
-    for path in sorted((run / "eval").glob("*.json")):
-        value = json.loads(path.read_text())
-        if isinstance(value, dict) and "score" in value:
-            rows.append({"checkpoint": value.get("checkpoint", path.stem), **value})
-    return rows
+    """What `ril eval` left in the run folder, one row a checkpoint: base, SFT student, steps, final."""
+    try:
+        table = json.loads((run / "eval" / "table.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return []
+    return list(table["evaluations"])
 
 
 def show(settings: Settings, recipe: Recipe, result: dict[str, Any]) -> None:
@@ -201,7 +200,7 @@ def show(settings: Settings, recipe: Recipe, result: dict[str, Any]) -> None:
     for row in result["evaluation"]:
         error = row.get("standard_error")
         shown = f"{row['score']:.1%}" + (f" ± {error:.1%}" if error is not None else "")
-        table.add_row(f"held-out questions, exact rules: {row['checkpoint']}", shown)
+        table.add_row(f"held-out questions, exact rules: {row['name']}", shown)
     for name, share in result["teachers_right"].items():
         table.add_row(f"teacher {name}: cached responses that are right", f"{share:.1%}")
     table.add_row("judge: agreement with the exact rule, held out", f"{result['judge_agreement']:.1%}")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import openril.models  # noqa: F401  (makes torchvision importable; must come before transformers)
 
 # isort: split
 import torch

@@ -1,7 +1,7 @@
 """A tiny judge: a text-only model that learns to read the judge's prompt and to write a verdict.
 
 It is trained by plain supervised learning on (question, ground truth, response) with the verdict of the exact answer
-rule, and explains itself first: it repeats the truth, finds what the response says, and compares the two.
+rule, and explains itself first: it finds what the response says, repeats the truth, and compares the two.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import openril.models  # noqa: F401  (makes torchvision importable; must come before transformers)
 
 # isort: split
 import torch
@@ -30,8 +31,9 @@ from openril.storage import atomic_path, stable_hash, write_json
 MAX_RESPONSE_CHARS = 8000
 MUON = 5.0
 """Learning rate of the layers' matrices under Muon, as a multiple of AdamW's for the rest."""
-COPYING_SHARE = 0.35
-"""Share of the steps that are mostly spent on copying: to copy is what the explanation is made of."""
+PROMPT_WEIGHT = 0.2
+"""Weight of the question, truth and response themselves in the loss, beside the reply's 1: to predict them is to learn
+to look things up, without which the judge takes the truth for what the response says."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Pair:
         right = self.verdict
         says = f"says {self.says}" if self.says else "gives no answer"
         return (
-            f"The truth is {self.question.answer} and the text {says}: {'right' if right else 'wrong'}."
+            f"The text {says} and the truth is {self.question.answer}: {'right' if right else 'wrong'}."
             f" <answer>{right}</answer>"
         )
 
@@ -81,12 +83,12 @@ def make_pairs(
     rng = random.Random(seed)
     by_kind: dict[str, list[Question]] = {}
     for q in questions:
-        by_kind.setdefault(str(q.metadata.get("kind", "")), []).append(q)
+        by_kind.setdefault(str(q.metadata.get("skill", "")), []).append(q)
     all_words = sorted({word for q in questions[:200] for text in wordings(q) for word in text.split()})
     pairs: list[Pair] = []
     while len(pairs) < number:
         question = rng.choice(questions)
-        other = rng.choice(by_kind[str(question.metadata.get("kind", ""))])
+        other = rng.choice(by_kind[str(question.metadata.get("skill", ""))])
         sort = rng.random()
         texts = wordings(question)
         style = rng.randrange(len(texts))
@@ -121,11 +123,11 @@ def train_judge(
     wordings: Callable[[Question], Sequence[str]],
     *,
     held_out: Sequence[Question],
-    steps: int = 400,
-    batch_size: int = 64,
+    steps: int = 350,
+    batch_size: int = 32,
     learning_rate: float = 2e-3,
-    hidden_size: int = 96,
-    num_layers: int = 3,
+    hidden_size: int = 128,
+    num_layers: int = 2,
     seed: int = 0,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
@@ -177,10 +179,7 @@ def _fit(
     say: Callable[[str], None],
 ) -> None:
     """AdamW with a linear decay; the prompt's part that all rows share is run once a batch."""
-    encoded = [
-        _encode(tokenizer, pair, copy=i < COPYING_SHARE * steps * batch_size and i % 4 != 0)
-        for i, pair in enumerate(pairs)
-    ]
+    encoded = [_encode(tokenizer, pair) for pair in pairs]
     prefix = _common_prefix([ids for ids, _ in encoded])
     optimisers = _optimisers(model, learning_rate)
     warmup = max(1, steps // 20)
@@ -217,13 +216,11 @@ def _optimisers(model: Any, learning_rate: float) -> list[torch.optim.Optimizer]
     ]
 
 
-def _encode(tokenizer: Any, pair: Pair, copy: bool = False) -> tuple[list[int], int]:
-    """Token ids of prompt and reply, and where the reply begins. copy: the response takes the reply's place."""
+def _encode(tokenizer: Any, pair: Pair) -> tuple[list[int], int]:
+    """Token ids of prompt and reply, and where the reply begins."""
     prompt = tokenizer.apply_chat_template(pair.messages(), tokenize=False, add_generation_prompt=True)
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    reply = tokenizer(f"{pair.question.answer}\n{pair.response}" if copy else pair.reply, add_special_tokens=False)[
-        "input_ids"
-    ]
+    reply = tokenizer(pair.reply, add_special_tokens=False)["input_ids"]
     return [*ids, *reply, tokenizer.eos_token_id], len(ids)
 
 
@@ -236,29 +233,31 @@ def _common_prefix(rows: Sequence[Sequence[int]]) -> list[int]:
 
 
 def _loss(model: Any, batch: Sequence[tuple[list[int], int]], prefix: Sequence[int]) -> Tensor:
-    """Cross-entropy of the replies, mean over their tokens."""
+    """Cross-entropy summed over the replies and, with a small weight, their prompts; per token of reply."""
     shared, rows = len(prefix), len(batch)
     longest = max(len(ids) for ids, _ in batch) - shared
     inputs = torch.zeros(rows, longest, dtype=torch.long)
     mask = torch.zeros(rows, shared + longest, dtype=torch.long)
-    wanted = torch.zeros(rows, longest, dtype=torch.bool)
+    weights = torch.zeros(rows, longest)
     for r, (ids, start) in enumerate(batch):
         inputs[r, : len(ids) - shared] = torch.tensor(ids[shared:])
         mask[r, : len(ids)] = 1
-        wanted[r, start - shared - 1 : len(ids) - shared - 1] = True
+        weights[r, : start - shared - 1] = PROMPT_WEIGHT
+        weights[r, start - shared - 1 : len(ids) - shared - 1] = 1.0
     first = model.model(torch.tensor([list(prefix)]), use_cache=True)
     cache = DynamicCache()
     for number, layer in enumerate(first.past_key_values.layers):
         cache.update(layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1), number)
-    hidden = model.model(
+    logits = model(
         inputs,
         attention_mask=mask,
         position_ids=torch.arange(shared, shared + longest)[None].expand(rows, -1),
         past_key_values=cache,
         use_cache=True,
-    ).last_hidden_state
-    logits = model.lm_head(hidden[wanted])
-    return torch.nn.functional.cross_entropy(logits, inputs.roll(-1, dims=1)[wanted])
+    ).logits
+    counted = weights > 0
+    each = torch.nn.functional.cross_entropy(logits[counted], inputs.roll(-1, dims=1)[counted], reduction="none")
+    return (each * weights[counted]).sum() / (weights == 1.0).sum()
 
 
 def agreement(reader: GreedyReader, pairs: Sequence[Pair]) -> dict[str, Any]:
@@ -292,7 +291,7 @@ class Settings:
     """Question file its agreement with the exact rule is measured on."""
     columns: list[str] = field(default_factory=lambda: ["derivation_a", "derivation_b", "derivation_c"])
     """Columns with right responses, each ending in the answer."""
-    steps: int = 400
+    steps: int = 350
     """Optimiser steps."""
     batch_size: int = 32
     """Responses a step."""

@@ -76,7 +76,7 @@ def nlvr_rows(source: Path, split: str, out: Path) -> list[dict[str, Any]]:
                 "images": [os.path.relpath(source / image, out) for image in row["images"]],
                 "question": row["question"],
                 "answer": answer,
-                "kind": "statement",
+                "skill": "statement",
                 "rule": "boolean",
                 "derivation_a": f"The statement mentions {about}. The answer is {answer}.",
                 "derivation_b": f"Look: {about}.\nAnswer: {answer}",
@@ -93,7 +93,7 @@ def text_rows(split: Any, number: int) -> list[dict[str, Any]]:
         for i, q in enumerate([q for q in questions if not q.scenes][:number]):
             rows.append(
                 {
-                    "id": f"text-{split}-{i}", "images": [], "question": q.question, "answer": q.answer, "kind": q.kind,
+                    "id": f"text-{split}-{i}", "images": [], "question": q.question, "answer": q.answer, "skill": q.kind,
                     "rule": q.rule, "derivation_a": q.derivations["a"], "derivation_b": q.derivations["b"],
                 }
             )  # fmt: skip

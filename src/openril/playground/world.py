@@ -205,7 +205,7 @@ def row(question: WorldQuestion, question_id: str, images: list[str], rng: rando
         "question": question.question,
         "answer": question.answer,
         "rule": question.rule,
-        "kind": question.kind,
+        "skill": question.kind,
     }
     if question.choices:
         out["choices"] = list(question.choices)
