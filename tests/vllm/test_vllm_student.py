@@ -124,6 +124,34 @@ def test_new_weights_arrive_whole_and_nothing_old_is_remembered(which, request):
     assert [r.token_ids for r in new[0]] != [r.token_ids for r in old[0]]
 
 
+def test_a_synced_sampler_samples_from_the_present_weights(student):
+    from accelerate import Accelerator
+
+    from openril.sampling.synced import SyncedSampler
+
+    written, step = [], 0
+
+    def write(folder: Path) -> None:
+        student.policy.model.save_pretrained(folder)
+        written.append(step)
+
+    synced = SyncedSampler(
+        student.sampler,
+        folder=student.folder / "weights",
+        write=write,
+        policy=student.policy,
+        accelerator=Accelerator(cpu=True),
+        version=lambda: step,
+        probes=student.questions,
+    )
+    for step in (3, 3, 4):  # two samplings of one step, as when it is evaluated, need one sync
+        if step not in written:
+            perturb(student.policy.model)
+        samples = synced.sample(student.questions, 1, settings=Sampling(), max_completion_length=8, seed=0)
+        assert student.difference(samples) < TOLERANCE
+    assert written == [3, 4]
+
+
 def test_special_tokens_are_never_drawn_and_do_not_bend_the_log_probabilities(student):
     # A model whose likeliest token is nearly always an image or a video placeholder: one of x and -x is large.
     tokenizer = student.encoder.tokenizer
