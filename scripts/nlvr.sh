@@ -39,7 +39,7 @@ others() {
 }
 judge() {
     $python -m openril.playground.judge --out $out/models/judge --train $out/data/train.jsonl \
-        --validation $out/data/validation.jsonl --steps "${JUDGE_STEPS:-350}"
+        --validation $out/data/validation.jsonl --steps "${JUDGE_STEPS:-400}"
 }
 
 # Two lanes: two jobs of one thread beat one job of two.

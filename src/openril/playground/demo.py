@@ -45,7 +45,7 @@ class Settings:
     """Training questions to draw."""
     num_validation: int = 240
     """Held-out questions to draw."""
-    judge_steps: int = 350
+    judge_steps: int = 400
     """Training steps of the judge."""
     judge_port: int = 8131
     """Port of the judge's server on 127.0.0.1."""

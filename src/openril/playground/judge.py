@@ -81,14 +81,17 @@ def make_pairs(
     a share is cut short before its answer, or is a heap of words.
     """
     rng = random.Random(seed)
-    by_kind: dict[str, list[Question]] = {}
+    by_skill: dict[str, list[Question]] = {}
     for q in questions:
-        by_kind.setdefault(str(q.metadata.get("skill", "")), []).append(q)
+        by_skill.setdefault(str(q.metadata.get("skill", "")), []).append(q)
     all_words = sorted({word for q in questions[:200] for text in wordings(q) for word in text.split()})
+    # Skills with many different answers (numbers) have the more comparisons to learn.
+    weights = [len({q.answer for q in members}) ** 0.5 for members in by_skill.values()]
     pairs: list[Pair] = []
     while len(pairs) < number:
-        question = rng.choice(questions)
-        other = rng.choice(by_kind[str(question.metadata.get("skill", ""))])
+        (skill,) = rng.choices(list(by_skill), weights)
+        question = rng.choice(by_skill[skill])
+        other = rng.choice(by_skill[skill])
         sort = rng.random()
         texts = wordings(question)
         style = rng.randrange(len(texts))
@@ -99,9 +102,9 @@ def make_pairs(
             response, says = (cut, "") if cut and rng.random() < 0.5 else (salad, "")
             if Pair(question, response, "").verdict:  # it happens to hold the answer
                 continue
-        elif sort < 0.5:
+        elif sort < 0.45:
             response, says = texts[style], question.answer
-        elif sort < 0.75:
+        elif sort < 0.7:
             response, says = wordings(other)[style], other.answer
         else:
             response, says = exchange_answer(texts[style], question.answer, other.answer), other.answer
@@ -123,7 +126,7 @@ def train_judge(
     wordings: Callable[[Question], Sequence[str]],
     *,
     held_out: Sequence[Question],
-    steps: int = 350,
+    steps: int = 400,
     batch_size: int = 32,
     learning_rate: float = 2e-3,
     hidden_size: int = 128,
@@ -291,7 +294,7 @@ class Settings:
     """Question file its agreement with the exact rule is measured on."""
     columns: list[str] = field(default_factory=lambda: ["derivation_a", "derivation_b", "derivation_c"])
     """Columns with right responses, each ending in the answer."""
-    steps: int = 350
+    steps: int = 400
     """Optimiser steps."""
     batch_size: int = 32
     """Responses a step."""
