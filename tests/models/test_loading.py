@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,8 +54,28 @@ def test_max_pixels_where_it_means_nothing_is_refused(tiny_internvl: Path):
         load_processor(str(tiny_internvl), max_pixels=1000)
 
 
-def test_tiny_models_are_reproducible(tmp_path: Path):
-    a = build_tiny_model(tmp_path / "a", "internvl", hidden_size=32, seed=3)
-    b = build_tiny_model(tmp_path / "b", "internvl", hidden_size=32, seed=3)
-    assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
-    assert json.loads((a / "config.json").read_text())["model_type"] == "internvl"
+@pytest.mark.parametrize("tokenizer", ["bpe", "unigram"])
+def test_tiny_models_are_the_same_in_every_process(tokenizer: str, tmp_path: Path):
+    texts = [f"Which colour is square {i}? It is {c}." for c in ("red", "blue", "green") for i in range(30)]
+    code = (
+        "import sys; from openril.models.tiny import build_tiny_model; "
+        f"build_tiny_model(sys.argv[1], 'internvl', texts={texts!r}, tokenizer={tokenizer!r}, hidden_size=32, seed=3)"
+    )
+    for name, seed in (("a", "1"), ("b", "2")):
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / name)], check=True, env=environment)
+    for name in ("model.safetensors", "tokenizer.json", "config.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+    assert json.loads((tmp_path / "a/config.json").read_text())["model_type"] == "internvl"
+
+
+@pytest.mark.parametrize("tokenizer", ["bpe", "unigram"])
+def test_tiny_tokenizers_read_back_any_text(tokenizer: str, tmp_path: Path):
+    folder = build_tiny_model(
+        tmp_path / "m", "qwen2", tokenizer=tokenizer, texts=["Which colour is it?"], hidden_size=32
+    )  # type: ignore[arg-type]
+    from transformers import AutoTokenizer
+
+    loaded = AutoTokenizer.from_pretrained(folder)
+    for text in ("Which colour is it?", "  two  spaces\nand ünïcödé 你好 🙂", "x" * 50):
+        assert loaded.decode(loaded(text)["input_ids"]) == text

@@ -5,6 +5,8 @@ For tests, the demo and trying a recipe before renting machines. A folder writte
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -72,19 +74,27 @@ def _bpe_tokenizer(texts: Iterable[str], vocab_size: int, special: list[str]) ->
 
 
 def _unigram_tokenizer(texts: Iterable[str], vocab_size: int, special: list[str]) -> Tokenizer:
-    """Another family of tokenizer (SentencePiece-like pieces over bytes), so that students and teachers share no ids."""
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    """Another family of tokenizer, so that students and teachers share no ids: a unigram model over bytes and words.
+
+    The library's trainer adds up in the order of a hash map, so its result differs from process to process. Here the
+    pieces are all bytes and the most frequent words, with the logarithm of their shares as scores.
+    """
+    normalizer, split = normalizers.NFC(), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(word for word, _ in split.pre_tokenize_str(normalizer.normalize_str(text)))
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    room = max(0, vocab_size - len(special) - len(alphabet))
+    words = sorted((w for w in counts if len(w) > 1), key=lambda w: (-counts[w], w))[:room]
+    total = sum(counts.values()) + len(alphabet)
+    pieces = [(token, 0.0) for token in special]
+    pieces += [(byte, math.log(1 / total) - 1) for byte in alphabet]
+    pieces += [(word, math.log(counts[word] / total)) for word in words]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0))
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = split
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=vocab_size,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-        unk_token=special[0],
-    )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_special_tokens(special)
     return tokenizer
 
 
