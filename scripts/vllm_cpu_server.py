@@ -63,7 +63,7 @@ def install(venv: Path = VENV) -> Path:
     """Make the venv unless it is complete, and return its ``vllm`` command. Takes about two minutes and 3.5 GB."""
     command = venv / "bin" / "vllm"
     stamp = venv / ".complete"
-    wanted = "\n".join([PACKAGE, sys.version.split()[0], ALIAS, HOOK, CURE.read_text()])
+    wanted = "\n".join([PACKAGE, ALIAS, HOOK, CURE.read_text()])
     if stamp.is_file() and stamp.read_text() == wanted and command.is_file():
         return command
     if not command.is_file():
