@@ -60,7 +60,7 @@ class ServerError(RuntimeError):
 
 
 def install(venv: Path = VENV) -> Path:
-    """Make the venv unless it is complete, and return its ``vllm`` command. Takes about two minutes and 3.5 GB."""
+    """Make the venv unless it is complete, and return its ``vllm`` command. Takes about three minutes and 3.5 GB."""
     command = venv / "bin" / "vllm"
     stamp = venv / ".complete"
     wanted = "\n".join([PACKAGE, ALIAS, HOOK, CURE.read_text()])
