@@ -33,7 +33,7 @@ test: $(INSTALLED)
 
 test-vllm: $(INSTALLED)
 	@echo "==> the tests against a real vLLM server on CPU; the first run builds .venv-vllm"
-	$(BIN)/python -m pytest -m vllm $(ARGS)
+	$(BIN)/python -m pytest tests/vllm_server -m vllm -s $(ARGS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

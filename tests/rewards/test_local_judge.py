@@ -2,8 +2,6 @@
 
 import shutil
 
-import openril.models.torchvision_cure  # noqa: F401  (must come before transformers)
-
 # isort: split
 import pytest
 import torch

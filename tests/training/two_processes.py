@@ -11,7 +11,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from safetensors.torch import save_file
 
-import openril.models.torchvision_cure
 import openril.training.setup
 from openril.training.processes import leave_process_group
 from support.loop import make_trainer, tiny_recipe

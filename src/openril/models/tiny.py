@@ -120,7 +120,7 @@ def build_tiny_model(
     vocab_size: int = 600,
     hidden_size: int = 64,
     num_layers: int = 2,
-    num_heads: int = 4,
+    num_heads: int = 2,
     vision_hidden_size: int = 64,
     vision_layers: int = 2,
     max_pixels: int = 112 * 112,

@@ -34,6 +34,10 @@ MUON = 5.0
 PROMPT_WEIGHT = 0.2
 """Weight of the question, truth and response themselves in the loss, beside the reply's 1: to predict them is to learn
 to look things up, without which the judge takes the truth for what the response says."""
+PROMPT_SHARE = 0.6
+"""Share of the steps for which that goes on."""
+DRILLS = 64
+"""Replies without their prompts a step, to learn to compare: a reply's verdict follows from its own words."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +57,7 @@ class Pair:
     @property
     def reply(self) -> str:
         """What the judge should write."""
-        right = self.verdict
-        says = f"says {self.says}" if self.says else "gives no answer"
-        return (
-            f"The text {says} and the truth is {self.question.answer}: {'right' if right else 'wrong'}."
-            f" <answer>{right}</answer>"
-        )
+        return reply_text(self.says, self.question.answer, self.verdict)
 
     def messages(self) -> list[dict[str, str]]:
         return judge_messages(self.question, self.response)
@@ -190,11 +189,13 @@ def _fit(
         torch.optim.lr_scheduler.LambdaLR(o, lambda n: min((n + 1) / warmup, max(0.02, (steps - n) / (steps - warmup))))
         for o in optimisers
     ]
+    drills = [_encode_reply(tokenizer, text) for text in _drills(pairs, steps * DRILLS)]
     model.train()
     total = 0.0
     for step in range(steps):
         batch = encoded[step * batch_size : (step + 1) * batch_size]
-        loss = _loss(model, batch, prefix)
+        loss = _loss(model, batch, prefix, PROMPT_WEIGHT if step < PROMPT_SHARE * steps else 0.0)
+        loss = loss + _drill_loss(model, drills[step * DRILLS : (step + 1) * DRILLS])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimiser, schedule in zip(optimisers, schedules, strict=True):
@@ -219,12 +220,39 @@ def _optimisers(model: Any, learning_rate: float) -> list[torch.optim.Optimizer]
     ]
 
 
+def reply_text(says: str, truth: str, right: int) -> str:
+    """What the judge should write. says: "" for a response without an answer."""
+    said = f"says {says}" if says else "gives no answer"
+    verdict = "right" if right else "wrong"
+    return f"The text {said} and the truth is {truth}: {verdict}. <answer>{right}</answer>"
+
+
+def _drills(pairs: Sequence[Pair], number: int) -> list[str]:
+    """Replies about random answers, half of them equal."""
+    rng = random.Random(number)
+    by_skill: dict[str, set[str]] = {}
+    for pair in pairs:
+        by_skill.setdefault(str(pair.question.metadata.get("skill", "")), set()).add(pair.question.answer)
+    answers = [sorted(found) for found in by_skill.values()]
+    weights = [len(found) for found in answers]
+    texts = []
+    for _ in range(number):
+        (found,) = rng.choices(answers, weights)
+        truth = rng.choice(found)
+        says = truth if rng.random() < 0.5 else rng.choice(found)
+        texts.append(reply_text(says, truth, int(says == truth)))
+    return texts
+
+
+def _encode_reply(tokenizer: Any, text: str) -> list[int]:
+    return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+
+
 def _encode(tokenizer: Any, pair: Pair) -> tuple[list[int], int]:
     """Token ids of prompt and reply, and where the reply begins."""
     prompt = tokenizer.apply_chat_template(pair.messages(), tokenize=False, add_generation_prompt=True)
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    reply = tokenizer(pair.reply, add_special_tokens=False)["input_ids"]
-    return [*ids, *reply, tokenizer.eos_token_id], len(ids)
+    return [*ids, *_encode_reply(tokenizer, pair.reply)], len(ids)
 
 
 def _common_prefix(rows: Sequence[Sequence[int]]) -> list[int]:
@@ -235,7 +263,15 @@ def _common_prefix(rows: Sequence[Sequence[int]]) -> list[int]:
     return list(rows[0][:length])
 
 
-def _loss(model: Any, batch: Sequence[tuple[list[int], int]], prefix: Sequence[int]) -> Tensor:
+def _drill_loss(model: Any, drills: Sequence[list[int]]) -> Tensor:
+    """Cross-entropy of replies that stand alone, per token. What an answer is cannot be known here: all of it is learnt."""
+    longest = max(map(len, drills))
+    ids = torch.tensor([row + [-100] * (longest - len(row)) for row in drills])
+    logits = model(ids.clamp(min=0), use_cache=False).logits
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), ignore_index=-100)
+
+
+def _loss(model: Any, batch: Sequence[tuple[list[int], int]], prefix: Sequence[int], prompt_weight: float) -> Tensor:
     """Cross-entropy summed over the replies and, with a small weight, their prompts; per token of reply."""
     shared, rows = len(prefix), len(batch)
     longest = max(len(ids) for ids, _ in batch) - shared
@@ -245,21 +281,23 @@ def _loss(model: Any, batch: Sequence[tuple[list[int], int]], prefix: Sequence[i
     for r, (ids, start) in enumerate(batch):
         inputs[r, : len(ids) - shared] = torch.tensor(ids[shared:])
         mask[r, : len(ids)] = 1
-        weights[r, : start - shared - 1] = PROMPT_WEIGHT
+        weights[r, : start - shared - 1] = prompt_weight
         weights[r, start - shared - 1 : len(ids) - shared - 1] = 1.0
     first = model.model(torch.tensor([list(prefix)]), use_cache=True)
     cache = DynamicCache()
     for number, layer in enumerate(first.past_key_values.layers):
         cache.update(layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1), number)
-    logits = model(
+    hidden = model.model(
         inputs,
         attention_mask=mask,
         position_ids=torch.arange(shared, shared + longest)[None].expand(rows, -1),
         past_key_values=cache,
         use_cache=True,
-    ).logits
+    ).last_hidden_state
     counted = weights > 0
-    each = torch.nn.functional.cross_entropy(logits[counted], inputs.roll(-1, dims=1)[counted], reduction="none")
+    each = torch.nn.functional.cross_entropy(
+        model.lm_head(hidden[counted]), inputs.roll(-1, dims=1)[counted], reduction="none"
+    )
     return (each * weights[counted]).sum() / (weights == 1.0).sum()
 
 

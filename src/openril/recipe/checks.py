@@ -367,6 +367,9 @@ def _groups(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
     if not _loop_in(stage):
         return
     train, names = recipe.train, recipe.teacher_names
+    if train.sampler.engine == "vllm" and not train.sampler.base_urls:
+        cure = "start `vllm serve` for the student (docs/vllm.md) and name it there, or use engine: transformers"
+        yield Problem("train.sampler.base_urls", "the engine is vllm, but no server is named", cure)
     if train.num_teacher_responses is not None and train.num_teacher_responses < 0:
         yield Problem("train.num_teacher_responses", "is negative", "use 0 or more, or leave it out for G")
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -71,13 +71,13 @@ def open_trainer(recipe: Recipe, console: Console | None = None) -> Iterator[RIL
     questions = training_questions(recipe)
     teacher_responses = cached_teacher_responses(recipe, questions, check=accelerator.is_main_process)
     evaluates = recipe.train.eval_every > 0
-    judge = None
+    judge, parts = None, None
     if recipe.answer_kind in ("judge", "rules_then_judge") or (evaluates and recipe.eval.score != "rules"):
         judge = build_judge_service(recipe, f"rank{accelerator.process_index}")
     try:
         rewards = RewardSystem(recipe, judge, gather=gather_object if accelerator.num_processes > 1 else None)
         folder = RunFolder(recipe.run_path)
-        parts = Parts(recipe, accelerator, folder.checkpoints_path)
+        parts = Parts(recipe, accelerator, folder.checkpoints_path, probes(questions))
         if accelerator.is_main_process:
             save_recipe(recipe, recipe.run_path / "recipe.yaml")
             folder.cut_after(parts.step)
@@ -100,9 +100,17 @@ def open_trainer(recipe: Recipe, console: Console | None = None) -> Iterator[RIL
     finally:
         if judge is not None:
             judge.close()
+        if parts is not None:
+            parts.close()
         if accelerator.trackers:
             for tracker in accelerator.trackers:
                 tracker.finish()
+
+
+def probes(questions: Sequence[Question]) -> list[Question]:
+    """The first question with images and the first without."""
+    firsts = [next((q for q in questions if bool(q.images) == wanted), None) for wanted in (True, False)]
+    return [q for q in firsts if q is not None]
 
 
 def training_questions(recipe: Recipe) -> list[Question]:

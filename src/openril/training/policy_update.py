@@ -49,6 +49,7 @@ class PolicyUpdate:
         self.seed = seed
         self.unwrapped: Policy = accelerator.unwrap_model(policy)
         self.trainable = [p for p in self.unwrapped.parameters() if p.requires_grad]
+        self.updates = 0  # optimiser steps taken by this object: tells samplers elsewhere that weights have changed
         self._borrowed = borrowed_prompt(encoder, self.unwrapped, accelerator.num_processes)
 
     def members(self, group: Group) -> list[Rollout]:
@@ -167,6 +168,7 @@ class PolicyUpdate:
         limit = self.settings.optimiser.max_grad_norm or float("inf")
         norm = self.accelerator.clip_grad_norm_(self.trainable, limit)
         self.optimiser.step()
+        self.updates += 1
         self.optimiser.zero_grad(set_to_none=True)
         return float(norm if norm is not None else float("nan"))
 

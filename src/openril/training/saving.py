@@ -33,7 +33,9 @@ _FREE = (
     "data.validation_split", "data.allow_urls", "student.model", "student.dtype", "discriminator.pretraining",
     "discriminator.init", "discriminator.asleep_accuracy", "discriminator.won_accuracy", "discriminator.health_window",
     "train.max_steps", "train.epochs", "train.save_every", "train.keep_checkpoints", "train.eval_every", "train.log_to",
-    "train.log_rollouts_every", "train.questions_per_sampling_batch", "discriminator.response_batch_size",
+    "train.log_rollouts_every", "train.sampler.base_urls",
+    "train.sampler.weights_dir", "train.sampler.api_key_env", "train.sampler.concurrency", "train.sampler.timeout",
+    "train.sampler.max_logprob_difference", "train.questions_per_sampling_batch", "discriminator.response_batch_size",
 )  # fmt: skip
 
 

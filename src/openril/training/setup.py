@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,13 @@ from openril.errors import ModelError, StateError
 from openril.models.adapters import add_adapters, base_model
 from openril.models.freezing import freeze
 from openril.models.group_forward import Policy
-from openril.models.loading import load_processor, load_student
+from openril.models.loading import load_processor, load_student, torch_dtype
 from openril.models.prompts import PromptEncoder
 from openril.recipe.schema import Optimiser, Recipe
+from openril.records import Question
+from openril.sampling.synced import SyncedSampler
 from openril.sampling.transformers_engine import TransformersSampler
+from openril.sampling.vllm_engine import VLLMSampler
 from openril.training.optimisation import build_optimiser
 from openril.training.policy_update import PolicyUpdate
 from openril.training.processes import is_sharded, master_dtype
@@ -29,10 +33,13 @@ from openril.training.state import Checkpoints, read_progress
 class Parts:
     """The models of a run, wrapped and (when it is continued) restored.
 
-    step: optimiser steps already done. resumed_from: the checkpoint folder, or None.
+    probes: questions that new weights on vLLM servers are verified with. step: optimiser steps already done.
+    resumed_from: the checkpoint folder, or None.
     """
 
-    def __init__(self, recipe: Recipe, accelerator: Accelerator, checkpoints_folder: Path) -> None:
+    def __init__(
+        self, recipe: Recipe, accelerator: Accelerator, checkpoints_folder: Path, probes: Sequence[Question] = ()
+    ) -> None:
         self.recipe = recipe
         self.accelerator = accelerator
         self.checkpoints = Checkpoints(checkpoints_folder, recipe.train.keep_checkpoints)
@@ -65,6 +72,7 @@ class Parts:
         )
         if self.resumed_from is not None:
             self.saver.restore(self.resumed_from)
+        self.sampler = self._build_sampler(probes)
 
     def _build_student(self) -> None:
         recipe, accelerator, train = self.recipe, self.accelerator, self.recipe.train
@@ -100,11 +108,28 @@ class Parts:
         self.policy_update = PolicyUpdate(
             self.policy, reference, self.optimiser, self.encoder, accelerator, train, seed=recipe.seed
         )
-        self.sampler = TransformersSampler(
-            accelerator.unwrap_model(self.policy).model,
-            self.encoder,
-            questions_per_batch=train.questions_per_sampling_batch,
+
+    def _build_sampler(self, probes: Sequence[Question]) -> TransformersSampler | SyncedSampler:
+        """The student itself, or vLLM servers that are given its weights whenever they have changed."""
+        recipe, train = self.recipe, self.recipe.train
+        if train.sampler.engine == "transformers":
+            model = self.accelerator.unwrap_model(self.policy).model
+            return TransformersSampler(model, self.encoder, questions_per_batch=train.questions_per_sampling_batch)
+        folder = Path(train.sampler.weights_dir) if train.sampler.weights_dir else recipe.run_path / "rollout_weights"
+        return SyncedSampler(
+            VLLMSampler(train.sampler, self.encoder),
+            folder=folder,
+            write=lambda path: self.saver.write_student(path, torch_dtype(recipe.student.dtype)),
+            policy=self.policy,
+            accelerator=self.accelerator,
+            version=lambda: self.policy_update.updates,
+            probes=probes,
         )
+
+    def close(self) -> None:
+        """Close connections to servers."""
+        if isinstance(self.sampler, SyncedSampler):
+            self.sampler.close()
 
     def _build_discriminator(self) -> Discriminator:
         recipe = self.recipe
