@@ -197,8 +197,8 @@ def make_questions(split: Split, number: int, seed: int = 0) -> list[WorldQuesti
 
 
 def row(question: WorldQuestion, question_id: str, images: list[str], rng: random.Random) -> dict[str, Any]:
-    """A row of a question file. Beside Question's own fields: derivation_a, derivation_b, derivation_c, and ``base``
-    (two thirds derivation c, else the plain answer), which a student's base training learns."""
+    """A row of a question file. Beside Question's own fields: derivation_a, derivation_b, derivation_c, and ``mixed``
+    (one third derivation c, else the plain answer), which the student's warm start learns."""
     out: dict[str, Any] = {
         "id": question_id,
         "images": images,
@@ -210,7 +210,7 @@ def row(question: WorldQuestion, question_id: str, images: list[str], rng: rando
     if question.choices:
         out["choices"] = list(question.choices)
     out |= {f"derivation_{style}": text for style, text in question.derivations.items()}
-    out["base"] = question.derivations["c"] if rng.random() < 2 / 3 else question.answer
+    out["mixed"] = question.derivations["c"] if rng.random() < 1 / 3 else question.answer
     out["scenes"] = [scene_text(scene) for scene in question.scenes]
     return out
 
@@ -221,7 +221,7 @@ def write_world(folder: Path, num_train: int, num_validation: int, seed: int = 0
     with atomic_path(folder) as temporary:
         (temporary / "images").mkdir(parents=True)
         for split, number in numbers.items():
-            rng = random.Random(stable_hash("base", split, seed))
+            rng = random.Random(stable_hash("mixed", split, seed))
             rows = []
             for i, question in enumerate(make_questions(split, number, seed)):
                 question_id = f"{split}-{i:05d}-{question.kind}"
