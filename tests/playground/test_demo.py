@@ -28,7 +28,7 @@ def test_what_is_trained_already_is_not_trained_again(tmp_path):
     settings = Settings(tmp_path, num_train=16, num_validation=8)
     recipes = prepare(settings)
     assert [c.title for lane in model_lanes(settings, recipes) for c in lane] == [
-        "train teacher_a", "train judge", "train teacher_b", "train student",
+        "train judge", "train student", "train teacher_a", "train teacher_b",
     ]  # fmt: skip
     for name in ("teacher_a", "student"):
         folder = tmp_path / name / "sft" / "student"

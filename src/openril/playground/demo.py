@@ -43,7 +43,7 @@ class Settings:
     """Everything follows from it."""
     num_train: int = 2400
     """Training questions to draw."""
-    num_validation: int = 240
+    num_validation: int = 160
     """Held-out questions to draw."""
     judge_steps: int = 400
     """Training steps of the judge."""
@@ -108,7 +108,7 @@ def build_models(settings: Settings) -> None:
 
 
 def model_lanes(settings: Settings, recipes: dict[str, Path]) -> list[list[Command]]:
-    """Two lanes of about the same length: teacher A and the judge; teacher B and the student."""
+    """Two lanes of about the same length: the judge and the student; the two teachers."""
     out = settings.out
     texts = str(out / "world" / "train.jsonl")
 
@@ -128,8 +128,8 @@ def model_lanes(settings: Settings, recipes: dict[str, Path]) -> list[list[Comma
     )  # fmt: skip
     judge_lane = [] if (out / "models" / "judge" / "agreement.json").is_file() else [judge]
     return [
-        [*trained("teacher_a"), *judge_lane],
-        [*trained("teacher_b"), *trained("student")],
+        [*judge_lane, *trained("student")],
+        [*trained("teacher_a"), *trained("teacher_b")],
     ]
 
 
