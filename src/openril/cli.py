@@ -148,13 +148,18 @@ def _run(command: Command, recipe: Recipe, options: dict[str, Any]) -> int:
     from rich.console import Console
 
     console = Console()
+    if "LOCAL_RANK" in os.environ:  # under a launcher: each process its own device, before anything is loaded
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     function: Callable[..., object] = getattr(importlib.import_module(f"openril.stages.{command.stage}"), command.run)
     try:
         code = function(recipe, console, **options)
     except OpenRILError as e:
         return _complain(str(e))
     except KeyboardInterrupt as e:
-        print(f"ril: {e or 'interrupted; the same command continues'}", file=sys.stderr)
+        print(f"ril: {str(e) or 'interrupted; the same command continues'}", file=sys.stderr)
         return INTERRUPTED
     finally:
         if "openril.training.processes" in sys.modules:

@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 
-from openril.algorithm.discrimination import bce_loss, bradley_terry_loss, length_only_accuracy
+from openril.algorithm.discrimination import (
+    bce_loss,
+    bce_terms,
+    bradley_terry_loss,
+    centred,
+    length_only_accuracy,
+)
 
 
 def logit(p: float) -> float:
@@ -49,3 +55,19 @@ def test_length_only_accuracy():
     assert length_only_accuracy(torch.tensor([8.0, 9.0, 1.0, 2.0]), student) == 1.0  # or long
     assert length_only_accuracy(torch.tensor([5.0, 5.0, 5.0, 5.0]), student) == 0.5  # no cut between equals
     assert length_only_accuracy(torch.tensor([1.0, 8.0, 2.0, 9.0]), student) == 0.75
+
+
+def test_weighted_terms_are_the_loss_however_they_are_split():
+    logits = torch.tensor([0.3, -1.2, 2.0, 0.7, -0.4])
+    student = torch.tensor([True, True, False, False, False])
+    weights = torch.where(student, 1 / 2, 1 / 3)
+    whole = float(bce_loss(logits[student], logits[~student]))
+    parts = sum(float((weights[i : i + 2] * bce_terms(logits[i : i + 2], student[i : i + 2])).sum()) for i in (0, 2, 4))
+    assert parts == pytest.approx(whole, rel=1e-6)
+
+
+def test_centred_puts_zero_half_way_between_the_sides():
+    # Means 5 and 1: zero moves to 3.
+    logits = torch.tensor([4.0, 6.0, 1.0])
+    assert centred(logits, torch.tensor([True, True, False])).tolist() == [1.0, 3.0, -2.0]
+    assert centred(logits, torch.tensor([True, True, True])).tolist() == [4.0, 6.0, 1.0]  # one side only

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from openril.discriminator.head import DiscriminatorModel, lay_out_prompts
 from openril.discriminator.prompt import encode_discriminator_prompt
@@ -123,11 +123,33 @@ def test_it_learns_to_tell_them_apart_with_the_student_as_one(loss: str, tiny_st
         students = [r.student_prob or 0.0 for r in g.students]
         teachers = [r.student_prob or 0.0 for r in g.teachers]
         assert min(students) > max(teachers)
-        if loss == "bce":
-            assert min(students) > 0.5 > max(teachers)
+        assert min(students) > 0.5 > max(teachers)  # under Bradley-Terry because logits are centred in the group
     assert last["margin"] > 0
     # The vision side never runs for a text-only discriminator, so it never changes.
     fresh = DiscriminatorModel.from_student(str(tiny_student), recipe.student, seed=0).backbone.state_dict()
     after = d.accelerator.unwrap_model(d.network).backbone.state_dict()
     assert all(torch.equal(v, fresh[k]) for k, v in after.items() if "visual" in k or "vision" in k)
     assert any(not torch.equal(v, fresh[k]) for k, v in after.items())
+
+
+def test_missing_weights_are_an_error(tiny_qwen: Path, tmp_path: Path):
+    network = DiscriminatorModel.from_student(str(tiny_qwen), Student(), seed=7)
+    network.save(tmp_path / "d", load_processor(str(tiny_qwen)))
+    weights = load_file(tmp_path / "d/model.safetensors")
+    gone = next(k for k in weights if "q_proj" in k)
+    kept = {k: v for k, v in weights.items() if k != gone}
+    save_file(kept, tmp_path / "d/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="q_proj"):
+        DiscriminatorModel.from_checkpoint(tmp_path / "d", Student())
+
+
+def test_a_long_response_is_no_long_prompt(tiny_qwen: Path, tmp_path: Path):
+    """data.max_prompt_length bounds questions; a response the sampler may write must never stop the run."""
+    recipe = tiny_recipe(tmp_path / "run", tiny_qwen, data__max_prompt_length=60)
+    d = fresh_discriminator(recipe, make_accelerator(recipe), recipe.discriminator.optimiser)
+    [question] = tiny_questions(tmp_path / "data", 1)
+    group = Group(
+        question, [Rollout(Response("q0", "student", 0, "x y " * 600)), Rollout(Response("q0", "a", 0, "red"))]
+    )
+    d.score([group])
+    assert all(r.student_prob is not None for r in group.rollouts)

@@ -69,3 +69,23 @@ def test_a_cut_teacher_response_gets_no_end(tiny_student: Path):
     whole = encoder.completion_ids(Response("q", "a", 0, "red blue"), 200).tolist()
     assert whole == [*cut, encoder.eos_token_ids[0]]
     assert encoder.completion_ids(Response("q", "a", 0, "red blue"), 2).tolist() == cut[:2]
+
+
+def test_the_end_of_a_turn_is_what_the_chat_template_writes(tiny_qwen: Path):
+    """Gemma's tokenizer ends texts with one token and turns with another: teachers' text must get the turn's."""
+    model = load_model(str(tiny_qwen))
+    processor = load_processor(str(tiny_qwen))
+    end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    other = processor.tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    processor.tokenizer.eos_token = "<|endoftext|>"
+    model.generation_config.eos_token_id = [other, end]
+    assert PromptEncoder(processor, model).eos_token_ids == [end, other]
+
+
+def test_token_types_keep_their_processors_name(tiny_qwen: Path, tmp_path: Path):
+    model = load_model(str(tiny_qwen))
+    encoder = PromptEncoder(load_processor(str(tiny_qwen)), model)
+    prompt = encoder(tiny_questions(tmp_path, 1)[0])
+    prompt.token_type_key = "token_type_ids"
+    inputs = lay_out([GroupTokens(prompt, [torch.tensor([50])])], encoder.pad_token_id).model_inputs
+    assert "token_type_ids" in inputs and "mm_token_type_ids" not in inputs

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from openril.errors import StateError
 from openril.models.group_forward import GroupTokens, lay_out
 from openril.records import Question
 from openril.training.loop import permutation, total_steps
@@ -220,3 +221,31 @@ def test_number_of_steps(tmp_path: Path, tiny_qwen: Path):
     assert total_steps(recipe, 40_000) == 1112  # 40,000 / 36 = 1,111.1
     recipe.train.epochs = 0.5
     assert total_steps(recipe, 40_000) == 556
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(tiny_qwen: Path, tmp_path: Path):
+    class Infinite(SubstringRewards):
+        def score(self, groups: Any) -> dict[str, float]:
+            super().score(groups)
+            groups[0].rollouts[0].reward = 1e38
+            groups[0].rollouts[1].reward = -1e38
+            return {}
+
+    recipe = tiny_recipe(tmp_path / "run", tiny_qwen, train__max_completion_length=8)
+    trainer = make_trainer(recipe, tmp_path / "data", Infinite())
+    before = weights(trainer)
+    with pytest.raises(StateError, match=r"gradient norm is (inf|nan)"):
+        trainer.train()
+    assert all(torch.equal(v, before[k]) for k, v in weights(trainer).items())
+    assert not list((tmp_path / "run/checkpoints").glob("step_*"))
+
+
+def test_a_question_that_comes_up_twice_in_a_step_is_sampled_twice(tiny_qwen: Path, tmp_path: Path):
+    """Where one pass over three questions ends and the next begins."""
+    recipe = tiny_recipe(tmp_path / "run", tiny_qwen, train__questions_per_step=4)
+    trainer = make_trainer(recipe, tmp_path / "data", count=3)
+    batch = trainer.batch_at(0)
+    assert [visit for _, visit in batch] == [0, 0, 0, 1]
+    groups = trainer.sample_groups(batch)
+    [twin] = [g for g in groups[:3] if g.question.id == groups[3].question.id]
+    assert [r.response.token_ids for r in twin.students] != [r.response.token_ids for r in groups[3].students]

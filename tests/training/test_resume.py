@@ -13,7 +13,12 @@ import torch
 from safetensors.torch import load_file
 
 from openril.errors import StateError
+from openril.models.loading import load_processor
+from openril.storage import write_json
 from openril.training.loop import Interrupted
+from openril.training.processes import make_accelerator
+from openril.training.saving import write_checkpoint
+from openril.training.setup import Parts, check_pretrained, pretraining_settings, pretraining_settings_file
 from support.loop import make_trainer, tiny_recipe
 
 TIMES = ("time/", "memory/")
@@ -101,6 +106,29 @@ def test_another_recipe_is_not_continued(tiny_qwen: Path, tmp_path: Path):
     assert more.step_number == 1  # more steps are no other run
 
 
+def test_other_questions_or_another_start_are_not_continued(tiny_qwen: Path, tiny_internvl: Path, tmp_path: Path):
+    from openril.training.saving import run_fingerprint
+    from support.tiny import tiny_questions
+
+    recipe = tiny_recipe(tmp_path / "run", tiny_qwen, train__max_steps=1)
+    questions = tiny_questions(tmp_path / "data", 8)
+    accelerator = make_accelerator(recipe)
+    folder = tmp_path / "run/checkpoints"
+    Parts(recipe, accelerator, folder, questions).saver.save(1)
+    again = Parts(recipe, accelerator, folder, questions)
+    assert again.step == 1
+    with pytest.raises(StateError, match="questions"):
+        Parts(recipe, accelerator, folder, questions[1:])
+    other = recipe.model_copy(deep=True)
+    other.student.model = str(tiny_internvl)
+    assert run_fingerprint(other, questions) != run_fingerprint(recipe, questions)
+    with pytest.raises(StateError, match="starting student"):
+        Parts(other, accelerator, folder, questions)
+    smaller = recipe.model_copy(deep=True)
+    smaller.train.groups_per_micro_batch = 2  # out of memory: a person may change this and go on
+    assert Parts(smaller, accelerator, folder, questions).step == 1
+
+
 def test_old_checkpoints_are_removed(tiny_qwen: Path, tmp_path: Path):
     recipe = tiny_recipe(
         tmp_path / "run", tiny_qwen, train__max_steps=3, train__save_every=1, train__keep_checkpoints=2
@@ -120,3 +148,41 @@ def test_a_checkpoint_is_an_ordinary_model(tiny_student: Path, tmp_path: Path):
     _, info = AutoModel.from_pretrained(folder / "discriminator", output_loading_info=True)
     assert not info["missing_keys"]
     assert type(model).__name__.endswith("ForConditionalGeneration")
+
+
+def test_the_final_student_has_the_type_the_recipe_names(tiny_student: Path, tmp_path: Path):
+    from transformers import AutoModelForImageTextToText
+
+    trainer = make_trainer(tiny_recipe(tmp_path / "run", tiny_student), tmp_path / "data")
+    parts_model = trainer.policy.unwrapped.model
+    write_checkpoint(
+        parts_model, parts_model.state_dict(), trainer.policy.encoder.processor, tmp_path / "bf16", torch.bfloat16
+    )
+    assert {v.dtype for v in load_file(tmp_path / "bf16/model.safetensors").values()} == {torch.bfloat16}
+    config = json.loads((tmp_path / "bf16/config.json").read_text())
+    assert config["dtype"] == config["text_config"]["dtype"] == "bfloat16"
+    assert AutoModelForImageTextToText.from_pretrained(tmp_path / "bf16").dtype == torch.bfloat16
+    assert parts_model.dtype == torch.float32  # the one in memory is as it was
+
+
+def test_tied_weights_stay_tied(tiny_qwen: Path, tmp_path: Path):
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    config = AutoConfig.from_pretrained(tiny_qwen)
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = True
+    model = AutoModelForImageTextToText.from_config(config)
+    processor = load_processor(str(tiny_qwen))
+    write_checkpoint(model, model.state_dict(), processor, tmp_path / "same")
+    write_checkpoint(model, model.state_dict(), processor, tmp_path / "bf16", torch.bfloat16)
+    same, converted = (load_file(tmp_path / n / "model.safetensors") for n in ("same", "bf16"))
+    assert same.keys() == converted.keys()
+    assert not any("lm_head" in k for k in converted)
+
+
+def test_a_discriminator_pretrained_for_something_else_is_refused(tiny_qwen: Path, tmp_path: Path):
+    recipe = tiny_recipe(tmp_path / "run", tiny_qwen)
+    write_json(pretraining_settings_file(recipe), pretraining_settings(recipe))
+    check_pretrained(recipe)
+    recipe.discriminator.sees = "image"
+    with pytest.raises(StateError, match=r"discriminator\.sees"):
+        check_pretrained(recipe)

@@ -20,6 +20,26 @@ def bce_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     return loss
 
 
+def bce_terms(logits: Tensor, labels_student_is_one: Tensor) -> Tensor:
+    """The terms of ``bce_loss`` one by one, [N] in nats: -log D for a student's response, -log(1 - D) for a teacher's.
+
+    logits: [N]; labels: bool [N]. Summed with weights 1/S and 1/T they are ``bce_loss``, however they are batched.
+    """
+    return -logsigmoid(torch.where(labels_student_is_one, logits, -logits))
+
+
+def centred(logits: Tensor, labels_student_is_one: Tensor) -> Tensor:
+    """Logits of one question's responses with the zero half-way between the two sides' means, [N].
+
+    Bradley-Terry learns differences alone: where its logits are zero means nothing until it is put somewhere. A side
+    without responses leaves them as they are.
+    """
+    labels = labels_student_is_one
+    if labels.all() or not labels.any():
+        return logits
+    return logits - (logits[labels].mean() + logits[~labels].mean()) / 2
+
+
 def bradley_terry_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """-log sigmoid(z_student - z_teacher), the mean over all pairs of one question (GAD, arXiv 2511.10643).
 

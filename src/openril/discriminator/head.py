@@ -40,6 +40,7 @@ class DiscriminatorModel(nn.Module):
             checkpoint,
             what="discriminator",
             dtype=dtype,
+            revision=student.revision if checkpoint == student.model else None,
             trust_remote_code=student.trust_remote_code,
             attn_implementation=student.attn_implementation,
         )
@@ -58,13 +59,23 @@ class DiscriminatorModel(nn.Module):
         folder = Path(folder)
         if not (folder / HEAD_FILE).is_file():
             raise ModelError(f"{folder} holds no discriminator (no {HEAD_FILE}); run `ril discriminator` first")
-        backbone = AutoModel.from_pretrained(
-            folder,
-            dtype=dtype,
-            trust_remote_code=student.trust_remote_code,
-            attn_implementation=student.attn_implementation,
-            use_safetensors=True,
-        )
+        try:
+            loaded: Any = AutoModel.from_pretrained(
+                folder,
+                dtype=dtype,
+                trust_remote_code=student.trust_remote_code,
+                attn_implementation=student.attn_implementation,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+        except (OSError, ValueError) as e:
+            raise ModelError(f"{folder}: the discriminator cannot be loaded: {e}") from e
+        backbone, info = loaded
+        if info["missing_keys"]:
+            missing = sorted(info["missing_keys"])
+            raise ModelError(
+                f"{folder} lacks {len(missing)} weights ({', '.join(missing[:3])}, ...); they would be random"
+            )
         head = load_file(folder / HEAD_FILE)
         made = cls(backbone, head["weight"].shape[1])
         made.head.load_state_dict(head)
@@ -87,7 +98,7 @@ class DiscriminatorModel(nn.Module):
         """float32 [N]: logits of student_prob. last: int64 [N], index of each row's last token."""
         hidden = self.backbone(**model_inputs, use_cache=False).last_hidden_state
         state = hidden[torch.arange(len(last), device=last.device), last]
-        # The head runs in its own type (float32 unless the whole model is bfloat16), whatever autocast does around it.
+        # The head always computes in float32, whatever autocast does around it.
         with torch.autocast(device_type=state.device.type, enabled=False):
             return self.head(state.to(self.head.weight.dtype))[:, 0].float()
 
@@ -113,7 +124,7 @@ def lay_out_prompts(prompts: Sequence[Prompt], pad_token_id: int) -> tuple[dict[
         **repeat_vision(prompts),
     }
     if any(p.token_types is not None for p in prompts):
-        inputs["mm_token_type_ids"] = token_types
+        inputs[prompts[0].token_type_key] = token_types
     return inputs, torch.tensor([p.length - 1 for p in prompts])
 
 
@@ -121,6 +132,7 @@ def load_discriminator_processor(folder: str | Path, student: Student) -> Any:
     return load_processor(
         str(folder),
         what="discriminator",
+        revision=student.revision if str(folder) == student.model else None,
         trust_remote_code=student.trust_remote_code,
         min_pixels=student.min_pixels,
         max_pixels=student.max_pixels,

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any, Literal
+
+from PIL import Image
 
 from openril.data.images import load_image
 from openril.data.wording import question_text
@@ -34,11 +37,13 @@ def encode_discriminator_prompt(
     response_text: str,
     *,
     sees: Literal["response", "question", "image"] = "response",
+    images: Sequence[Image.Image] | None = None,
     max_response_tokens: int = 1024,
 ) -> Prompt:
     """The prompt for one response. sees: the response alone (paper), with the question's text, or with images too.
 
-    A response longer than max_response_tokens keeps its first and last halves of that many tokens.
+    images: the question's, where they are loaded already (``load_question_images``). A response longer than max_response_tokens keeps its first
+    and last halves of that many tokens.
     """
     text = strip_own_tags(encoder.clean(response_text))
     ids = encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -50,15 +55,19 @@ def encode_discriminator_prompt(
         plain = question_text(question).replace(IMAGE_MARKER, "")
         asked = QUESTION.format(question=strip_own_tags(encoder.clean(plain)))
     content: list[dict[str, Any]] = []
-    images = []
-    if sees == "image":
-        images = [
-            load_image(s, max_pixels=encoder.max_image_pixels, allow_urls=encoder.allow_urls) for s in question.images
-        ]
-        content += [{"type": "image"} for _ in images]
+    if sees != "image":
+        images = []
+    elif images is None:
+        images = load_question_images(encoder, question)
+    content += [{"type": "image"} for _ in images]
     content.append({"type": "text", "text": USER.format(question=asked, response=text)})
     messages = [
         {"role": "system", "content": [{"type": "text", "text": SYSTEM}]},
         {"role": "user", "content": content},
     ]
     return encoder.encode(messages, images, name=f"discriminator prompt of question {question.id}")
+
+
+def load_question_images(encoder: PromptEncoder, question: Question) -> list[Image.Image]:
+    """The question's images, decoded. Raises DataError for one that cannot be used."""
+    return [load_image(s, max_pixels=encoder.max_image_pixels, allow_urls=encoder.allow_urls) for s in question.images]

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from openril.models.prompts import Prompt
 
@@ -77,7 +77,7 @@ def lay_out(groups: Sequence[GroupTokens], pad_token_id: int) -> Rows:
         **repeat_vision([p for p, _ in pairs]),
     }
     if any(p.token_types is not None for p, _ in pairs):
-        inputs["mm_token_type_ids"] = token_types
+        inputs[pairs[0][0].token_type_key] = token_types
     return Rows(inputs, targets, mask, index, keep)
 
 
@@ -106,18 +106,20 @@ class Policy(nn.Module):
 
 
 def token_logprobs(logits: Tensor, rows: Rows, temperature: float) -> Tensor:
-    """float32 [R, T] from logits [R, K, V], row by row so that no second tensor of the logits' size is alive."""
-    out: list[Tensor] = []
-    for row, targets, index, mask in zip(logits, rows.targets, rows.index, rows.mask, strict=True):
+    """float32 [R, T] from logits [R, K, V].
+
+    Row by row, and computed again in the backward pass: of float32 copies of the logits one row's is alive at a time.
+    """
+
+    def row_logprobs(row: Tensor, targets: Tensor, index: Tensor, mask: Tensor) -> Tensor:
         picked = row[index].float() / temperature
         logprobs = picked.gather(-1, targets[:, None])[:, 0] - picked.logsumexp(-1)
-        out.append(logprobs.masked_fill(~mask, 0.0))
+        return logprobs.masked_fill(~mask, 0.0)
+
+    out: list[Tensor] = []
+    for each in zip(logits, rows.targets, rows.index, rows.mask, strict=True):
+        if logits.requires_grad and torch.is_grad_enabled():
+            out.append(checkpoint(row_logprobs, *each, use_reentrant=False, preserve_rng_state=False))
+        else:
+            out.append(row_logprobs(*each))
     return torch.stack(out)
-
-
-def model_pad_token_id(model: Any, default: int) -> int:
-    """The padding id the model's own configuration names, or ``default``."""
-    config = getattr(model, "config", None)
-    text = config.get_text_config() if config is not None else None
-    pad = getattr(text, "pad_token_id", None)
-    return int(pad) if isinstance(pad, int) and pad >= 0 else default

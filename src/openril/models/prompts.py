@@ -23,7 +23,8 @@ class Prompt:
     """A prompt ready for the model; P is its length in tokens, image tokens included.
 
     input_ids: int64 [P]. vision: tensors of the processor that belong to images (pixel values, grids), to be
-    concatenated along dim 0 over rows. token_types: int64 [P], where the processor gives them. position_ids: int64
+    concatenated along dim 0 over rows. token_types: int64 [P], where the processor gives them, under the name
+    token_type_key (Gemma 3 has another than Qwen2.5-VL). position_ids: int64
     [C, P], with C = 3 for M-RoPE and 1 otherwise. next_position: the position of the first token behind the prompt.
     """
 
@@ -32,6 +33,7 @@ class Prompt:
     token_types: Tensor | None
     position_ids: Tensor
     next_position: int
+    token_type_key: str = "mm_token_type_ids"
 
     @property
     def length(self) -> int:
@@ -66,11 +68,16 @@ class PromptEncoder:
         self.max_prompt_length = max_prompt_length
         self.max_image_pixels = max_image_pixels
         self.allow_urls = allow_urls
-        self.eos_token_ids = eos_token_ids(model, self.tokenizer)
-        self.special_token_ids = special_token_ids(self.tokenizer)
+        self.eos_token_ids = eos_token_ids(model, self.tokenizer, self._template)
+        self.special_token_ids = special_token_ids(self.tokenizer) | image_token_ids(model)
         self._special_texts = [self.tokenizer.convert_ids_to_tokens(i) for i in sorted(self.special_token_ids)]
         self._keep = keep
         self._kept: OrderedDict[Question, Prompt] = OrderedDict()
+
+    @property
+    def _template(self) -> Any:
+        """Whatever holds the chat template: the processor, or its tokenizer."""
+        return self.processor if getattr(self.processor, "chat_template", None) else self.tokenizer
 
     @property
     def pad_token_id(self) -> int:
@@ -100,10 +107,12 @@ class PromptEncoder:
 
     def encode(self, messages: list[dict[str, Any]], images: Sequence[Image.Image], *, name: str = "prompt") -> Prompt:
         """Any chat (ending in a user turn) with its images in order. name: how errors call it."""
-        template = self.processor if getattr(self.processor, "chat_template", None) else self.tokenizer
-        text = template.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = self._template.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         if images:
-            inputs = self.processor(text=[text], images=[list(images)], return_tensors="pt")
+            # A template that writes the first token itself must not get a second one from the tokenizer.
+            bos = self.tokenizer.bos_token
+            once = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
+            inputs = self.processor(text=[text], images=[list(images)], return_tensors="pt", **once)
         else:
             inputs = self.tokenizer([text], return_tensors="pt", add_special_tokens=False)
         input_ids = inputs["input_ids"][0]
@@ -113,16 +122,17 @@ class PromptEncoder:
                 f"{name}: the prompt has {length} tokens, more than data.max_prompt_length {self.max_prompt_length};"
                 " raise it, lower student.max_pixels, or leave the question out"
             )
-        vision, token_types = {}, None
+        vision: dict[str, Tensor] = {}
+        token_types, token_type_key = None, "mm_token_type_ids"
         for key, value in inputs.items():
             if key in ("input_ids", "attention_mask"):
                 continue
             if value.shape[:2] == (1, length):
-                token_types = value[0]
+                token_types, token_type_key = value[0], key
             else:
                 vision[key] = value
         position_ids = self._positions(inputs, length)
-        return Prompt(input_ids, vision, token_types, position_ids, int(position_ids.max()) + 1)
+        return Prompt(input_ids, vision, token_types, position_ids, int(position_ids.max()) + 1, token_type_key)
 
     def _positions(self, inputs: Any, length: int) -> Tensor:
         if self._rope_index is None:
@@ -170,8 +180,11 @@ def question_messages(question: Question, system_prompt: str, clean: Any = strip
     return messages
 
 
-def eos_token_ids(model: nn.Module, tokenizer: Any) -> list[int]:
-    """End-of-sequence ids, the one that ends a chat turn first. Raises ModelError if there is none."""
+def eos_token_ids(model: nn.Module, tokenizer: Any, template: Any = None) -> list[int]:
+    """End-of-sequence ids, the one that ends an assistant's turn in the chat template first.
+
+    template: what holds the chat template; None puts the tokenizer's own first. Raises ModelError if there is none.
+    """
     config = getattr(model, "generation_config", None)
     ids = getattr(config, "eos_token_id", None)
     ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
@@ -179,7 +192,20 @@ def eos_token_ids(model: nn.Module, tokenizer: Any) -> list[int]:
         ids = [tokenizer.eos_token_id, *ids]
     if not ids:
         raise ModelError("the checkpoint names no end-of-sequence token; set eos_token in its tokenizer")
-    return list(dict.fromkeys(int(i) for i in ids))
+    ids = list(dict.fromkeys(int(i) for i in ids))
+    if template is not None and len(ids) > 1:
+        chat = [{"role": role, "content": [{"type": "text", "text": "x"}]} for role in ("user", "assistant")]
+        written = tokenizer(template.apply_chat_template(chat, tokenize=False), add_special_tokens=False)["input_ids"]
+        last = {i: n for n, i in enumerate(written)}
+        ids.sort(key=lambda i: -last.get(i, -1))  # stable: ids the template does not write keep their order
+    return ids
+
+
+def image_token_ids(model: nn.Module) -> set[int]:
+    """Ids that stand for images and videos in this model's prompts, whatever the tokenizer thinks of them."""
+    config = getattr(model, "config", None)
+    names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+    return {value for name in names if isinstance(value := getattr(config, name, None), int) and value >= 0}
 
 
 def special_token_ids(tokenizer: Any) -> set[int]:

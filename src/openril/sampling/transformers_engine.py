@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from openril.errors import ModelError
 from openril.models.adapters import base_model
 from openril.models.prompts import Prompt, PromptEncoder
 from openril.recipe.schema import Sampling, Student
@@ -172,7 +173,7 @@ class TransformersSampler:
         for prompt in prompts:
             inputs = {k: v.to(device) for k, v in prompt.vision.items()}
             if prompt.token_types is not None:
-                inputs["mm_token_type_ids"] = prompt.token_types[None].to(device)
+                inputs[prompt.token_type_key] = prompt.token_types[None].to(device)
             position_ids = prompt.position_ids[:, None].to(device)
             output = self.model(
                 input_ids=prompt.input_ids[None].to(device),
@@ -185,6 +186,11 @@ class TransformersSampler:
             )
             logits.append(output.logits[:, -1].expand(num_generations, -1))
             layers = output.past_key_values.layers
+            if not all(hasattr(layer, "keys") for layer in layers):
+                raise ModelError(
+                    f"{type(self.model).__name__} has layers without keys and values (linear attention), which cannot be"
+                    " branched here; set train.sampler.engine: vllm"
+                )
             keys.append([_left_pad(layer.keys, longest, num_generations) for layer in layers])
             values.append([_left_pad(layer.values, longest, num_generations) for layer in layers])
         merged = DynamicCache()

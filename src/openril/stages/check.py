@@ -310,7 +310,7 @@ def _say_needs(
         for server, number in work.requests.items():
             page.plain(f"up to {number:,} requests to {server}")
         if recipe.train.questions_per_step > work.questions:
-            page.warn(f"train.questions_per_step is {recipe.train.questions_per_step}, more than there are questions")
+            page.error(f"train.questions_per_step is {recipe.train.questions_per_step}, more than there are questions")
     if shape is None:
         return
     long_prompt = float(recipe.data.max_prompt_length)

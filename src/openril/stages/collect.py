@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import islice
@@ -71,7 +72,7 @@ def run_collect(
                 problems.append(f"{name}: {result.failed} responses could not be had:\n{result.failure_report()}")
     if problems:
         raise EndpointError("\n".join(problems) + "\nEverything collected is kept; the same command collects the rest")
-    if recipe.collect.judge_responses:
+    if recipe.collect.judge_responses and int(os.environ.get("RANK", "0")) == 0:  # processes share the collecting alone
         with answer_judge(recipe) if judge_many is None else nullcontext(judge_many) as judge:
             judge_cached(cache, questions, names, recipe.collect.num_responses, judge, console)
 

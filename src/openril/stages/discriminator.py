@@ -20,7 +20,14 @@ from openril.training.pretraining import DiscriminatorPretraining
 from openril.training.processes import make_accelerator, master_dtype
 from openril.training.run_folder import RunFolder
 from openril.training.saving import Saver, changed_settings
-from openril.training.setup import fresh_discriminator, wrap_discriminator
+from openril.training.setup import (
+    check_pretrained,
+    fresh_discriminator,
+    pretraining_settings,
+    pretraining_settings_file,
+    refuse_sharding,
+    wrap_discriminator,
+)
 from openril.training.state import Checkpoints, read_progress
 
 
@@ -31,9 +38,11 @@ def run_discriminator(recipe: Recipe, console: Console) -> Path:
     """
     target = recipe.discriminator_path
     if target.is_dir():
+        check_pretrained(recipe)
         console.print(f"discriminator: already pre-trained in {target}")
         return target
     accelerator = make_accelerator(recipe)
+    refuse_sharding(accelerator)
     require(recipe, "discriminator", accelerator.num_processes)
     questions = read_questions(recipe.data, "train")
     sources = [STUDENT, *recipe.teacher_names]
@@ -81,6 +90,7 @@ def run_discriminator(recipe: Recipe, console: Console) -> Path:
             saver=saver,
             first_step=step,
             report=progress.report,
+            warn=progress.warn,
         )
         if not training.questions:
             raise DataError("data.train has too few questions for discriminator.pretraining.held_out_share")
@@ -97,6 +107,7 @@ def run_discriminator(recipe: Recipe, console: Console) -> Path:
                     else ""
                 )
             )
+        write_json(pretraining_settings_file(recipe), pretraining_settings(recipe))
     saver.write_discriminator(target)
     accelerator.wait_for_everyone()
     return target

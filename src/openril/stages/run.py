@@ -9,6 +9,7 @@ from rich.console import Console
 
 from openril.recipe.checks import require
 from openril.recipe.schema import Recipe
+from openril.training.processes import one_process, release_memory
 
 
 def stages(recipe: Recipe) -> list[tuple[str, str, str]]:
@@ -34,6 +35,7 @@ def stages(recipe: Recipe) -> list[tuple[str, str, str]]:
 
 def run_all(recipe: Recipe, console: Console) -> int:
     """Run the stages in order; each does nothing when its result is there. Stops at the first that fails."""
+    one_process("run")
     require(recipe, "run")
     for title, module, name in stages(recipe):
         console.rule(title)
@@ -41,6 +43,7 @@ def run_all(recipe: Recipe, console: Console) -> int:
             importlib.import_module(f"openril.stages.{module}"), name
         )
         function(recipe, console)
+        release_memory()
     console.rule("done")
     console.print(f"everything this run made is in {recipe.run_path}")
     return 0

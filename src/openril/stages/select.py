@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from openril.recipe.schema import Recipe
 from openril.records import STUDENT, Question, Response
 from openril.report.progress import StageProgress
 from openril.responses.cache import ResponseCache
-from openril.storage import append_jsonl, read_jsonl, write_json
+from openril.responses.identity import weights_fingerprint
+from openril.storage import append_jsonl, read_jsonl, remove, write_json
+from openril.training.processes import one_process
 from openril.training.setup import make_encoder
 
 
@@ -39,6 +42,7 @@ def run_select(recipe: Recipe, console: Console) -> Path:
         console.print(f"select: already chosen in {target}")
         return target
     require(recipe, "select")
+    one_process("select")
     questions = read_questions(recipe.data, "train")
     settings = recipe.data.selection
     student = answer_logprobs(recipe, questions, recipe.start_student, "student", console)
@@ -68,10 +72,11 @@ def answer_logprobs(
     path = selection_folder(recipe) / f"logprobs_{name}.jsonl"
     header = selection_folder(recipe) / f"logprobs_{name}.json"
     made_by: dict[str, Any] = {
-        "checkpoint": str(checkpoint),
+        "checkpoint": weights_fingerprint(Path(checkpoint)) or str(checkpoint),
         "max_completion_length": recipe.train.max_completion_length,
     }
-    if not header.exists():
+    if not header.exists() or json.loads(header.read_text()) != made_by:
+        remove(path)  # numbers of another checkpoint
         write_json(header, made_by)
     done = {row["id"]: row["logprob"] for row in read_jsonl(path)}
     todo = [q for q in questions if q.answer and q.id not in done]

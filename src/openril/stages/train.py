@@ -12,11 +12,12 @@ from rich.console import Console
 
 from openril.data.reading import read_questions
 from openril.data.selection import read_selection
-from openril.errors import DataError
+from openril.errors import DataError, StateError
+from openril.evaluation.evaluate import GREEDY
 from openril.models.loading import torch_dtype
 from openril.recipe.checks import require
 from openril.recipe.loading import save_recipe
-from openril.recipe.schema import Recipe, Sampling
+from openril.recipe.schema import Recipe
 from openril.records import Question, Response
 from openril.report.curves import draw_curves
 from openril.report.progress import StageProgress
@@ -28,9 +29,11 @@ from openril.rewards.total import RewardSystem
 from openril.stages.select import selection_file
 from openril.storage import write_json
 from openril.training.loop import RILTrainer, TeacherResponses, total_steps
-from openril.training.processes import make_accelerator
+from openril.training.processes import make_accelerator, start_trackers
 from openril.training.run_folder import RunFolder
+from openril.training.saving import changed_settings
 from openril.training.setup import Parts
+from openril.training.state import Checkpoints
 
 
 def run_train(recipe: Recipe, console: Console) -> Path:
@@ -48,10 +51,13 @@ def run_train(recipe: Recipe, console: Console) -> Path:
             console.print(f"train: continuing after step {trainer.step_number}")
         with StageProgress(console, "train", enabled=trainer.accelerator.is_main_process) as progress:
             trainer.report, trainer.warn = progress.report, progress.warn
-            trainer.train()
+            try:
+                trainer.train()
+            finally:
+                if trainer.accelerator.is_main_process and folder.metrics_path.exists():
+                    draw_curves(recipe.run_path)
         trainer.write_student(folder.student_path, torch_dtype(recipe.student.dtype))
         if trainer.accelerator.is_main_process:
-            draw_curves(recipe.run_path)
             write_json(folder.path / "finished.json", {"step": trainer.step_number})
             console.print(f"train: the student is in {folder.student_path}")
         trainer.accelerator.wait_for_everyone()
@@ -64,7 +70,7 @@ def open_trainer(recipe: Recipe, console: Console | None = None) -> Iterator[RIL
 
     ``with open_trainer(recipe) as trainer: trainer.train()``; on leaving, judge and trackers are closed.
     """
-    accelerator = make_accelerator(recipe, trackers=True)
+    accelerator = make_accelerator(recipe)
     for warning in require(recipe, "train", accelerator.num_processes):
         if console is not None and accelerator.is_main_process:
             console.print(f"train: {warning}")
@@ -77,10 +83,11 @@ def open_trainer(recipe: Recipe, console: Console | None = None) -> Iterator[RIL
     try:
         rewards = RewardSystem(recipe, judge, gather=gather_object if accelerator.num_processes > 1 else None)
         folder = RunFolder(recipe.run_path)
-        parts = Parts(recipe, accelerator, folder.checkpoints_path, probes(questions))
+        parts = Parts(recipe, accelerator, folder.checkpoints_path, questions, probes(questions))
         if accelerator.is_main_process:
             save_recipe(recipe, recipe.run_path / "recipe.yaml")
             folder.cut_after(parts.step)
+        start_trackers(accelerator, recipe)
         accelerator.wait_for_everyone()
         yield RILTrainer(
             recipe,
@@ -164,6 +171,12 @@ def _finished(recipe: Recipe, folder: RunFolder) -> bool:
     marker = folder.path / "finished.json"
     if not (marker.exists() and folder.student_path.is_dir()):
         return False
+    latest = Checkpoints(folder.checkpoints_path).latest()
+    if latest is not None and (changed := changed_settings(latest / "recipe.yaml", recipe)):
+        raise StateError(
+            f"{folder.path} holds a finished run with other values of {', '.join(changed[:6])}; restore them, or set another"
+            " run_dir for a new run"
+        )
     steps = recipe.train.max_steps or total_steps(recipe, len(training_questions(recipe)))
     return int(json.loads(marker.read_text())["step"]) >= steps
 
@@ -176,18 +189,12 @@ def _evaluation(recipe: Recipe, parts: Parts, judge: JudgeService | None) -> Cal
 
     def evaluate() -> dict[str, float]:
         mine = questions[accelerator.process_index :: accelerator.num_processes]
-        scores: list[float | None] = []
-        if mine:
-            with accelerator.autocast():
-                answers = parts.sampler.sample(
-                    mine,
-                    1,
-                    settings=Sampling(temperature=0.0, repetition_penalty=1.0),
-                    max_completion_length=recipe.eval.max_completion_length,
-                    seed=recipe.seed,
-                )
-            items = [(q, a[0].text) for q, a in zip(mine, answers, strict=True)]
-            scores = [s.score for s in score_answers(items, recipe.eval.score, recipe.eval.rule, judge)]
+        with accelerator.autocast():  # also with no question of one's own: servers are synced by all processes together
+            answers = parts.sampler.sample(
+                mine, 1, settings=GREEDY, max_completion_length=recipe.eval.max_completion_length, seed=recipe.seed
+            )
+        items = [(q, a[0].text) for q, a in zip(mine, answers, strict=True)]
+        scores = [s.score for s in score_answers(items, recipe.eval.score, recipe.eval.rule, judge)]
         everyone = [s for part in gather_object([scores]) for s in part]
         known = [s for s in everyone if s is not None]
         out = {"questions": float(len(everyone)), "unknown": float(len(everyone) - len(known))}

@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -25,7 +26,7 @@ from openril.algorithm.advantages import group_advantages
 from openril.discriminator.health import HealthWatch
 from openril.discriminator.training import Discriminator
 from openril.recipe.schema import Recipe
-from openril.records import Group, Question, Response, Rollout
+from openril.records import Group, ImageSource, Question, Response, Rollout
 from openril.sampling.protocol import Sampler
 from openril.storage import stable_hash
 from openril.training.metrics import reward_metrics
@@ -123,17 +124,22 @@ class RILTrainer:
     def sample_groups(self, batch: Sequence[tuple[Question, int]]) -> list[Group]:
         """Groups of the batch: the student's samples first, then the teachers' cached responses."""
         train = self.recipe.train
-        with self.accelerator.autocast():
-            samples = self.sampler.sample(
-                [q for q, _ in batch],
-                train.num_generations,
-                settings=train.sampling,
-                max_completion_length=train.max_completion_length,
-                seed=stable_hash(self.recipe.seed, "sample", self.step_number),
-            )
+        samples: dict[tuple[str, int], list[Response]] = {}
+        # Where one pass over the questions ends and the next begins, a question may come up twice: draw it anew.
+        for visit in sorted({visit for _, visit in batch}):
+            questions = [q for q, v in batch if v == visit]
+            with self.accelerator.autocast():
+                drawn = self.sampler.sample(
+                    questions,
+                    train.num_generations,
+                    settings=train.sampling,
+                    max_completion_length=train.max_completion_length,
+                    seed=stable_hash(self.recipe.seed, "sample", self.step_number, visit),
+                )
+            samples |= {(q.id, visit): mine for q, mine in zip(questions, drawn, strict=True)}
         return [
-            Group(q, [Rollout(r) for r in [*mine, *self.teacher_responses(q, visit)]])
-            for (q, visit), mine in zip(batch, samples, strict=True)
+            Group(q, [Rollout(r) for r in [*samples[q.id, visit], *self.teacher_responses(q, visit)]])
+            for q, visit in batch
         ]
 
     def set_advantages(self, groups: Sequence[Group]) -> None:
@@ -182,7 +188,9 @@ class RILTrainer:
                 groups, metrics = self.step(self.batch_at(self.step_number))
                 self.step_number += 1
                 step = self.step_number
-                everyone = [Group(*g) for g in gather_object([(g.question, g.rollouts) for g in groups])]
+                everyone = [
+                    Group(*g) for g in gather_object([(without_images(g.question), g.rollouts) for g in groups])
+                ]
                 metrics |= reward_metrics(everyone, train.max_completion_length)
                 metrics["train/learning_rate"] = rate
                 if self.evaluate is not None and train.eval_every and step % train.eval_every == 0:
@@ -250,6 +258,11 @@ def permutation(n: int, seed: int, visit: int) -> list[int]:
 
 def prefixed(prefix: str, metrics: dict[str, float]) -> dict[str, float]:
     return {f"{prefix}/{k}": v for k, v in metrics.items()}
+
+
+def without_images(question: Question) -> Question:
+    """The question with its images' names alone: what other processes and the rollout files need of it."""
+    return replace(question, images=tuple(ImageSource(url=image.name) for image in question.images))
 
 
 def memory_metrics() -> dict[str, float]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from openril.algorithm.objective import objective_stats, response_weights, token_loss
 from openril.models.adapters import without_adapters
 from openril.models.group_forward import GroupTokens, Policy, Rows, lay_out
+from openril.models.optimiser_step import take_step
 from openril.models.prompts import PromptEncoder
 from openril.models.vision_balance import borrowed_prompt, has_images
 from openril.recipe.schema import Train
@@ -59,17 +60,21 @@ class PolicyUpdate:
     def update(self, groups: Sequence[Group], step: int) -> dict[str, float]:
         """mu optimiser steps on the groups of one batch, whose advantages are set; returns metrics.
 
+        Raises StateError, with the weights as they were, when a gradient is not finite.
+
         pi_old is the policy as it is now. Its log-probabilities are the first pass's own, detached: with mu = 1 the
         ratio is 1 and no pass is spent on them; with mu > 1 they are kept for the passes that follow.
         """
-        batches = [self._rows(groups[i : i + self.settings.groups_per_micro_batch]) for i in self._starts(groups)]
+        starts = self._starts(groups)
         old: list[Tensor] = []
         reference: list[Tensor | None] = []
         metrics: dict[str, float] = {}
         for iteration in range(self.settings.num_iterations):
             self.policy.train()
             sums = torch.zeros(6, dtype=torch.float64)
-            for number, (rows, advantages, weights) in enumerate(batches):
+            for number, start in enumerate(starts):
+                # Laid out when their turn comes: the pixels of a whole step, repeated, would fill the host's memory.
+                rows, advantages, weights = self._rows(groups[start : start + self.settings.groups_per_micro_batch])
                 rows = rows.to(self.accelerator.device)
                 advantages, weights = advantages.to(rows.mask.device), weights.to(rows.mask.device)
                 # Adapter dropout follows from the step, so that no generator's state has to survive a restart.
@@ -78,7 +83,7 @@ class PolicyUpdate:
                 )
                 if iteration == 0:
                     reference.append(self._reference_logprobs(rows))
-                last = number == len(batches) - 1
+                last = number == len(starts) - 1
                 with nullcontext() if last else self.accelerator.no_sync(self.policy):
                     logprobs = self.policy(rows)
                     if iteration == 0:
@@ -102,7 +107,9 @@ class PolicyUpdate:
                     ref_logprobs=reference[number],
                 )
                 sums += torch.tensor([float(loss.detach()), *astuple(stats)], dtype=torch.float64)
-            norm = self._step()
+            limit = self.settings.optimiser.max_grad_norm
+            norm = take_step(self.accelerator, self.optimiser, self.trainable, limit, f"student, step {step + 1}")
+            self.updates += 1
             gathered = torch.tensor(gather_object([sums.tolist()]), dtype=torch.float64)
             loss_mean, totals = float(gathered[:, 0].mean()), gathered[:, 1:].sum(0)
             tokens, kl, clipped, ratio, logprob = (totals / totals[0].clamp(min=1)).tolist()
@@ -160,17 +167,6 @@ class PolicyUpdate:
                 logprobs = self.policy(rows)
             self.policy.train()
             return logprobs
-
-    def _step(self) -> float:
-        for p in self.trainable:
-            if p.grad is None:  # parts no question of the batch used; with other processes they would be zero too
-                p.grad = torch.zeros_like(p)
-        limit = self.settings.optimiser.max_grad_norm or float("inf")
-        norm = self.accelerator.clip_grad_norm_(self.trainable, limit)
-        self.optimiser.step()
-        self.updates += 1
-        self.optimiser.zero_grad(set_to_none=True)
-        return float(norm if norm is not None else float("nan"))
 
     def _sampler_difference(self, groups: Sequence[Group], old: list[Tensor]) -> dict[str, float]:
         """How far the sampler's log-probabilities of its own samples are from the trainer's, in nats per token."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from accelerate.utils import gather_object
 
+from openril.discriminator.health import HealthWatch, Scored, health
 from openril.discriminator.training import Discriminator
 from openril.recipe.schema import Recipe
 from openril.records import STUDENT, Group, Question, Response, Rollout
@@ -52,6 +53,7 @@ class DiscriminatorPretraining:
         saver: Saver,
         first_step: int = 0,
         report: Callable[[int, int, dict[str, Any]], None] = lambda step, total, row: None,
+        warn: Callable[[str], None] = lambda message: None,
     ) -> None:
         self.recipe = recipe
         self.settings = recipe.discriminator.pretraining
@@ -62,6 +64,10 @@ class DiscriminatorPretraining:
         self.saver = saver
         self.step_number = first_step
         self.report = report
+        self.warn = warn
+        d = recipe.discriminator
+        # A discriminator that has won is what pre-training is for; one that stays asleep has learnt nothing.
+        self.watch = HealthWatch(d.health_window, d.asleep_accuracy, won=1.0)
         self.questions, self.held_out = split_held_out(questions, self.settings.held_out_share, recipe.seed)
 
     @property
@@ -115,6 +121,8 @@ class DiscriminatorPretraining:
                 if self.accelerator.is_main_process:
                     self.folder.log_metrics(row)
                     self.report(step, self.total_steps, row)
+                    if message := self.watch.see(metrics.get("accuracy")):
+                        self.warn(message)
                 stopping = any(gather_object([bool(stop)]))
                 regular = self.settings.save_every and step % self.settings.save_every == 0
                 if (stopping or regular) and step < self.total_steps:
@@ -127,8 +135,12 @@ class DiscriminatorPretraining:
         """Health on the held-out questions, of which every process takes an equal share."""
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         whole = len(self.held_out) // world * world
-        groups = [self.group(q, 0) for q in self.held_out[rank:whole:world]]
-        if not whole:
+        mine = self.held_out[rank:whole:world]
+        if not mine:
             return {}
-        self.discriminator.score(groups)
-        return {"questions": float(whole), **self.discriminator.measure(groups)}
+        scored: list[Scored] = []
+        for start in range(0, len(mine), self.settings.questions_per_step):
+            groups = [self.group(q, 0) for q in mine[start : start + self.settings.questions_per_step]]
+            self.discriminator.score(groups)
+            scored += self.discriminator.scored(groups)
+        return {"questions": float(whole), **health(gather_object(scored))}

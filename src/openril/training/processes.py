@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 from typing import Any
 
 import torch
@@ -9,29 +11,49 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set_seed
 
+from openril.errors import RecipeError
 from openril.recipe.schema import Recipe
 
 
-def make_accelerator(recipe: Recipe, *, trackers: bool = False) -> Accelerator:
+def make_accelerator(recipe: Recipe) -> Accelerator:
     """An Accelerator with the recipe's precision. Stages of one process may differ in it, so earlier state is dropped.
 
     Seeds the global generators too (for user reward functions); everything of ours draws from streams of its own.
     """
     AcceleratorState._reset_state()
-    run = recipe.run_path
     accelerator = Accelerator(
         mixed_precision="bf16" if recipe.train.precision == "bfloat16" else "no",
         cpu=not torch.cuda.is_available(),
-        log_with=list(recipe.train.log_to) if trackers and recipe.train.log_to else None,
-        project_dir=str(run),
+        log_with=list(recipe.train.log_to) or None,
+        project_dir=str(recipe.run_path),
         step_scheduler_with_optimizer=False,
-        # The buffers are constants (rotary frequencies); sending them before every forward would cost and change nothing.
+        # Buffers are constants (rotary frequencies): sending them before every forward would cost and change nothing.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
-    if trackers and recipe.train.log_to:
-        accelerator.init_trackers("openril", config=flat(recipe.model_dump(mode="json")))
-    set_seed(recipe.seed + accelerator.process_index)
+    set_seed((recipe.seed + accelerator.process_index) % 2**32)
     return accelerator
+
+
+def start_trackers(accelerator: Accelerator, recipe: Recipe) -> None:
+    """Begin a run in the trackers the recipe names, once nothing is left that could be refused."""
+    if recipe.train.log_to:
+        accelerator.init_trackers("openril", config=flat(recipe.model_dump(mode="json")))
+
+
+def one_process(command: str) -> None:
+    """Raises RecipeError under a launcher of several processes, each of which would do all of the work."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RecipeError(
+            f"ril {command} is one process; give it without a launcher. What is launched on several is"
+            " sft, discriminator and train: accelerate launch --config_file CONFIG -m openril.cli train RECIPE"
+        )
+
+
+def release_memory() -> None:
+    """Give back what a finished stage's models held: they are in reference cycles, which wait for the collector."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def leave_process_group() -> None:

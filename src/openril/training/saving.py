@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,9 @@ from openril.discriminator.head import DiscriminatorModel
 from openril.models.adapters import base_model, is_adapted
 from openril.recipe.loading import load_recipe, save_recipe
 from openril.recipe.schema import Recipe
-from openril.storage import atomic_path
+from openril.records import Question
+from openril.responses.identity import weights_fingerprint
+from openril.storage import atomic_path, stable_hash, write_json
 from openril.training.processes import is_sharded
 from openril.training.state import (
     Checkpoints,
@@ -28,12 +32,14 @@ from openril.training.state import (
 
 # Settings that may change when a run is continued: they decide what is measured, kept or waited for, not what is learnt.
 _FREE = (
-    "run_dir", "cache_dir", "teachers", "collect", "sft", "eval", "judge.base_urls", "judge.concurrency", "judge.timeout",
+    "run_dir", "cache_dir", "teachers", "sft", "eval", "judge.base_urls", "judge.concurrency", "judge.timeout",
     "judge.max_retries", "judge.api_key_env", "judge.max_unknown_share", "data.train", "data.validation",
     "data.validation_split", "data.allow_urls", "student.model", "student.dtype", "discriminator.pretraining",
     "discriminator.init", "discriminator.asleep_accuracy", "discriminator.won_accuracy", "discriminator.health_window",
     "train.max_steps", "train.epochs", "train.save_every", "train.keep_checkpoints", "train.eval_every", "train.log_to",
-    "train.log_rollouts_every", "train.sampler.base_urls",
+    "train.log_rollouts_every", "train.groups_per_micro_batch", "student.gradient_checkpointing",
+    "data.max_prompt_length", "collect.student", "collect.max_completion_length", "collect.sampling", "collect.judge_responses",
+    "collect.questions_per_batch", "collect.shard_size", "train.sampler.base_urls",
     "train.sampler.weights_dir", "train.sampler.api_key_env", "train.sampler.concurrency", "train.sampler.timeout",
     "train.sampler.max_logprob_difference", "train.questions_per_sampling_batch", "discriminator.response_batch_size",
 )  # fmt: skip
@@ -50,10 +56,21 @@ def changed_settings(saved_recipe: Path, recipe: Recipe) -> list[str]:
     return keys + (["teachers (names)"] if saved.teacher_names != recipe.teacher_names else [])
 
 
+def run_fingerprint(recipe: Recipe, questions: Sequence[Question]) -> dict[str, str]:
+    """What a run's steps follow from besides its settings: its questions, and the student it starts from (which is also
+    the reference model). Images are compared with the response cache, by content."""
+    start = recipe.start_student
+    return {
+        "questions (data.train)": str(stable_hash([[q.id, q.question, q.answer] for q in questions])),
+        "starting student (student.model, sft)": weights_fingerprint(Path(start)) or start,
+    }
+
+
 class Saver:
     """Saves and restores student, discriminator, optimisers and random states of a run.
 
     policy, network: the wrapped modules (network None without a discriminator). optimisers: by name.
+    fingerprint: see ``run_fingerprint``; kept in state.json.
     """
 
     def __init__(
@@ -67,6 +84,7 @@ class Saver:
         network: Any | None = None,
         discriminator_processor: Any = None,
         optimisers: dict[str, Any] | None = None,
+        fingerprint: dict[str, str] | None = None,
     ) -> None:
         self.checkpoints = checkpoints
         self.accelerator = accelerator
@@ -76,9 +94,10 @@ class Saver:
         self.network = network
         self.discriminator_processor = discriminator_processor
         self.optimisers = optimisers or {}
+        self.fingerprint = fingerprint or {}
 
-    def save(self, step: int, **progress: Any) -> None:
-        """Write checkpoint ``step``; every process must call this. progress: further plain values for state.json."""
+    def save(self, step: int) -> None:
+        """Write checkpoint ``step``; every process must call this."""
         accelerator = self.accelerator
         if accelerator.is_main_process:
             self.checkpoints.begin(step)
@@ -100,9 +119,8 @@ class Saver:
         if accelerator.is_main_process:
             save_recipe(self.recipe, folder / "recipe.yaml")
             versions = {"openril": __version__, "torch": torch.__version__}
-            write_progress(
-                folder, {"step": step, "processes": accelerator.num_processes, "versions": versions, **progress}
-            )
+            progress = {"step": step, "processes": accelerator.num_processes, "versions": versions}
+            write_progress(folder, {**progress, "fingerprint": self.fingerprint})
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             self.checkpoints.finish(step)
@@ -144,17 +162,33 @@ def write_checkpoint(
     base = base_model(model)
     if is_adapted(model):
         state = merged_state(model, state)
-    if dtype is not None:
-        state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
-    before = base.config.dtype
+    # Tied weights are one tensor under two names, and must stay one through the move and the conversion.
+    moved: dict[tuple[int, torch.Size], Tensor] = {}
+    for key, value in state.items():
+        place = (value.data_ptr(), value.shape)
+        if place not in moved:
+            moved[place] = value.to("cpu", dtype if dtype is not None and value.is_floating_point() else value.dtype)
+        state[key] = moved[place]
     with atomic_path(folder) as temporary:
-        try:
-            if dtype is not None:
-                base.config.dtype = dtype
-            base.save_pretrained(temporary, state_dict=state)
-        finally:
-            base.config.dtype = before
+        base.save_pretrained(temporary, state_dict=state)
+        if dtype is not None:
+            _set_dtype(temporary / "config.json", str(dtype).removeprefix("torch."))
         processor.save_pretrained(temporary)
+
+
+def _set_dtype(path: Path, name: str) -> None:
+    """Name the weights' type in a configuration: ``save_pretrained`` writes that of the weights in memory."""
+
+    def put(node: dict[str, Any]) -> None:
+        for key, value in node.items():
+            if isinstance(value, dict):
+                put(value)
+            elif key in ("dtype", "torch_dtype"):
+                node[key] = name
+
+    config = json.loads(path.read_text())
+    put(config)
+    write_json(path, config)
 
 
 def merged_state(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -163,13 +197,18 @@ def merged_state(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
     from peft.tuners.lora import LoraLayer
 
     prefix = "base_model.model."
-    layers: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer)]
-    deltas = {name.removeprefix(prefix): m.get_delta_weight(m.active_adapters[0]) for name, m in layers}
+    layers: dict[str, Any] = {
+        name.removeprefix(prefix): module for name, module in model.named_modules() if isinstance(module, LoraLayer)
+    }
     merged = {}
     for key, value in state.items():
         if "lora_" in key:
             continue
         name = key.removeprefix(prefix).replace(".base_layer.", ".")
         layer, _, kind = name.rpartition(".")
-        merged[name] = value + deltas[layer].to(value) if kind == "weight" and layer in deltas else value
+        if kind == "weight" and layer in layers:
+            # One layer's update at a time, and the sum in CPU memory: a second copy of the model would not fit.
+            update = layers[layer].get_delta_weight(layers[layer].active_adapters[0])
+            value = (value + update.to(value)).cpu()
+        merged[name] = value
     return merged

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,34 +13,41 @@ from torch import nn
 
 from openril.discriminator.head import DiscriminatorModel, load_discriminator_processor
 from openril.discriminator.training import Discriminator
-from openril.errors import ModelError, StateError
+from openril.errors import ModelError, RecipeError, StateError
 from openril.models.adapters import add_adapters, base_model
 from openril.models.freezing import freeze
 from openril.models.group_forward import Policy
-from openril.models.loading import load_processor, load_student, torch_dtype
+from openril.models.loading import load_student, torch_dtype
 from openril.models.prompts import PromptEncoder
 from openril.recipe.schema import Optimiser, Recipe
 from openril.records import Question
+from openril.responses.identity import weights_fingerprint
 from openril.sampling.synced import SyncedSampler
 from openril.sampling.transformers_engine import TransformersSampler
 from openril.sampling.vllm_engine import VLLMSampler
 from openril.training.optimisation import build_optimiser
 from openril.training.policy_update import PolicyUpdate
 from openril.training.processes import is_sharded, master_dtype
-from openril.training.saving import Saver, changed_settings
+from openril.training.saving import Saver, changed_settings, run_fingerprint
 from openril.training.state import Checkpoints, read_progress
 
 
 class Parts:
     """The models of a run, wrapped and (when it is continued) restored.
 
-    probes: questions that new weights on vLLM servers are verified with. step: optimiser steps already done.
-    resumed_from: the checkpoint folder, or None.
+    questions: the loop's; a continued run must have the same. probes: questions that new weights on vLLM servers are
+    verified with. step: optimiser steps already done. resumed_from: the checkpoint folder, or None.
     """
 
     def __init__(
-        self, recipe: Recipe, accelerator: Accelerator, checkpoints_folder: Path, probes: Sequence[Question] = ()
+        self,
+        recipe: Recipe,
+        accelerator: Accelerator,
+        checkpoints_folder: Path,
+        questions: Sequence[Question] = (),
+        probes: Sequence[Question] = (),
     ) -> None:
+        refuse_sharding(accelerator)
         self.recipe = recipe
         self.accelerator = accelerator
         self.checkpoints = Checkpoints(checkpoints_folder, recipe.train.keep_checkpoints)
@@ -53,7 +61,16 @@ class Parts:
                     f"{self.resumed_from} was made with other values of {', '.join(changed[:6])}; restore them, or set"
                     " another run_dir for a new run"
                 )
-            self.step = int(read_progress(self.resumed_from)["step"])
+            progress = read_progress(self.resumed_from)
+            self.step = int(progress["step"])
+        fingerprint = run_fingerprint(recipe, questions)
+        if self.resumed_from is not None:
+            was = progress["fingerprint"]
+            if moved := [name for name, value in fingerprint.items() if was.get(name) != value]:
+                raise StateError(
+                    f"{self.resumed_from} was made with other {' and '.join(moved)}; restore them, or set another run_dir"
+                    " for a new run"
+                )
         optimisers: dict[str, Any] = {}
         self._build_student()
         optimisers["student"] = self.optimiser
@@ -69,6 +86,7 @@ class Parts:
             network=self.discriminator.network if self.discriminator else None,
             discriminator_processor=self.discriminator.encoder.processor if self.discriminator else None,
             optimisers=optimisers,
+            fingerprint=fingerprint,
         )
         if self.resumed_from is not None:
             self.saver.restore(self.resumed_from)
@@ -81,13 +99,6 @@ class Parts:
         resumed = self.resumed_from
         source = str(resumed / "student") if resumed is not None and not lora.enabled else start
         model, processor = load_student(recipe.student, source, master_dtype(recipe))
-        if resumed is not None and source != start:
-            processor = load_processor(
-                start,
-                min_pixels=recipe.student.min_pixels,
-                max_pixels=recipe.student.max_pixels,
-                trust_remote_code=recipe.student.trust_remote_code,
-            )
         if lora.enabled:
             torch.manual_seed(recipe.seed)  # the adapters' first values
             model = add_adapters(model, lora)
@@ -102,7 +113,8 @@ class Parts:
         reference = None
         if train.beta and not lora.enabled:
             reference_model, _ = load_student(recipe.student, start, master_dtype(recipe))
-            reference = place(accelerator, Policy(reference_model.requires_grad_(False), train.sampling.temperature))
+            reference = Policy(reference_model.requires_grad_(False), train.sampling.temperature)
+            reference.to(accelerator.device)
         policy.to(accelerator.device)
         self.policy, self.optimiser = accelerator.prepare(policy, build_optimiser(policy.parameters(), train.optimiser))
         self.policy_update = PolicyUpdate(
@@ -136,6 +148,8 @@ class Parts:
         folder = self.resumed_from / "discriminator" if self.resumed_from is not None else recipe.discriminator_path
         if self.resumed_from is None and not recipe.discriminator.pretraining.enabled:
             return fresh_discriminator(recipe, self.accelerator, recipe.discriminator.optimiser)
+        if self.resumed_from is None:
+            check_pretrained(recipe)
         network = DiscriminatorModel.from_checkpoint(folder, recipe.student, dtype=master_dtype(recipe))
         optimiser = recipe.discriminator.optimiser if recipe.discriminator.mode == "updated" else None
         processor = load_discriminator_processor(folder, recipe.student)
@@ -158,33 +172,71 @@ def wrap_discriminator(
     settings = recipe.discriminator
     if recipe.student.gradient_checkpointing and optimiser is not None:
         enable_checkpointing(network.backbone)
-    encoder = make_encoder(recipe, processor, network.backbone, keep=0)
+    # Its prompt holds the question and a response besides words of its own; all of them are bounded elsewhere.
+    longest = recipe.data.max_prompt_length + 2 * settings.max_response_tokens + 1024
+    encoder = make_encoder(recipe, processor, network.backbone, keep=0, max_prompt_length=longest)
     if optimiser is None:
-        return Discriminator(
-            place(accelerator, network.requires_grad_(False)), encoder, accelerator, settings, optimiser=None
-        )
+        network.requires_grad_(False).to(accelerator.device)
+        return Discriminator(network, encoder, accelerator, settings, optimiser=None)
     groups = {g for g in settings.freeze if g != "lm_head"}
     if settings.sees != "image":
         groups |= {"vision_tower", "projector"}  # it never runs, so there is nothing to train
     freeze(network, groups)
     network.to(accelerator.device)
     wrapped, built = accelerator.prepare(network, build_optimiser(network.parameters(), optimiser))
-    return Discriminator(wrapped, encoder, accelerator, settings, optimiser=built)
+    return Discriminator(
+        wrapped, encoder, accelerator, settings, optimiser=built, max_grad_norm=optimiser.max_grad_norm
+    )
 
 
-def place(accelerator: Accelerator, module: nn.Module) -> Any:
-    """A module without gradients on its device, sharded where the others are."""
+def refuse_sharding(accelerator: Accelerator) -> None:
+    """Raises RecipeError under FSDP and DeepSpeed, which the loop does not support: better than failing half-way."""
     if is_sharded(accelerator):
-        return accelerator.prepare_model(module, evaluation_mode=True)
-    return module.to(accelerator.device)
+        raise RecipeError(
+            f"the loop and the discriminator do not run under {accelerator.distributed_type.value} yet; launch with"
+            " recipes/accelerate/ddp.yaml, and use student.lora or train.precision: pure_bf16 where memory is short"
+        )
 
 
-def make_encoder(recipe: Recipe, processor: Any, model: nn.Module, keep: int | None = None) -> PromptEncoder:
+def pretraining_settings(recipe: Recipe) -> dict[str, Any]:
+    """What a pre-trained discriminator depends on besides its training's length: whoever uses it must want the same."""
+    d = recipe.discriminator
+    start = d.init or recipe.start_student
+    return {
+        "discriminator.sees": d.sees,
+        "discriminator.loss": d.loss,
+        "discriminator.max_response_tokens": d.max_response_tokens,
+        "teachers (names)": recipe.teacher_names,
+        "starting student (student.model, sft, discriminator.init)": weights_fingerprint(Path(start)) or start,
+    }
+
+
+def pretraining_settings_file(recipe: Recipe) -> Path:
+    return recipe.discriminator_path.parent / "settings.json"
+
+
+def check_pretrained(recipe: Recipe) -> None:
+    """Raises StateError when the run folder's discriminator was pre-trained for something else."""
+    path = pretraining_settings_file(recipe)
+    if not path.exists():
+        return
+    was = json.loads(path.read_text())
+    if other := [name for name, value in pretraining_settings(recipe).items() if was.get(name) != value]:
+        raise StateError(
+            f"{recipe.discriminator_path} was pre-trained with other {', '.join(other)}; restore them, or remove"
+            f" {path.parent} and run `ril discriminator` again"
+        )
+
+
+def make_encoder(
+    recipe: Recipe, processor: Any, model: nn.Module, keep: int | None = None, max_prompt_length: int = 0
+) -> PromptEncoder:
+    """The recipe's encoder. keep: prompts kept; None for two steps' worth. max_prompt_length: 0 for the recipe's."""
     return PromptEncoder(
         processor,
         model,
         system_prompt=recipe.student.system_prompt,
-        max_prompt_length=recipe.data.max_prompt_length,
+        max_prompt_length=max_prompt_length or recipe.data.max_prompt_length,
         max_image_pixels=recipe.data.max_image_pixels,
         allow_urls=recipe.data.allow_urls,
         keep=max(64, 2 * recipe.train.questions_per_step) if keep is None else keep,
