@@ -42,8 +42,8 @@ def encode_discriminator_prompt(
 ) -> Prompt:
     """The prompt for one response. sees: the response alone (paper), with the question's text, or with images too.
 
-    images: the question's, where they are loaded already (``load_question_images``). A response longer than max_response_tokens keeps its first
-    and last halves of that many tokens.
+    images: the question's, where they are loaded already (``load_question_images``). A response longer than
+    max_response_tokens keeps its first and last halves of that many tokens.
     """
     text = strip_own_tags(encoder.clean(response_text))
     ids = encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
