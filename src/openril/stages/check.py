@@ -322,7 +322,7 @@ def _say_needs(
         page.plain(f"  {_gib(amount):>10}  {name.removeprefix('loop: ')}")
     if world_size > 1:
         sharded = memory.total - memory.shardable + memory.shardable // world_size
-        page.plain(f"with FSDP or ZeRO-3 over {world_size} processes: {_gib(sharded)} each")
+        page.plain(f"sharded over {world_size} processes it would be {_gib(sharded)} each; the loop does not shard yet")
     _check_device(memory, world_size, page)
     checkpoints = estimate.checkpoint_bytes(recipe, shape) * (recipe.train.keep_checkpoints + 1)
     place = recipe.run_path

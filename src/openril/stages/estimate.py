@@ -49,7 +49,7 @@ class Memory:
 
     @property
     def shardable(self) -> int:
-        """What FSDP or ZeRO-3 divides by the number of processes."""
+        """What sharding (FSDP, ZeRO) would divide by the number of processes."""
         return sum(n for name, n in self.parts.items() if not name.startswith("loop:"))
 
 
