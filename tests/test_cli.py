@@ -90,3 +90,9 @@ def test_importing_the_package_loads_nothing_heavy_and_exports_everything():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_help_into_a_closed_pipe_is_no_error():
+    command = f"{sys.executable} -m openril.cli train --help | head -n 1"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True)
+    assert done.stderr == "" and done.stdout.count("\n") == 1
