@@ -39,20 +39,21 @@ others() {
 }
 judge() {
     $python -m openril.playground.judge --out $out/models/judge --train $out/data/train.jsonl \
-        --validation $out/data/validation.jsonl --steps "${JUDGE_STEPS:-400}"
+        --validation $out/data/validation.jsonl --steps "${JUDGE_STEPS:-300}"
 }
 
 # Two lanes: two jobs of one thread beat one job of two.
 export OMP_NUM_THREADS=1
 (teacher_a && judge) &
 lane=$!
-trap 'kill -INT $lane 2>/dev/null || true; wait $lane 2>/dev/null || true' EXIT
+# A stage that is asked to stop saves first. (Children of a script ignore Ctrl-C; they are told here.)
+trap 'pkill -TERM -P $lane 2>/dev/null; kill $lane 2>/dev/null; wait $lane 2>/dev/null || true' EXIT
 teacher_b
 others
 wait $lane
 
 export OMP_NUM_THREADS=$threads
-$python -m openril.playground.serve $out/models/judge --port 8132 --stop-with $$ &
+$python -m openril.playground.serve $out/models/judge --port 8132 --with-parent &
 lane=$!
 until $python -c "import urllib.request as u; u.build_opener(u.ProxyHandler({})).open('http://127.0.0.1:8132/v1/models')" 2>/dev/null; do
     kill -0 $lane

@@ -135,7 +135,7 @@ def judge_server(checkpoint: Path, port: int, logs: Path) -> Iterator[str]:
             port = 0
     logs.mkdir(parents=True, exist_ok=True)
     path = logs / "judge_server.log"
-    arguments = ["openril.playground.serve", str(checkpoint), "--port", str(port), "--stop-with", str(os.getpid())]
+    arguments = ["openril.playground.serve", str(checkpoint), "--port", str(port), "--with-parent"]
     with open(path, "wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", *arguments], stdout=log, stderr=subprocess.STDOUT, env=_environment(1)

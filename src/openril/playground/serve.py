@@ -8,6 +8,7 @@ Greedy only. For a judge of a real size use vLLM.
 from __future__ import annotations
 
 import json
+import os
 import queue
 import sys
 import threading
@@ -40,8 +41,8 @@ class Settings:
     """Model name in answers."""
     batch_size: int = 64
     """Most requests answered at a time."""
-    stop_with: int = 0
-    """Stop when this process id is gone; 0 runs until interrupted."""
+    with_parent: bool = False
+    """Stop when the process that started this one is gone."""
 
 
 class Batcher:
@@ -149,27 +150,16 @@ def start_server(checkpoint: Path, port: int = 0, name: str = "judge", batch_siz
     return server
 
 
-def _alive(pid: int) -> bool:
-    import os
-
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     settings = tyro.cli(Settings, args=arguments, prog="python -m openril.playground.serve")
     if not (settings.checkpoint / "config.json").is_file():
         print(f"{settings.checkpoint} holds no checkpoint (no config.json)", file=sys.stderr)
         return 2
+    parent = os.getppid()
     server = start_server(settings.checkpoint, settings.port, settings.name, settings.batch_size)
     print(f"http://127.0.0.1:{server.server_address[1]}/v1", flush=True)
     try:
-        while not settings.stop_with or _alive(settings.stop_with):
+        while not settings.with_parent or os.getppid() == parent:
             time.sleep(1.0)
     except KeyboardInterrupt:
         pass
