@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     Seeds the global generators too (for user reward functions); everything of ours draws from streams of its own.
     """
     AcceleratorState._reset_state()
+    # torch 2.13 has a new name for it, which accelerate does not pass on yet.
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
     accelerator = Accelerator(
         mixed_precision="bf16" if recipe.train.precision == "bfloat16" else "no",
         cpu=not torch.cuda.is_available(),
@@ -45,7 +48,7 @@ def one_process(command: str) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RecipeError(
             f"ril {command} is one process; give it without a launcher. What is launched on several is"
-            " sft, discriminator and train: accelerate launch --config_file CONFIG -m openril.cli train RECIPE"
+            " sft, discriminator and train: torchrun --nproc_per_node N -m openril.cli train RECIPE"
         )
 
 
