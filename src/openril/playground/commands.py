@@ -106,7 +106,10 @@ def run_shown(command: Command, say: Callable[[str], None], threads: int) -> int
     process = subprocess.Popen([sys.executable, "-m", *command.arguments], env=_environment(threads))
     try:
         return process.wait()
-    except KeyboardInterrupt:  # the child has been told too; it saves first
+    except KeyboardInterrupt:
+        # Ctrl-C reaches the child too, but an interrupt sent to this process alone does not. It saves before it ends;
+        # a second interrupt would end it at once, so it is a request to stop instead.
+        process.terminate()
         return process.wait()
 
 

@@ -36,7 +36,7 @@ PROMPT_WEIGHT = 0.2
 to look things up, without which the judge takes the truth for what the response says."""
 PROMPT_SHARE = 0.6
 """Share of the steps for which that goes on."""
-DRILLS = 64
+DRILLS = 32
 """Replies without their prompts a step, to learn to compare: a reply's verdict follows from its own words."""
 
 
@@ -142,7 +142,7 @@ def train_judge(
             temporary,
             "qwen2",
             texts=_tokenizer_texts(pairs[:3000]),
-            vocab_size=1500,
+            vocab_size=1000,
             hidden_size=hidden_size,
             num_layers=num_layers,
             seed=seed,
@@ -183,6 +183,12 @@ def _fit(
     """AdamW with a linear decay; the prompt's part that all rows share is run once a batch."""
     encoded = [_encode(tokenizer, pair) for pair in pairs]
     prefix = _common_prefix([ids for ids, _ in encoded])
+    # Rows of about the same length share a batch: less padding.
+    for start in range(0, len(encoded), 8 * batch_size):
+        block = sorted(encoded[start : start + 8 * batch_size], key=lambda row: len(row[0]))
+        batches = [block[i : i + batch_size] for i in range(0, len(block), batch_size)]
+        random.Random(start).shuffle(batches)
+        encoded[start : start + 8 * batch_size] = [row for batch in batches for row in batch]
     optimisers = _optimisers(model, learning_rate)
     warmup = max(1, steps // 20)
     schedules = [
