@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from openril.records import ImageSource, Question, Response
-from openril.storage import write_jsonl
+from openril.storage import atomic_path, write_jsonl
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220), "yellow": (230, 210, 40)}
 
@@ -16,7 +16,9 @@ def draw_square(path: Path, colour: str, size: tuple[int, int] = (56, 56)) -> Pa
     """A picture of one coloured square on white."""
     image = Image.new("RGB", size, (255, 255, 255))
     ImageDraw.Draw(image).rectangle((8, 8, size[0] - 8, size[1] - 8), fill=COLOURS[colour])
-    image.save(path)
+    # Processes of one test draw into one folder: a picture must never be seen half-written.
+    with atomic_path(path) as temporary:
+        image.save(temporary, format="PNG")
     return path
 
 
