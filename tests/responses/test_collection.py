@@ -407,3 +407,16 @@ def test_failures_are_grouped_by_cause():
         "  7 x time-out (questions q0, q1, q2, q3, q4, ...)",
         "  3 x refused (questions q9, ...)",
     ]
+
+
+def test_sft_on_cached_text_collects_from_the_student_as_it_is(tmp_path):
+    """The SFT student cannot answer before it has been made from those very answers."""
+    from openril.recipe.schema import Recipe
+    from openril.responses.identity import model_identity
+
+    recipe = Recipe.model_validate({"run_dir": str(tmp_path), "student": {"model": "a/student"}})
+    recipe.sft.on = "teacher_responses"
+    assert model_identity(recipe, None)[0] == "a/student"
+    recipe.sft.on = "answers"
+    with pytest.raises(ModelError, match="ril sft"):
+        model_identity(recipe, None)

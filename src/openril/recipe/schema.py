@@ -496,8 +496,13 @@ class Recipe(Section):
 
     @property
     def start_student(self) -> str:
-        """Checkpoint the loop, the collection and the discriminator start from."""
+        """Checkpoint the loop and the discriminator start from."""
         return str(self.sft_student_path) if self.sft.enabled else self.student.model
+
+    @property
+    def collected_student(self) -> str:
+        """Checkpoint whose responses are collected: the SFT student, unless SFT itself learns from the cache."""
+        return self.student.model if self.sft.on != "answers" else self.start_student
 
     @property
     def discriminator_path(self) -> Path:

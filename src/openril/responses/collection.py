@@ -149,7 +149,7 @@ def local_sampler(recipe: Recipe, source: str) -> Sampler:
         "questions_per_batch": recipe.collect.questions_per_batch,
     }
     if teacher is None:
-        return TransformersSampler.from_checkpoint(recipe.start_student, recipe.student, **shared)
+        return TransformersSampler.from_checkpoint(recipe.collected_student, recipe.student, **shared)
     return TransformersSampler.from_checkpoint(
         teacher.model_path, trust_remote_code=teacher.trust_remote_code, system_prompt=teacher.system_prompt, **shared
     )

@@ -21,8 +21,8 @@ def model_identity(recipe: Recipe, teacher: Teacher | None) -> tuple[str, str | 
         if not teacher.model_path:
             return teacher.model, teacher.revision
         return teacher.model_path, weights_fingerprint(Path(teacher.model_path)) or teacher.revision
-    student = recipe.start_student
-    if recipe.sft.enabled and not Path(student).is_dir():
+    student = recipe.collected_student
+    if recipe.sft.enabled and recipe.sft.on == "answers" and not Path(student).is_dir():
         raise ModelError(f"{student}: the SFT student is not there yet; run `ril sft` first, or set sft.enabled: false")
     return student, weights_fingerprint(Path(student)) or recipe.student.revision
 
