@@ -5,7 +5,7 @@ import math
 import pytest
 
 from openril.evaluation.summary import Row, build_evaluation, compare, groups_of, mean_and_error
-from openril.evaluation.table import cells, markdown_table
+from openril.evaluation.table import cells, markdown_table, rich_table
 
 
 def row(number, score, **more):
@@ -68,3 +68,11 @@ def test_many_groups_leave_the_terminal_but_not_the_file():
     e = evaluation(*[1.0] * 9, groups=groups)
     assert cells([e], 8)[0][-1] == "mean over skills" and "s3" not in cells([e], 8)[0]
     assert "s3" in markdown_table([e])
+
+
+def test_groups_have_columns_only_where_the_terminal_is_wide_enough():
+    groups = [{"skill": f"a long skill {i}"} for i in range(6)]
+    e = evaluation(*[1.0] * 6, groups=groups)
+    wide, narrow = rich_table([e], 200), rich_table([e], 80)
+    assert len(wide.columns) == len(narrow.columns) + 6
+    assert wide.caption is None and "table.md" in str(narrow.caption)

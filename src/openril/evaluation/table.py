@@ -59,11 +59,16 @@ def cells(evaluations: Sequence[Evaluation], max_groups: int | None = None) -> t
     return header, rows
 
 
-def rich_table(evaluations: Sequence[Evaluation]) -> Table:
+def rich_table(evaluations: Sequence[Evaluation], width: int = 120) -> Table:
+    """For a terminal ``width`` characters wide: groups get columns of their own only where all of them fit."""
     from rich.table import Table
 
     header, rows = cells(evaluations, MANY_GROUPS)
     table = Table(title="evaluation (percent, ± standard error)")
+    if sum(max(len(row[i]) for row in [header, *rows]) + 3 for i in range(len(header))) + 1 > width:
+        narrow, rows = cells(evaluations, 0)
+        if len(narrow) < len(header):
+            header, table.caption = narrow, "each group's score is in eval/table.md"
     for number, name in enumerate(header):
         table.add_column(name, justify="left" if number == 0 else "right")
     for row in rows:

@@ -89,7 +89,7 @@ def run_eval(
     ordered = [evaluations[name] for name in sorted(evaluations, key=place)]
     write_json(folder / "table.json", {"settings": settings, "evaluations": table_data(ordered)})
     write_text(folder / "table.md", markdown_table(ordered))
-    console.print(rich_table(ordered))
+    console.print(rich_table(ordered, console.width))
     return folder / "table.md"
 
 
