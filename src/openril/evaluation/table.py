@@ -70,7 +70,7 @@ def rich_table(evaluations: Sequence[Evaluation], width: int = 120) -> Table:
         if len(narrow) < len(header):
             header, table.caption = narrow, "each group's score is in eval/table.md"
     for number, name in enumerate(header):
-        table.add_column(name, justify="left" if number == 0 else "right")
+        table.add_column(name, justify="left" if number == 0 else "right", no_wrap=number < 3)
     for row in rows:
         table.add_row(*row)
     return table
