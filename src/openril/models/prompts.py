@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ class Prompt:
     concatenated along dim 0 over rows. token_types: int64 [P], where the processor gives them, under the name
     token_type_key (Gemma 3 has another than Qwen2.5-VL). position_ids: int64
     [C, P], with C = 3 for M-RoPE and 1 otherwise. next_position: the position of the first token behind the prompt.
+    images_key: says which images these are, so that what is computed from them can be kept; None if unknown.
     """
 
     input_ids: Tensor
@@ -34,6 +35,7 @@ class Prompt:
     position_ids: Tensor
     next_position: int
     token_type_key: str = "mm_token_type_ids"
+    images_key: Hashable = None
 
     @property
     def length(self) -> int:
@@ -99,14 +101,21 @@ class PromptEncoder:
             for source in question.images
         ]
         messages = question_messages(question, self.system_prompt, self.clean)
-        prompt = self.encode(messages, images, name=f"question {question.id} ({question.origin})")
+        prompt = self.encode(messages, images, name=f"question {question.id} ({question.origin})", key=question.images)
         self._kept[question] = prompt
         if len(self._kept) > self._keep:
             self._kept.popitem(last=False)
         return prompt
 
-    def encode(self, messages: list[dict[str, Any]], images: Sequence[Image.Image], *, name: str = "prompt") -> Prompt:
-        """Any chat (ending in a user turn) with its images in order. name: how errors call it."""
+    def encode(
+        self,
+        messages: list[dict[str, Any]],
+        images: Sequence[Image.Image],
+        *,
+        name: str = "prompt",
+        key: Hashable = None,
+    ) -> Prompt:
+        """Any chat (ending in a user turn) with its images in order. name: how errors call it. key: ``images_key``."""
         text = self._template.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         if images:
             # A template that writes the first token itself must not get a second one from the tokenizer.
@@ -132,7 +141,8 @@ class PromptEncoder:
             else:
                 vision[key] = value
         position_ids = self._positions(inputs, length)
-        return Prompt(input_ids, vision, token_types, position_ids, int(position_ids.max()) + 1, token_type_key)
+        next_position = int(position_ids.max()) + 1
+        return Prompt(input_ids, vision, token_types, position_ids, next_position, token_type_key, key)
 
     def _positions(self, inputs: Any, length: int) -> Tensor:
         if self._rope_index is None:

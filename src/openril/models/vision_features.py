@@ -1,0 +1,218 @@
+"""The vision side runs once a prompt: what its frozen part gives is kept and used again.
+
+transformers' vision-language models take ready image features as ``mm_encoder_outputs``. What is kept depends on what
+trains: with tower and projector frozen the features themselves, with a frozen tower and a training projector the
+tower's output (the projector then runs every time, with its gradient), with a training tower nothing.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from openril.models.freezing import module_group
+from openril.models.prompts import Prompt
+
+Kept = Literal["features", "tower", "nothing"]
+
+
+class FeatureStore:
+    """Outputs by key, the least recently used dropped first when they fill ``max_bytes``.
+
+    Kept on the CPU, so that they cost no memory of the device; several models may share one, if their frozen parts have
+    the same weights.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.bytes = 0
+        self.hits = 0
+        self.misses = 0
+        self._kept: OrderedDict[Hashable, Any] = OrderedDict()
+
+    def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """The output of ``key``; tensors are on the device where ``make`` put them, or on the CPU."""
+        if key is not None and key in self._kept:
+            self.hits += 1
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        self.misses += 1
+        made = make()
+        if key is None or (size := sum(t.numel() * t.element_size() for t in _tensors(made))) > self.max_bytes:
+            return made
+        self._kept[key] = _map(made, lambda t: t.to("cpu"))
+        self.bytes += size
+        while self.bytes > self.max_bytes:
+            _, dropped = self._kept.popitem(last=False)
+            self.bytes -= sum(t.numel() * t.element_size() for t in _tensors(dropped))
+        return made
+
+
+class VisionFeatures:
+    """Image features of prompts, for one model.
+
+    model: a transformers vision-language model, without wrappers. store: where frozen parts' outputs are kept. keep: what
+    is kept; None decides by what of the model trains. A model that shares another's store must keep the same.
+    """
+
+    def __init__(self, model: Any, store: FeatureStore | None = None, keep: Kept | None = None) -> None:
+        self.model = model
+        self.base = getattr(model, "model", model)
+        self.store = store if store is not None else FeatureStore(0)
+        self._parameters: Sequence[str] = ()
+        if hasattr(self.base, "get_image_features") and "mm_encoder_outputs" in _arguments(model.forward):
+            self._parameters = _arguments(self.base.get_image_features)
+        self.tower = next((t for name in _TOWERS if isinstance(t := getattr(self.base, name, None), nn.Module)), None)
+        self.keep: Kept = keep or self._by_training()
+
+    @property
+    def available(self) -> bool:
+        """Whether the model takes ready features at all."""
+        return bool(self._parameters)
+
+    def __call__(self, prompts: Sequence[Prompt]) -> dict[str, Any] | None:
+        """``mm_encoder_outputs`` for prompts that stand in this order in one row; None if they have no images."""
+        outputs = [self._features(p) for p in prompts if p.vision]
+        if not outputs:
+            return None
+        joined = SimpleNamespace(pooler_output=_join([o.pooler_output for o in outputs]))
+        if getattr(outputs[0], "deepstack_features", None) is not None:
+            layers = zip(*(o.deepstack_features for o in outputs), strict=True)
+            joined.deepstack_features = [_join(list(layer)) for layer in layers]
+        return {"image": joined}
+
+    def _by_training(self) -> Kept:
+        trains = {module_group(name) for name, p in self.model.named_parameters() if p.requires_grad}
+        if "vision_tower" in trains:
+            return "nothing"
+        if "projector" not in trains:
+            return "features"
+        return "tower" if self.tower is not None else "nothing"
+
+    def _features(self, prompt: Prompt) -> Any:
+        if self.keep == "nothing":
+            return self._run(prompt)
+        device = next(self.base.parameters()).device
+        if self.keep == "features":
+            return _on(self.store.get(prompt.images_key, lambda: self._frozen(prompt)), device)
+        mergers = self._mergers()
+        if mergers:  # the projector is inside the tower
+            kept = _on(self.store.get(prompt.images_key, lambda: self._unmerged(prompt)), device)
+            last, *deepstack = (m(states.flatten(0, 1)) for m, states in zip(mergers, kept, strict=True))
+            return SimpleNamespace(
+                pooler_output=(last,), deepstack_features=[(layer,) for layer in deepstack] if deepstack else None
+            )
+        kept = _on(self.store.get(prompt.images_key, lambda: self._tower_output(prompt)), device)
+        with _answering(self.tower, lambda *args, **kwargs: _copy(kept)):
+            return self._run(prompt)
+
+    def _run(self, prompt: Prompt) -> Any:
+        device = next(self.base.parameters()).device
+        inputs = {k: v.to(device) for k, v in prompt.vision.items() if k in self._parameters}
+        return self.base.get_image_features(**inputs, return_dict=True)
+
+    @torch.no_grad()
+    def _frozen(self, prompt: Prompt) -> Any:
+        made = self._run(prompt)
+        kept = SimpleNamespace(pooler_output=made.pooler_output)
+        if getattr(made, "deepstack_features", None) is not None:
+            kept.deepstack_features = made.deepstack_features
+        return kept
+
+    def _mergers(self) -> list[nn.Module]:
+        """The projectors inside a tower of Qwen's kind: of the last layer first, then of its deepstack layers."""
+        merger = getattr(self.tower, "merger", None)
+        if not isinstance(merger, nn.Module):
+            return []
+        return [merger, *getattr(self.tower, "deepstack_merger_list", [])]
+
+    @torch.no_grad()
+    def _unmerged(self, prompt: Prompt) -> tuple[Tensor, ...]:
+        """What each merger would be given, in the order of its results: float [merged tokens, patches of each, D]."""
+        unit = self.tower.spatial_merge_size**2  # type: ignore[union-attr, operator]
+
+        def gather(states: Tensor) -> Tensor:
+            return states.reshape(-1, unit * states.shape[-1])
+
+        with _answering(self._mergers(), gather):
+            made = self._run(prompt)
+        layers = [made.pooler_output, *(getattr(made, "deepstack_features", None) or [])]
+        return tuple((states := torch.cat(tuple(layer))).view(len(states), unit, -1) for layer in layers)
+
+    @torch.no_grad()
+    def _tower_output(self, prompt: Prompt) -> Any:
+        seen: list[Any] = []
+        tower: Any = self.tower
+        handle = tower.register_forward_hook(lambda module, args, output: seen.append(_copy(output)))
+        try:
+            self._run(prompt)
+        finally:
+            handle.remove()
+        assert len(seen) == 1, "the vision tower runs once a call"
+        return seen[0]
+
+
+_TOWERS = ("visual", "vision_tower", "vision_model")
+
+
+def _arguments(function: Any) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+@contextmanager
+def _answering(modules: Any, answer: Callable[..., Any]) -> Iterator[None]:
+    """The modules' forward is ``answer`` for a while."""
+    modules = modules if isinstance(modules, list) else [modules]
+    before = [m.__dict__.get("forward") for m in modules]
+    for module in modules:
+        module.forward = answer
+    try:
+        yield
+    finally:
+        for module, forward in zip(modules, before, strict=True):
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward
+
+
+def _join(parts: list[Any]) -> Any:
+    """Features of several prompts, as the models give them: one tensor, or a tensor an image."""
+    if all(isinstance(p, Tensor) for p in parts):
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+    return tuple(t for p in parts for t in ([p] if isinstance(p, Tensor) else p))
+
+
+def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, SimpleNamespace):
+        return SimpleNamespace(**{k: _map(v, change) for k, v in vars(value).items()})
+    if isinstance(value, dict):  # transformers' outputs are dictionaries too
+        changed = {k: _map(v, change) for k, v in value.items()}
+        return changed if type(value) is dict else type(value)(**changed)
+    if isinstance(value, list | tuple):
+        return tuple(_map(v, change) for v in value)
+    return value
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    found: list[Tensor] = []
+    _map(value, lambda t: found.append(t) or t)  # type: ignore[func-returns-value]
+    return iter(found)
+
+
+def _on(value: Any, device: torch.device) -> Any:
+    return _map(value, lambda t: t.to(device))
+
+
+def _copy(value: Any) -> Any:
+    """Models write into the output object they get; the kept one must stay as it was."""
+    return _map(value, lambda t: t)
