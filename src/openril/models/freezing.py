@@ -14,9 +14,11 @@ from openril.recipe.schema import ModuleGroup
 _PATTERNS: tuple[tuple[ModuleGroup, re.Pattern[str]], ...] = (
     (
         "projector",
-        re.compile(r"(multi_modal_projector|visual\.(deepstack_)?merger|connector|modality_projection|mlp1)\b"),
+        re.compile(
+            r"\b(multi_modal_projector|connector|modality_projection|mlp1|image_newline|"
+            r"visual\.(merger|deepstack_merger_list))\b"
+        ),
     ),
-    ("projector", re.compile(r"(visual\.(deepstack_)?merger|image_newline)")),
     ("vision_tower", re.compile(r"\b(visual|vision_tower|vision_model|vision_encoder)\b")),
     ("lm_head", re.compile(r"\blm_head\b")),
     ("word_embeddings", re.compile(r"\b(embed_tokens|wte|word_embeddings)\b")),

@@ -82,7 +82,8 @@ def load_processor(
     if min_pixels or max_pixels:
         image_processor = getattr(processor, "image_processor", None)
         size = dict(getattr(image_processor, "size", None) or {})
-        if "longest_edge" not in size:
+        # Some processors have one of the two, and mean the length of a side by it.
+        if not {"shortest_edge", "longest_edge"} <= set(size):
             raise ModelError(
                 f"{what}: min_pixels and max_pixels are not supported by {type(image_processor).__name__};"
                 " leave student.min_pixels and student.max_pixels at 0"

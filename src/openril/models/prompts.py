@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -17,16 +18,18 @@ from openril.data.wording import question_text
 from openril.errors import DataError, ModelError
 from openril.records import IMAGE_MARKER, Question, Response
 
+_TILE_MARK = re.compile(r"<row_\d+_col_\d+>")
+
 
 @dataclass
 class Prompt:
     """A prompt ready for the model; P is its length in tokens, image tokens included.
 
-    input_ids: int64 [P]. vision: tensors of the processor that belong to images (pixel values, grids), to be
-    concatenated along dim 0 over rows. token_types: int64 [P], where the processor gives them, under the name
-    token_type_key (Gemma 3 has another than Qwen2.5-VL). position_ids: int64
-    [C, P], with C = 3 for M-RoPE and 1 otherwise. next_position: the position of the first token behind the prompt.
-    images_key: says which images these are, so that what is computed from them can be kept; None if unknown.
+    input_ids: int64 [P]. vision: tensors of the processor that belong to images (pixel values, grids); those of several
+    prompts are put together by ``vision_inputs.join_vision``. token_types: int64 [P], where the processor gives them,
+    under the name token_type_key (Gemma 3 has another than Qwen2.5-VL). position_ids: int64 [C, P], with C = 3 for
+    M-RoPE and 1 otherwise. next_position: the position of the first token behind the prompt. images_key: says which
+    images these are, so that what is computed from them can be kept; None if unknown.
     """
 
     input_ids: Tensor
@@ -71,7 +74,7 @@ class PromptEncoder:
         self.max_image_pixels = max_image_pixels
         self.allow_urls = allow_urls
         self.eos_token_ids = eos_token_ids(model, self.tokenizer, self._template)
-        self.special_token_ids = special_token_ids(self.tokenizer) | image_token_ids(model)
+        self.special_token_ids = special_token_ids(self.tokenizer) | image_token_ids(model, processor)
         self._special_texts = [self.tokenizer.convert_ids_to_tokens(i) for i in sorted(self.special_token_ids)]
         self._keep = keep
         self._kept: OrderedDict[Question, Prompt] = OrderedDict()
@@ -133,13 +136,13 @@ class PromptEncoder:
             )
         vision: dict[str, Tensor] = {}
         token_types, token_type_key = None, "mm_token_type_ids"
-        for key, value in inputs.items():
-            if key in ("input_ids", "attention_mask"):
+        for part, value in inputs.items():
+            if part in ("input_ids", "attention_mask"):
                 continue
-            if value.shape[:2] == (1, length):
-                token_types, token_type_key = value[0], key
+            if value.shape == (1, length):
+                token_types, token_type_key = value[0], part
             else:
-                vision[key] = value
+                vision[part] = value
         position_ids = self._positions(inputs, length)
         next_position = int(position_ids.max()) + 1
         return Prompt(input_ids, vision, token_types, position_ids, next_position, token_type_key, key)
@@ -211,11 +214,19 @@ def eos_token_ids(model: nn.Module, tokenizer: Any, template: Any = None) -> lis
     return ids
 
 
-def image_token_ids(model: nn.Module) -> set[int]:
-    """Ids that stand for images and videos in this model's prompts, whatever the tokenizer thinks of them."""
+def image_token_ids(model: nn.Module, processor: Any = None) -> set[int]:
+    """Ids that stand for or around images and videos in this model's prompts, whatever the tokenizer thinks of them."""
     config = getattr(model, "config", None)
-    names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
-    return {value for name in names if isinstance(value := getattr(config, name, None), int) and value >= 0}
+    marks = ("image", "video", "boi", "eoi", "vision_start", "vision_end")
+    named = (getattr(config, f"{mark}_token_{ending}", None) for mark in marks for ending in ("id", "index"))
+    ids = {value for value in named if isinstance(value, int) and value >= 0}
+    tokenizer = getattr(processor, "tokenizer", None)
+    if tokenizer is not None:
+        # Some checkpoints add SmolVLM's tile marks as ordinary tokens.
+        written = {value for name, value in vars(processor).items() if name.endswith("_token") and value}
+        added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
+        ids |= {i for token, i in added.items() if token in written or _TILE_MARK.fullmatch(token)}
+    return ids
 
 
 def special_token_ids(tokenizer: Any) -> set[int]:

@@ -13,41 +13,12 @@ from typing import Any, Literal
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import (
-    InternVLConfig,
-    InternVLForConditionalGeneration,
-    InternVLProcessor,
-    PreTrainedTokenizerFast,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2_5_VLProcessor,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
 
 from openril.errors import ModelError
+from openril.models.tiny_families import FAMILIES, Sizes
 from openril.storage import atomic_path
 
-Architecture = Literal["qwen2_5_vl", "internvl", "qwen2"]
-
-_CHAT_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-_QWEN_TOKENS = [*_CHAT_TOKENS, "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-_INTERNVL_TOKENS = [*_CHAT_TOKENS, "<img>", "</img>", "<IMG_CONTEXT>", "<video>"]
-
-# ChatML, the format both families use: content is a string or a list of image and text parts.
-_CHAT_TEMPLATE = """\
-{%- for message in messages -%}
-{{ '<|im_start|>' + message['role'] + '\\n' }}
-{%- if message['content'] is string -%}
-{{ message['content'] }}
-{%- else -%}
-{%- for part in message['content'] -%}
-{%- if part['type'] == 'image' -%}{{ 'IMAGE' }}{%- else -%}{{ part['text'] }}{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
-{{ '<|im_end|>\\n' }}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"""
+Architecture = Literal["qwen2_5_vl", "qwen3_vl", "internvl", "llava_onevision", "smolvlm", "gemma3", "qwen2"]
 
 _CORPUS = [
     "You are a helpful assistant. Compare the generated text with the ground truth.",
@@ -98,19 +69,6 @@ def _unigram_tokenizer(texts: Iterable[str], vocab_size: int, special: list[str]
     return tokenizer
 
 
-def _fast_tokenizer(backend: Tokenizer, template: str, **extra: str) -> PreTrainedTokenizerFast:
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        extra_special_tokens=extra or {},
-        padding_side="left",
-        model_max_length=32768,
-    )
-    tokenizer.chat_template = template
-    return tokenizer
-
-
 def build_tiny_model(
     folder: str | Path,
     architecture: Architecture = "qwen2_5_vl",
@@ -130,20 +88,24 @@ def build_tiny_model(
 ) -> Path:
     """Write a tiny random checkpoint with its processor to ``folder`` and return the folder.
 
-    texts: what the tokenizer is trained on, beside a few built-in sentences. max_pixels: largest image area for
-    Qwen2.5-VL (one image token per 28 x 28 pixels). tile_size, max_tiles: InternVL's square tiles in pixels (a
-    multiple of 28; one image token per 28 x 28 pixels) and their number. "qwen2" is a text-only model, for judges.
-    Raises ModelError when sizes do not fit.
+    architecture: "qwen2" is a text-only model, for judges; "smolvlm" needs the package num2words. texts: what the
+    tokenizer is trained on, beside a few built-in sentences. max_pixels: largest image area of the Qwen-VL families (one
+    image token per 28 x 28 pixels, in Qwen3-VL per 32 x 32). tile_size: the other families' square tiles, in pixels (a
+    multiple of 28; one image token per 28 x 28 pixels, in LLaVA-OneVision per 14 x 14). max_tiles: most tiles an image
+    is cut into (Gemma 3 takes it whole). Raises ModelError when sizes do not fit.
     """
+    if architecture not in FAMILIES:
+        raise ModelError(f"unknown architecture {architecture!r}; choose from {', '.join(FAMILIES)}")
     if hidden_size % num_heads or (hidden_size // num_heads) % 8:
         raise ModelError(f"hidden_size {hidden_size} must be num_heads {num_heads} times a multiple of 8")
     if tile_size % 28:
         raise ModelError(f"tile_size {tile_size} must be a multiple of 28")
     folder = Path(folder)
-    special = {"qwen2_5_vl": _QWEN_TOKENS, "internvl": _INTERNVL_TOKENS, "qwen2": _CHAT_TOKENS}[architecture]
+    family = FAMILIES[architecture]
     make = _bpe_tokenizer if tokenizer == "bpe" else _unigram_tokenizer
-    backend = make([*texts, *_CORPUS], vocab_size, special)
-    token_id = {t: backend.token_to_id(t) for t in special}
+    backend = make([*texts, *_CORPUS], vocab_size, family.tokens)
+    vocabulary = backend.get_vocab()
+    ids = {token: vocabulary[token] for token in family.tokens}
     text_config: dict[str, Any] = {
         "vocab_size": backend.get_vocab_size(),
         "hidden_size": hidden_size,
@@ -152,119 +114,28 @@ def build_tiny_model(
         "num_attention_heads": num_heads,
         "num_key_value_heads": max(1, num_heads // 2),
         "max_position_embeddings": 32768,
-        "bos_token_id": None,
-        "eos_token_id": token_id["<|im_end|>"],
-        "pad_token_id": token_id["<|endoftext|>"],
+        "bos_token_id": ids.get(family.bos or ""),
+        "eos_token_id": ids[family.ends[0]],
+        "pad_token_id": ids[family.pad],
         "tie_word_embeddings": False,
     }
+    sizes = Sizes(
+        text=text_config,
+        ids=ids,
+        tokenizer=family.tokenizer(backend),
+        vision_hidden_size=vision_hidden_size,
+        vision_layers=vision_layers,
+        max_pixels=max_pixels,
+        tile_size=tile_size,
+        max_tiles=max_tiles,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if architecture == "qwen2_5_vl":
-            model, processor = _qwen2_5_vl(
-                text_config, backend, token_id, vision_hidden_size, vision_layers, max_pixels
-            )
-        elif architecture == "internvl":
-            model, processor = _internvl(
-                text_config, backend, token_id, vision_hidden_size, vision_layers, tile_size, max_tiles
-            )
-        else:
-            model = Qwen2ForCausalLM(Qwen2Config(**text_config))
-            processor = _fast_tokenizer(backend, _CHAT_TEMPLATE)
-    model.generation_config.eos_token_id = token_id["<|im_end|>"]
-    model.generation_config.pad_token_id = token_id["<|endoftext|>"]
+        model, processor = family.build(sizes)
+    ends = [ids[token] for token in family.ends]
+    model.generation_config.eos_token_id = ends[0] if len(ends) == 1 else ends
+    model.generation_config.pad_token_id = ids[family.pad]
     with atomic_path(folder) as temporary:
         model.save_pretrained(temporary)
         processor.save_pretrained(temporary)
     return folder
-
-
-def _qwen2_5_vl(text_config, backend, token_id, vision_hidden_size, vision_layers, max_pixels):
-    from transformers import Qwen2VLImageProcessor, Qwen2VLVideoProcessor
-
-    head_dim = text_config["hidden_size"] // text_config["num_attention_heads"]
-    # M-RoPE shares a head's rotary pairs between time, height and width, in the ratio 2 : 3 : 3 of the real models.
-    section = [head_dim // 8, 3 * head_dim // 16, 3 * head_dim // 16]
-    section[0] += head_dim // 2 - sum(section)
-    config = Qwen2_5_VLConfig(
-        text_config={
-            **text_config,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": section},
-            "use_sliding_window": False,
-        },
-        vision_config={
-            "depth": vision_layers,
-            "hidden_size": vision_hidden_size,
-            "intermediate_size": 2 * vision_hidden_size,
-            "num_heads": max(1, vision_hidden_size // 32),
-            "out_hidden_size": text_config["hidden_size"],
-            "fullatt_block_indexes": [vision_layers - 1],
-        },
-        image_token_id=token_id["<|image_pad|>"],
-        video_token_id=token_id["<|video_pad|>"],
-        vision_start_token_id=token_id["<|vision_start|>"],
-        vision_end_token_id=token_id["<|vision_end|>"],
-        tie_word_embeddings=False,
-    )
-    template = _CHAT_TEMPLATE.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
-    tokenizer = _fast_tokenizer(
-        backend,
-        template,
-        image_token="<|image_pad|>",
-        video_token="<|video_pad|>",
-        vision_start_token="<|vision_start|>",
-        vision_end_token="<|vision_end|>",
-    )
-    size = {"shortest_edge": 28 * 28, "longest_edge": max_pixels}
-    processor = Qwen2_5_VLProcessor(
-        image_processor=Qwen2VLImageProcessor(size=size),
-        tokenizer=tokenizer,
-        video_processor=Qwen2VLVideoProcessor(),
-        chat_template=template,
-    )
-    return Qwen2_5_VLForConditionalGeneration(config), processor
-
-
-def _internvl(text_config, backend, token_id, vision_hidden_size, vision_layers, tile_size, max_tiles):
-    from transformers import GotOcr2ImageProcessor
-    from transformers.models.internvl.video_processing_internvl import InternVLVideoProcessor
-
-    image_seq_length = (tile_size // 28) ** 2
-    config = InternVLConfig(
-        text_config={"model_type": "qwen2", **text_config},
-        vision_config={
-            "hidden_size": vision_hidden_size,
-            "intermediate_size": 2 * vision_hidden_size,
-            "num_hidden_layers": vision_layers,
-            "num_attention_heads": max(1, vision_hidden_size // 32),
-            "image_size": [tile_size, tile_size],
-            "patch_size": [14, 14],
-        },
-        image_token_id=token_id["<IMG_CONTEXT>"],
-        image_seq_length=image_seq_length,
-        downsample_ratio=0.5,
-        tie_word_embeddings=False,
-    )
-    template = _CHAT_TEMPLATE.replace("IMAGE", "<IMG_CONTEXT>\\n")
-    tokenizer = _fast_tokenizer(
-        backend,
-        template,
-        start_image_token="<img>",
-        end_image_token="</img>",
-        context_image_token="<IMG_CONTEXT>",
-        video_token="<video>",
-    )
-    processor = InternVLProcessor(
-        image_processor=GotOcr2ImageProcessor(
-            crop_to_patches=True,
-            min_patches=1,
-            max_patches=max_tiles,
-            size={"height": tile_size, "width": tile_size},
-            image_mean=[0.485, 0.456, 0.406],
-            image_std=[0.229, 0.224, 0.225],
-        ),
-        tokenizer=tokenizer,
-        video_processor=InternVLVideoProcessor(),
-        image_seq_length=image_seq_length,
-        chat_template=template,
-    )
-    return InternVLForConditionalGeneration(config), processor
