@@ -33,6 +33,51 @@ def tiny_internvl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_model(folder, "internvl", texts=_TEXTS, tokenizer="unigram", hidden_size=32, seed=1)
 
 
+@pytest.fixture(scope="session")
+def tiny_llava_onevision(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoint folder of a tiny random LLaVA-OneVision: one image becomes up to five tiles, two stay one tile each."""
+    from openril.models.tiny import build_tiny_model
+
+    folder = tmp_path_factory.mktemp("models") / "llava_onevision"
+    return build_tiny_model(folder, "llava_onevision", texts=_TEXTS, hidden_size=32, tile_size=28, seed=2)
+
+
+@pytest.fixture(scope="session")
+def tiny_smolvlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoint folder of a tiny random SmolVLM, which splits every image into three or five tiles."""
+    pytest.importorskip("num2words", reason="SmolVLM's processor needs num2words")
+    from openril.models.tiny import build_tiny_model
+
+    folder = tmp_path_factory.mktemp("models") / "smolvlm"
+    return build_tiny_model(folder, "smolvlm", texts=_TEXTS, hidden_size=32, seed=3)
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen3_vl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoint folder of a tiny random Qwen3-VL."""
+    from openril.models.tiny import build_tiny_model
+
+    folder = tmp_path_factory.mktemp("models") / "qwen3_vl"
+    return build_tiny_model(folder, "qwen3_vl", texts=_TEXTS, hidden_size=32, seed=4)
+
+
+@pytest.fixture(scope="session")
+def tiny_gemma3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoint folder of a tiny random Gemma 3, whose sliding window is shorter than any prompt."""
+    from openril.models.tiny import build_tiny_model
+
+    folder = tmp_path_factory.mktemp("models") / "gemma3"
+    return build_tiny_model(folder, "gemma3", texts=_TEXTS, hidden_size=32, seed=5)
+
+
+@pytest.fixture(
+    params=["tiny_qwen", "tiny_internvl", "tiny_llava_onevision", "tiny_smolvlm", "tiny_qwen3_vl", "tiny_gemma3"]
+)
+def tiny_family(request: pytest.FixtureRequest) -> Path:
+    """Every supported family, one after the other."""
+    return request.getfixturevalue(request.param)
+
+
 @pytest.fixture(params=["qwen2_5_vl", "internvl"])
 def tiny_student(request: pytest.FixtureRequest, tiny_qwen: Path, tiny_internvl: Path) -> Path:
     """Both architectures, one after the other."""

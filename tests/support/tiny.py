@@ -42,6 +42,15 @@ def tiny_questions(folder: Path, count: int = 8) -> list[Question]:
     return questions
 
 
+def unlike_questions(folder: Path) -> list[Question]:
+    """One image, two, none, and one of another shape: prompts whose image tensors differ in every dimension they can."""
+    wide = draw_square(folder / "wide.png", "green", (112, 56))
+    return [
+        *tiny_questions(folder, 3),
+        Question("q-wide", "Which colour is the square?", "green", (ImageSource(path=wide),)),
+    ]
+
+
 def write_questions(path: Path, questions: list[Question]) -> Path:
     """The questions as a JSONL file."""
     write_jsonl(

@@ -119,14 +119,21 @@ class PromptEncoder:
         key: Hashable = None,
     ) -> Prompt:
         """Any chat (ending in a user turn) with its images in order. name: how errors call it. key: ``images_key``."""
-        text = self._template.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        if images:
-            # A template that writes the first token itself must not get a second one from the tokenizer.
-            bos = self.tokenizer.bos_token
-            once = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
-            inputs = self.processor(text=[text], images=[list(images)], return_tensors="pt", **once)
-        else:
-            inputs = self.tokenizer([text], return_tensors="pt", add_special_tokens=False)
+        return self.encode_text(self.render(messages), images, name=name, key=key)
+
+    def render(self, messages: list[dict[str, Any]]) -> str:
+        """A chat in the model's own format, ending in the header of the assistant's turn."""
+        return self._template.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    def encode_text(
+        self, text: str, images: Sequence[Image.Image], *, name: str = "prompt", key: Hashable = None
+    ) -> Prompt:
+        """A rendered chat, or its beginning, with its images in order."""
+        # A template that writes the first token itself must not get a second one from the tokenizer.
+        bos = self.tokenizer.bos_token
+        once = {"add_special_tokens": False} if not images or (bos and text.startswith(bos)) else {}
+        with_images = {"images": [list(images)]} if images else {}
+        inputs = self.processor(text=[text], **with_images, return_tensors="pt", **once)
         input_ids = inputs["input_ids"][0]
         length = input_ids.shape[0]
         if length > self.max_prompt_length:
