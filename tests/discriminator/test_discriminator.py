@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from openril.discriminator.head import DiscriminatorModel, lay_out_prompts
-from openril.discriminator.prompt import encode_discriminator_prompt
+from openril.discriminator.head import DiscriminatorModel
+from openril.discriminator.prompt import DiscriminatorPrompts
 from openril.errors import ModelError
+from openril.models.group_forward import GroupTokens, lay_out
 from openril.models.loading import load_model, load_processor
 from openril.models.prompts import PromptEncoder
 from openril.recipe.schema import Student
@@ -27,8 +28,15 @@ def encoder_of(checkpoint: Path) -> PromptEncoder:
 
 
 def text_of(encoder: PromptEncoder, question: Question, response: str, **options: Any) -> str:
-    prompt = encode_discriminator_prompt(encoder, question, response, **options)
-    return encoder.tokenizer.decode(prompt.input_ids, skip_special_tokens=False)
+    tokens = tokens_of(encoder, question, response, **options)
+    ids = torch.cat([tokens.prompt.input_ids, *tokens.completions])
+    return encoder.tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def tokens_of(encoder: PromptEncoder, question: Question, *responses: str, **options: Any) -> GroupTokens:
+    prompts = DiscriminatorPrompts(encoder, **options)
+    head, after = prompts.head(question)
+    return GroupTokens(head, [prompts.tail(text, after) for text in responses])
 
 
 def test_prompt_shows_what_the_recipe_says(tiny_student: Path, tmp_path: Path):
@@ -39,8 +47,18 @@ def test_prompt_shows_what_the_recipe_says(tiny_student: Path, tmp_path: Path):
     assert question.question not in alone
     asked = text_of(encoder, question, "It is red.", sees="question")
     assert question.question in asked
-    assert not encode_discriminator_prompt(encoder, question, "It is red.", sees="question").vision
-    assert "pixel_values" in encode_discriminator_prompt(encoder, question, "It is red.", sees="image").vision
+    assert not tokens_of(encoder, question, "It is red.", sees="question").prompt.vision
+    assert "pixel_values" in tokens_of(encoder, question, "It is red.", sees="image").prompt.vision
+
+
+def test_the_two_parts_of_the_prompt_read_as_one(tiny_student: Path, tmp_path: Path):
+    encoder = encoder_of(tiny_student)
+    question = tiny_questions(tmp_path, 1)[0]
+    text = text_of(encoder, question, "It is red.", sees="question")
+    turns = text.count("<|im_start|>")
+    assert turns == 3 and text.rstrip().endswith("<|im_start|>assistant")
+    assert text.index(question.question) < text.index("It is red.") < text.index("Who wrote this")
+    assert "STANDS" not in text
 
 
 def test_a_response_cannot_leave_its_tags_or_forge_turns(tiny_student: Path, tmp_path: Path):
@@ -65,13 +83,13 @@ def test_padding_and_neighbours_do_not_matter(tiny_student: Path, tmp_path: Path
     encoder = encoder_of(tiny_student)
     network = DiscriminatorModel.from_student(str(tiny_student), Student(), seed=0)
     questions = tiny_questions(tmp_path, 3)
-    prompts = [
-        encode_discriminator_prompt(encoder, q, text, sees="image")
+    groups = [
+        tokens_of(encoder, q, text, sees="image")
         for q, text in zip(questions, ("red", "I look at the square. It is red.", ""), strict=True)
     ]
     with torch.no_grad():
-        together = network(*lay_out_prompts(prompts, encoder.pad_token_id))
-        alone = torch.cat([network(*lay_out_prompts([p], encoder.pad_token_id)) for p in prompts])
+        together = network(lay_out(groups, encoder.pad_token_id))
+        alone = torch.cat([network(lay_out([g], encoder.pad_token_id)) for g in groups])
     assert together.tolist() == pytest.approx(alone.tolist(), abs=1e-6)
     assert len(set(together.tolist())) == 3
 

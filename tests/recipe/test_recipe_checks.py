@@ -119,12 +119,6 @@ CASES: list[tuple[str, dict[str, Any], str, str]] = [
         "train.num_generations",
         "of one",
     ),
-    (
-        "train",
-        {"train__questions_per_step": 10, "train__groups_per_micro_batch": 4},
-        "train.questions_per_step",
-        "8 or 12",
-    ),
     ("train", {"train__eval_every": 5, "data__validation": []}, "train.eval_every", "data.validation is empty"),
     ("train", {"rewards__answer__rule": "exakt"}, "rewards.answer.rule", "did you mean exact?"),
     ("train", {"rewards__answer__kind": "none", "rewards__similarity__weight": 0}, "rewards", "nothing to learn"),
@@ -233,7 +227,7 @@ def test_collection_from_teachers_alone_needs_no_student(good: Recipe) -> None:
 
 def test_batch_has_to_fit_the_number_of_processes(good: Recipe) -> None:
     assert found(good, "train", world_size=6) == {}
-    assert "train.questions_per_step" in found(good, "train", world_size=5)
+    assert "35 or 40" in found(good, "train", world_size=5)["train.questions_per_step"]
 
 
 @pytest.mark.parametrize("tracker", ["wandb", "trackio", "tensorboard"])

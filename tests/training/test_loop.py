@@ -187,14 +187,14 @@ def test_accumulation_is_the_whole_batch_at_once(tiny_student: Path, tmp_path: P
     """
     monkeypatch.setattr("openril.training.setup.master_dtype", lambda recipe: torch.float64)
     results = []
-    for name, groups, responses in (("one", 1, 1), ("all", 8, 64)):
+    for name, tokens in (("one", 1), ("all", 100_000)):
         recipe = tiny_recipe(
             tmp_path / name,
             tiny_student,
             train__questions_per_step=8,
-            train__groups_per_micro_batch=groups,
+            train__max_tokens_per_micro_batch=tokens,
             train__max_steps=2,
-            discriminator__response_batch_size=responses,
+            discriminator__max_tokens_per_micro_batch=tokens,
         )
         trainer = make_trainer(recipe, tmp_path / "data")
         trainer.train()

@@ -125,7 +125,7 @@ def test_other_questions_or_another_start_are_not_continued(tiny_qwen: Path, tin
     with pytest.raises(StateError, match="starting student"):
         Parts(other, accelerator, folder, questions)
     smaller = recipe.model_copy(deep=True)
-    smaller.train.groups_per_micro_batch = 2  # out of memory: a person may change this and go on
+    smaller.train.max_tokens_per_micro_batch = 200  # out of memory: a person may change this and go on
     assert Parts(smaller, accelerator, folder, questions).step == 1
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,10 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 from openril.errors import ModelError
-from openril.models.group_forward import repeat_vision
+from openril.models.group_attention import CannotPack, enable
+from openril.models.group_forward import Rows, run_packed
 from openril.models.loading import load_model, load_processor
-from openril.models.prompts import Prompt
+from openril.models.vision_features import FeatureStore, VisionFeatures
 from openril.recipe.schema import Student
 from openril.storage import atomic_path
 
@@ -32,6 +32,7 @@ class DiscriminatorModel(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.head = nn.Linear(hidden_size, 1)
+        self.vision = VisionFeatures(backbone, FeatureStore(0))
 
     @classmethod
     def from_student(cls, checkpoint: str, student: Student, *, seed: int, dtype: torch.dtype = torch.float32):
@@ -94,38 +95,26 @@ class DiscriminatorModel(nn.Module):
             save_file({"weight": state["head.weight"].cpu(), "bias": state["head.bias"].cpu()}, temporary / HEAD_FILE)
             processor.save_pretrained(temporary)
 
-    def forward(self, model_inputs: dict[str, Tensor], last: Tensor) -> Tensor:
-        """float32 [N]: logits of student_prob. last: int64 [N], index of each row's last token."""
-        hidden = self.backbone(**model_inputs, use_cache=False).last_hidden_state
-        state = hidden[torch.arange(len(last), device=last.device), last]
+    def forward(self, rows: Rows) -> Tensor:
+        """float32 [R]: logits of student_prob, one for each response of the rows."""
+        if rows.layout is None:
+            hidden = self.backbone(**rows.model_inputs, use_cache=False).last_hidden_state
+        else:
+            hidden = run_packed(self.backbone, rows, self.vision)
+        state = hidden.flatten(0, 1)[rows.last]
         # The head always computes in float32, whatever autocast does around it.
         with torch.autocast(device_type=state.device.type, enabled=False):
             return self.head(state.to(self.head.weight.dtype))[:, 0].float()
 
+    def enable_packing(self, store: FeatureStore) -> None:
+        """Let the backbone take packed rows; outputs of its frozen vision side are kept in ``store``.
 
-def lay_out_prompts(prompts: Sequence[Prompt], pad_token_id: int) -> tuple[dict[str, Tensor], Tensor]:
-    """Prompts as rows padded on the right, and the index of each row's last token."""
-    rows, longest = len(prompts), max(p.length for p in prompts)
-    channels = prompts[0].position_ids.shape[0]
-    input_ids = torch.full((rows, longest), pad_token_id)
-    attention_mask = torch.zeros(rows, longest, dtype=torch.long)
-    position_ids = torch.zeros(channels, rows, longest, dtype=torch.long)
-    token_types = torch.zeros(rows, longest, dtype=torch.long)
-    for r, prompt in enumerate(prompts):
-        input_ids[r, : prompt.length] = prompt.input_ids
-        attention_mask[r, : prompt.length] = 1
-        position_ids[:, r, : prompt.length] = prompt.position_ids
-        if prompt.token_types is not None:
-            token_types[r, : prompt.length] = prompt.token_types
-    inputs = {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "position_ids": position_ids if channels > 1 else position_ids[0],
-        **repeat_vision(prompts),
-    }
-    if any(p.token_types is not None for p in prompts):
-        inputs[prompts[0].token_type_key] = token_types
-    return inputs, torch.tensor([p.length - 1 for p in prompts])
+        Raises CannotPack where it cannot.
+        """
+        self.vision = VisionFeatures(self.backbone, store)
+        if not self.vision.available:
+            raise CannotPack("it takes no ready image features")
+        enable(self.backbone)
 
 
 def load_discriminator_processor(folder: str | Path, student: Student) -> Any:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections import OrderedDict
 from typing import Any, Literal
 
+import torch
 from PIL import Image
+from torch import Tensor
 
 from openril.data.images import load_image
 from openril.data.wording import question_text
@@ -20,6 +22,9 @@ SYSTEM = (
 USER = "{question}<response>\n{response}\n</response>\nWho wrote this response? Answer with 0 for teacher or 1 for student."
 QUESTION = "<question>\n{question}\n</question>\n"
 
+# Stands for the response while the chat template is filled in.
+_PLACE = "RESPONSE-STANDS-HERE"
+
 # The prompt's own marks in a response could end it early.
 _OWN_TAGS = re.compile(r"<\s*/?\s*(response|question)\s*>", re.IGNORECASE)
 
@@ -31,41 +36,75 @@ def strip_own_tags(text: str) -> str:
     return text
 
 
-def encode_discriminator_prompt(
-    encoder: PromptEncoder,
-    question: Question,
-    response_text: str,
-    *,
-    sees: Literal["response", "question", "image"] = "response",
-    images: Sequence[Image.Image] | None = None,
-    max_response_tokens: int = 1024,
-) -> Prompt:
-    """The prompt for one response. sees: the response alone (paper), with the question's text, or with images too.
+class DiscriminatorPrompts:
+    """Prompts of a discriminator in two parts: what all responses to a question share, encoded once, and the rest.
 
-    images: the question's, where they are loaded already (``load_question_images``). A response longer than
+    sees: the response alone (paper), with the question's text, or with its images too. A response longer than
     max_response_tokens keeps its first and last halves of that many tokens.
     """
-    text = strip_own_tags(encoder.clean(response_text))
-    ids = encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
-    if len(ids) > max_response_tokens:
-        half = max_response_tokens // 2
-        text = f"{encoder.decode(ids[:half])}\n[...]\n{encoder.decode(ids[len(ids) - half :])}"
-    asked = ""
-    if sees != "response":
-        plain = question_text(question).replace(IMAGE_MARKER, "")
-        asked = QUESTION.format(question=strip_own_tags(encoder.clean(plain)))
-    content: list[dict[str, Any]] = []
-    if sees != "image":
-        images = []
-    elif images is None:
-        images = load_question_images(encoder, question)
-    content += [{"type": "image"} for _ in images]
-    content.append({"type": "text", "text": USER.format(question=asked, response=text)})
-    messages = [
-        {"role": "system", "content": [{"type": "text", "text": SYSTEM}]},
-        {"role": "user", "content": content},
-    ]
-    return encoder.encode(messages, images, name=f"discriminator prompt of question {question.id}")
+
+    def __init__(
+        self,
+        encoder: PromptEncoder,
+        *,
+        sees: Literal["response", "question", "image"] = "response",
+        max_response_tokens: int = 1024,
+        keep: int = 64,
+    ) -> None:
+        self.encoder = encoder
+        self.sees = sees
+        self.max_response_tokens = max_response_tokens
+        self._keep = keep
+        self._heads: OrderedDict[Question | None, tuple[Prompt, str]] = OrderedDict()
+        self._tails: OrderedDict[tuple[str, str], Tensor] = OrderedDict()
+
+    def head(self, question: Question) -> tuple[Prompt, str]:
+        """The prompt up to the response, images included, and the text that follows the response.
+
+        With sees = response it is one and the same object for all questions. Raises DataError for an unusable image.
+        """
+        key = None if self.sees == "response" else question
+        if key not in self._heads:
+            self._heads[key] = self._encode_head(question)
+            if len(self._heads) > self._keep:
+                self._heads.popitem(last=False)
+        self._heads.move_to_end(key)
+        return self._heads[key]
+
+    def _encode_head(self, question: Question) -> tuple[Prompt, str]:
+        encoder, asked = self.encoder, ""
+        if self.sees != "response":
+            plain = question_text(question).replace(IMAGE_MARKER, "")
+            asked = QUESTION.format(question=strip_own_tags(encoder.clean(plain)).replace(_PLACE, ""))
+        images = load_question_images(encoder, question) if self.sees == "image" else []
+        content: list[dict[str, Any]] = [{"type": "image"} for _ in images]
+        content.append({"type": "text", "text": USER.format(question=asked, response=_PLACE)})
+        messages = [
+            {"role": "system", "content": [{"type": "text", "text": SYSTEM}]},
+            {"role": "user", "content": content},
+        ]
+        before, _, after = encoder.render(messages).partition(_PLACE)
+        name = f"discriminator prompt of question {question.id}"
+        return encoder.encode_text(before, images, name=name, key=question.images if images else None), after
+
+    def tail(self, response_text: str, after: str) -> Tensor:
+        """int64 [T]: ids of the response and of the text that follows it."""
+        key = (response_text, after)
+        if key not in self._tails:
+            self._tails[key] = self._encode_tail(response_text, after)
+            if len(self._tails) > 64 * self._keep:
+                self._tails.popitem(last=False)
+        self._tails.move_to_end(key)
+        return self._tails[key]
+
+    def _encode_tail(self, response_text: str, after: str) -> Tensor:
+        encoder = self.encoder
+        text = strip_own_tags(encoder.clean(response_text))
+        ids = encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(ids) > self.max_response_tokens:
+            half = self.max_response_tokens // 2
+            text = f"{encoder.decode(ids[:half])}\n[...]\n{encoder.decode(ids[len(ids) - half :])}"
+        return torch.tensor(encoder.tokenizer(text + after, add_special_tokens=False)["input_ids"])
 
 
 def load_question_images(encoder: PromptEncoder, question: Question) -> list[Image.Image]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,12 +14,15 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from openril.algorithm.discrimination import bce_terms, bradley_terry_loss, centred
-from openril.discriminator.head import DiscriminatorModel, lay_out_prompts
+from openril.discriminator.head import DiscriminatorModel
 from openril.discriminator.health import Scored, health
-from openril.discriminator.prompt import encode_discriminator_prompt, load_question_images
+from openril.discriminator.prompt import DiscriminatorPrompts
+from openril.models.group_attention import CannotPack
+from openril.models.group_forward import GroupTokens, lay_out, pack, rounding, within_budget
 from openril.models.optimiser_step import take_step
-from openril.models.prompts import Prompt, PromptEncoder
+from openril.models.prompts import PromptEncoder
 from openril.models.vision_balance import borrowed_prompt, has_images
+from openril.models.vision_features import FeatureStore
 from openril.recipe.schema import Discriminator as Settings
 from openril.records import Group
 
@@ -27,7 +31,8 @@ class Discriminator:
     """D of Algorithm 2. Groups come in whole; every process holds its own and the same number of them.
 
     network: the (possibly wrapped) ``DiscriminatorModel``. optimiser: None for a fixed discriminator.
-    max_grad_norm: 0 does not clip.
+    max_grad_norm: 0 does not clip. packed: run what responses share once. store: where outputs of the frozen vision side
+    are kept. warn: told when the packed pass cannot be used.
     """
 
     def __init__(
@@ -39,6 +44,9 @@ class Discriminator:
         *,
         optimiser: Any = None,
         max_grad_norm: float = 0.0,
+        packed: bool = True,
+        store: FeatureStore | None = None,
+        warn: Callable[[str], None] = lambda message: None,
     ) -> None:
         self.network = network
         self.encoder = encoder
@@ -46,6 +54,12 @@ class Discriminator:
         self.settings = settings
         self.optimiser = optimiser
         self.max_grad_norm = max_grad_norm
+        self.warn = warn
+        self.store = store if store is not None else FeatureStore(0)
+        self.prompts = DiscriminatorPrompts(
+            encoder, sees=settings.sees, max_response_tokens=settings.max_response_tokens
+        )
+        self._packed: bool | None = None if packed else False
         unwrapped: DiscriminatorModel = accelerator.unwrap_model(network)
         self.trainable = [p for p in unwrapped.parameters() if p.requires_grad]
         self._borrowed = (
@@ -58,8 +72,8 @@ class Discriminator:
         self.network.eval()
         logits: list[list[Tensor]] = [[] for _ in groups]
         for batch in self._micro_batches(groups, whole=False):
-            for (g, _), part in zip(batch, self._logits(groups, batch), strict=True):
-                logits[g].append(part)
+            for piece, part in zip(batch, self._logits(batch), strict=True):
+                logits[piece.group].append(part)
         for group, parts in zip(groups, logits, strict=True):
             for rollout, z in zip(group.rollouts, self._placed(torch.cat(parts), group).tolist(), strict=True):
                 rollout.student_prob = 1 / (1 + math.exp(-z)) if z > -700 else 0.0
@@ -80,17 +94,19 @@ class Discriminator:
             last = number == len(batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.network):
                 loss = torch.zeros((), device=self.accelerator.device)
-                for (g, members), z in zip(batch, self._logits(groups, batch), strict=True):
-                    sides = self._sides(groups[g], z.device)
-                    part = sides[members.start : members.stop]
+                for piece, z in zip(batch, self._logits(batch), strict=True):
+                    group = groups[piece.group]
+                    members = slice(piece.part.start, piece.part.stop)
+                    sides = self._sides(group, z.device)
+                    part = sides[members]
                     if pairwise:
                         loss = loss + bradley_terry_loss(z[part], z[~part]) / len(groups)
                     else:
                         # Eq. 1's means over each side, as weights, so that a group may be split.
                         weights = torch.where(part, 1 / sides.sum().clamp(min=1), 1 / (~sides).sum().clamp(min=1))
                         loss = loss + (weights * bce_terms(z, part)).sum() / len(groups)
-                    placed = self._placed(z.detach(), groups[g])
-                    rollouts = groups[g].rollouts[members.start : members.stop]
+                    placed = self._placed(z.detach(), group)
+                    rollouts = group.rollouts[members]
                     scored += [
                         Scored(r.response.source, value, len(r.response.text))
                         for r, value in zip(rollouts, placed.tolist(), strict=True)
@@ -125,53 +141,88 @@ class Discriminator:
             return logits
         return centred(logits, self._sides(group, logits.device))
 
-    def _micro_batches(self, groups: Sequence[Group], *, whole: bool) -> list[list[tuple[int, range]]]:
-        """(group, members) pieces with at most response_batch_size responses in all a micro-batch.
-
-        whole: never split a group (pairs need both sides); a larger group is then a micro-batch of its own. Groups of a
-        step are of one size, so that every process makes the same number of micro-batches.
-        """
-        limit = self.settings.response_batch_size
+    def _pieces(self, groups: Sequence[Group], *, whole: bool) -> list[_Piece]:
+        """Groups, or consecutive parts of those that do not fit a micro-batch. whole: never parts."""
+        limit = self.settings.max_tokens_per_micro_batch
         pieces = []
         for g, group in enumerate(groups):
-            size = len(group.rollouts)
-            step = size if whole else min(size, limit)
-            pieces += [(g, range(i, min(i + step, size))) for i in range(0, size, step)]
-        batches: list[list[tuple[int, range]]] = []
-        filled = limit
-        for piece in pieces:
-            if filled + len(piece[1]) > limit or not batches:
-                batches.append([])
-                filled = 0
-            batches[-1].append(piece)
-            filled += len(piece[1])
-        return batches
+            head, after = self.prompts.head(group.question)
+            tails = [self.prompts.tail(r.response.text, after) for r in group.rollouts]
+            lengths = [len(t) if self._packed else head.length + len(t) for t in tails]
+            once = head.length if self._packed else 0
+            parts = [range(len(tails))] if whole else within_budget(lengths, max(1, limit - once))
+            for part in parts:
+                members = GroupTokens(head, [tails[i] for i in part])
+                pieces.append(_Piece(g, part, members, once + sum(lengths[i] for i in part)))
+        return pieces
 
-    def _logits(self, groups: Sequence[Group], batch: list[tuple[int, range]]) -> list[Tensor]:
-        """Logits of student_prob, one float32 vector a piece. Images of a group are loaded once."""
-        prompts: list[list[Prompt]] = []
-        for g, members in batch:
-            question = groups[g].question
-            images = load_question_images(self.encoder, question) if self.settings.sees == "image" else None
-            prompts.append(
-                [
-                    encode_discriminator_prompt(
-                        self.encoder,
-                        question,
-                        groups[g].rollouts[i].response.text,
-                        sees=self.settings.sees,
-                        images=images,
-                        max_response_tokens=self.settings.max_response_tokens,
-                    )
-                    for i in members
-                ]
-            )
-        flat = [p for piece in prompts for p in piece]
-        count = len(flat)
-        if self._borrowed is not None and not has_images(flat):
-            flat = [*flat, self._borrowed]
-        inputs, last = lay_out_prompts(flat, self.encoder.pad_token_id)
-        device = self.accelerator.device
+    def _micro_batches(self, groups: Sequence[Group], *, whole: bool) -> list[list[_Piece]]:
+        if self._packed is None:
+            self._packed = self._can_pack(groups)
+        pieces = self._pieces(groups, whole=whole)
+        batches = within_budget([p.tokens for p in pieces], self.settings.max_tokens_per_micro_batch)
+        return [[pieces[i] for i in batch] for batch in batches]
+
+    def _logits(self, batch: list[_Piece]) -> list[Tensor]:
+        """Logits of student_prob, one float32 vector a piece."""
+        groups = _joined([p.members for p in batch]) if self._packed else [p.members for p in batch]
+        if self._borrowed is not None and not has_images([g.prompt for g in groups]):
+            groups = [*groups, GroupTokens(self._borrowed, [torch.tensor([self.encoder.eos_token_ids[0]])])]
+        logits = self._run(groups, packed=bool(self._packed))
+        sizes = [len(p.part) for p in batch]
+        return list(logits[: sum(sizes)].split(sizes))
+
+    def _run(self, groups: Sequence[GroupTokens], *, packed: bool) -> Tensor:
+        pad = self.encoder.pad_token_id
+        rows = pack(groups, pad, whole=True) if packed else lay_out(groups, pad)
         with self.accelerator.autocast():
-            logits = self.network({k: v.to(device) for k, v in inputs.items()}, last.to(device))
-        return list(logits[:count].split([len(piece) for piece in prompts]))
+            return self.network(rows.to(self.accelerator.device))
+
+    @torch.no_grad()
+    def _can_pack(self, groups: Sequence[Group]) -> bool:
+        """Whether packed rows give this network's own logits: tried on one group, on all processes alike."""
+        unwrapped: DiscriminatorModel = self.accelerator.unwrap_model(self.network)
+        reason = ""
+        try:
+            unwrapped.enable_packing(self.store)
+            group = next((g for g in groups if g.question.images), groups[0])
+            head, after = self.prompts.head(group.question)
+            probe = [GroupTokens(head, [self.prompts.tail(r.response.text, after) for r in group.rollouts[:3]])]
+            training = self.network.training
+            self.network.eval()
+            difference = float((self._run(probe, packed=True) - self._run(probe, packed=False)).abs().mean())
+            self.network.train(training)
+            weights = next(unwrapped.parameters()).dtype
+            autocast = self.accelerator.mixed_precision == "bf16"
+            difference = max(gather_object([difference]))
+            if not difference <= rounding(torch.bfloat16 if autocast else weights):
+                reason = f"its logits would be off by {difference:.2g}"
+        except CannotPack as e:
+            reason = str(e)
+        if reason:
+            self.warn(
+                f"discriminator: {type(unwrapped.backbone).__name__} cannot share a prompt ({reason}); every response runs"
+                " with its own, which is slower"
+            )
+        return not reason
+
+
+@dataclass
+class _Piece:
+    """Members ``part`` of group number ``group`` as tokens, and how many of them."""
+
+    group: int
+    part: range
+    members: GroupTokens
+    tokens: int
+
+
+def _joined(groups: Sequence[GroupTokens]) -> list[GroupTokens]:
+    """Neighbours with one and the same prompt as one group."""
+    out: list[GroupTokens] = []
+    for group in groups:
+        if out and out[-1].prompt is group.prompt:
+            out[-1] = GroupTokens(group.prompt, [*out[-1].completions, *group.completions])
+        else:
+            out.append(group)
+    return out

@@ -54,7 +54,8 @@ def enable(model: Any) -> None:
         name = _PREFIX + before
         if name not in AttentionInterface._global_mapping:
             AttentionInterface.register(name, _dispatch(AttentionInterface._global_mapping[before]))
-            AttentionMaskInterface.register(name, AttentionMaskInterface._global_mapping[before])
+            mask: Any = AttentionMaskInterface._global_mapping[before]
+            AttentionMaskInterface.register(name, mask)
         config._attn_implementation = name
 
 
@@ -78,6 +79,9 @@ def _dispatch(before: Any) -> Any:
             raise CannotPack(f"{type(module).__name__} is not causal")
         scale = kwargs.get("scaling")
         scale = float(scale) if scale is not None else query.shape[-1] ** -0.5
+        kind = query.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)  # as the library's attention does
         return group_layout.attend(module, query, key, value, scale), None
 
     return attention

@@ -136,7 +136,8 @@ class VisionFeatures:
     @torch.no_grad()
     def _unmerged(self, prompt: Prompt) -> tuple[Tensor, ...]:
         """What each merger would be given, in the order of its results: float [merged tokens, patches of each, D]."""
-        unit = self.tower.spatial_merge_size**2  # type: ignore[union-attr, operator]
+        tower: Any = self.tower
+        unit = int(tower.spatial_merge_size) ** 2
 
         def gather(states: Tensor) -> Tensor:
             return states.reshape(-1, unit * states.shape[-1])

@@ -407,15 +407,11 @@ def _loop(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
     if not _loop_in(stage):
         return
     train = recipe.train
-    unit = world_size * train.groups_per_micro_batch
-    if train.questions_per_step % unit:
-        lower = train.questions_per_step // unit * unit
-        near = " or ".join(str(n) for n in (lower, lower + unit) if n)
-        reason = (
-            f"{train.questions_per_step} questions cannot be shared by {world_size} process"
-            f"{'es' if world_size > 1 else ''} with train.groups_per_micro_batch = {train.groups_per_micro_batch}"
-        )
-        yield Problem("train.questions_per_step", reason, f"use a multiple of {unit}, for instance {near}")
+    if train.questions_per_step % world_size:
+        lower = train.questions_per_step // world_size * world_size
+        near = " or ".join(str(n) for n in (lower, lower + world_size) if n)
+        reason = f"{train.questions_per_step} questions cannot be shared by {world_size} processes"
+        yield Problem("train.questions_per_step", reason, f"use a multiple of {world_size}, for instance {near}")
     for tracker in train.log_to:
         if not any(importlib.util.find_spec(package) for package in _TRACKERS[tracker]):
             yield Problem("train.log_to", f"{tracker} is not installed", f'pip install "openril[{tracker}]"')

@@ -299,8 +299,8 @@ class Discriminator(Section):
     """Parts that do not train."""
     max_response_tokens: PositiveInt = 1024
     """Longer responses keep their first and last halves of this many tokens."""
-    response_batch_size: PositiveInt = 16
-    """Responses per forward pass on one device."""
+    max_tokens_per_micro_batch: PositiveInt = 8192
+    """Tokens in one forward and backward pass on one device; what responses share counts once."""
     pretraining: Pretraining = Field(default_factory=Pretraining)
     """Training on the cache before the loop."""
     optimiser: Optimiser = Field(default_factory=Optimiser)
@@ -404,8 +404,12 @@ class Train(Section):
     """Weight of the KL term (k3 estimator) to the SFT student."""
     questions_per_step: PositiveInt = 36
     """Questions per optimiser step, over all processes (paper: 144 responses of 4 each)."""
-    groups_per_micro_batch: PositiveInt = 1
-    """Groups in one forward and backward pass on one device."""
+    max_tokens_per_micro_batch: PositiveInt = 8192
+    """Tokens in one forward and backward pass on one device; a group's prompt counts once. A longer group runs alone."""
+    packed: bool = True
+    """Run a group's prompt once for all its responses. Off: once for each, as elsewhere (slower, the same numbers)."""
+    vision_cache_gib: NonNegative = 2.0
+    """Host memory for outputs of the frozen vision side, kept for later passes and epochs."""
     questions_per_sampling_batch: PositiveInt = 8
     """Questions the sampler answers at a time on one device."""
     max_steps: NonNegativeInt = 0

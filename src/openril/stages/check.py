@@ -343,7 +343,7 @@ def _check_device(memory: estimate.Memory, world_size: int, page: _Page) -> None
     if least > there:
         page.warn(
             f"this device has {_gib(there)}, less than the estimated {_gib(least)}; shard over more processes, turn on "
-            "student.gradient_checkpointing, lower train.groups_per_micro_batch, or use student.lora"
+            "student.gradient_checkpointing, lower train.max_tokens_per_micro_batch, or use student.lora"
         )
 
 

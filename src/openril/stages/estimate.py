@@ -14,6 +14,7 @@ from typing import Any
 
 from openril.errors import ModelError
 from openril.models.freezing import module_group
+from openril.models.group_forward import LOGITS_BYTES
 from openril.recipe.schema import ModuleGroup, Recipe
 
 GIB = 2**30
@@ -153,17 +154,23 @@ def loop_memory(recipe: Recipe, shape: Shape, prompt_tokens: float) -> Memory:
         parts["loop: bfloat16 copy of the weights"] = trainable * 2
 
     teachers = recipe.teacher_responses_per_question if train.teacher_responses_in_update else 0
-    rows = train.groups_per_micro_batch * (train.num_generations + teachers)
-    tokens = rows * (prompt_tokens + train.max_completion_length)
+    members = train.num_generations + teachers
+    responses = members * train.max_completion_length
+    group = (prompt_tokens if train.packed else members * prompt_tokens) + responses
+    # A micro-batch holds whole groups within the budget, and at least one.
+    groups = max(1, int(train.max_tokens_per_micro_batch // group))
+    tokens = groups * group
     one_layer = tokens * (8 * shape.hidden + 4 * shape.intermediate) * compute
     if student.gradient_checkpointing:
         activations = tokens * shape.hidden * shape.layers * compute + one_layer
     else:
         activations = one_layer * shape.layers
     parts["loop: activations"] = int(activations)
-    # Logits and their gradient in the compute type, and one row of them in float32.
-    logits = train.max_completion_length * shape.vocabulary
-    parts["loop: logits"] = int(rows * logits * 2 * compute + 2 * logits * 4)
+    if train.packed:  # in parts, each with its gradient
+        parts["loop: logits"] = 3 * min(groups * responses * shape.vocabulary * 4, LOGITS_BYTES)
+    else:  # of all rows in the computation's type with their gradient, and one part in float32
+        logits = groups * responses * shape.vocabulary
+        parts["loop: logits"] = int(logits * 2 * compute + 2 * LOGITS_BYTES)
     return Memory(parts)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import astuple
 from typing import Any
@@ -13,8 +13,19 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from openril.algorithm.objective import objective_stats, response_weights, token_loss
-from openril.models.adapters import without_adapters
-from openril.models.group_forward import GroupTokens, Policy, Rows, lay_out
+from openril.models.adapters import base_model, without_adapters
+from openril.models.group_attention import CannotPack
+from openril.models.group_forward import (
+    GroupTokens,
+    Policy,
+    Rows,
+    lay_out,
+    pack,
+    packing_difference,
+    rounding,
+    split_to,
+    within_budget,
+)
 from openril.models.optimiser_step import take_step
 from openril.models.prompts import PromptEncoder
 from openril.models.vision_balance import borrowed_prompt, has_images
@@ -27,7 +38,8 @@ class PolicyUpdate:
     """pi_theta, pi_old and pi_ref of Algorithm 2.
 
     policy: the wrapped ``Policy``. reference: another ``Policy``; None at beta 0 and for LoRA, whose reference is the
-    policy without its adapters. Every process passes the same number of groups, whole.
+    policy without its adapters. Every process passes the same number of groups, whole. warn: told when the packed pass
+    cannot be used.
     """
 
     def __init__(
@@ -40,6 +52,7 @@ class PolicyUpdate:
         settings: Train,
         *,
         seed: int = 0,
+        warn: Callable[[str], None] = lambda message: None,
     ) -> None:
         self.policy = policy
         self.reference = reference
@@ -51,7 +64,9 @@ class PolicyUpdate:
         self.unwrapped: Policy = accelerator.unwrap_model(policy)
         self.trainable = [p for p in self.unwrapped.parameters() if p.requires_grad]
         self.updates = 0  # optimiser steps taken by this object: tells samplers elsewhere that weights have changed
+        self.warn = warn
         self._borrowed = borrowed_prompt(encoder, self.unwrapped, accelerator.num_processes)
+        self._packed: bool | None = None if settings.packed else False
 
     def members(self, group: Group) -> list[Rollout]:
         """The rollouts that are in Eq. 2: teacher responses too, unless they only train the discriminator."""
@@ -65,16 +80,19 @@ class PolicyUpdate:
         pi_old is the policy as it is now. Its log-probabilities are the first pass's own, detached: with mu = 1 the
         ratio is 1 and no pass is spent on them; with mu > 1 they are kept for the passes that follow.
         """
-        starts = self._starts(groups)
+        grouped = [self._tokens(g) for g in groups]
+        if self._packed is None:
+            self._packed = self._can_pack(grouped)
+        batches = self._micro_batches(grouped)
         old: list[Tensor] = []
         reference: list[Tensor | None] = []
         metrics: dict[str, float] = {}
         for iteration in range(self.settings.num_iterations):
             self.policy.train()
             sums = torch.zeros(6, dtype=torch.float64)
-            for number, start in enumerate(starts):
-                # Laid out when their turn comes: the pixels of a whole step, repeated, would fill the host's memory.
-                rows, advantages, weights = self._rows(groups[start : start + self.settings.groups_per_micro_batch])
+            for number, batch in enumerate(batches):
+                # Laid out when their turn comes: the pixels of a whole step would fill the device's memory.
+                rows, advantages, weights = self._rows([groups[i] for i in batch], [grouped[i] for i in batch])
                 rows = rows.to(self.accelerator.device)
                 advantages, weights = advantages.to(rows.mask.device), weights.to(rows.mask.device)
                 # Adapter dropout follows from the step, so that no generator's state has to survive a restart.
@@ -83,7 +101,7 @@ class PolicyUpdate:
                 )
                 if iteration == 0:
                     reference.append(self._reference_logprobs(rows))
-                last = number == len(starts) - 1
+                last = number == len(batches) - 1
                 with nullcontext() if last else self.accelerator.no_sync(self.policy):
                     logprobs = self.policy(rows)
                     if iteration == 0:
@@ -124,34 +142,61 @@ class PolicyUpdate:
             }
             if self.settings.beta:
                 metrics["kl"] = kl
-        return metrics | self._sampler_difference(groups, old)
+        return metrics | self._sampler_difference([[groups[i] for i in batch] for batch in batches], old)
 
-    def _starts(self, groups: Sequence[Group]) -> range:
-        return range(0, len(groups), self.settings.groups_per_micro_batch)
-
-    def _rows(self, groups: Sequence[Group]) -> tuple[Rows, Tensor, Tensor]:
-        """A micro-batch: its rows, advantages [R] and weights [R] of the responses in the loss (0 for a borrowed row)."""
+    def _tokens(self, group: Group) -> GroupTokens:
         limit = self.settings.max_completion_length
-        tokens = [
-            GroupTokens(
-                self.encoder(g.question),
-                [self.encoder.completion_ids(r.response, limit) for r in self.members(g)],
-            )
-            for g in groups
-        ]
+        ids = [self.encoder.completion_ids(r.response, limit) for r in self.members(group)]
+        return GroupTokens(self.encoder(group.question), ids)
+
+    def _micro_batches(self, tokens: Sequence[GroupTokens]) -> list[range]:
+        """Groups in a row within the budget of tokens, at least one a micro-batch; as many on every process."""
+        lengths = [t.packed_length() if self._packed else t.plain_length() for t in tokens]
+        batches = within_budget(lengths, self.settings.max_tokens_per_micro_batch)
+        return split_to(batches, max(gather_object([len(batches)])))
+
+    def _can_pack(self, tokens: Sequence[GroupTokens]) -> bool:
+        """Whether packed rows give this model's own log-probabilities: tried on one group, on all processes alike."""
+        reason = ""
+        try:
+            for policy in [self.unwrapped] if self.reference is None else [self.unwrapped, self.reference]:
+                policy.enable_packing()
+            probe = next((t for t in tokens if t.prompt.vision), tokens[0])
+            probe = GroupTokens(probe.prompt, probe.completions[:3])
+            self.policy.eval()
+            with self.accelerator.autocast():
+                difference = packing_difference(
+                    self.policy, [probe], self.encoder.pad_token_id, self.accelerator.device
+                )
+            self.policy.train()
+            weights = next(self.unwrapped.parameters()).dtype
+            dtype = weights if self.settings.precision == "float32" else torch.bfloat16
+            difference = max(gather_object([difference]))
+            if not difference <= rounding(dtype):
+                reason = f"its log-probabilities would be off by {difference:.2g} nats a token"
+        except CannotPack as e:
+            reason = str(e)
+        if reason:
+            name = type(base_model(self.unwrapped.model)).__name__
+            self.warn(f"{name} cannot share a group's prompt ({reason}); every response runs with its own, which is slower")
+        return not reason
+
+    def _rows(self, groups: Sequence[Group], tokens: Sequence[GroupTokens]) -> tuple[Rows, Tensor, Tensor]:
+        """A micro-batch: its rows, advantages [R] and weights [R] of the responses in the loss (0 for a borrowed row)."""
+        tokens = list(tokens)
         advantages = [r.advantage for g in groups for r in self.members(g)]
         sizes = [len(self.members(g)) for g in groups for _ in self.members(g)]
         if self._borrowed is not None and not has_images([t.prompt for t in tokens]):
             tokens.append(GroupTokens(self._borrowed, [torch.tensor([self.encoder.eos_token_ids[0]])]))
             advantages.append(0.0)
             sizes.append(0)
-        rows = lay_out(tokens, self.encoder.pad_token_id)
+        rows = (pack if self._packed else lay_out)(tokens, self.encoder.pad_token_id)
         group_sizes = torch.tensor(sizes)
         weights = response_weights(
             rows.mask,
             group_sizes.clamp(min=1),
             per_length=self.settings.algorithm == "grpo",
-            max_completion_length=limit,
+            max_completion_length=self.settings.max_completion_length,
         )
         return rows, torch.tensor(advantages), torch.where(group_sizes > 0, weights, 0.0)
 
@@ -168,16 +213,12 @@ class PolicyUpdate:
             self.policy.train()
             return logprobs
 
-    def _sampler_difference(self, groups: Sequence[Group], old: list[Tensor]) -> dict[str, float]:
+    def _sampler_difference(self, batches: Sequence[Sequence[Group]], old: list[Tensor]) -> dict[str, float]:
         """How far the sampler's log-probabilities of its own samples are from the trainer's, in nats per token."""
         differences: list[float] = []
-        for number, start in enumerate(self._starts(groups)):
-            responses = [
-                r.response
-                for g in groups[start : start + self.settings.groups_per_micro_batch]
-                for r in self.members(g)
-            ]
-            for row, response in zip(old[number], responses, strict=False):  # a borrowed row has no response
+        for groups, logprobs in zip(batches, old, strict=True):
+            responses = [r.response for g in groups for r in self.members(g)]
+            for row, response in zip(logprobs, responses, strict=False):  # a borrowed row has no response
                 if response.logprobs is not None:
                     sampled = torch.tensor(response.logprobs, device=row.device)
                     differences += (row[: len(sampled)] - sampled).abs().tolist()

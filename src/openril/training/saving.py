@@ -37,11 +37,12 @@ _FREE = (
     "data.validation_split", "data.allow_urls", "student.model", "student.dtype", "discriminator.pretraining",
     "discriminator.init", "discriminator.asleep_accuracy", "discriminator.won_accuracy", "discriminator.health_window",
     "train.max_steps", "train.epochs", "train.save_every", "train.keep_checkpoints", "train.eval_every", "train.log_to",
-    "train.log_rollouts_every", "train.groups_per_micro_batch", "student.gradient_checkpointing",
+    "train.log_rollouts_every", "train.max_tokens_per_micro_batch", "train.packed", "train.vision_cache_gib",
+    "student.gradient_checkpointing",
     "data.max_prompt_length", "collect.student", "collect.max_completion_length", "collect.sampling", "collect.judge_responses",
     "collect.questions_per_batch", "collect.shard_size", "train.sampler.base_urls",
     "train.sampler.weights_dir", "train.sampler.api_key_env", "train.sampler.concurrency", "train.sampler.timeout",
-    "train.sampler.max_logprob_difference", "train.questions_per_sampling_batch", "discriminator.response_batch_size",
+    "train.sampler.max_logprob_difference", "train.questions_per_sampling_batch", "discriminator.max_tokens_per_micro_batch",
 )  # fmt: skip
 
 

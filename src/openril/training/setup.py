@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from openril.models.freezing import freeze
 from openril.models.group_forward import Policy
 from openril.models.loading import load_student, torch_dtype
 from openril.models.prompts import PromptEncoder
+from openril.models.vision_features import FeatureStore, VisionFeatures
 from openril.recipe.schema import Optimiser, Recipe
 from openril.records import Question
 from openril.responses.identity import weights_fingerprint
@@ -36,7 +37,8 @@ class Parts:
     """The models of a run, wrapped and (when it is continued) restored.
 
     questions: the loop's; a continued run must have the same. probes: questions that new weights on vLLM servers are
-    verified with. step: optimiser steps already done. resumed_from: the checkpoint folder, or None.
+    verified with. warn: told what a person should know. step: optimiser steps already done. resumed_from: the
+    checkpoint folder, or None.
     """
 
     def __init__(
@@ -46,8 +48,10 @@ class Parts:
         checkpoints_folder: Path,
         questions: Sequence[Question] = (),
         probes: Sequence[Question] = (),
+        warn: Callable[[str], None] = lambda message: None,
     ) -> None:
         refuse_sharding(accelerator)
+        self.warn = warn
         self.recipe = recipe
         self.accelerator = accelerator
         self.checkpoints = Checkpoints(checkpoints_folder, recipe.train.keep_checkpoints)
@@ -109,16 +113,23 @@ class Parts:
         if recipe.student.gradient_checkpointing:
             enable_checkpointing(model)
         self.encoder = make_encoder(recipe, processor, base_model(model))
-        policy = Policy(model, train.sampling.temperature)
+        store = feature_store(recipe)
+        self.vision = VisionFeatures(base_model(model), store)
+        policy = Policy(model, train.sampling.temperature, self.vision)
         reference = None
         if train.beta and not lora.enabled:
             reference_model, _ = load_student(recipe.student, start, master_dtype(recipe))
-            reference = Policy(reference_model.requires_grad_(False), train.sampling.temperature)
+            reference_model.requires_grad_(False)
+            if self.vision.keep == "nothing":  # the student's tower moves away from the reference's
+                vision = VisionFeatures(reference_model, feature_store(recipe))
+            else:
+                vision = VisionFeatures(reference_model, store, self.vision.keep)
+            reference = Policy(reference_model, train.sampling.temperature, vision)
             reference.to(accelerator.device)
         policy.to(accelerator.device)
         self.policy, self.optimiser = accelerator.prepare(policy, build_optimiser(policy.parameters(), train.optimiser))
         self.policy_update = PolicyUpdate(
-            self.policy, reference, self.optimiser, self.encoder, accelerator, train, seed=recipe.seed
+            self.policy, reference, self.optimiser, self.encoder, accelerator, train, seed=recipe.seed, warn=self.warn
         )
 
     def _build_sampler(self, probes: Sequence[Question]) -> TransformersSampler | SyncedSampler:
@@ -147,26 +158,40 @@ class Parts:
         recipe = self.recipe
         folder = self.resumed_from / "discriminator" if self.resumed_from is not None else recipe.discriminator_path
         if self.resumed_from is None and not recipe.discriminator.pretraining.enabled:
-            return fresh_discriminator(recipe, self.accelerator, recipe.discriminator.optimiser)
+            return fresh_discriminator(recipe, self.accelerator, recipe.discriminator.optimiser, self.warn)
         if self.resumed_from is None:
             check_pretrained(recipe)
         network = DiscriminatorModel.from_checkpoint(folder, recipe.student, dtype=master_dtype(recipe))
         optimiser = recipe.discriminator.optimiser if recipe.discriminator.mode == "updated" else None
         processor = load_discriminator_processor(folder, recipe.student)
-        return wrap_discriminator(recipe, self.accelerator, network, processor, optimiser)
+        return wrap_discriminator(recipe, self.accelerator, network, processor, optimiser, self.warn)
 
 
-def fresh_discriminator(recipe: Recipe, accelerator: Accelerator, optimiser: Optimiser) -> Discriminator:
+def feature_store(recipe: Recipe) -> FeatureStore:
+    return FeatureStore(int(recipe.train.vision_cache_gib * 2**30))
+
+
+def fresh_discriminator(
+    recipe: Recipe,
+    accelerator: Accelerator,
+    optimiser: Optimiser,
+    warn: Callable[[str], None] = lambda message: None,
+) -> Discriminator:
     """A discriminator with the SFT student's weights (or discriminator.init's) and a new head."""
     start = recipe.discriminator.init or recipe.start_student
     network = DiscriminatorModel.from_student(start, recipe.student, seed=recipe.seed, dtype=master_dtype(recipe))
     return wrap_discriminator(
-        recipe, accelerator, network, load_discriminator_processor(start, recipe.student), optimiser
+        recipe, accelerator, network, load_discriminator_processor(start, recipe.student), optimiser, warn
     )
 
 
 def wrap_discriminator(
-    recipe: Recipe, accelerator: Accelerator, network: DiscriminatorModel, processor: Any, optimiser: Optimiser | None
+    recipe: Recipe,
+    accelerator: Accelerator,
+    network: DiscriminatorModel,
+    processor: Any,
+    optimiser: Optimiser | None,
+    warn: Callable[[str], None] = lambda message: None,
 ) -> Discriminator:
     """Freeze, place and wrap; optimiser None makes a fixed discriminator."""
     settings = recipe.discriminator
@@ -175,9 +200,10 @@ def wrap_discriminator(
     # Its prompt holds the question and a response besides words of its own; all of them are bounded elsewhere.
     longest = recipe.data.max_prompt_length + 2 * settings.max_response_tokens + 1024
     encoder = make_encoder(recipe, processor, network.backbone, keep=0, max_prompt_length=longest)
+    shared: dict[str, Any] = {"packed": recipe.train.packed, "store": feature_store(recipe), "warn": warn}
     if optimiser is None:
         network.requires_grad_(False).to(accelerator.device)
-        return Discriminator(network, encoder, accelerator, settings, optimiser=None)
+        return Discriminator(network, encoder, accelerator, settings, optimiser=None, **shared)
     groups = {g for g in settings.freeze if g != "lm_head"}
     if settings.sees != "image":
         groups |= {"vision_tower", "projector"}  # it never runs, so there is nothing to train
@@ -185,7 +211,7 @@ def wrap_discriminator(
     network.to(accelerator.device)
     wrapped, built = accelerator.prepare(network, build_optimiser(network.parameters(), optimiser))
     return Discriminator(
-        wrapped, encoder, accelerator, settings, optimiser=built, max_grad_norm=optimiser.max_grad_norm
+        wrapped, encoder, accelerator, settings, optimiser=built, max_grad_norm=optimiser.max_grad_norm, **shared
     )
 
 
