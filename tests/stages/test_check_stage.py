@@ -154,6 +154,7 @@ SHAPE = estimate.Shape(
 
 def small(**changes: Any) -> Recipe:
     train = {"precision": "float32", "num_generations": 2, "max_completion_length": 5, **changes.pop("train", {})}
+    train = {"max_tokens_per_micro_batch": 80, **train}
     return Recipe.model_validate({"teachers": [{"name": "a"}], "train": train, **changes})
 
 
@@ -163,10 +164,13 @@ def test_memory_worked_by_hand() -> None:
     assert parts["student: weights"] == 5200 and parts["student: gradients"] == 4800
     assert parts["student: AdamW states"] == 9600 and parts["reference: weights"] == 5200
     assert parts["discriminator: weights"] == 4400 and parts["discriminator: gradients"] == 4000
-    # 4 rows x 20 tokens x (8 x 10 + 4 x 30) values x 2 layers x 4 bytes.
-    assert parts["loop: activations"] == 80 * 200 * 2 * 4
-    # 4 rows x 5 tokens x 50 words x (logits and gradient) x 4 bytes, and one row twice in float32.
-    assert parts["loop: logits"] == 4 * 250 * 2 * 4 + 2 * 250 * 4
+    # Two groups of 15 + 4 x 5 tokens fit 80; x (8 x 10 + 4 x 30) values x 2 layers x 4 bytes.
+    assert parts["loop: activations"] == 2 * 35 * 200 * 2 * 4
+    # 40 response tokens x 50 words x 4 bytes, three times: logits, probabilities, gradient.
+    assert parts["loop: logits"] == 3 * 40 * 50 * 4
+    plain = estimate.loop_memory(small(train={"packed": False}), SHAPE, prompt_tokens=15).parts
+    # One group of 4 rows x 20 tokens, which is all that fits 80.
+    assert plain["loop: activations"] == 80 * 200 * 2 * 4
 
 
 def test_memory_follows_the_recipe() -> None:

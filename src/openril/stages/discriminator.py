@@ -81,6 +81,7 @@ def run_discriminator(recipe: Recipe, console: Console) -> Path:
     if accelerator.is_main_process:
         folder.cut_after(step)
     with StageProgress(console, "discriminator", enabled=accelerator.is_main_process) as progress:
+        discriminator.warn = progress.warn
         training = DiscriminatorPretraining(
             recipe,
             questions,

@@ -158,7 +158,7 @@ def loop_memory(recipe: Recipe, shape: Shape, prompt_tokens: float) -> Memory:
     responses = members * train.max_completion_length
     group = (prompt_tokens if train.packed else members * prompt_tokens) + responses
     # A micro-batch holds whole groups within the budget, and at least one.
-    groups = max(1, int(train.max_tokens_per_micro_batch // group))
+    groups = max(1, min(train.questions_per_step, int(train.max_tokens_per_micro_batch // group)))
     tokens = groups * group
     one_layer = tokens * (8 * shape.hidden + 4 * shape.intermediate) * compute
     if student.gradient_checkpointing:

@@ -83,7 +83,12 @@ def open_trainer(recipe: Recipe, console: Console | None = None) -> Iterator[RIL
     try:
         rewards = RewardSystem(recipe, judge, gather=gather_object if accelerator.num_processes > 1 else None)
         folder = RunFolder(recipe.run_path)
-        parts = Parts(recipe, accelerator, folder.checkpoints_path, questions, probes(questions))
+
+        def warn(message: str) -> None:
+            if console is not None and accelerator.is_main_process:
+                console.print(f"train: {message}")
+
+        parts = Parts(recipe, accelerator, folder.checkpoints_path, questions, probes(questions), warn)
         if accelerator.is_main_process:
             save_recipe(recipe, recipe.run_path / "recipe.yaml")
             folder.cut_after(parts.step)
