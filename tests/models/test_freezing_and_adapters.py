@@ -22,9 +22,9 @@ GROUPS = [
 ]  # fmt: skip
 
 
-def test_every_parameter_belongs_to_a_group(tiny_student: Path):
-    model = load_model(str(tiny_student))
-    found = {module_group(name) for name, _ in model.named_parameters()}
+def test_every_parameter_belongs_to_a_group(tiny_family: Path):
+    model = load_model(str(tiny_family))
+    found = {module_group(name) for name, _ in model.named_parameters(remove_duplicate=False)}
     assert found == set(GROUPS)
 
 
@@ -34,7 +34,15 @@ def test_every_parameter_belongs_to_a_group(tiny_student: Path):
         ("model.visual.merger.mlp.0.weight", "projector"),
         ("model.visual.blocks.0.attn.qkv.weight", "vision_tower"),
         ("model.visual.blocks.0.norm1.weight", "vision_tower"),
+        ("model.visual.deepstack_merger_list.0.norm.weight", "projector"),
+        ("model.visual.pos_embed.weight", "vision_tower"),
         ("model.multi_modal_projector.layer_norm.weight", "projector"),
+        ("model.multi_modal_projector.mm_input_projection_weight", "projector"),
+        ("model.image_newline", "projector"),
+        ("model.connector.modality_projection.proj.weight", "projector"),
+        ("model.vision_model.encoder.layers.0.layer_norm1.weight", "vision_tower"),
+        ("model.text_model.layers.0.self_attn.o_proj.weight", "attention"),
+        ("model.language_model.layers.0.pre_feedforward_layernorm.weight", "layer_norms"),
         ("model.vision_tower.encoder.layer.0.attention.q_proj.weight", "vision_tower"),
         ("model.language_model.layers.3.input_layernorm.weight", "layer_norms"),
         ("model.language_model.layers.3.self_attn.q_norm.weight", "layer_norms"),
@@ -47,8 +55,8 @@ def test_groups_by_name(name: str, group: str):
     assert module_group(name) == group
 
 
-def test_only_the_named_groups_freeze(tiny_student: Path):
-    model = load_model(str(tiny_student))
+def test_only_the_named_groups_freeze(tiny_family: Path):
+    model = load_model(str(tiny_family))
     trainable = freeze(model, ["vision_tower", "attention"])
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad == (module_group(name) not in ("vision_tower", "attention"))
@@ -60,14 +68,14 @@ def test_freezing_everything_is_refused(tiny_student: Path):
         freeze(load_model(str(tiny_student)), GROUPS)  # type: ignore[arg-type]
 
 
-def test_adapters_off_is_the_base_and_merging_is_exact(tiny_student: Path, tmp_path: Path):
-    base = load_model(str(tiny_student))
-    encoder = PromptEncoder(load_processor(str(tiny_student)), base)
+def test_adapters_off_is_the_base_and_merging_is_exact(tiny_family: Path, tmp_path: Path):
+    base = load_model(str(tiny_family))
+    encoder = PromptEncoder(load_processor(str(tiny_family)), base)
     [question] = tiny_questions(tmp_path, 1)
     rows = lay_out([GroupTokens(encoder(question), [torch.tensor([50, 51, 52])])], encoder.pad_token_id)
     with torch.no_grad():
         before = Policy(base)(rows)
-        model = add_adapters(load_model(str(tiny_student)), Lora(enabled=True, r=4))
+        model = add_adapters(load_model(str(tiny_family)), Lora(enabled=True, r=4))
         for name, parameter in model.named_parameters():
             assert parameter.requires_grad == ("lora_" in name)
             assert "lora_" not in name or module_group(name) in ("attention", "mlp_gate", "mlp_up", "mlp_down")
@@ -76,7 +84,7 @@ def test_adapters_off_is_the_base_and_merging_is_exact(tiny_student: Path, tmp_p
         adapted = Policy(model)(rows)
         with without_adapters(model):
             off = Policy(model)(rows)
-        merged = load_model(str(tiny_student))
+        merged = load_model(str(tiny_family))
         merged.load_state_dict(merged_state(model, model.state_dict()))
         after = Policy(merged)(rows)
     assert torch.equal(off, before)

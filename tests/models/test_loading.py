@@ -49,9 +49,26 @@ def test_max_pixels_bounds_the_image_tokens(tiny_qwen: Path):
     assert processor.image_processor.size["longest_edge"] == 28 * 28 * 4
 
 
-def test_max_pixels_where_it_means_nothing_is_refused(tiny_internvl: Path):
+# SmolVLM's longest_edge is the length of a side, not an area.
+@pytest.mark.parametrize("model", ["tiny_internvl", "tiny_llava_onevision", "tiny_smolvlm", "tiny_gemma3"])
+def test_max_pixels_where_it_means_nothing_is_refused(model: str, request: pytest.FixtureRequest):
     with pytest.raises(ModelError, match="max_pixels"):
-        load_processor(str(tiny_internvl), max_pixels=1000)
+        load_processor(str(request.getfixturevalue(model)), max_pixels=1000)
+
+
+def test_an_unknown_architecture_lists_the_known(tmp_path: Path):
+    with pytest.raises(ModelError, match="llava_onevision"):
+        build_tiny_model(tmp_path / "m", "llava", hidden_size=32)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("architecture", ["llava_onevision", "gemma3"])
+def test_tiny_models_can_have_tokenizers_of_another_kind(architecture: str, tmp_path: Path):
+    from openril.models.prompts import PromptEncoder
+
+    folder = build_tiny_model(tmp_path / "m", architecture, tokenizer="unigram", hidden_size=32)  # type: ignore[arg-type]
+    encoder = PromptEncoder(load_processor(str(folder)), load_model(str(folder)))
+    prompt = encoder.encode([{"role": "user", "content": [{"type": "text", "text": "Which colour?"}]}], [])
+    assert "Which colour?" in encoder.decode(prompt.input_ids.tolist())
 
 
 @pytest.mark.parametrize("tokenizer", ["bpe", "unigram"])
