@@ -46,6 +46,8 @@ from transformers import (
 from transformers.models.internvl.video_processing_internvl import InternVLVideoProcessor
 from transformers.models.llava_onevision.video_processing_llava_onevision import LlavaOnevisionVideoProcessor
 
+from openril.models.tiny_templates import CHATML, IMAGES_FIRST, TURNS, UTTERANCES
+
 PATCH = 14
 """Pixels a side of a vision patch, where the family does not say otherwise."""
 
@@ -123,76 +125,6 @@ class Family:
         )
         tokenizer.chat_template = self.template
         return tokenizer
-
-
-# ChatML as Qwen and InternVL write it: content is a string or a list of image and text parts in any order.
-_CHATML = """\
-{%- for message in messages -%}
-{{ '<|im_start|>' + message['role'] + '\\n' }}
-{%- if message['content'] is string -%}
-{{ message['content'] }}
-{%- else -%}
-{%- for part in message['content'] -%}
-{%- if part['type'] == 'image' -%}{{ 'IMAGE' }}{%- else -%}{{ part['text'] }}{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
-{{ '<|im_end|>\\n' }}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"""
-
-# LLaVA-OneVision's ChatML: all images of a turn first, then each text on its own line, and no line break between turns.
-_IMAGES_FIRST = """\
-{%- for message in messages -%}
-{{ '<|im_start|>' + message['role'] + ' ' }}
-{%- if message['content'] is string -%}
-{{ '\\n' + message['content'] }}
-{%- else -%}
-{%- for part in message['content'] if part['type'] == 'image' -%}{{ '<image>' }}{%- endfor -%}
-{%- for part in message['content'] if part['type'] == 'text' -%}{{ '\\n' + part['text'] }}{%- endfor -%}
-{%- endif -%}
-{{ '<|im_end|>' }}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"""
-
-# SmolVLM: one mark for the start of the whole text, then "User:" and "Assistant:".
-_UTTERANCES = """\
-{{ '<|im_start|>' }}
-{%- for message in messages -%}
-{{ message['role'] | capitalize + ':' }}
-{%- if message['content'] is string -%}
-{{ ' ' + message['content'] }}
-{%- else -%}
-{%- if message['content'][0]['type'] != 'image' -%}{{ ' ' }}{%- endif -%}
-{%- for part in message['content'] -%}
-{%- if part['type'] == 'image' -%}{{ '<image>' }}{%- else -%}{{ part['text'] }}{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
-{{ '<end_of_utterance>\\n' }}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ 'Assistant:' }}{%- endif -%}"""
-
-# Gemma 3: the assistant is "model", and a system message is the beginning of the first user turn.
-_TURNS = """\
-{{ '<bos>' }}
-{%- set state = namespace(system='') -%}
-{%- for message in messages -%}
-{%- set text = namespace(all='') -%}
-{%- if message['content'] is string -%}
-{%- set text.all = message['content'] | trim -%}
-{%- else -%}
-{%- for part in message['content'] -%}
-{%- set text.all = text.all + ('<start_of_image>' if part['type'] == 'image' else part['text'] | trim) -%}
-{%- endfor -%}
-{%- endif -%}
-{%- if message['role'] == 'system' -%}
-{%- set state.system = text.all + '\\n\\n' -%}
-{%- else -%}
-{%- set role = 'model' if message['role'] == 'assistant' else message['role'] -%}
-{{ '<start_of_turn>' + role + '\\n' + state.system + text.all + '<end_of_turn>\\n' }}
-{%- set state.system = '' -%}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ '<start_of_turn>model\\n' }}{%- endif -%}"""
 
 
 def _qwen2(sizes: Sizes) -> tuple[Any, Any]:
@@ -393,7 +325,7 @@ _QWEN_NAMES = {
     "vision_start_token": "<|vision_start|>",
     "vision_end_token": "<|vision_end|>",
 }
-_QWEN_TEMPLATE = _CHATML.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
+_QWEN_TEMPLATE = CHATML.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
 _SMOL_NAMES = {
     "fake_image_token": "<fake_token_around_image>",
     "image_token": "<image>",
@@ -406,7 +338,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3_vl": Family(_QWEN, _QWEN_TEMPLATE, _qwen3_vl, names=_QWEN_NAMES),
     "internvl": Family(
         [*_CHAT, "<img>", "</img>", "<IMG_CONTEXT>", "<video>"],
-        _CHATML.replace("IMAGE", "<IMG_CONTEXT>\\n"),
+        CHATML.replace("IMAGE", "<IMG_CONTEXT>\\n"),
         _internvl,
         names={
             "start_image_token": "<img>",
@@ -415,14 +347,14 @@ FAMILIES: dict[str, Family] = {
             "video_token": "<video>",
         },
     ),
-    "llava_onevision": Family([*_CHAT, "<image>", "<video>"], _IMAGES_FIRST, _llava_onevision),
+    "llava_onevision": Family([*_CHAT, "<image>", "<video>"], IMAGES_FIRST, _llava_onevision),
     "smolvlm": Family(
         [
             *_CHAT,
             *_SMOL_NAMES.values(),
             *(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)),
         ],
-        _UTTERANCES,
+        UTTERANCES,
         _smolvlm,
         ends=("<end_of_utterance>",),
         pad="<|im_end|>",
@@ -434,7 +366,7 @@ FAMILIES: dict[str, Family] = {
             *("<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"),
             *("<start_of_image>", "<end_of_image>", "<image_soft_token>"),
         ],
-        _TURNS,
+        TURNS,
         _gemma3,
         ends=("<eos>", "<end_of_turn>"),
         pad="<pad>",
@@ -446,5 +378,5 @@ FAMILIES: dict[str, Family] = {
             "image_token": "<image_soft_token>",
         },
     ),
-    "qwen2": Family(_CHAT, _CHATML.replace("IMAGE", ""), _qwen2),
+    "qwen2": Family(_CHAT, CHATML.replace("IMAGE", ""), _qwen2),
 }
