@@ -19,13 +19,15 @@ OK, PROBLEM, USAGE, INTERRUPTED = 0, 1, 2, 130
 class Command:
     """stage: module in ``openril.stages``. run: its function (recipe, console, **options) -> exit code or anything else.
 
-    options: flags of this command alone, as (name, whether it takes values, help).
+    options: flags of this command alone, as (name, whether it takes values, help). takes_recipe: off for a command that
+    parses its arguments itself: its function gets them in place of a recipe.
     """
 
     help: str
     stage: str
     run: str
     options: tuple[tuple[str, bool, str], ...] = ()
+    takes_recipe: bool = True
 
 
 COMMANDS: dict[str, Command] = {
@@ -52,6 +54,9 @@ COMMANDS: dict[str, Command] = {
         (("checkpoints", True, "only these checkpoint folders"),),
     ),
     "run": Command("all stages that are not done yet, in order", "run", "run_all"),
+    "bench": Command(
+        "measure speed and memory of a step against TRL's GRPOTrainer (no recipe)", "bench", "run_bench", takes_recipe=False
+    ),
 }
 
 USAGE_TEXT = """\
@@ -90,6 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = f"; did you mean `ril {near[0]}`?" if near else ""
         print(f"ril: there is no command {name!r}{hint}\n\n{usage()}", file=sys.stderr, end="")
         return USAGE
+    if not COMMANDS[name].takes_recipe:
+        return _run(COMMANDS[name], rest, {})
     try:
         rest, options = _options(COMMANDS[name], rest)
         recipe = _recipe(name, rest)
@@ -139,7 +146,7 @@ def _recipe(name: str, rest: list[str]) -> Recipe:
     return load_recipe(rest[0], rest[1:], prog=f"ril {name} {rest[0]}")
 
 
-def _run(command: Command, recipe: Recipe, options: dict[str, Any]) -> int:
+def _run(command: Command, recipe: Recipe | list[str], options: dict[str, Any]) -> int:
     import importlib
 
     # Progress is ours; the libraries' own would tear it.
@@ -158,6 +165,8 @@ def _run(command: Command, recipe: Recipe, options: dict[str, Any]) -> int:
         code = function(recipe, console, **options)
     except OpenRILError as e:
         return _complain(str(e))
+    except SystemExit as e:  # a command's own parser prints its help and messages
+        return int(e.code or 0)
     except KeyboardInterrupt as e:
         print(f"ril: {str(e) or 'interrupted; the same command continues'}", file=sys.stderr)
         return INTERRUPTED

@@ -21,6 +21,7 @@ from openril.models.adapters import base_model
 from openril.models.group_attention import CannotPack, GroupLayout, enable, no_mask
 from openril.models.prompts import Prompt
 from openril.models.vision_features import FeatureStore, VisionFeatures
+from openril.models.vision_inputs import join_vision
 
 # Logits in float32 that are alive at a time, forward and backward.
 LOGITS_BYTES = 64 * 2**20
@@ -152,17 +153,11 @@ def lay_out(groups: Sequence[GroupTokens], pad_token_id: int) -> Rows:
         "input_ids": input_ids,
         "attention_mask": attention_mask,
         "position_ids": position_ids if channels > 1 else position_ids[0],
-        **repeat_vision([p for p, _ in pairs]),
+        **join_vision([p for p, _ in pairs]),
     }
-    if any(p.token_types is not None for p, _ in pairs):
-        inputs[pairs[0][0].token_type_key] = token_types
+    if key := next((p.token_type_key for p, _ in pairs if p.token_types is not None), None):
+        inputs[key] = token_types
     return Rows(inputs, targets, mask, index, keep, last)
-
-
-def repeat_vision(prompts: Sequence[Prompt]) -> dict[str, Tensor]:
-    """Image tensors of the rows, one after the other."""
-    keys = dict.fromkeys(key for p in prompts for key in p.vision)
-    return {key: torch.cat([p.vision[key] for p in prompts if key in p.vision]) for key in keys}
 
 
 def run_packed(model: Any, rows: Rows, vision: VisionFeatures) -> Tensor:

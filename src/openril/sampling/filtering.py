@@ -9,11 +9,12 @@ from openril.recipe.schema import Sampling
 
 
 def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """logits [R, V] with the scores of seen tokens (bool [R, V]) divided by ``penalty`` where positive and multiplied
-    where negative (CTRL, arXiv 1909.05858, as transformers does it)."""
+    """A copy of logits [R, V] with the scores of seen ids (int64 [R, S], repeats allowed) divided by ``penalty`` where
+    positive and multiplied where negative (CTRL, arXiv 1909.05858, as transformers does it)."""
     if penalty == 1.0:
-        return logits
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+        return logits.clone()
+    scores = logits.gather(-1, seen)
+    return logits.scatter(-1, seen, torch.where(scores > 0, scores / penalty, scores * penalty))
 
 
 def candidates(logits: Tensor, settings: Sampling) -> tuple[Tensor, Tensor]:
@@ -22,10 +23,11 @@ def candidates(logits: Tensor, settings: Sampling) -> tuple[Tensor, Tensor]:
     Tokens outside top-p have probability 0; rows sum to 1. Temperature must be above 0. Top-p keeps every token whose
     predecessors sum to less than top_p, so at least one.
     """
-    scores = logits.float() / settings.temperature
-    k = scores.shape[-1] if settings.top_k == 0 else min(settings.top_k, scores.shape[-1])
-    scores, ids = scores.topk(k, dim=-1)
-    probabilities = scores.softmax(-1)
+    k = logits.shape[-1] if settings.top_k == 0 else min(settings.top_k, logits.shape[-1])
+    scores, ids = logits.topk(k, dim=-1)  # before anything else: the rest looks at k tokens, not at the vocabulary
+    probabilities = (scores.float() / settings.temperature).softmax(-1)
+    if settings.top_p >= 1:
+        return ids, probabilities
     before = probabilities.cumsum(-1) - probabilities
     probabilities = torch.where(before < settings.top_p, probabilities, 0.0)
     return ids, probabilities / probabilities.sum(-1, keepdim=True)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
-from openril.errors import ModelError
 from openril.models.adapters import base_model
+from openril.models.group_attention import CannotPack
 from openril.models.prompts import Prompt, PromptEncoder
+from openril.models.vision_features import FeatureStore, VisionFeatures
 from openril.recipe.schema import Sampling, Student
 from openril.records import STUDENT, Question, Response
+from openril.sampling.branched_rows import BranchedRows, Vision, check_branching
 from openril.sampling.filtering import draw, penalise_repetition
+from openril.sampling.plain_rows import PlainRows
 from openril.storage import stable_hash
 
 
@@ -24,12 +27,29 @@ class TransformersSampler:
     Every response has its own random stream, derived from (seed, question id, index): the batch it is drawn in does
     not matter. Special tokens other than the end of the turn are never drawn: an image placeholder in a response would
     be taken for an image when it is read back.
+
+    vision: image features of prompts, where the caller keeps them; else the vision side runs at every call. warn: told
+    when the model cannot share its prompts' keys and values, which is tried at the first call; by default the log.
     """
 
-    def __init__(self, model: nn.Module, encoder: PromptEncoder, *, questions_per_batch: int = 8) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        encoder: PromptEncoder,
+        *,
+        questions_per_batch: int = 8,
+        vision: Vision | None = None,
+        warn: Callable[[str], None] | None = None,
+    ) -> None:
         self.model = model
         self.encoder = encoder
         self.questions_per_batch = questions_per_batch
+        self.warn = warn or logging.getLogger(__name__).warning
+        if vision is None:
+            features = VisionFeatures(base_model(model), FeatureStore(0))
+            vision = features if features.available else None
+        self.vision = vision
+        self.branches: bool | None = None  # unknown before the first call
 
     @classmethod
     def from_checkpoint(
@@ -74,9 +94,7 @@ class TransformersSampler:
         source: str = STUDENT,
     ) -> list[list[Response]]:
         """See ``Sampler``. Long prompts are batched with long ones, to pad little."""
-        training = self.model.training
-        self.model.eval()
-        try:
+        with _evaluating(self.model):
             prompts = [self.encoder(q) for q in questions]
             order = sorted(range(len(questions)), key=lambda i: prompts[i].length)
             out: list[list[Response]] = [[] for _ in questions]
@@ -106,103 +124,98 @@ class TransformersSampler:
                             )
                         )
             return out
-        finally:
-            self.model.train(training)
+
+    @property
+    def _banned(self) -> list[int]:
+        return sorted(self.encoder.special_token_ids - set(self.encoder.eos_token_ids))
 
     def _decode(
         self, prompts: list[Prompt], num_generations: int, settings: Sampling, uniforms: Tensor
     ) -> list[tuple[list[int], list[float]]]:
         """Token ids and log-probabilities of each row; rows are prompts x num_generations. uniforms: [R, max tokens]."""
         device = next(self.model.parameters()).device
-        model = self.model
-        rows, limit = uniforms.shape
-        longest = max(p.length for p in prompts)
-        cache, logits = self._prefill(prompts, num_generations, longest, device)
-        lengths = torch.tensor([p.length for p in prompts for _ in range(num_generations)], device=device)
-        next_position = torch.tensor([p.next_position for p in prompts for _ in range(num_generations)], device=device)
-        attention_mask = (torch.arange(longest, device=device)[None] >= longest - lengths[:, None]).long()
-        channels = prompts[0].position_ids.shape[0]
-        seen = torch.zeros(rows, logits.shape[-1], dtype=torch.bool, device=device)
-        for r in range(rows):
-            seen[r, prompts[r // num_generations].input_ids.to(device)] = True
-        ends = torch.tensor(self.encoder.eos_token_ids, device=device)
-        banned = torch.tensor(sorted(self.encoder.special_token_ids - set(self.encoder.eos_token_ids)), device=device)
-        temperature = settings.temperature or 1.0
-        ids: list[list[int]] = [[] for _ in range(rows)]
-        logprobs: list[list[float]] = [[] for _ in range(rows)]
-        alive = torch.arange(rows, device=device)  # row number of every row still being decoded
+        count, limit = uniforms.shape
+        rows = self._start(prompts, num_generations, limit)
+        logits = rows.logits.repeat_interleave(num_generations, dim=0)
+        # Ids each row has seen, as far as they count; a row's own are written behind its prompt's.
+        prompt_ids = [p.input_ids.unique() for p in prompts]
+        most = max(len(ids) for ids in prompt_ids)
+        padded = torch.stack([torch.cat([ids, ids[-1:].expand(most - len(ids))]) for ids in prompt_ids])
+        seen = torch.zeros(count, most + limit, dtype=torch.long, device=device)
+        seen[:, :most] = padded.repeat_interleave(num_generations, dim=0)
+        uniforms = uniforms.to(device)
+        ends = set(self.encoder.eos_token_ids)
+        banned = torch.tensor(self._banned, device=device)
+        ids: list[list[int]] = [[] for _ in range(count)]
+        logprobs: list[list[float]] = [[] for _ in range(count)]
+        alive = list(range(count))  # number of every row still being decoded
+        drawn: list[tuple[list[int], Tensor]] = []
         for step in range(limit):
-            # Under the policy itself, before bans, penalties and truncation: what the trainer computes too.
-            scaled = logits.float() / temperature
-            normaliser = scaled.logsumexp(-1)
-            allowed = logits.float().index_fill(-1, banned, float("-inf"))
-            allowed = penalise_repetition(allowed, seen, settings.repetition_penalty)
-            token = draw(allowed, settings, uniforms[alive.cpu(), step].to(device))
-            chosen = scaled.gather(-1, token[:, None])[:, 0] - normaliser
-            for row, t, lp in zip(alive.tolist(), token.tolist(), chosen.tolist(), strict=True):
+            token, chosen = _draw(logits, settings, seen[:, : most + step], banned, uniforms[:, step])
+            tokens = token.tolist()
+            for row, t in zip(alive, tokens, strict=True):
                 ids[row].append(t)
-                logprobs[row].append(lp)
-            running = ~torch.isin(token, ends)
-            if step + 1 == limit or not running.any():
+            drawn.append((alive, chosen))
+            running = [i for i, t in enumerate(tokens) if t not in ends]
+            if step + 1 == limit or not running:
                 break
-            if not running.all():
-                kept = running.nonzero()[:, 0]
-                cache.batch_select_indices(kept)
-                alive, token, seen = alive[kept], token[kept], seen[kept]
-                attention_mask, next_position = attention_mask[kept], next_position[kept]
-            seen.scatter_(1, token[:, None], True)
-            attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(token), 1)], dim=1)
-            position = (next_position + step)[:, None]
-            output = model(
-                input_ids=token[:, None],
-                attention_mask=attention_mask,
-                position_ids=position[None].expand(channels, -1, -1) if channels > 1 else position,
-                past_key_values=cache,
-                use_cache=True,
-            )
-            logits = output.logits[:, -1]
+            if len(running) < len(tokens):
+                index = torch.tensor(running, device=device)
+                rows.keep(running)
+                alive = [alive[i] for i in running]
+                token, seen, uniforms = token[index], seen[index], uniforms[index]
+            seen[:, most + step] = token
+            logits = rows.advance(token)
+        together = torch.cat([chosen for _, chosen in drawn]).tolist()  # the device is asked once
+        for row, logprob in zip((r for numbers, _ in drawn for r in numbers), together, strict=True):
+            logprobs[row].append(logprob)
         return list(zip(ids, logprobs, strict=True))
 
-    def _prefill(
-        self, prompts: list[Prompt], num_generations: int, longest: int, device: torch.device
-    ) -> tuple[Any, Tensor]:
-        """One pass per prompt, alone and unpadded; then one cache for all rows, padded on the left."""
-        keys: list[list[Tensor]] = []
-        values: list[list[Tensor]] = []
-        logits = []
-        for prompt in prompts:
-            inputs = {k: v.to(device) for k, v in prompt.vision.items()}
-            if prompt.token_types is not None:
-                inputs[prompt.token_type_key] = prompt.token_types[None].to(device)
-            position_ids = prompt.position_ids[:, None].to(device)
-            output = self.model(
-                input_ids=prompt.input_ids[None].to(device),
-                attention_mask=torch.ones(1, prompt.length, dtype=torch.long, device=device),
-                position_ids=position_ids if position_ids.shape[0] > 1 else position_ids[0],
-                past_key_values=DynamicCache(config=base_model(self.model).config.get_text_config()),
-                use_cache=True,
-                logits_to_keep=1,
-                **inputs,
+    def _start(self, prompts: list[Prompt], num_generations: int, limit: int) -> BranchedRows | PlainRows:
+        """The prompts, read, and their rows, ready to be decoded."""
+        if self.branches is None:
+            self.branches = self._can_branch(prompts)
+        if self.branches:
+            return BranchedRows(self.model, prompts, num_generations, limit, self.vision)
+        return PlainRows(self.model, prompts, num_generations)
+
+    def _can_branch(self, prompts: list[Prompt]) -> bool:
+        """Whether branched decoding gives this model's own log-probabilities: tried on a prompt with images and one more."""
+        probes = sorted(prompts, key=lambda p: (not p.vision, p.length))
+        forbidden = self.encoder.special_token_ids | set(self.encoder.eos_token_ids)
+        tokens = [i for i in range(len(forbidden) + 3) if i not in forbidden][:3]
+        try:
+            check_branching(self.model, [probes[0], probes[-1]], self.vision, tokens)
+        except CannotPack as e:
+            self.warn(
+                f"{type(base_model(self.model)).__name__} cannot share a prompt's keys and values between samples ({e});"
+                " every sample keeps its own, which is slower"
             )
-            logits.append(output.logits[:, -1].expand(num_generations, -1))
-            layers = output.past_key_values.layers
-            if not all(hasattr(layer, "keys") for layer in layers):
-                raise ModelError(
-                    f"{type(self.model).__name__} has layers without keys and values (linear attention), which cannot be"
-                    " branched here; set train.sampler.engine: vllm"
-                )
-            keys.append([_left_pad(layer.keys, longest, num_generations) for layer in layers])
-            values.append([_left_pad(layer.values, longest, num_generations) for layer in layers])
-        merged = DynamicCache()
-        for number in range(len(keys[0])):
-            merged.update(torch.cat([k[number] for k in keys]), torch.cat([v[number] for v in values]), number)
-        return merged, torch.cat(logits)
+            return False
+        return True
 
 
-def _left_pad(states: Tensor, length: int, rows: int) -> Tensor:
-    """[1, H, P, D] -> [rows, H, length, D], zeros on the left."""
-    padded = nn.functional.pad(states, (0, 0, length - states.shape[2], 0))
-    return padded.expand(rows, -1, -1, -1)
+def _draw(logits: Tensor, settings: Sampling, seen: Tensor, banned: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens int64 [N] and their log-probabilities [N], from logits [N, V]. seen: int64 [N, S] ids."""
+    logits = logits.float()
+    # Under the policy itself, before bans, penalties and truncation: what the trainer computes too.
+    scaled = logits / settings.temperature if settings.temperature not in (0.0, 1.0) else logits
+    normaliser = scaled.logsumexp(-1)
+    allowed = penalise_repetition(logits, seen, settings.repetition_penalty).index_fill_(-1, banned, float("-inf"))
+    token = draw(allowed, settings, uniform)
+    return token, scaled.gather(-1, token[:, None])[:, 0] - normaliser
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode for a while, then each as it was."""
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _uniforms(seed: int, count: int) -> Tensor:
