@@ -55,7 +55,10 @@ COMMANDS: dict[str, Command] = {
     ),
     "run": Command("all stages that are not done yet, in order", "run", "run_all"),
     "bench": Command(
-        "measure speed and memory of a step against TRL's GRPOTrainer (no recipe)", "bench", "run_bench", takes_recipe=False
+        "measure speed and memory of a step against TRL's GRPOTrainer (no recipe)",
+        "bench",
+        "run_bench",
+        takes_recipe=False,
     ),
 }
 

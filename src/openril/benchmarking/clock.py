@@ -1,0 +1,80 @@
+"""Time on a device: a GPU is waited for before the clock is read."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class Clock:
+    """``now``: seconds, after all work given to the device is done."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device == "cuda"
+
+    def now(self) -> float:
+        if self.cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    @contextmanager
+    def elapsed(self) -> Iterator[Elapsed]:
+        out = Elapsed()
+        started, cpu = self.now(), time.process_time()
+        yield out
+        out.seconds, out.cpu_seconds = self.now() - started, time.process_time() - cpu
+
+
+@dataclass
+class Elapsed:
+    """seconds and processor seconds of a ``with clock.elapsed() as elapsed`` block, once it has ended."""
+
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+
+
+class Stopwatch:
+    """Seconds by name, added up over the calls of what is watched."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self.seconds: dict[str, float] = {}
+        self._started: dict[str, float] = {}
+
+    def reset(self) -> None:
+        self.seconds = {}
+
+    def start(self, name: str) -> None:
+        self._started[name] = self.clock.now()
+
+    def stop(self, name: str) -> None:
+        self.seconds[name] = self.seconds.get(name, 0.0) + self.clock.now() - self._started[name]
+
+    def watch_module(self, name: str, module: nn.Module) -> None:
+        """Time the module's forward passes."""
+        module.register_forward_pre_hook(lambda *_: self.start(name))
+        module.register_forward_hook(lambda *_: self.stop(name))
+
+    def watch_optimiser(self, name: str, optimiser: Any) -> None:
+        """Time the steps of a torch optimiser (unwrapped from accelerate's if need be)."""
+        inner: torch.optim.Optimizer = getattr(optimiser, "optimizer", optimiser)
+        inner.register_step_pre_hook(lambda *_: self.start(name))
+        inner.register_step_post_hook(lambda *_: self.stop(name))
+
+    def wrap(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, timed."""
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self.start(name)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.stop(name)
+
+        return timed

@@ -1,0 +1,43 @@
+"""What this machine can do at best: matrix products a second and bytes a second."""
+
+from __future__ import annotations
+
+import torch
+
+from openril.benchmarking.clock import Clock
+
+
+class Limits:
+    """Measures peaks on demand, so that they can be taken between the contenders' turns."""
+
+    def __init__(self, device: str, dtype: torch.dtype) -> None:
+        self.clock = Clock(device)
+        big = device == "cuda"
+        sizes = (2048, 4096, 8192) if big else (768, 1024, 2048)
+        generator = torch.Generator(device).manual_seed(0)
+        self.matrices = [torch.randn(n, n, device=device, dtype=dtype, generator=generator) for n in sizes]
+        numbers = (1 << 30 if big else 1 << 28) // 4  # far beyond any cache
+        self.source = torch.ones(numbers, device=device)
+        self.other = torch.ones(numbers, device=device)
+        self.target = torch.empty(numbers, device=device)
+
+    def measure(self, repeats: int = 2) -> dict[str, float]:
+        """matmul_flops: of the fastest square product. bandwidth: bytes a second, the faster of copy and triad."""
+        best = 0.0
+        for matrix in self.matrices:
+            n = matrix.shape[0]
+            out = matrix @ matrix
+            for _ in range(repeats):
+                started = self.clock.now()
+                torch.matmul(matrix, matrix, out=out)
+                best = max(best, 2 * n**3 / (self.clock.now() - started))
+        moved = 0.0
+        size = self.source.numel() * self.source.element_size()
+        for _ in range(repeats):
+            started = self.clock.now()
+            self.target.copy_(self.source)
+            moved = max(moved, 2 * size / (self.clock.now() - started))
+            started = self.clock.now()
+            torch.add(self.source, self.other, alpha=3.0, out=self.target)
+            moved = max(moved, 3 * size / (self.clock.now() - started))
+        return {"matmul_flops": best, "bandwidth": moved}

@@ -1,0 +1,233 @@
+"""Our contenders: the loop as `ril train` builds it, with the packed group forward (ours) or without it (plain)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import openril.models  # noqa: F401  (makes torchvision importable, before anything here imports transformers)
+import torch
+
+from openril.benchmarking.clock import Clock, Stopwatch
+from openril.benchmarking.contender import (
+    BETA,
+    EPSILON,
+    LEARNING_RATE,
+    MAX_GRAD_NORM,
+    REPETITION_PENALTY,
+    TEMPERATURE,
+    TOP_K,
+    TOP_P,
+    Command,
+    Connection,
+    Measurement,
+    Spec,
+    exactly,
+)
+from openril.benchmarking.memory import PeakMemory, give_back
+from openril.benchmarking.questions import fixed_completions, questions_of
+from openril.benchmarking.shapes import QUESTIONS
+from openril.recipe.schema import Recipe, Train
+from openril.records import STUDENT, Group, Question, Response, Rollout
+from openril.rewards.total import RewardSystem
+from openril.storage import stable_hash
+from openril.training.loop import RILTrainer
+from openril.training.processes import make_accelerator
+from openril.training.run_folder import RunFolder
+from openril.training.setup import Parts
+
+NO_TOKEN = -1
+"""The only id that ends a response here. No token has it, so every response reaches the full length; the real
+end-of-turn token, no longer an end, is banned like every other special token."""
+
+TEACHER = "teacher"
+
+
+def serve(spec: Spec, connection: Connection) -> None:
+    """Set up, then measure until there is nothing more to do (``Finished``)."""
+    contender = OurStep(spec)
+    connection.ready(contender.about())
+    while True:
+        connection.reply(contender.measure(connection.next()))
+
+
+def bench_recipe(spec: Spec) -> Recipe:
+    """The recipe of the measured step: the paper's settings, G samples and G teacher responses of exactly the length."""
+    shape = spec.shape
+    adam = {"learning_rate": LEARNING_RATE, "weight_decay": 0.0, "max_grad_norm": MAX_GRAD_NORM}
+    train: dict[str, Any] = {
+        "num_generations": shape.group_size // 2,
+        "questions_per_step": QUESTIONS,
+        "max_completion_length": shape.response_tokens,
+        "beta": BETA,
+        "epsilon": EPSILON,
+        "precision": spec.precision,
+        "optimiser": adam,
+        "save_every": 0,
+        "sampling": {
+            "temperature": TEMPERATURE,
+            "top_p": TOP_P,
+            "top_k": TOP_K,
+            "repetition_penalty": REPETITION_PENALTY,
+        },
+    }
+    if "packed" in Train.model_fields:
+        train["packed"] = spec.name == "ours"
+    whole = bool({"step", "memory"} & set(spec.parts))
+    return Recipe.model_validate(
+        {
+            "run_dir": str(Path(spec.folder) / "run"),
+            "data": {"max_prompt_length": 32768},
+            "student": {"model": spec.checkpoint, "freeze": ["vision_tower"]},
+            "teachers": [{"name": TEACHER, "model_path": spec.checkpoint}],
+            "sft": {"enabled": False},
+            "discriminator": {
+                "mode": "updated" if whole else "none",
+                "pretraining": {"enabled": False},
+                "optimiser": adam,
+            },
+            "rewards": {"answer": {"kind": "rules", "rule": "contains"}},
+            "train": train,
+        }
+    )
+
+
+class OurStep:
+    """Measures parts of our step."""
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+        self.shape = spec.shape
+        self.recipe = bench_recipe(spec)
+        self.clock = Clock(spec.device)
+        self.watch = Stopwatch(self.clock)
+        self.memory = PeakMemory(spec.device)
+        accelerator = make_accelerator(self.recipe)
+        folder = RunFolder(self.recipe.run_path)
+        self.built = Parts(self.recipe, accelerator, folder.checkpoints_path)
+        self.encoder = self.built.encoder
+        self.encoder.eos_token_ids = [NO_TOKEN]
+        self.trainer = RILTrainer(
+            self.recipe,
+            [],
+            accelerator=accelerator,
+            sampler=self.built.sampler,
+            policy=self.built.policy_update,
+            discriminator=self.built.discriminator,
+            teacher_responses=lambda question, visit: self._teachers[question.id],
+            rewards=RewardSystem(self.recipe, None),
+            folder=folder,
+            save=lambda step: None,
+        )
+        update = self.built.policy_update
+        self.watch.watch_optimiser("optimiser", update.optimiser)
+        assert update.reference is not None
+        self.watch.watch_module("reference", update.reference)
+        self._call = 0
+        self._teachers: dict[str, list[Response]] = {}  # as the cache would hold them: made before the clock runs
+
+    def about(self) -> dict[str, Any]:
+        prompt = self.encoder(questions_of(self.spec.picture_paths, 0)[0])
+        trainable = sum(p.numel() for p in self.built.policy_update.trainable)
+        return {
+            "prompt_tokens": prompt.length,
+            "trainable_parameters": trainable,
+            "threads": torch.get_num_threads(),
+            "memory_source": self.memory.source,
+            "settings": {
+                "packed": self.recipe.train.packed if "packed" in Train.model_fields else False,
+                "precision": self.spec.precision,
+                "optimiser": type(getattr(self.built.optimiser, "optimizer", self.built.optimiser)).__name__,
+                "discriminator": self.recipe.discriminator.mode,
+                "train": self.recipe.train.model_dump(mode="json"),
+            },
+        }
+
+    def measure(self, command: Command) -> Measurement:
+        self._call = command.call
+        size = command.group_size or self.shape.group_size
+        questions = questions_of(self.spec.picture_paths, command.call)
+        if command.part == "update":
+            return self._update(questions, size)
+        if command.part in ("sampling", "prefill"):
+            return self._sampling(questions, size, 1 if command.part == "prefill" else self.shape.response_tokens)
+        return self._step(questions, with_memory=command.part == "memory")
+
+    def _update(self, questions: list[Question], group_size: int) -> Measurement:
+        groups = [self._group(q, j, group_size) for j, q in enumerate(questions)]
+        for q in questions:
+            self.encoder(q)  # in a step the sampler has done this
+        self.watch.reset()
+        with self.clock.elapsed() as elapsed:
+            self.built.policy_update.update(groups, self._call)
+        parts = dict(self.watch.seconds)
+        parts["forward_backward"] = elapsed.seconds - sum(parts.values())
+        tokens = QUESTIONS * group_size * self.shape.response_tokens
+        return Measurement(elapsed.seconds, parts, tokens, elapsed.cpu_seconds)
+
+    def _group(self, question: Question, number: int, size: int) -> Group:
+        """A group of fixed responses: half the student's, half a teacher's, with advantages around 0."""
+        shape = self.shape
+        rows = fixed_completions(
+            QUESTIONS * self._call + number,
+            size,
+            shape.response_tokens,
+            shape.size.vocab,
+            self.encoder.special_token_ids,
+        )
+        rollouts = []
+        for i, ids in enumerate(rows):
+            mine = i < size // 2
+            response = Response(
+                question.id,
+                STUDENT if mine else TEACHER,
+                i % (size // 2),
+                self.encoder.decode(ids),
+                token_ids=tuple(ids),
+                logprobs=(0.0,) * len(ids) if mine else None,
+            )
+            rollouts.append(Rollout(response, reward=float(i % 2), advantage=i % 2 - 0.5))
+        return Group(question, rollouts)
+
+    def _sampling(self, questions: list[Question], count: int, length: int) -> Measurement:
+        with self.clock.elapsed() as elapsed:
+            drawn = self.built.sampler.sample(
+                questions,
+                count,
+                settings=self.recipe.train.sampling,
+                max_completion_length=length,
+                seed=stable_hash("bench", self._call),
+            )
+        self._check([r for each in drawn for r in each], length)
+        return Measurement(elapsed.seconds, {}, QUESTIONS * count * length, elapsed.cpu_seconds)
+
+    def _step(self, questions: list[Question], *, with_memory: bool) -> Measurement:
+        self._teachers = {
+            q.id: [r.response for r in self._group(q, j, self.shape.group_size).teachers]
+            for j, q in enumerate(questions)
+        }
+        self.trainer.seconds = {}
+        self.watch.reset()
+        if with_memory:
+            self.memory.start()
+        with self.clock.elapsed() as elapsed:
+            groups, _ = self.trainer.step([(q, 0) for q in questions])
+        peak = self.memory.peak() if with_memory else None
+        if with_memory:
+            give_back()
+        self.trainer.step_number += 1
+        self._check([r.response for g in groups for r in g.rollouts], self.shape.response_tokens)
+        parts = dict(self.trainer.seconds)
+        parts["other"] = elapsed.seconds - sum(parts.values())
+        return Measurement(
+            elapsed.seconds,
+            parts | {f"update/{k}": v for k, v in self.watch.seconds.items()},
+            self.shape.rows * self.shape.response_tokens,
+            elapsed.cpu_seconds,
+            peak,
+            self.memory.held if with_memory else None,
+        )
+
+    def _check(self, responses: Sequence[Response], wanted: int) -> None:
+        exactly([len(r.token_ids or ()) for r in responses], wanted, self.spec.name)

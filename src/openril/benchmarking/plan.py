@@ -1,0 +1,93 @@
+"""Which shapes, parts and contenders a run of the benchmark measures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from openril.benchmarking.contender import Part
+from openril.benchmarking.shapes import Shape, grid_of
+
+CONTENDERS = ("trl", "plain", "ours")
+"""In the order in which they take turns."""
+
+SWEEP = (4, 8, 16, 32)
+"""Group sizes 2G of "cost against 2G"."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One shape: every round measures every part with every contender, in turn.
+
+    memory: one step more, for its peak. sweep: group sizes whose update ours measures too. together: all contenders'
+    processes live at once; off where the device could not hold them, so that they come one after the other.
+    """
+
+    shape: Shape
+    contenders: tuple[str, ...] = CONTENDERS
+    parts: tuple[Part, ...] = ("update", "sampling", "step")
+    rounds: int = 3
+    memory: bool = True
+    sweep: tuple[int, ...] = ()
+    together: bool = True
+
+    def parts_of(self, contender: str) -> tuple[Part, ...]:
+        """What it measures each round: sampling is one code in plain and ours, so plain leaves it to ours."""
+        left_to_ours = {"ours": (), "plain": ("sampling", "prefill"), "trl": ("prefill",)}[contender]
+        return tuple(p for p in self.parts if p not in left_to_ours)
+
+    def warm_up(self, contender: str) -> tuple[Part, ...]:
+        """What it runs once before anything counts, so that optimiser states exist and libraries are warm."""
+        parts = self.parts_of(contender)
+        whole = contender != "trl" and self.memory  # our step's own optimiser is the discriminator's
+        return ("step",) if "step" in parts or whole else parts
+
+    @property
+    def calls(self) -> int:
+        """Measurements of one contender, at most: each has questions of its own."""
+        return len(self.warm_up("ours")) + 1 + self.rounds * (len(self.parts) + len(self.sweep)) + self.memory
+
+
+@dataclass(frozen=True)
+class Plan:
+    """cells in order; short, long and wide: names of the shapes whose figures are the headline."""
+
+    cells: tuple[Cell, ...]
+    short: str
+    long: str
+    wide: str
+
+
+def make_plan(
+    *, quick: bool, device: str, shapes: Sequence[Shape], contenders: Sequence[str] = CONTENDERS, repeats: int = 0
+) -> Plan:
+    """repeats: rounds a cell, 0 for the plan's own. shapes: all parts of each, instead of the plan's own."""
+    gpu = device == "cuda"
+    model = "qwen2_5_vl_3b" if gpu else "tiny"
+    short, long = Shape(model, 200, 32, 8), Shape(model, 1000, 32, 16)
+    wide = long if gpu else Shape("wide", 1000, 32, 16)
+    everything: tuple[Part, ...] = ("update", "sampling", "prefill", "step")
+    if shapes:
+        cells = [Cell(s, parts=everything) for s in shapes]
+    elif quick:
+        cells = [
+            Cell(short, memory=False),
+            Cell(long, contenders=("trl", "ours"), parts=("update",), rounds=2),
+        ]
+        if wide != long:
+            cells.append(Cell(wide, contenders=("ours",), parts=("update",), memory=False))
+    else:
+        cells = [Cell(s, parts=everything) for s in grid_of(model)]
+        cells = [replace(c, sweep=SWEEP) if c.shape == long else c for c in cells]
+        if wide != long:
+            cells.append(Cell(wide, parts=("update",), memory=False))
+    chosen = []
+    for cell in cells:
+        names = tuple(n for n in cell.contenders if n in contenders)
+        if names:
+            together = cell.shape.model != "qwen2_5_vl_3b"
+            sweep = cell.sweep if "ours" in names else ()
+            chosen.append(
+                replace(cell, contenders=names, rounds=repeats or cell.rounds, together=together, sweep=sweep)
+            )
+    return Plan(tuple(chosen), short.name, long.name, wide.name)

@@ -1,0 +1,233 @@
+"""From measurements to figures: medians, ratios, shares of limits, the fit of cost against 2G. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from statistics import median
+from typing import Any
+
+from openril.benchmarking.contender import Measurement
+from openril.benchmarking.flops import decode_bytes, update_flops
+from openril.benchmarking.plan import Plan
+from openril.benchmarking.session import CellResult
+from openril.benchmarking.shapes import MODELS, QUESTIONS
+
+Entries = Sequence[Measurement | None]
+
+HEADLINES = {
+    "update": ("short", "update"),
+    "update_long": ("long", "update"),
+    "sampling": ("short", "sampling"),
+    "step": ("short", "step"),
+    "memory_long": ("long", "memory"),
+}
+"""Headline ratio -> (which shape of the plan, part). All are TRL over ours."""
+
+
+def spread(values: Sequence[float]) -> dict[str, Any] | None:
+    """Median, smallest and largest, and how many; None when there is nothing."""
+    if not values:
+        return None
+    return {"median": median(values), "min": min(values), "max": max(values), "rounds": len(values)}
+
+
+def quantity(part: str, measurement: Measurement) -> float | None:
+    """What a part is compared by: bytes for memory, seconds otherwise."""
+    return measurement.peak_memory if part == "memory" else measurement.seconds
+
+
+def ratio(part: str, peer: Entries, ours: Entries) -> dict[str, Any] | None:
+    """Peer over ours, round by round (rounds where either is missing are left out): their median and spread."""
+    values = []
+    for theirs, mine in zip(peer, ours, strict=True):
+        if theirs is None or mine is None:
+            continue
+        a, b = quantity(part, theirs), quantity(part, mine)
+        if a is not None and b:
+            values.append(a / b)
+    return spread(values)
+
+
+def cpu_ratio(peer: Entries, ours: Entries) -> float | None:
+    """The same of processor time: on a machine with other work it varies less than seconds on the wall do."""
+    pairs = [(p.cpu_seconds, o.cpu_seconds) for p, o in zip(peer, ours, strict=True) if p is not None and o is not None]
+    values = [p / o for p, o in pairs if p is not None and o]
+    return median(values) if values else None
+
+
+def linear_fit(x: Sequence[float], y: Sequence[float]) -> dict[str, float] | None:
+    """Least squares y = intercept + slope x, and R^2; None for fewer than three points."""
+    if len(x) < 3:
+        return None
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    sxx = sum((a - mean_x) ** 2 for a in x)
+    sxy = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
+    syy = sum((b - mean_y) ** 2 for b in y)
+    if sxx == 0 or syy == 0:
+        return None
+    slope = sxy / sxx
+    return {"intercept": mean_y - slope * mean_x, "slope": slope, "r_squared": sxy * sxy / (sxx * syy)}
+
+
+def part_figures(entries: Entries, unique_tokens: int) -> dict[str, Any]:
+    """One contender, one part: spread, parts, throughput. Rounds that failed are left out; nothing is made up."""
+    known = [m for m in entries if m is not None]
+    if not known:
+        return {"seconds": None}
+    seconds = spread([m.seconds for m in known])
+    assert seconds is not None
+    names = dict.fromkeys(name for m in known for name in m.parts)
+    cpu = [m.cpu_seconds for m in known if m.cpu_seconds is not None]
+    out: dict[str, Any] = {
+        "seconds": seconds,
+        "cpu_seconds": median(cpu) if cpu else None,
+        "parts": {name: median([m.parts[name] for m in known if name in m.parts]) for name in names},
+        "response_tokens_per_second": known[0].tokens / seconds["median"],
+        "unique_tokens_per_second": unique_tokens / seconds["median"],
+        "rounds": [None if m is None else m.seconds for m in entries],
+    }
+    peaks = [m.peak_memory for m in known if m.peak_memory is not None]
+    if any(m.held_memory is not None for m in known):
+        out["peak_memory_bytes"] = spread(peaks)
+        out["held_memory_bytes"] = median([m.held_memory for m in known if m.held_memory is not None])
+    return out
+
+
+def matmul_share(result: CellResult) -> dict[str, Any] | None:
+    """Operations of the unique tokens over what the machine's fastest matrix products would have done meanwhile.
+
+    Round by round: operations / (our update's seconds without the optimiser's step) / the peak measured in that round.
+    """
+    entries = result.measurements.get("ours", {}).get("update", [])
+    shape, prompt = result.cell.shape, prompt_tokens(result)
+    if not entries or prompt is None:
+        return None
+    flops = update_flops(shape.size, prompt, shape.grid, shape.response_tokens, shape.group_size, QUESTIONS)
+    rounds = [
+        (m.seconds - m.parts.get("optimiser", 0.0), limits["matmul_flops"])
+        for m, limits in zip(entries, result.limits, strict=False)
+        if m is not None
+    ]
+    if not rounds:
+        return None
+    best = max(limits["matmul_flops"] for limits in result.limits)
+    return {
+        "shape": shape.name,
+        "unique_flops": flops,
+        "share": spread([flops / seconds / peak for seconds, peak in rounds]),
+        "share_of_best_peak": spread([flops / seconds / best for seconds, _ in rounds]),
+    }
+
+
+def decode_share(result: CellResult, bytes_per_number: int) -> dict[str, Any] | None:
+    """Our decoding against memory bandwidth: the least bytes of a step over the bytes that could have been read."""
+    ours = result.measurements.get("ours", {})
+    shape, prompt = result.cell.shape, prompt_tokens(result)
+    pairs = [
+        (s.seconds - p.seconds, limits["bandwidth"])
+        for s, p, limits in zip(ours.get("sampling", []), ours.get("prefill", []), result.limits, strict=False)
+        if s is not None and p is not None and s.seconds > p.seconds
+    ]
+    steps = shape.response_tokens - 1
+    if not pairs or prompt is None or steps < 1:
+        return None
+    weights, cache = decode_bytes(
+        shape.size, prompt, shape.response_tokens, shape.group_size, QUESTIONS, bytes_per_number
+    )
+    return {
+        "weight_bytes_per_step": weights,
+        "cache_bytes_per_step": cache,
+        "seconds_per_step": spread([seconds / steps for seconds, _ in pairs]),
+        "share_of_bandwidth": spread([(weights + cache) * steps / seconds / bandwidth for seconds, bandwidth in pairs]),
+    }
+
+
+def prompt_tokens(result: CellResult) -> int | None:
+    found = {about["prompt_tokens"] for about in result.about.values()}
+    if len(found) > 1:
+        raise RuntimeError(f"the contenders' prompts differ in length: {sorted(found)}")
+    return found.pop() if found else None
+
+
+def cell_figures(result: CellResult, bytes_per_number: int) -> dict[str, Any]:
+    """Everything about one shape."""
+    cell = result.cell
+    shape = cell.shape
+    prompt = prompt_tokens(result)
+    unique = QUESTIONS * ((prompt or 0) + shape.group_size * shape.response_tokens)
+    ours = result.measurements.get("ours", {})
+    contenders, ratios, cpu_ratios = {}, {}, {}
+    for name in cell.contenders:
+        measured = result.measurements.get(name, {})
+        figures = {part: part_figures(entries, unique) for part, entries in measured.items()}
+        contenders[name] = {**result.about.get(name, {}), "measured": figures}
+        if name != "ours":
+            shared = [part for part in measured if part in ours]
+            ratios[name] = {part: ratio(part, measured[part], ours[part]) for part in shared}
+            cpu_ratios[name] = {part: cpu_ratio(measured[part], ours[part]) for part in shared if part != "memory"}
+    out = {
+        "name": shape.name,
+        "model": shape.model,
+        "image_tokens": math.prod(shape.grid),
+        "prompt_tokens": prompt,
+        "response_tokens": shape.response_tokens,
+        "group_size": shape.group_size,
+        "questions": QUESTIONS,
+        "alternating": cell.together,
+        "contenders": contenders,
+        "ratios": ratios,
+        "ratios_of_cpu_time": cpu_ratios,
+        "matmul_share": matmul_share(result),
+        "decoding": decode_share(result, bytes_per_number),
+        "failures": [asdict(f) for f in result.failures],
+    }
+    if result.sweep:
+        out["sweep"] = sweep_figures(result)
+    return out
+
+
+def sweep_figures(result: CellResult) -> dict[str, Any]:
+    """Our update's seconds against 2G, and the line through them over the response tokens of a step."""
+    points = []
+    for size, entries in sorted(result.sweep.items()):
+        seconds = spread([m.seconds for m in entries if m is not None])
+        if seconds is not None:
+            tokens = QUESTIONS * size * result.cell.shape.response_tokens
+            points.append({"group_size": size, "response_tokens": tokens, "seconds": seconds})
+    fit = linear_fit([p["response_tokens"] for p in points], [p["seconds"]["median"] for p in points])
+    return {"points": points, "fit_seconds_per_response_token": fit}
+
+
+def summary(
+    plan: Plan, results: Sequence[CellResult], machine: dict[str, Any], bytes_per_number: int, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """The JSON that `ril bench` writes. A figure that was not measured is null."""
+    cells = {r.cell.shape.name: cell_figures(r, bytes_per_number) for r in results}
+    headline: dict[str, dict[str, Any] | None] = {}
+    cpu: dict[str, float | None] = {}
+    for key, (role, part) in HEADLINES.items():
+        figures = cells.get(getattr(plan, role), {})
+        headline[key] = figures.get("ratios", {}).get("trl", {}).get(part)
+        cpu[key] = figures.get("ratios_of_cpu_time", {}).get("trl", {}).get(part)
+    share = cells.get(plan.wide, {}).get("matmul_share")
+    limits = [entry for r in results for entry in r.limits]
+    return {
+        "ratios": {key: entry["median"] if entry else None for key, entry in headline.items()},
+        "matmul_share": share["share"]["median"] if share else None,
+        "shapes": list(cells.values()),
+        "versions": machine["versions"],
+        "machine": machine["machine"],
+        "limits": {key: spread([entry[key] for entry in limits]) for key in ("matmul_flops", "bandwidth")},
+        "ratios_spread": headline,
+        "ratios_of_cpu_time": {k: v for k, v in cpu.items() if k != "memory_long"},
+        "matmul_share_detail": share,
+        "models": {
+            name: {**asdict(size), "vision_to_language_work_per_image_token": size.vision_share}
+            for name, size in MODELS.items()
+            if any(r.cell.shape.model == name for r in results)
+        },
+        "settings": settings,
+        "failures": [failure for c in cells.values() for failure in c["failures"]],
+    }

@@ -1,0 +1,182 @@
+"""Runs a plan: the contenders of a cell take turns, one measurement at a time, so that noise hits all alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from openril.benchmarking.contender import Command, Measurement, Part, Precision, Spec
+from openril.benchmarking.plan import Cell
+from openril.benchmarking.processes import ContenderWorker, Machine, WorkerFailed
+from openril.benchmarking.questions import draw_pictures
+from openril.benchmarking.shapes import QUESTIONS, Shape
+from openril.storage import remove
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A contender that could not measure (the rest of) a shape."""
+
+    contender: str
+    shape: str
+    cause: str
+
+
+@dataclass
+class CellResult:
+    """measurements: contender -> part -> one entry a round, None where it failed. sweep: group size -> entries of ours.
+    limits: one entry a round. about: contender -> what it said of itself."""
+
+    cell: Cell
+    measurements: dict[str, dict[str, list[Measurement | None]]] = field(default_factory=dict)
+    sweep: dict[int, list[Measurement | None]] = field(default_factory=dict)
+    limits: list[dict[str, float]] = field(default_factory=list)
+    about: dict[str, dict[str, Any]] = field(default_factory=dict)
+    failures: list[Failure] = field(default_factory=list)
+
+    def add(self, contender: str, part: str, measurement: Measurement | None) -> None:
+        self.measurements.setdefault(contender, {}).setdefault(part, []).append(measurement)
+
+
+class Session:
+    """A machine, a folder of its own for checkpoints and pictures, and the contenders' processes while they live.
+
+    peer_rows: TRL's rows in one forward pass; 0 for all of a step, fewer only where memory forbids more.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        device: Literal["cpu", "cuda"],
+        precision: Precision,
+        threads: int,
+        peer_rows: int = 0,
+        say: Say = lambda text: None,
+        warn: Say = lambda text: None,
+    ) -> None:
+        self.folder = folder
+        self.device: Literal["cpu", "cuda"] = device
+        self.precision: Precision = precision
+        self.threads = threads
+        self.peer_rows = peer_rows
+        self.say, self.warn = say, warn
+        self.workers: list[ContenderWorker] = []
+        self._started = 0
+        # Limits are those of the numbers the products are computed in; checkpoints are read in any type.
+        dtype = "float32" if precision == "float32" else "bfloat16"
+        self.machine = Machine(device, dtype, threads, folder / "machine.log")
+
+    def close(self) -> None:
+        """End every process."""
+        for worker in [*self.workers, self.machine]:
+            worker.end()
+        self.workers = []
+
+    def run(self, cell: Cell) -> CellResult:
+        result = CellResult(cell)
+        shape = cell.shape
+        checkpoint = self.folder / "models" / shape.model
+        if not checkpoint.exists():
+            self.say(f"{shape.name}: building the model")
+            self.machine.build(checkpoint, shape.model)
+        pictures = draw_pictures(self.folder / "pictures" / shape.name, shape, QUESTIONS * cell.calls)
+        turns: Sequence[tuple[str, ...]] = [cell.contenders] if cell.together else [(c,) for c in cell.contenders]
+        for contenders in turns:
+            self._take_turns(cell, contenders, checkpoint, pictures, result)
+        remove(self.folder / "pictures" / shape.name)
+        return result
+
+    def _take_turns(
+        self, cell: Cell, contenders: Sequence[str], checkpoint: Path, pictures: list[Path], result: CellResult
+    ) -> None:
+        shape = cell.shape
+        paths = tuple(map(str, pictures))
+        alive: dict[str, ContenderWorker] = {}
+        for name in contenders:
+            parts: tuple[Part, ...] = (*cell.parts_of(name), *(("memory",) if cell.memory else ()))
+            rows = self.peer_rows if name == "trl" and shape.rows % max(self.peer_rows, 1) == 0 else 0
+            spec = Spec(
+                name,
+                shape,
+                str(checkpoint),
+                paths,
+                str(self.folder / "runs" / f"{shape.name}-{name}"),
+                self.device,
+                self.precision,
+                parts,
+                self.threads,
+                rows,
+            )
+            try:
+                alive[name] = self._start(spec, cell.warm_up(name))
+            except WorkerFailed as e:
+                self._lost(name, shape, e, result)
+                continue
+            result.about[name] = alive[name].about
+        call = 1
+
+        def measure(name: str, part: Part, group_size: int = 0, words: str = "") -> Measurement | None:
+            if name not in alive:
+                return None
+            self.say(f"{shape.name}: {name}, {words or part}")
+            try:
+                return alive[name].measure(Command(part, call, group_size))
+            except WorkerFailed as e:
+                self._end(alive.pop(name))
+                self._lost(name, shape, e, result)
+                return None
+
+        for number in range(cell.rounds):
+            turn = f", round {number + 1} of {cell.rounds}"
+            self.say(f"{shape.name}: the machine's limits{turn}")
+            result.limits.append(self.machine.limits())
+            for part in cell.parts:
+                for name in contenders:
+                    if part in cell.parts_of(name):
+                        result.add(name, part, measure(name, part, words=f"{part}{turn}"))
+                call += 1
+            for size in cell.sweep if "ours" in contenders else ():
+                found = measure("ours", "update", size, f"update at 2G = {size}{turn}")
+                result.sweep.setdefault(size, []).append(found)
+                call += 1
+        if cell.memory:
+            for name in contenders:
+                result.add(name, "memory", measure(name, "memory"))
+        for worker in alive.values():
+            self._end(worker)
+
+    def _start(self, spec: Spec, warm_up: Sequence[Part]) -> ContenderWorker:
+        """A worker that is set up and warm. TRL gets half the rows a forward pass whenever memory is short."""
+        while True:
+            self.say(f"{spec.shape.name}: {spec.name} sets up")
+            self._started += 1
+            log = self.folder / f"{self._started:03d}-{spec.name}.log"
+            worker = ContenderWorker(spec, log)
+            self.workers.append(worker)
+            try:
+                worker.ready()
+                for part in warm_up:
+                    self.say(f"{spec.shape.name}: {spec.name}, {part} to warm up")
+                    worker.measure(Command(part, 0))
+                return worker
+            except WorkerFailed as e:
+                self._end(worker)
+                rows = spec.micro_batch_rows or spec.shape.rows
+                if not (spec.name == "trl" and e.out_of_memory and rows % 2 == 0):
+                    raise
+                self.warn(f"{e}; again with {rows // 2} rows a forward pass instead of {rows}")
+                spec = replace(spec, micro_batch_rows=rows // 2)
+
+    def _end(self, worker: ContenderWorker) -> None:
+        worker.end()
+        if worker in self.workers:
+            self.workers.remove(worker)
+
+    def _lost(self, name: str, shape: Shape, error: WorkerFailed, result: CellResult) -> None:
+        self.warn(f"{error}; its figures for this shape are left out")
+        result.failures.append(Failure(name, shape.name, str(error)))

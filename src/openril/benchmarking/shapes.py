@@ -1,0 +1,139 @@
+"""What is measured on: models with the proportions of the real 3B, and shapes of a step. No torch here."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+
+from openril.errors import OpenRILError
+
+PATCH = 14
+"""Pixels along a side of a vision patch."""
+MERGE = 2
+"""Patches along a side of an image token."""
+WINDOW = 8
+"""Patches along a side of a window of the vision tower's windowed layers (112 pixels)."""
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """A Qwen2.5-VL by its numbers. vision_full: layers of the vision tower whose attention spans the whole image."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    intermediate: int
+    vocab: int
+    vision_hidden: int
+    vision_layers: int
+    vision_heads: int
+    vision_intermediate: int
+    vision_full: tuple[int, ...]
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden // self.heads
+
+    @property
+    def layer_weights(self) -> int:
+        """Weights of the linear layers of one language layer: q, k, v, o, gate, up, down."""
+        kv = self.kv_heads * self.head_dim
+        return 2 * self.hidden * self.hidden + 2 * self.hidden * kv + 3 * self.hidden * self.intermediate
+
+    @property
+    def vision_layer_weights(self) -> int:
+        """Weights of the linear layers of one vision layer: q, k, v, o, gate, up, down."""
+        return 4 * self.vision_hidden**2 + 3 * self.vision_hidden * self.vision_intermediate
+
+    @property
+    def merger_weights(self) -> tuple[int, int]:
+        """Weights of the two linear layers that make an image token of MERGE x MERGE patches."""
+        wide = self.vision_hidden * MERGE**2
+        return wide * wide, wide * self.hidden
+
+    @property
+    def patch_weights(self) -> int:
+        """Weights of the patch embedding: two frames of 3 x PATCH x PATCH numbers to vision_hidden."""
+        return 3 * 2 * PATCH * PATCH * self.vision_hidden
+
+    @property
+    def vision_share(self) -> float:
+        """Linear work of the vision side for one image token over the language layers' for one token."""
+        tower = MERGE**2 * (self.patch_weights + self.vision_layers * self.vision_layer_weights)
+        return (tower + sum(self.merger_weights)) / (self.layers * self.layer_weights)
+
+
+MODELS = {
+    # Of no meaning for speed: small enough for tests of the benchmark itself.
+    "micro": ModelSize(32, 2, 2, 1, 64, 600, 32, 1, 1, 64, (0,)),
+    "tiny": ModelSize(256, 4, 4, 1, 1376, 4096, 160, 3, 5, 352, (2,)),
+    "wide": ModelSize(512, 4, 8, 1, 2752, 4096, 320, 3, 10, 856, (2,)),
+    "qwen2_5_vl_3b": ModelSize(2048, 36, 16, 2, 11008, 151936, 1280, 32, 16, 3420, (7, 15, 23, 31)),
+}
+"""By name. tiny, wide: the 3B's ratio of intermediate to hidden size (5.375) and of vision to language work per image
+token (0.92 to 0.97), at sizes a CPU can train."""
+
+QUESTIONS = 2
+"""Questions a step."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One step: QUESTIONS questions with one image of about image_tokens, group_size (2G) responses to each, of exactly
+    response_tokens."""
+
+    model: str
+    image_tokens: int
+    response_tokens: int
+    group_size: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}-{self.image_tokens}-{self.response_tokens}-{self.group_size}"
+
+    @property
+    def size(self) -> ModelSize:
+        return MODELS[self.model]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Image tokens down and across: about a 3 : 4 picture."""
+        down = max(1, round((self.image_tokens * 0.75) ** 0.5))
+        return down, max(1, self.image_tokens // down)
+
+    @property
+    def rows(self) -> int:
+        return QUESTIONS * self.group_size
+
+    @property
+    def words(self) -> str:
+        return f"{self.model}, {self.image_tokens} image tokens, responses of {self.response_tokens}, 2G = {self.group_size}"
+
+
+def grid_of(model: str) -> list[Shape]:
+    """The whole grid of one model."""
+    return [Shape(model, n, t, g) for n in (200, 500, 1000) for t in (32, 128) for g in (8, 16)]
+
+
+def parse_shape(name: str) -> list[Shape]:
+    """MODEL (its whole grid) or MODEL-IMAGETOKENS-RESPONSETOKENS-GROUPSIZE. Raises OpenRILError."""
+    if name in MODELS:
+        return grid_of(name)
+    match = re.fullmatch(r"(\w+)-(\d+)-(\d+)-(\d+)", name)
+    model = match[1] if match else name.split("-")[0]
+    if model not in MODELS:
+        near = difflib.get_close_matches(model, MODELS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise OpenRILError(f"--shape {name}: there is no model {model!r}, only {', '.join(MODELS)}{hint}")
+    if match is None:
+        raise OpenRILError(
+            f"--shape {name}: write MODEL, or MODEL-IMAGETOKENS-RESPONSETOKENS-GROUPSIZE, for instance tiny-200-32-8"
+        )
+    shape = Shape(match[1], *(int(match[i]) for i in (2, 3, 4)))
+    if not (4 <= shape.image_tokens <= 16384 and 1 <= shape.response_tokens <= 4096):
+        raise OpenRILError(f"--shape {name}: image tokens must be 4 to 16384 and response tokens 1 to 4096")
+    if shape.group_size < 2 or shape.group_size % 2:
+        raise OpenRILError(f"--shape {name}: the group size 2G must be even, 2 or more")
+    return [shape]

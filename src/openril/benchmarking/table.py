@@ -1,0 +1,113 @@
+"""The figures of `ril bench` for a terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+_COLUMNS = ("update", "reference", "fwd+bwd", "optimiser", "sampling", "D", "step", "peak memory", "tokens/s")
+
+
+def print_cell(console: Console, cell: dict[str, Any]) -> None:
+    """One shape: a line a contender with seconds by part, then the ratios."""
+    title = (
+        f"{cell['model']}: prompts of {cell['prompt_tokens'] or '?'} tokens, responses of {cell['response_tokens']},"
+        f" 2G = {cell['group_size']}, {cell['questions']} questions (seconds, medians)"
+    )
+    table = Table(title=title, title_justify="left", title_style="bold", pad_edge=False)
+    table.add_column("")
+    for column in _COLUMNS:
+        table.add_column(column, justify="right")
+    for name, contender in cell["contenders"].items():
+        table.add_row(name, *_row(contender["measured"]))
+    for peer, ratios in cell["ratios"].items():
+        if ratios:
+            table.add_row(f"{peer} / ours", *_ratio_row(ratios), style="cyan")
+    console.print(table)
+    for failure in cell["failures"]:
+        console.print(f"  [yellow]{failure['contender']}: {failure['cause']}", highlight=False)
+    if share := cell["matmul_share"]:
+        console.print(
+            f"  share of the matrix-product peak spent on unique tokens: {_spread(share['share'])}"
+            f" ({share['unique_flops'] / 1e9:,.1f} GFLOP)",
+            highlight=False,
+        )
+    if decoding := cell["decoding"]:
+        per_step = decoding["weight_bytes_per_step"] + decoding["cache_bytes_per_step"]
+        console.print(
+            f"  decoding reads {per_step / 2**20:,.1f} MiB a step at {_spread(decoding['share_of_bandwidth'])} of the"
+            " memory bandwidth",
+            highlight=False,
+        )
+    if sweep := cell.get("sweep"):
+        points = ", ".join(f"{p['group_size']}: {p['seconds']['median']:.3f}" for p in sweep["points"])
+        console.print(f"  update against 2G: {points}", highlight=False)
+        if fit := sweep["fit_seconds_per_response_token"]:
+            console.print(
+                f"  = {fit['intercept']:.3f} s + {fit['slope'] * 1e3:.3f} ms a response token (R² {fit['r_squared']:.4f})",
+                highlight=False,
+            )
+
+
+def print_summary(console: Console, figures: dict[str, Any]) -> None:
+    """The headline."""
+    table = Table(title="TRL over ours (larger is better)", title_justify="left", title_style="bold", pad_edge=False)
+    for column in ("", "median", "range", "rounds", "processor time"):
+        table.add_column(column, justify="left" if not column else "right")
+    for key, entry in figures["ratios_spread"].items():
+        cpu = figures["ratios_of_cpu_time"].get(key)
+        if entry is None:
+            table.add_row(key, "-", "-", "-", "-")
+            continue
+        low_high = f"{entry['min']:.2f} - {entry['max']:.2f}"
+        table.add_row(key, f"{entry['median']:.2f}", low_high, str(entry["rounds"]), f"{cpu:.2f}" if cpu else "-")
+    console.print(table)
+    limits = figures["limits"]
+    if limits["matmul_flops"]:
+        share = figures["matmul_share"]
+        console.print(
+            f"matrix products reach {limits['matmul_flops']['max'] / 1e9:,.0f} GFLOP/s here, memory"
+            f" {limits['bandwidth']['max'] / 1e9:,.1f} GB/s; share of that peak spent on unique tokens: "
+            + (f"{share:.2f}" if share is not None else "not measured"),
+            highlight=False,
+        )
+
+
+def _row(measured: dict[str, Any]) -> list[str]:
+    update, step = measured.get("update", {}), measured.get("step", {})
+    parts = update.get("parts", {})
+    memory = measured.get("memory", {}).get("peak_memory_bytes")
+    rate = update.get("response_tokens_per_second")
+    return [
+        _median(update.get("seconds")),
+        _number(parts.get("reference")),
+        _number(parts.get("forward_backward")),
+        _number(parts.get("optimiser")),
+        _median(measured.get("sampling", {}).get("seconds")),
+        _number(step.get("parts", {}).get("discriminator")),
+        _median(step.get("seconds")),
+        f"{memory['median'] / 2**20:,.0f} MiB" if memory else "-",
+        f"{rate:,.0f}" if rate else "-",
+    ]
+
+
+def _ratio_row(ratios: dict[str, Any]) -> list[str]:
+    def show(part: str) -> str:
+        entry = ratios.get(part)
+        return f"{entry['median']:.1f}x" if entry else "-"
+
+    return [show("update"), "", "", "", show("sampling"), "", show("step"), show("memory"), ""]
+
+
+def _median(entry: dict[str, Any] | None) -> str:
+    return "-" if entry is None else _number(entry["median"])
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _spread(entry: dict[str, Any]) -> str:
+    return f"{entry['median']:.2f} ({entry['min']:.2f} - {entry['max']:.2f})"

@@ -1,0 +1,173 @@
+"""A contender's process: told over a pipe what to measure, one repeat at a time. Nothing heavy at module level: threads
+and devices must be settled before torch is imported."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from multiprocessing.connection import Connection as Pipe
+from pathlib import Path
+from typing import Any
+
+from openril.benchmarking.contender import Command, Finished, Measurement, Spec
+
+
+class PipeConnection:
+    """The child's end: ("ready", about), ("done", measurement) or ("failed", cause, whether memory was short)."""
+
+    def __init__(self, pipe: Pipe) -> None:
+        self.pipe = pipe
+
+    def ready(self, about: dict[str, Any]) -> None:
+        self.pipe.send(("ready", about))
+
+    def next(self) -> Command:
+        try:
+            command = self.pipe.recv()
+        except EOFError as e:  # the parent is gone
+            raise Finished from e
+        if command is None:
+            raise Finished
+        return command
+
+    def reply(self, measurement: Measurement) -> None:
+        self.pipe.send(("done", measurement))
+
+
+def run_contender(pipe: Pipe, spec: Spec, log: str) -> None:
+    """Target of a contender's process."""
+    _settle(spec.device, spec.threads, log)
+    connection = PipeConnection(pipe)
+    try:
+        if spec.limit_memory and spec.device == "cpu":
+            _limit_memory()
+        if spec.name == "trl":
+            from openril.benchmarking.peer import serve
+        else:
+            from openril.benchmarking.ours import serve
+        serve(spec, connection)
+    except Finished:
+        pass
+    except BaseException as e:
+        import traceback
+
+        traceback.print_exc()
+        pipe.send(("failed", f"{type(e).__name__}: {e}", _memory_was_short(e)))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Nothing here is worth tearing down in order, and libraries' exit handlers may wait for each other.
+    os._exit(0)
+
+
+def run_machine(pipe: Pipe, device: str, dtype: str, threads: int, log: str) -> None:
+    """Target of the process that builds checkpoints and measures the machine's limits.
+
+    It is sent ("build", folder, model name) or ("limits",), and answers ("done", result) or ("failed", cause, False).
+    """
+    _settle(device, threads, log)
+    try:
+        import torch
+
+        from openril.benchmarking.limits import Limits
+        from openril.benchmarking.shapes import MODELS
+
+        torch_dtype = getattr(torch, dtype)
+        limits: Limits | None = None
+        pipe.send(("ready", _about_machine(device)))
+        while (request := _received(pipe)) is not None:
+            if request[0] == "build":
+                from openril.benchmarking.models import build_checkpoint
+
+                build_checkpoint(Path(request[1]), MODELS[request[2]], dtype=torch_dtype, device=device)
+                if device == "cuda":
+                    torch.cuda.empty_cache()
+                pipe.send(("done", None))
+            else:
+                limits = limits or Limits(device, torch_dtype)
+                pipe.send(("done", limits.measure()))
+    except BaseException as e:
+        import traceback
+
+        traceback.print_exc()
+        pipe.send(("failed", f"{type(e).__name__}: {e}", _memory_was_short(e)))
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def _received(pipe: Pipe) -> Any:
+    try:
+        return pipe.recv()
+    except EOFError:
+        return None
+
+
+def _settle(device: str, threads: int, log: str) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    import threading
+
+    import torch
+    from tqdm import tqdm
+
+    tqdm.set_lock(threading.RLock())  # its own would be shared between processes, and left behind
+    if threads:
+        torch.set_num_threads(threads)
+
+
+def _about_machine(device: str) -> dict[str, Any]:
+    import platform
+    from importlib.metadata import version
+
+    import torch
+
+    name = torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
+    packages = ("openril", "torch", "transformers", "trl", "accelerate", "datasets")
+    return {
+        "machine": {
+            "device": name,
+            "threads": torch.get_num_threads(),
+            "cores": os.cpu_count(),
+            "system": platform.platform(),
+        },
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
+    }
+
+
+def _cpu_name() -> str:
+    import platform
+
+    path = Path("/proc/cpuinfo")
+    if path.exists():
+        for line in path.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _limit_memory() -> None:
+    """Let allocations fail here once most of the memory that is free now is taken."""
+    from openril.benchmarking.memory import available_memory
+
+    available = available_memory()
+    if available is None or not sys.platform.startswith("linux"):
+        return
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    wanted = int(0.9 * available)
+    if hard == resource.RLIM_INFINITY or wanted < hard:
+        resource.setrlimit(resource.RLIMIT_DATA, (wanted, hard))
+
+
+def _memory_was_short(error: BaseException) -> bool:
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    text = str(error).lower()
+    return any(sign in text for sign in ("can't allocate memory", "cannot allocate memory", "not enough memory"))
