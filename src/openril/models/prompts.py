@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +80,8 @@ class PromptEncoder:
         self._special_texts = [self.tokenizer.convert_ids_to_tokens(i) for i in sorted(self.special_token_ids)]
         self._keep = keep
         self._kept: OrderedDict[Question, Prompt] = OrderedDict()
+        self._coming: dict[Question, Future[Prompt]] = {}
+        self._background: tuple[ThreadPoolExecutor, PromptEncoder] | None = None
 
     @property
     def _template(self) -> Any:
@@ -99,16 +103,46 @@ class PromptEncoder:
         if kept is not None:
             self._kept.move_to_end(question)
             return kept
+        coming = self._coming.pop(question, None)
+        prompt = coming.result() if coming is not None else self._encode_question(question)
+        self._kept[question] = prompt
+        if len(self._kept) > self._keep:
+            self._kept.popitem(last=False)
+        return prompt
+
+    def prefetch(self, questions: Iterable[Question]) -> None:
+        """Encode questions in the background; whoever asks for one later gets it, or the error it raised.
+
+        What an earlier call announced and nobody has asked for is dropped.
+        """
+        wanted = dict.fromkeys(q for q in questions if q not in self._kept)
+        for question in [q for q in self._coming if q not in wanted]:
+            self._coming.pop(question).cancel()
+        if not wanted:
+            return
+        if self._background is None:
+            # Its own processor: the tokenizers of two threads must not be one object.
+            twin = copy.copy(self)
+            twin.processor = copy.deepcopy(self.processor)
+            twin.tokenizer = getattr(twin.processor, "tokenizer", twin.processor)
+            self._background = (ThreadPoolExecutor(1, thread_name_prefix="prompts"), twin)
+        pool, twin = self._background
+        for question in (q for q in wanted if q not in self._coming):
+            self._coming[question] = pool.submit(twin._encode_question, question)
+
+    def close(self) -> None:
+        """Give up what is being encoded in the background."""
+        if self._background is not None:
+            self._background[0].shutdown(wait=False, cancel_futures=True)
+        self._background, self._coming = None, {}
+
+    def _encode_question(self, question: Question) -> Prompt:
         images = [
             load_image(source, max_pixels=self.max_image_pixels, allow_urls=self.allow_urls)
             for source in question.images
         ]
         messages = question_messages(question, self.system_prompt, self.clean)
-        prompt = self.encode(messages, images, name=f"question {question.id} ({question.origin})", key=question.images)
-        self._kept[question] = prompt
-        if len(self._kept) > self._keep:
-            self._kept.popitem(last=False)
-        return prompt
+        return self.encode(messages, images, name=f"question {question.id} ({question.origin})", key=question.images)
 
     def encode(
         self,

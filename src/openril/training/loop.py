@@ -185,6 +185,8 @@ class RILTrainer:
                     d_settings = self.recipe.discriminator.optimiser
                     d_rate = learning_rate(d_settings, self.step_number, self.total_steps)
                     set_learning_rate(self.discriminator.optimiser, d_rate)
+                if self.step_number + 1 < self.total_steps:  # images of the next step are made ready during this one
+                    self.policy.encoder.prefetch(q for q, _ in self.batch_at(self.step_number + 1))
                 groups, metrics = self.step(self.batch_at(self.step_number))
                 self.step_number += 1
                 step = self.step_number

@@ -150,7 +150,8 @@ class Parts:
         )
 
     def close(self) -> None:
-        """Close connections to servers."""
+        """Close connections to servers, and stop what runs in the background."""
+        self.encoder.close()
         if isinstance(self.sampler, SyncedSampler):
             self.sampler.close()
 
