@@ -60,7 +60,7 @@ def test_an_error_comes_when_the_question_is_asked_for(tiny_qwen: Path, tmp_path
 
 
 def test_what_nobody_asked_for_is_dropped(tiny_qwen: Path, tmp_path: Path):
-    encoder = encoder_of(tiny_qwen)
+    encoder = encoder_of(tiny_qwen, keep=3)
     questions = tiny_questions(tmp_path, 6)
     encoder.prefetch(questions[:3])
     encoder.prefetch(questions[3:])

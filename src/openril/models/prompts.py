@@ -113,11 +113,9 @@ class PromptEncoder:
     def prefetch(self, questions: Iterable[Question]) -> None:
         """Encode questions in the background; whoever asks for one later gets it, or the error it raised.
 
-        What an earlier call announced and nobody has asked for is dropped.
+        At most as many wait as are kept; older ones that nobody has asked for are dropped.
         """
-        wanted = dict.fromkeys(q for q in questions if q not in self._kept)
-        for question in [q for q in self._coming if q not in wanted]:
-            self._coming.pop(question).cancel()
+        wanted = [q for q in dict.fromkeys(questions) if q not in self._kept and q not in self._coming]
         if not wanted:
             return
         if self._background is None:
@@ -127,8 +125,10 @@ class PromptEncoder:
             twin.tokenizer = getattr(twin.processor, "tokenizer", twin.processor)
             self._background = (ThreadPoolExecutor(1, thread_name_prefix="prompts"), twin)
         pool, twin = self._background
-        for question in (q for q in wanted if q not in self._coming):
+        for question in wanted:
             self._coming[question] = pool.submit(twin._encode_question, question)
+        while len(self._coming) > self._keep:
+            self._coming.pop(next(iter(self._coming))).cancel()
 
     def close(self) -> None:
         """Give up what is being encoded in the background."""
