@@ -45,7 +45,7 @@ def test_temperature_sharpens_before_top_p():
 
 def test_repetition_penalty_divides_positive_and_multiplies_negative_scores():
     logits = torch.tensor([[2.0, -2.0, 2.0, -2.0]])
-    seen = torch.tensor([[True, True, False, False]])
+    seen = torch.tensor([[1, 0, 1]])
     assert penalise_repetition(logits, seen, 1.25)[0].tolist() == pytest.approx([1.6, -2.5, 2.0, -2.0])
 
 
@@ -85,8 +85,7 @@ def test_matches_transformers_processors():
         TopPLogitsWarper(0.8),
     ):
         expected = processor(prompt, expected)
-    seen = torch.zeros(5, 200, dtype=torch.bool).scatter_(1, prompt, True)
-    ids, p = candidates(penalise_repetition(logits, seen, 1.3), Sampling(temperature=0.7, top_k=40, top_p=0.8))
+    ids, p = candidates(penalise_repetition(logits, prompt, 1.3), Sampling(temperature=0.7, top_k=40, top_p=0.8))
     ours = torch.zeros(5, 200).scatter_(1, ids, p)
     assert torch.allclose(ours, expected.softmax(-1), atol=1e-6)
     assert math.isclose(float(ours.sum()), 5.0, rel_tol=1e-5)
