@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import openril.models  # noqa: F401  (makes torchvision importable, before anything here imports transformers)
+
+# isort: split
 import json
 from pathlib import Path
 from typing import Any
 
-import openril.models  # noqa: F401  (makes torchvision importable, before anything here imports transformers)
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
