@@ -14,6 +14,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from openril.benchmarking.questions import TEXT
 from openril.benchmarking.shapes import ModelSize
+from openril.discriminator.prompt import SYSTEM, USER
 from openril.models.tiny import build_tiny_model
 
 _CONSONANTS, _VOWELS = "bcdfghjklmnpqrstvwyz", "aeiou"
@@ -38,7 +39,7 @@ def build_checkpoint(folder: Path, size: ModelSize, *, dtype: torch.dtype, devic
         folder,
         "qwen2_5_vl",
         # Words of the prompt twice: the most frequent ones are sure of a place.
-        texts=[TEXT, TEXT, *2 * ["user\nassistant\n"], " " + " ".join(pseudo_words(size.vocab))],
+        texts=[*2 * [TEXT, SYSTEM, USER, "user\nassistant\n"], " " + " ".join(pseudo_words(size.vocab))],
         tokenizer="unigram",
         vocab_size=size.vocab,
         hidden_size=16,

@@ -19,7 +19,11 @@ SYSTEM = (
     "You are a discriminator. You read a response and decide who wrote it: a teacher model or a student model."
     " Judge by its reasoning, its accuracy and its style. Say 0 if a teacher wrote it and 1 if a student wrote it."
 )
-USER = "{question}<response>\n{response}\n</response>\nWho wrote this response? Answer with 0 for teacher or 1 for student."
+# What is asked stands before the response: all of it is then shared by the responses, and runs once for them.
+USER = (
+    "{question}Who wrote the following response? Answer with 0 for teacher or 1 for student.\n"
+    "<response>\n{response}\n</response>"
+)
 QUESTION = "<question>\n{question}\n</question>\n"
 
 # Stands for the response while the chat template is filled in.
