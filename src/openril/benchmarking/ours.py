@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import openril.models  # noqa: F401  (makes torchvision importable, before anything here imports transformers)
+
+# isort: split
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import openril.models  # noqa: F401  (makes torchvision importable, before anything here imports transformers)
 import torch
 
 from openril.benchmarking.clock import Clock, Stopwatch

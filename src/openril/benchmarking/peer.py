@@ -11,12 +11,14 @@ suppressed by one list, as ours are.
 
 from __future__ import annotations
 
+import openril.models  # noqa: F401  (makes torchvision importable, before anything here imports transformers)
+
+# isort: split
 import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import openril.models  # noqa: F401  (makes torchvision importable, before anything here imports transformers)
 import torch
 from transformers import TrainerCallback
 
@@ -125,9 +127,10 @@ class TRLStep:
             ]
         )
         self._rule_question = questions[0]
-        self.trainer: Any = GRPOTrainer(
+        reward: Any = self._reward
+        trainer: Any = GRPOTrainer(
             model=model,
-            reward_funcs=self._reward,
+            reward_funcs=reward,
             args=GRPOConfig(
                 output_dir=str(Path(spec.folder) / "trl"),
                 # Never an end-of-turn token: every response has the full length.
@@ -138,14 +141,14 @@ class TRLStep:
             processing_class=processor,
             callbacks=[_Gate(self)],
         )
+        self.trainer = trainer
         self.dataset = dataset
-        self._generate = self.trainer._generate
-        self.trainer._generate = self.watch.wrap("sampling", self._generate_or_give)
-        self.trainer._calculate_rewards = self.watch.wrap("rewards", self.trainer._calculate_rewards)
-        self.trainer.compute_loss = self.watch.wrap("forward_backward", self.trainer.compute_loss)
-        accelerator = self.trainer.accelerator
-        accelerator.backward = self.watch.wrap("forward_backward", accelerator.backward)
-        self.watch.watch_module("reference", self.trainer.ref_model)
+        self._generate = trainer._generate
+        trainer._generate = self.watch.wrap("sampling", self._generate_or_give)
+        trainer._calculate_rewards = self.watch.wrap("rewards", trainer._calculate_rewards)
+        trainer.compute_loss = self.watch.wrap("forward_backward", trainer.compute_loss)
+        trainer.accelerator.backward = self.watch.wrap("forward_backward", trainer.accelerator.backward)
+        self.watch.watch_module("reference", trainer.ref_model)
 
     def _reward(self, completions: list[Any], **_: Any) -> list[float]:
         """The rule our side's rewards follow."""

@@ -190,7 +190,7 @@ def cell_figures(result: CellResult, bytes_per_number: int) -> dict[str, Any]:
 
 def sweep_figures(result: CellResult) -> dict[str, Any]:
     """Our update's seconds against 2G, and the line through them over the response tokens of a step."""
-    points = []
+    points: list[dict[str, Any]] = []
     for size, entries in sorted(result.sweep.items()):
         seconds = spread([m.seconds for m in entries if m is not None])
         if seconds is not None:

@@ -68,7 +68,7 @@ class ModelSize:
 MODELS = {
     # Of no meaning for speed: small enough for tests of the benchmark itself.
     "micro": ModelSize(32, 2, 2, 1, 64, 600, 32, 1, 1, 64, (0,)),
-    "tiny": ModelSize(256, 4, 4, 1, 1376, 4096, 160, 3, 5, 352, (2,)),
+    "tiny": ModelSize(256, 3, 4, 1, 1376, 4096, 160, 2, 5, 352, (1,)),
     "wide": ModelSize(512, 4, 8, 1, 2752, 4096, 320, 3, 10, 856, (2,)),
     "qwen2_5_vl_3b": ModelSize(2048, 36, 16, 2, 11008, 151936, 1280, 32, 16, 3420, (7, 15, 23, 31)),
 }

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-_COLUMNS = ("update", "reference", "fwd+bwd", "optimiser", "sampling", "D", "step", "peak memory", "tokens/s")
+_COLUMNS = ("update", "reference", "fwd+bwd", "optimiser", "sampling", "D", "step", "MiB", "tokens/s")
+"""Seconds; MiB: peak of the step above what was held; tokens/s: response tokens of the update."""
 
 
 def print_cell(console: Console, cell: dict[str, Any]) -> None:
@@ -16,10 +18,11 @@ def print_cell(console: Console, cell: dict[str, Any]) -> None:
         f"{cell['model']}: prompts of {cell['prompt_tokens'] or '?'} tokens, responses of {cell['response_tokens']},"
         f" 2G = {cell['group_size']}, {cell['questions']} questions (seconds, medians)"
     )
-    table = Table(title=title, title_justify="left", title_style="bold", pad_edge=False)
-    table.add_column("")
+    console.print(title, style="bold", highlight=False)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("", no_wrap=True)
     for column in _COLUMNS:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for name, contender in cell["contenders"].items():
         table.add_row(name, *_row(contender["measured"]))
     for peer, ratios in cell["ratios"].items():
@@ -53,7 +56,8 @@ def print_cell(console: Console, cell: dict[str, Any]) -> None:
 
 def print_summary(console: Console, figures: dict[str, Any]) -> None:
     """The headline."""
-    table = Table(title="TRL over ours (larger is better)", title_justify="left", title_style="bold", pad_edge=False)
+    console.print("TRL over ours (larger is better)", style="bold", highlight=False)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for column in ("", "median", "range", "rounds", "processor time"):
         table.add_column(column, justify="left" if not column else "right")
     for key, entry in figures["ratios_spread"].items():
@@ -88,7 +92,7 @@ def _row(measured: dict[str, Any]) -> list[str]:
         _median(measured.get("sampling", {}).get("seconds")),
         _number(step.get("parts", {}).get("discriminator")),
         _median(step.get("seconds")),
-        f"{memory['median'] / 2**20:,.0f} MiB" if memory else "-",
+        f"{memory['median'] / 2**20:,.0f}" if memory else "-",
         f"{rate:,.0f}" if rate else "-",
     ]
 
@@ -106,7 +110,7 @@ def _median(entry: dict[str, Any] | None) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+    return "-" if value is None else f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
 def _spread(entry: dict[str, Any]) -> str:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import shutil
+import signal
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from types import FrameType
+from typing import Any, Literal, cast
 
 from rich.console import Console
 
@@ -74,7 +78,7 @@ def run_bench(arguments: Sequence[str], console: Console) -> dict[str, Any]:
     shapes = list(dict.fromkeys(s for name in flags.shape for s in parse_shape(name)))
     if "trl" in flags.contenders and importlib.util.find_spec("trl") is None:
         raise OpenRILError("TRL is not installed: pip install 'openril[bench]', or leave it out with --contenders")
-    device = flags.device or ("cuda" if cuda_there() else "cpu")
+    device: Literal["cpu", "cuda"] = flags.device or ("cuda" if cuda_there() else "cpu")
     if device == "cuda" and not cuda_there():
         raise OpenRILError("--device cuda: torch sees no GPU here; use --device cpu")
     precision = cast(Precision, flags.precision or ("pure_bf16" if device == "cuda" else "float32"))
@@ -87,7 +91,7 @@ def run_bench(arguments: Sequence[str], console: Console) -> dict[str, Any]:
     # Bytes of a weight while sampling: under autocast the float32 weights are what is read.
     width = 2 if precision == "pure_bf16" else 4
     try:
-        with console.status("starting") as status:
+        with ended_by_signals(), console.status("starting") as status:
             quiet = not console.is_terminal
 
             def say(text: str) -> None:
@@ -129,6 +133,24 @@ def run_bench(arguments: Sequence[str], console: Console) -> dict[str, Any]:
         write_json(flags.json, figures)
         console.print(f"bench: figures in {flags.json}", highlight=False)
     return figures
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the run as Ctrl-C does, so that no worker and no folder is left behind."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
 
 
 def cuda_there() -> bool:

@@ -1,0 +1,107 @@
+"""Turns, deaths and lack of memory, with stand-ins for the processes; and one real process that is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from openril.benchmarking import session as module
+from openril.benchmarking.contender import Command, Measurement, Spec
+from openril.benchmarking.plan import Cell
+from openril.benchmarking.processes import Machine, WorkerFailed
+from openril.benchmarking.session import Session
+from openril.benchmarking.shapes import Shape
+
+SHAPE = Shape("micro", 16, 4, 4)  # 8 rows
+
+
+class FakeMachine:
+    def __init__(self, *arguments: Any) -> None:
+        pass
+
+    def build(self, folder: Path, model: str) -> None:
+        folder.mkdir(parents=True)
+
+    def limits(self) -> dict[str, float]:
+        return {"matmul_flops": 1.0, "bandwidth": 1.0}
+
+    def end(self) -> None:
+        pass
+
+
+class FakeWorker:
+    """Keeps an account of who was asked what. plain dies at its second measurement; trl cannot hold more than 2 rows."""
+
+    asked: list[tuple[str, str, int]]
+
+    def __init__(self, spec: Spec, log: Path) -> None:
+        self.spec = spec
+        self.about = {"prompt_tokens": 20, "rows": spec.micro_batch_rows}
+
+    def ready(self) -> None:
+        if self.spec.name == "trl" and not 0 < self.spec.micro_batch_rows <= 2:
+            raise WorkerFailed(f"trl at {self.spec.shape.name}: not enough memory", True)
+
+    def measure(self, command: Command) -> Measurement:
+        FakeWorker.asked.append((self.spec.name, command.part, command.call))
+        if self.spec.name == "plain" and command.call == 2:
+            raise WorkerFailed(f"plain at {self.spec.shape.name} was killed by signal 9", True)
+        return Measurement(1.0)
+
+    def end(self) -> None:
+        pass
+
+
+@pytest.fixture
+def session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Session:
+    FakeWorker.asked = []
+    monkeypatch.setattr(module, "Machine", FakeMachine)
+    monkeypatch.setattr(module, "ContenderWorker", FakeWorker)
+    return Session(tmp_path, device="cpu", precision="float32", threads=1)
+
+
+def test_contenders_take_turns_and_one_that_dies_leaves_the_others(session: Session):
+    messages: list[str] = []
+    session.warn = messages.append
+    result = session.run(Cell(SHAPE, parts=("update",), rounds=3, memory=False))
+    assert FakeWorker.asked[3:] == [  # the first three are the warm-up
+        *(("trl", "update", 1), ("plain", "update", 1), ("ours", "update", 1)),
+        *(("trl", "update", 2), ("plain", "update", 2), ("ours", "update", 2)),
+        *(("trl", "update", 3), ("ours", "update", 3)),
+    ]
+    assert [m is not None for m in result.measurements["plain"]["update"]] == [True, False, False]
+    assert all(result.measurements["ours"]["update"])
+    assert [(f.contender, f.shape) for f in result.failures] == [("plain", SHAPE.name)]
+    assert "plain at micro-16-4-4 was killed" in messages[-1]
+
+
+def test_trl_gets_fewer_rows_a_pass_when_memory_is_short(session: Session):
+    messages: list[str] = []
+    session.warn = messages.append
+    result = session.run(Cell(SHAPE, contenders=("trl", "ours"), parts=("update",), rounds=1))
+    assert result.about["trl"]["rows"] == 2 and not result.failures
+    assert [m.split("again with ")[1][:1] for m in messages] == ["4", "2"]
+
+
+def test_contenders_too_big_to_live_together_come_one_after_the_other(session: Session):
+    cell = Cell(SHAPE, contenders=("trl", "ours"), parts=("update",), rounds=2, memory=False, together=False)
+    result = session.run(cell)
+    assert [name for name, _, _ in FakeWorker.asked] == ["trl"] * 3 + ["ours"] * 3
+    assert len(result.measurements["trl"]["update"]) == len(result.measurements["ours"]["update"]) == 2
+
+
+def test_a_killed_process_is_named(tmp_path: Path):
+    machine = Machine("cpu", "float32", 1, tmp_path / "log")
+    try:
+        assert machine.limits()["matmul_flops"] > 0
+        assert machine.process.pid is not None
+        os.kill(machine.process.pid, signal.SIGKILL)
+        with pytest.raises(WorkerFailed, match="measures the machine was killed by signal 9; most likely") as caught:
+            machine.limits()
+        assert caught.value.out_of_memory
+    finally:
+        machine.end()
