@@ -137,7 +137,9 @@ class Parts:
         recipe, train = self.recipe, self.recipe.train
         if train.sampler.engine == "transformers":
             model = self.accelerator.unwrap_model(self.policy).model
-            return TransformersSampler(model, self.encoder, questions_per_batch=train.questions_per_sampling_batch)
+            size = train.questions_per_sampling_batch
+            vision = self.vision if self.vision.available else None
+            return TransformersSampler(model, self.encoder, questions_per_batch=size, vision=vision, warn=self.warn)
         folder = Path(train.sampler.weights_dir) if train.sampler.weights_dir else recipe.run_path / "rollout_weights"
         return SyncedSampler(
             VLLMSampler(train.sampler, self.encoder),
