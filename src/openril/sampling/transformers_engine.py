@@ -133,9 +133,21 @@ class TransformersSampler:
         self, prompts: list[Prompt], num_generations: int, settings: Sampling, uniforms: Tensor
     ) -> list[tuple[list[int], list[float]]]:
         """Token ids and log-probabilities of each row; rows are prompts x num_generations. uniforms: [R, max tokens]."""
-        device = next(self.model.parameters()).device
+        rows = self._start(prompts, num_generations, uniforms.shape[1])
+        # Prompts are not read in it: features that the caller keeps must stay ordinary tensors, fit for training.
+        with torch.inference_mode():
+            return self._draw_all(rows, prompts, num_generations, settings, uniforms)
+
+    def _draw_all(
+        self,
+        rows: BranchedRows | PlainRows,
+        prompts: list[Prompt],
+        num_generations: int,
+        settings: Sampling,
+        uniforms: Tensor,
+    ) -> list[tuple[list[int], list[float]]]:
+        device = rows.logits.device
         count, limit = uniforms.shape
-        rows = self._start(prompts, num_generations, limit)
         logits = rows.logits.repeat_interleave(num_generations, dim=0)
         # Ids each row has seen, as far as they count; a row's own are written behind its prompt's.
         prompt_ids = [p.input_ids.unique() for p in prompts]
