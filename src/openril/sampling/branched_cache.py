@@ -253,16 +253,16 @@ class _Bucket:
             ],
             dim=-1,
         )
-        shares = scores.softmax(-1).to(value.dtype)
-        to_prompt, to_own = shares.split([longest, own_tokens], dim=-1)
-        out = torch.bmm(to_prompt.reshape(questions * kv_heads, n * g, longest), layer.prompt_values)
+        to_prompt, to_own = scores.softmax(-1).split([longest, own_tokens], dim=-1)
+        out = _bmm(to_prompt.reshape(questions * kv_heads, n * g, longest), layer.prompt_values)
         out = out.view(questions, kv_heads, n, g, size).transpose(1, 2).reshape(questions * n, heads, size)
         to_own = to_own.transpose(1, 2).reshape(questions * n, -1)
         if self._place_of_row is not None:
             out = out.index_select(0, self._place_of_row)
             to_own = to_own.index_select(0, self._place_of_row)
         to_own = to_own.reshape(rows * kv_heads, g, own_tokens)
-        return out.reshape(-1, g, size).baddbmm_(to_own, layer.own_values.narrow(1, 0, own_tokens)).view(out.shape)
+        out = out + _bmm(to_own, layer.own_values.narrow(1, 0, own_tokens)).view(out.shape)
+        return out.to(value.dtype)
 
 
 def _scores(query: Tensor, keys: Tensor, scale: float, padding: Tensor | None = None) -> Tensor:
@@ -270,11 +270,14 @@ def _scores(query: Tensor, keys: Tensor, scale: float, padding: Tensor | None = 
     if query.dtype in (torch.float32, torch.float64):
         start = query.new_empty(1, 1, 1) if padding is None else padding
         return torch.baddbmm(start, query, keys, beta=0 if padding is None else 1, alpha=scale)
-    # Scores rounded to 16 bits would move shares by several percent.
-    wide: Tensor
-    if query.is_cuda and _WIDE_BMM:
-        wide = torch.bmm(query, keys, out_dtype=torch.float32)
-    else:
-        wide = torch.bmm(query.float(), keys.float())
-    wide *= scale
-    return wide if padding is None else wide + padding
+    scores = _bmm(query, keys) * scale
+    return scores if padding is None else scores + padding
+
+
+def _bmm(a: Tensor, b: Tensor) -> Tensor:
+    """Batched product of a (float32 or as b) and b, in float32 for 16-bit b: rounded scores would move shares by percent."""
+    if b.dtype in (torch.float32, torch.float64):
+        return torch.bmm(a, b)
+    if b.is_cuda and _WIDE_BMM:
+        return torch.bmm(a.to(b.dtype), b, out_dtype=torch.float32)
+    return torch.bmm(a.float(), b.float())
