@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils._triton import has_triton
 from transformers import AttentionInterface, AttentionMaskInterface
 
 _PREFIX = "groups_over_"
@@ -158,7 +159,9 @@ class GroupLayout:
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         if query.device.type == "cpu":
             return _SegmentAttention.apply(query[0].transpose(0, 1), key[0], value[0], self, scale)[None]
-        return _flex(self, query, key, value, scale)
+        if query.is_cuda and has_triton():
+            return _flex(self, query, key, value, scale)
+        return _dense(self, query, key, value, scale)
 
 
 def _padded(ranges: Sequence[range]) -> tuple[Tensor, Tensor | None]:
@@ -321,35 +324,54 @@ def _key_mask(bucket: _Bucket, query: Tensor, keys: Tensor) -> Tensor | None:
     return mask.expand(-1, -1, query.shape[2], -1)
 
 
-# ---- GPU: one FlexAttention call over a block mask ---------------------------------------------------------------------
+# ---- elsewhere: one call over a mask -----------------------------------------------------------------------------------
+
+
+def visible(layout: GroupLayout, q: Tensor, k: Tensor) -> Tensor:
+    """bool: whether the token at position ``q`` of the row attends to the one at ``k`` (int64, of one shape)."""
+    group, response = layout.group, layout.response
+    return (group[q] == group[k]) & (k <= q) & ((response[k] < 0) | (response[k] == response[q]))
+
+
+def _once(layout: GroupLayout, name: str, make: Any) -> Any:
+    """What ``make`` gives, made once and kept with the layout: all layers of a pass share it."""
+    if name not in layout.__dict__:
+        layout.__dict__[name] = make()
+    return layout.__dict__[name]
+
+
+def _block_mask(layout: GroupLayout) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    length = len(layout.group)
+    device = str(layout.group.device)
+    return create_block_mask(lambda b, h, q, k: visible(layout, q, k), None, None, length, length, device=device)
+
+
+def _dense_mask(layout: GroupLayout) -> Tensor:
+    positions = torch.arange(len(layout.group), device=layout.group.device)
+    return visible(layout, positions[:, None], positions[None])
+
 
 _compiled: dict[str, Any] = {}
 
 
-def block_mask(layout: GroupLayout) -> Any:
-    """FlexAttention's mask of the layout; made once and kept with it."""
-    made = getattr(layout, "_block_mask", None)
-    if made is None:
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        group, response = layout.group, layout.response
-        length = len(group)
-
-        def visible(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            same = (group[q] == group[k]) & (k <= q)
-            return same & ((response[k] < 0) | (response[k] == response[q]))
-
-        made = create_block_mask(visible, None, None, length, length, device=str(group.device))
-        layout._block_mask = made  # type: ignore[attr-defined]
-    return made
-
-
 def _flex(layout: GroupLayout, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """FlexAttention: blocks in which nothing is visible are skipped. Compiled where there is a compiler for the device."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    if "flex" not in _compiled:
+    if query.is_cuda and "flex" not in _compiled:
         _compiled["flex"] = torch.compile(flex_attention, dynamic=True)
     call = _compiled["flex"] if query.is_cuda else flex_attention
-    grouped = query.shape[1] != key.shape[1]
-    out: Any = call(query, key, value, block_mask=block_mask(layout), scale=scale, enable_gqa=grouped)
+    mask = _once(layout, "block_mask", lambda: _block_mask(layout))
+    out: Any = call(query, key, value, block_mask=mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
+    return out.transpose(1, 2)
+
+
+def _dense(layout: GroupLayout, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """The library's fused attention over a dense mask, [L, L] values."""
+    mask = _once(layout, "dense_mask", lambda: _dense_mask(layout))
+    times = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
+    out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
     return out.transpose(1, 2)
