@@ -86,6 +86,8 @@ class BranchedCache:
         assert self._reading is not None
         if sum(self._reading) != query.shape[2]:
             raise CannotPack("its language part sees other tokens than the prompt's")
+        if key.shape[-1] != value.shape[-1]:
+            raise CannotPack("its keys and values have heads of unlike size")
         self.layers.add(layer)
         prompts = self._read_so_far.setdefault(layer, [])
         outputs = []
