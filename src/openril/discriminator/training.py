@@ -18,7 +18,7 @@ from openril.discriminator.head import DiscriminatorModel
 from openril.discriminator.health import Scored, health
 from openril.discriminator.prompt import DiscriminatorPrompts
 from openril.models.group_attention import CannotPack
-from openril.models.group_forward import GroupTokens, lay_out, pack, rounding, within_budget
+from openril.models.group_forward import GroupTokens, lay_out, pack, probe, rounding, within_budget
 from openril.models.optimiser_step import take_step
 from openril.models.prompts import PromptEncoder
 from openril.models.vision_balance import borrowed_prompt, has_images
@@ -60,6 +60,7 @@ class Discriminator:
             encoder, sees=settings.sees, max_response_tokens=settings.max_response_tokens
         )
         self._packed: bool | None = None if packed else False
+        self._tried_images = False  # whether packing was tried on a prompt with images
         unwrapped: DiscriminatorModel = accelerator.unwrap_model(network)
         self.trainable = [p for p in unwrapped.parameters() if p.requires_grad]
         self._borrowed = (
@@ -157,7 +158,9 @@ class Discriminator:
         return pieces
 
     def _micro_batches(self, groups: Sequence[Group], *, whole: bool) -> list[list[_Piece]]:
-        if self._packed is None:
+        # Text says nothing about images, whose tokens may see each other: the first ones are another trial.
+        shown = self.settings.sees == "image" and any(g.question.images for g in groups)
+        if self._packed is None or (self._packed and shown and not self._tried_images):
             self._packed = self._can_pack(groups)
         pieces = self._pieces(groups, whole=whole)
         batches = within_budget([p.tokens for p in pieces], self.settings.max_tokens_per_micro_batch)
@@ -166,11 +169,15 @@ class Discriminator:
     def _logits(self, batch: list[_Piece]) -> list[Tensor]:
         """Logits of student_prob, one float32 vector a piece."""
         groups = _joined([p.members for p in batch]) if self._packed else [p.members for p in batch]
-        if self._borrowed is not None and not has_images([g.prompt for g in groups]):
-            groups = [*groups, GroupTokens(self._borrowed, [torch.tensor([self.encoder.eos_token_ids[0]])])]
-        logits = self._run(groups, packed=bool(self._packed))
+        logits = self._run(self._with_images(groups), packed=bool(self._packed))
         sizes = [len(p.part) for p in batch]
         return list(logits[: sum(sizes)].split(sizes))
+
+    def _with_images(self, groups: Sequence[GroupTokens]) -> Sequence[GroupTokens]:
+        """The groups, and behind them the borrowed image where other processes may have images and these have none."""
+        if self._borrowed is None or has_images([g.prompt for g in groups]):
+            return groups
+        return [*groups, GroupTokens(self._borrowed, [torch.tensor([self.encoder.eos_token_ids[0]])])]
 
     def _run(self, groups: Sequence[GroupTokens], *, packed: bool) -> Tensor:
         pad = self.encoder.pad_token_id
@@ -182,23 +189,25 @@ class Discriminator:
     def _can_pack(self, groups: Sequence[Group]) -> bool:
         """Whether packed rows give this network's own logits: tried on one group, on all processes alike."""
         unwrapped: DiscriminatorModel = self.accelerator.unwrap_model(self.network)
-        reason = ""
+        group = next((g for g in groups if g.question.images), groups[0])
+        head, after = self.prompts.head(group.question)
+        tails = [self.prompts.tail(r.response.text, after) for r in group.rollouts[:3]]
+        probes = self._with_images([probe(GroupTokens(head, tails))])
+        self._tried_images = has_images([g.prompt for g in probes])
+        reason, difference = "", 0.0
+        training = self.network.training
+        self.network.eval()
         try:
             unwrapped.enable_packing(self.store)
-            group = next((g for g in groups if g.question.images), groups[0])
-            head, after = self.prompts.head(group.question)
-            probe = [GroupTokens(head, [self.prompts.tail(r.response.text, after) for r in group.rollouts[:3]])]
-            training = self.network.training
-            self.network.eval()
-            difference = float((self._run(probe, packed=True) - self._run(probe, packed=False)).abs().mean())
-            self.network.train(training)
-            weights = next(unwrapped.parameters()).dtype
-            autocast = self.accelerator.mixed_precision == "bf16"
-            difference = max(gather_object([difference]))
-            if not difference <= rounding(torch.bfloat16 if autocast else weights):
-                reason = f"its logits would be off by {difference:.2g}"
+            difference = float((self._run(probes, packed=True) - self._run(probes, packed=False)).abs().mean())
         except CannotPack as e:
             reason = str(e)
+        self.network.train(training)
+        autocast = self.accelerator.mixed_precision == "bf16"
+        limit = rounding(torch.bfloat16 if autocast else next(unwrapped.parameters()).dtype)
+        if not difference <= limit:
+            reason = f"its logits would be off by {difference:.2g}"
+        reason = next(filter(None, gather_object([reason])), "")
         if reason:
             self.warn(
                 f"discriminator: {type(unwrapped.backbone).__name__} cannot share a prompt ({reason}); every response runs"

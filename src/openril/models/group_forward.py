@@ -231,6 +231,12 @@ def token_logprobs(
 _ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-4}
 
 
+def probe(group: GroupTokens) -> GroupTokens:
+    """A small group in which whatever packing could get wrong shows: more than one response, of more than one token."""
+    completions = [c if len(c) > 3 else c.repeat(4) for c in group.completions]
+    return GroupTokens(group.prompt, (2 * completions)[:3])
+
+
 @torch.no_grad()
 def packing_difference(policy: Any, groups: Sequence[GroupTokens], pad_token_id: int, device: torch.device) -> float:
     """Mean difference in nats a token between the packed and the plain pass. policy: a Policy, wrapped or not."""
@@ -242,6 +248,7 @@ def packing_difference(policy: Any, groups: Sequence[GroupTokens], pad_token_id:
 def rounding(dtype: torch.dtype) -> float:
     """The difference that is still taken for rounding, in nats a token."""
     return _ROUNDING.get(dtype, 0.05)
+
 
 def within_budget(lengths: Sequence[int], budget: int) -> list[range]:
     """Neighbours whose lengths sum to at most ``budget``; something longer stands alone."""

@@ -22,6 +22,7 @@ from openril.models.group_forward import (
     lay_out,
     pack,
     packing_difference,
+    probe,
     rounding,
     split_to,
     within_budget,
@@ -67,6 +68,7 @@ class PolicyUpdate:
         self.warn = warn
         self._borrowed = borrowed_prompt(encoder, self.unwrapped, accelerator.num_processes)
         self._packed: bool | None = None if settings.packed else False
+        self._tried_images = False  # whether packing was tried on a prompt with images
 
     def members(self, group: Group) -> list[Rollout]:
         """The rollouts that are in Eq. 2: teacher responses too, unless they only train the discriminator."""
@@ -81,7 +83,9 @@ class PolicyUpdate:
         ratio is 1 and no pass is spent on them; with mu > 1 they are kept for the passes that follow.
         """
         grouped = [self._tokens(g) for g in groups]
-        if self._packed is None:
+        # Text says nothing about images, whose tokens may see each other: the first ones are another trial.
+        unseen = self._packed and not self._tried_images and has_images([t.prompt for t in grouped])
+        if self._packed is None or unseen:
             self._packed = self._can_pack(grouped)
         batches = self._micro_batches(grouped)
         old: list[Tensor] = []
@@ -157,39 +161,46 @@ class PolicyUpdate:
 
     def _can_pack(self, tokens: Sequence[GroupTokens]) -> bool:
         """Whether packed rows give this model's own log-probabilities: tried on one group, on all processes alike."""
-        reason = ""
+        group = next((t for t in tokens if t.prompt.vision), tokens[0])
+        probes = self._with_images([probe(group)])
+        self._tried_images = has_images([t.prompt for t in probes])
+        reason, difference = "", 0.0
         try:
             for policy in [self.unwrapped] if self.reference is None else [self.unwrapped, self.reference]:
                 policy.enable_packing()
-            probe = next((t for t in tokens if t.prompt.vision), tokens[0])
-            probe = GroupTokens(probe.prompt, probe.completions[:3])
             self.policy.eval()
             with self.accelerator.autocast():
-                difference = packing_difference(
-                    self.policy, [probe], self.encoder.pad_token_id, self.accelerator.device
-                )
-            self.policy.train()
-            weights = next(self.unwrapped.parameters()).dtype
-            dtype = weights if self.settings.precision == "float32" else torch.bfloat16
-            difference = max(gather_object([difference]))
-            if not difference <= rounding(dtype):
-                reason = f"its log-probabilities would be off by {difference:.2g} nats a token"
+                difference = packing_difference(self.policy, probes, self.encoder.pad_token_id, self.accelerator.device)
         except CannotPack as e:
             reason = str(e)
+        self.policy.train()
+        weights = next(self.unwrapped.parameters()).dtype
+        limit = rounding(weights if self.settings.precision == "float32" else torch.bfloat16)
+        if not difference <= limit:
+            reason = f"its log-probabilities would be off by {difference:.2g} nats a token"
+        reason = next(filter(None, gather_object([reason])), "")
         if reason:
             name = type(base_model(self.unwrapped.model)).__name__
-            self.warn(f"{name} cannot share a group's prompt ({reason}); every response runs with its own, which is slower")
+            self.warn(
+                f"{name} cannot share a group's prompt ({reason}); every response runs with its own, which is slower"
+            )
         return not reason
+
+    def _with_images(self, tokens: Sequence[GroupTokens]) -> list[GroupTokens]:
+        """The groups, and behind them the borrowed image where other processes may have images and these have none."""
+        if self._borrowed is None or has_images([t.prompt for t in tokens]):
+            return list(tokens)
+        return [*tokens, GroupTokens(self._borrowed, [torch.tensor([self.encoder.eos_token_ids[0]])])]
 
     def _rows(self, groups: Sequence[Group], tokens: Sequence[GroupTokens]) -> tuple[Rows, Tensor, Tensor]:
         """A micro-batch: its rows, advantages [R] and weights [R] of the responses in the loss (0 for a borrowed row)."""
-        tokens = list(tokens)
         advantages = [r.advantage for g in groups for r in self.members(g)]
         sizes = [len(self.members(g)) for g in groups for _ in self.members(g)]
-        if self._borrowed is not None and not has_images([t.prompt for t in tokens]):
-            tokens.append(GroupTokens(self._borrowed, [torch.tensor([self.encoder.eos_token_ids[0]])]))
+        extended = self._with_images(tokens)
+        if len(extended) > len(tokens):
             advantages.append(0.0)
             sizes.append(0)
+        tokens = extended
         rows = (pack if self._packed else lay_out)(tokens, self.encoder.pad_token_id)
         group_sizes = torch.tensor(sizes)
         weights = response_weights(
