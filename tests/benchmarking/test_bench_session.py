@@ -92,6 +92,7 @@ def test_contenders_too_big_to_live_together_come_one_after_the_other(session: S
     result = session.run(cell)
     assert [name for name, _, _ in FakeWorker.asked] == ["trl"] * 3 + ["ours"] * 3
     assert len(result.measurements["trl"]["update"]) == len(result.measurements["ours"]["update"]) == 2
+    assert len(result.limits) == 2  # one a round of ours
 
 
 def test_a_killed_process_is_named(tmp_path: Path):

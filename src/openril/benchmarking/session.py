@@ -97,6 +97,8 @@ class Session:
         shape = cell.shape
         paths = tuple(map(str, pictures))
         alive: dict[str, ContenderWorker] = {}
+        starting: dict[str, ContenderWorker] = {}
+        self.say(f"{shape.name}: setting up {', '.join(contenders)}")
         for name in contenders:
             parts: tuple[Part, ...] = (*cell.parts_of(name), *(("memory",) if cell.memory else ()))
             rows = self.peer_rows if name == "trl" and shape.rows % max(self.peer_rows, 1) == 0 else 0
@@ -112,8 +114,10 @@ class Session:
                 self.threads,
                 rows,
             )
+            starting[name] = self._spawn(spec)
+        for name, worker in starting.items():
             try:
-                alive[name] = self._start(spec, cell.warm_up(name))
+                alive[name] = self._warm_up(worker, cell.warm_up(name))
             except WorkerFailed as e:
                 self._lost(name, shape, e, result)
                 continue
@@ -133,8 +137,9 @@ class Session:
 
         for number in range(cell.rounds):
             turn = f", round {number + 1} of {cell.rounds}"
-            self.say(f"{shape.name}: the machine's limits{turn}")
-            result.limits.append(self.machine.limits())
+            if "ours" in contenders or "ours" not in cell.contenders:  # shares of limits are of ours
+                self.say(f"{shape.name}: the machine's limits{turn}")
+                result.limits.append(self.machine.limits())
             for part in cell.parts:
                 for name in contenders:
                     if part in cell.parts_of(name):
@@ -150,17 +155,20 @@ class Session:
         for worker in alive.values():
             self._end(worker)
 
-    def _start(self, spec: Spec, warm_up: Sequence[Part]) -> ContenderWorker:
-        """A worker that is set up and warm. TRL gets half the rows a forward pass whenever memory is short."""
+    def _spawn(self, spec: Spec) -> ContenderWorker:
+        self._started += 1
+        worker = ContenderWorker(spec, self.folder / f"{self._started:03d}-{spec.name}.log")
+        self.workers.append(worker)
+        return worker
+
+    def _warm_up(self, worker: ContenderWorker, parts: Sequence[Part]) -> ContenderWorker:
+        """The worker, set up and warm. TRL gets half the rows a forward pass whenever memory is short."""
         while True:
-            self.say(f"{spec.shape.name}: {spec.name} sets up")
-            self._started += 1
-            log = self.folder / f"{self._started:03d}-{spec.name}.log"
-            worker = ContenderWorker(spec, log)
-            self.workers.append(worker)
+            spec = worker.spec
             try:
+                self.say(f"{spec.shape.name}: {spec.name} sets up")
                 worker.ready()
-                for part in warm_up:
+                for part in parts:
                     self.say(f"{spec.shape.name}: {spec.name}, {part} to warm up")
                     worker.measure(Command(part, 0))
                 return worker
@@ -170,7 +178,7 @@ class Session:
                 if not (spec.name == "trl" and e.out_of_memory and rows % 2 == 0):
                     raise
                 self.warn(f"{e}; again with {rows // 2} rows a forward pass instead of {rows}")
-                spec = replace(spec, micro_batch_rows=rows // 2)
+                worker = self._spawn(replace(spec, micro_batch_rows=rows // 2))
 
     def _end(self, worker: ContenderWorker) -> None:
         worker.end()

@@ -8,8 +8,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-_COLUMNS = ("update", "reference", "fwd+bwd", "optimiser", "sampling", "D", "step", "MiB", "tokens/s")
-"""Seconds; MiB: peak of the step above what was held; tokens/s: response tokens of the update."""
+_COLUMNS = ("update", "ref", "fwd+bwd", "optim", "sampling", "D", "step", "MiB", "tok/s")
+"""Seconds: the update and of it reference pass, forward and backward, optimiser; sampling; discriminator; whole step.
+MiB: peak of the step above what was held before. tok/s: response tokens of the update."""
 
 
 def print_cell(console: Console, cell: dict[str, Any]) -> None:
@@ -19,10 +20,10 @@ def print_cell(console: Console, cell: dict[str, Any]) -> None:
         f" 2G = {cell['group_size']}, {cell['questions']} questions (seconds, medians)"
     )
     console.print(title, style="bold", highlight=False)
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=0, collapse_padding=True)
     table.add_column("", no_wrap=True)
     for column in _COLUMNS:
-        table.add_column(column, justify="right", no_wrap=True)
+        table.add_column(column, justify="right", no_wrap=True, min_width=max(5, len(column)))
     for name, contender in cell["contenders"].items():
         table.add_row(name, *_row(contender["measured"]))
     for peer, ratios in cell["ratios"].items():
@@ -55,7 +56,21 @@ def print_cell(console: Console, cell: dict[str, Any]) -> None:
 
 
 def print_summary(console: Console, figures: dict[str, Any]) -> None:
-    """The headline."""
+    """The headline, where this run measured anything of it."""
+    if any(figures["ratios_spread"].values()):
+        _print_headline(console, figures)
+    limits = figures["limits"]
+    if limits["matmul_flops"]:
+        share = figures["matmul_share"]
+        console.print(
+            f"matrix products reach {limits['matmul_flops']['max'] / 1e9:,.0f} GFLOP/s here, memory"
+            f" {limits['bandwidth']['max'] / 1e9:,.1f} GB/s"
+            + (f"; share of that peak spent on unique tokens: {share:.2f}" if share is not None else ""),
+            highlight=False,
+        )
+
+
+def _print_headline(console: Console, figures: dict[str, Any]) -> None:
     console.print("TRL over ours (larger is better)", style="bold", highlight=False)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for column in ("", "median", "range", "rounds", "processor time"):
@@ -68,15 +83,6 @@ def print_summary(console: Console, figures: dict[str, Any]) -> None:
         low_high = f"{entry['min']:.2f} - {entry['max']:.2f}"
         table.add_row(key, f"{entry['median']:.2f}", low_high, str(entry["rounds"]), f"{cpu:.2f}" if cpu else "-")
     console.print(table)
-    limits = figures["limits"]
-    if limits["matmul_flops"]:
-        share = figures["matmul_share"]
-        console.print(
-            f"matrix products reach {limits['matmul_flops']['max'] / 1e9:,.0f} GFLOP/s here, memory"
-            f" {limits['bandwidth']['max'] / 1e9:,.1f} GB/s; share of that peak spent on unique tokens: "
-            + (f"{share:.2f}" if share is not None else "not measured"),
-            highlight=False,
-        )
 
 
 def _row(measured: dict[str, Any]) -> list[str]:
@@ -110,7 +116,7 @@ def _median(entry: dict[str, Any] | None) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}" if value < 100 else f"{value:.0f}"
+    return "-" if value is None else f"{value:.3f}" if value < 10 else f"{value:.1f}"
 
 
 def _spread(entry: dict[str, Any]) -> str:

@@ -111,6 +111,8 @@ def _settle(device: str, threads: int, log: str) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    else:  # one of several: peers would spread over all they see
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     import threading
 
     import torch
