@@ -1,6 +1,8 @@
 """What every test needs: helpers of tests/support importable, and nothing fetched from the hub."""
 
+import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -68,6 +70,17 @@ def tiny_gemma3(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("models") / "gemma3"
     return build_tiny_model(folder, "gemma3", texts=_TEXTS, hidden_size=32, seed=5)
+
+
+@pytest.fixture(scope="session")
+def tiny_gemma3_full_attention(tiny_gemma3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same without sliding windows. Tokens of an image still see all of it: not causal, and nothing says so."""
+    folder = tmp_path_factory.mktemp("models") / "gemma3_full_attention"
+    shutil.copytree(tiny_gemma3, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["layer_types"] = ["full_attention"] * config["text_config"]["num_hidden_layers"]
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 @pytest.fixture(

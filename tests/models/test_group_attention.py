@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from openril.models.group_attention import AttentionInterface, CannotPack, GroupLayout, _flex, enable
+from openril.models.group_attention import AttentionInterface, CannotPack, GroupLayout, _dense, _flex, enable
 from openril.models.loading import load_model
 
 Groups = list[tuple[int, list[int]]]
@@ -68,6 +68,10 @@ def flex(groups: Groups, query: Tensor, key: Tensor, value: Tensor, scale: float
     return _flex(GroupLayout.of(groups), query, key, value, scale)
 
 
+def dense(groups: Groups, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    return _dense(GroupLayout.of(groups), query, key, value, scale)
+
+
 def with_gradients(call: Any, groups: Groups, inputs: Sequence[Tensor], scale: float = 0.3) -> list[Tensor]:
     """Output, and gradients of query, key and value for one fixed gradient of the output."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
@@ -118,7 +122,7 @@ def test_sharp_attention_keeps_its_digits():
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without:UserWarning")
-@pytest.mark.parametrize("path", ["segments", "flex"])
+@pytest.mark.parametrize("path", ["segments", "flex", "dense"])
 def test_who_sees_whom(path: str):
     """Prompt 0 1, response A 2 3, response B 4, then another group: prompt 5, response 6.
 
@@ -128,7 +132,7 @@ def test_who_sees_whom(path: str):
     sees = {0: [0], 1: [0, 1], 2: [0, 1, 2], 3: [0, 1, 2, 3], 4: [0, 1, 4], 5: [5], 6: [5, 6]}
     query = key = torch.zeros(1, 1, 7, 8)
     value = torch.eye(7, 8)[None, None]
-    out = (flex if path == "flex" else attend)(groups, query, key, value, 1.0)
+    out = {"segments": attend, "flex": flex, "dense": dense}[path](groups, query, key, value, 1.0)
     for token, seen in sees.items():
         expected = [1 / len(seen) if k in seen else 0.0 for k in range(8)]
         assert out[0, token, 0].tolist() == pytest.approx(expected, abs=1e-6), token
@@ -141,6 +145,15 @@ def test_flex_mask_is_the_same(name: str):
     query, key, value = states(groups, 2, torch.float32)
     ours = flex(groups, query, key, value, 0.3)
     assert float((ours - reference(groups, query, key, value, 0.3)).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_a_dense_mask_is_the_same(kv_heads: int):
+    """What a device without a compiler runs."""
+    for name in ("unlike responses", "prompts of unlike lengths", "responses to some prompts only"):
+        groups = LAYOUTS[name]
+        inputs = states(groups, kv_heads, torch.float64)
+        assert_close(with_gradients(dense, groups, inputs), with_gradients(reference, groups, inputs), 1e-12)
 
 
 @pytest.mark.gpu

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,6 @@ from torch import Tensor
 
 from openril.models.group_attention import GroupLayout
 from openril.models.group_forward import Policy
-from openril.models.loading import load_model
 from openril.models.vision_features import VisionFeatures
 from openril.records import Group, Rollout
 from openril.storage import read_jsonl
@@ -189,19 +185,6 @@ def count_tower_calls(trainer: Any) -> list[None]:
 # ---- where packing would be wrong --------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def gemma_without_windows(tiny_gemma3: Path, tmp_path: Path) -> Iterator[Path]:
-    """Gemma 3 with full attention in every layer. Tokens of an image still see all of it, which a packed row does not
-    give; nothing raises."""
-    folder = tmp_path / "gemma"
-    shutil.copytree(tiny_gemma3, folder)
-    config = json.loads((folder / "config.json").read_text())
-    config["text_config"]["layer_types"] = ["full_attention"] * config["text_config"]["num_hidden_layers"]
-    (folder / "config.json").write_text(json.dumps(config))
-    assert load_model(str(folder)).config.text_config.layer_types[0] == "full_attention"
-    yield folder
-
-
 def forgetful(self: GroupLayout, module: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Causal attention over the whole row, as if it were one text."""
     attend = torch.nn.functional.scaled_dot_product_attention
@@ -224,8 +207,8 @@ def test_sliding_windows_fall_back(tiny_gemma3: Path, tmp_path: Path, in_double:
     compare_with_plain(tiny_gemma3, tmp_path, "sliding_window", "Gemma3ForConditionalGeneration")
 
 
-def test_attention_within_images_falls_back(gemma_without_windows: Path, tmp_path: Path, in_double: None):
-    compare_with_plain(gemma_without_windows, tmp_path, "nats a token", "Gemma3ForConditionalGeneration")
+def test_attention_within_images_falls_back(tiny_gemma3_full_attention: Path, tmp_path: Path, in_double: None):
+    compare_with_plain(tiny_gemma3_full_attention, tmp_path, "nats a token", "Gemma3ForConditionalGeneration")
 
 
 def test_attention_that_forgets_the_groups_falls_back(
@@ -257,9 +240,9 @@ def test_a_model_without_ready_features_falls_back(
     compare_with_plain(tiny_qwen, tmp_path, "takes no ready image features", "Qwen2_5_VLForConditionalGeneration")
 
 
-def test_text_alone_proves_nothing_about_images(gemma_without_windows: Path, tmp_path: Path):
+def test_text_alone_proves_nothing_about_images(tiny_gemma3_full_attention: Path, tmp_path: Path):
     """A first step without images must not settle the matter for later ones."""
-    trainer, warnings = build(gemma_without_windows, tmp_path, "run", discriminator__mode="none")
+    trainer, warnings = build(tiny_gemma3_full_attention, tmp_path, "run", discriminator__mode="none")
     text = [q for q in trainer.questions if not q.images][:2]
     images = [q for q in trainer.questions if q.images][:2]
     assert len(text) == len(images) == 2
