@@ -91,7 +91,7 @@ def _count(rng: random.Random, difficulty: int, chinese: bool) -> SkillQuestion:
 
     slips = find_slips(right, lambda found: explain(*found), misread)
     if chinese:
-        text = f"图 里 有 几 个 {' 和 '.join(_CHINESE[n] for n in names)} ?"
+        text = f"图 里 有 几 个 {' 和 '.join(_CHINESE[n] for n in names)}?"
     else:
         text = f"how many {listed([f'{n}s' for n in names])} are there?"
     skill = "choice_cn" if chinese else "choice"
@@ -109,6 +109,6 @@ def _seen(group: _Group) -> Step:
 
 def _seen_cn(group: _Group) -> Step:
     name, number = _CHINESE[group.name], len(group.members)
-    colours = " , ".join(f"{_CHINESE[colour]} {name}" for _, colour in group.members)
-    places = " , ".join(" ".join(_CHINESE[word] for word in where(cell).split()) for cell, _ in group.members)
-    return f"我 看到 {colours} , 一共 {number} 个", f"{name} {places} : {number}"
+    colours = ", ".join(f"{_CHINESE[colour]} {name}" for _, colour in group.members)
+    places = ", ".join(" ".join(_CHINESE[word] for word in where(cell).split()) for cell, _ in group.members)
+    return f"我 看到 {colours}, 一共 {number} 个", f"{name} {places} : {number}"

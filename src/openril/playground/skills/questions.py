@@ -33,10 +33,10 @@ class Derivation:
         if self.chinese:
             match style:
                 case "a":
-                    return " ".join(f"{s} 。" for s in [*sentences, f"所以 答案 是 {self.answer}"])
+                    return " ".join(f"{s}." for s in [*sentences, f"所以 答案 是 {self.answer}"])
                 case "b":
-                    return "\n".join([*(f"- {n}" for n in notes), f"答案 : {self.answer}"])
-            return f"先 {' , 再 '.join(notes)} ; 答案 = {self.answer}"
+                    return "\n".join([*(f"- {n}" for n in notes), f"答案: {self.answer}"])
+            return f"先 {', 再 '.join(notes)}; 答案 是 {self.answer}"
         match style:
             case "a":
                 return " ".join(f"{s}." for s in [*sentences, f"so the answer is {self.answer}"])
