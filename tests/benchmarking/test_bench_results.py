@@ -54,9 +54,11 @@ def test_the_share_of_the_peak_leaves_the_optimiser_out():
     shape = Shape("micro", 16, 4, 4)
     result = CellResult(Cell(shape), about={"ours": {"prompt_tokens": 20}})
     result.add("ours", "update", Measurement(3.0, {"optimiser": 1.0}))
-    result.limits = [{"matmul_flops": 1e6, "bandwidth": 1.0}]
+    # The second round's peak was measured while the machine was busy.
+    result.limits = [{"matmul_flops": 1e6, "bandwidth": 1.0}, {"matmul_flops": 1e3, "bandwidth": 1.0}]
     got = matmul_share(result)
     assert got is not None and got["share"]["median"] == pytest.approx(got["unique_flops"] / 2e6)
+    assert got["share_of_cpu_time"] is None
 
 
 def test_headlines_that_were_not_measured_are_null():

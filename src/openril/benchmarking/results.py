@@ -98,26 +98,25 @@ def part_figures(entries: Entries, unique_tokens: int) -> dict[str, Any]:
 def matmul_share(result: CellResult) -> dict[str, Any] | None:
     """Operations of the unique tokens over what the machine's fastest matrix products would have done meanwhile.
 
-    Round by round: operations / (our update's seconds without the optimiser's step) / the peak measured in that round.
+    share: operations / (our update's seconds without the optimiser's step) / the best peak of the cell's rounds (a peak
+    measured while the machine was busy is none). share_of_cpu_time: the same in processor time, the optimiser's step
+    included, which other work on the machine does not distort; None on a GPU.
     """
     entries = result.measurements.get("ours", {}).get("update", [])
     shape, prompt = result.cell.shape, prompt_tokens(result)
-    if not entries or prompt is None:
+    known = [m for m in entries if m is not None]
+    if not known or prompt is None or not result.limits:
         return None
     flops = update_flops(shape.size, prompt, shape.grid, shape.response_tokens, shape.group_size, QUESTIONS)
-    rounds = [
-        (m.seconds - m.parts.get("optimiser", 0.0), limits["matmul_flops"])
-        for m, limits in zip(entries, result.limits, strict=False)
-        if m is not None
-    ]
-    if not rounds:
-        return None
-    best = max(limits["matmul_flops"] for limits in result.limits)
+    peak = max(limits["matmul_flops"] for limits in result.limits)
+    cpu_peak = max(limits.get("matmul_flops_per_cpu_second", 0.0) for limits in result.limits)
+    cpu = [flops / m.cpu_seconds / cpu_peak for m in known if m.cpu_seconds and cpu_peak]
     return {
         "shape": shape.name,
         "unique_flops": flops,
-        "share": spread([flops / seconds / peak for seconds, peak in rounds]),
-        "share_of_best_peak": spread([flops / seconds / best for seconds, _ in rounds]),
+        "peak_flops": peak,
+        "share": spread([flops / (m.seconds - m.parts.get("optimiser", 0.0)) / peak for m in known]),
+        "share_of_cpu_time": spread(cpu) if result.on_cpu else None,
     }
 
 

@@ -37,6 +37,7 @@ class CellResult:
     limits: list[dict[str, float]] = field(default_factory=list)
     about: dict[str, dict[str, Any]] = field(default_factory=dict)
     failures: list[Failure] = field(default_factory=list)
+    on_cpu: bool = True
 
     def add(self, contender: str, part: str, measurement: Measurement | None) -> None:
         self.measurements.setdefault(contender, {}).setdefault(part, []).append(measurement)
@@ -78,7 +79,7 @@ class Session:
         self.workers = []
 
     def run(self, cell: Cell) -> CellResult:
-        result = CellResult(cell)
+        result = CellResult(cell, on_cpu=self.device == "cpu")
         shape = cell.shape
         checkpoint = self.folder / "models" / shape.model
         if not checkpoint.exists():

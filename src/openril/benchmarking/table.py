@@ -34,8 +34,9 @@ def print_cell(console: Console, cell: dict[str, Any]) -> None:
         console.print(f"  [yellow]{failure['contender']}: {failure['cause']}", highlight=False)
     if share := cell["matmul_share"]:
         console.print(
-            f"  share of the matrix-product peak spent on unique tokens: {_spread(share['share'])}"
-            f" ({share['unique_flops'] / 1e9:,.1f} GFLOP)",
+            f"  {share['unique_flops'] / 1e9:,.1f} GFLOP of unique tokens; share of the matrix-product peak:"
+            f" {_spread(share['share'])}"
+            + (f", of processor time {_spread(share['share_of_cpu_time'])}" if share["share_of_cpu_time"] else ""),
             highlight=False,
         )
     if decoding := cell["decoding"]:
