@@ -20,7 +20,7 @@ from openril.playground.skills.scenes import COLOURS, MOST_BLOCKS, ROWS, SIDE, S
 
 def charts(rng: random.Random, difficulty: int) -> SkillQuestion:
     """How much larger is one bar than another; in two charts; hardest: the sum of one colour in three charts."""
-    rows = {1: [2], 2: [0, 2], 3: [0, 1, 2]}[difficulty]
+    rows = {1: [rng.randrange(SIDE)], 2: [0, 2], 3: [0, 1, 2]}[difficulty]
     red, blue = rng.sample(list(COLOURS), 2)
     heights: dict[int, tuple[str, int]] = {}
     for row in rows:
