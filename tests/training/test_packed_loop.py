@@ -61,20 +61,24 @@ def assert_same_run(a: Any, b: Any) -> None:
         assert torch.allclose(value, theirs[name], atol=1e-6, rtol=0), name
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        {},
-        {"train__num_iterations": 2, "train__max_steps": 2},
-        {"student__gradient_checkpointing": True, "train__max_steps": 2},
-        {"train__algorithm": "dr_grpo", "train__num_generations": 4, "train__max_steps": 2},
-        {"train__beta": 0.0, "train__max_steps": 2, "train__max_tokens_per_micro_batch": 60},
-        {"student__freeze": [], "discriminator__sees": "image", "discriminator__freeze": [], "train__max_steps": 2},
-        {"student__lora": {"enabled": True, "r": 2}, "train__max_steps": 2},
-    ],
-    ids=["ril", "mu 2", "checkpointing", "dr_grpo", "beta 0 in micro-batches", "all trains, D sees images", "lora"],
-)
-def test_same_curves(overrides: dict[str, Any], tiny_student: Path, tmp_path: Path, in_double: None):
+QWEN, INTERN, BOTH = ["tiny_qwen"], ["tiny_internvl"], ["tiny_qwen", "tiny_internvl"]
+CURVES: dict[str, tuple[list[str], dict[str, Any]]] = {
+    "ril": (BOTH, {"train__max_steps": 3}),
+    "mu 2": (BOTH, {"train__num_iterations": 2}),
+    "checkpointing": (INTERN, {"student__gradient_checkpointing": True}),
+    "dr_grpo": (QWEN, {"train__algorithm": "dr_grpo", "train__num_generations": 4}),
+    "grpo": (INTERN, {"train__algorithm": "grpo", "train__num_generations": 4}),
+    "beta 0 in micro-batches": (QWEN, {"train__beta": 0.0, "train__max_tokens_per_micro_batch": 150}),
+    "all trains": (INTERN, {"student__freeze": [], "discriminator__sees": "image", "discriminator__freeze": []}),
+    "projector frozen": (QWEN, {"student__freeze": ["vision_tower", "projector"], "discriminator__sees": "question"}),
+    "lora": (QWEN, {"student__lora": {"enabled": True, "r": 2}}),
+}
+
+
+@pytest.mark.parametrize(("student", "name"), [(s, name) for name, (students, _) in CURVES.items() for s in students])
+def test_same_curves(student: str, name: str, request: pytest.FixtureRequest, tmp_path: Path, in_double: None):
+    overrides = {"train__max_steps": 2, **CURVES[name][1]}
+    tiny_student = request.getfixturevalue(student)
     runs = []
     for packed in (True, False):
         trainer, warnings = build(tiny_student, tmp_path, f"packed {packed}", train__packed=packed, **overrides)
@@ -241,15 +245,17 @@ def test_a_model_without_ready_features_falls_back(
 
 
 def test_text_alone_proves_nothing_about_images(tiny_gemma3_full_attention: Path, tmp_path: Path):
-    """A first step without images must not settle the matter for later ones."""
+    """A first step without images must not settle the matter for later ones, nor for the sampler."""
     trainer, warnings = build(tiny_gemma3_full_attention, tmp_path, "run", discriminator__mode="none")
+    assert trainer.sampler.branches is None
     text = [q for q in trainer.questions if not q.images][:2]
     images = [q for q in trainer.questions if q.images][:2]
     assert len(text) == len(images) == 2
     trainer.step([(q, 0) for q in text])
     assert warnings == [] and trainer.policy._packed is True  # exact, for these
-    trainer.step([(q, 0) for q in images])
-    assert trainer.policy._packed is False
+    _, metrics = trainer.step([(q, 0) for q in images])
+    assert trainer.policy._packed is trainer.sampler.branches is False
+    assert metrics["train/sampler_logprob_difference_max"] < 1e-4
     assert len(warnings) == 1
     trainer.step([(q, 0) for q in images])
     assert len(warnings) == 1

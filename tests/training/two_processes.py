@@ -1,6 +1,6 @@
 """Run by test_two_processes.py, alone or under torchrun: trains the tiny recipe and writes what came out.
 
-usage: two_processes.py CHECKPOINT RUN_DIR DATA_DIR KIND
+usage: two_processes.py CHECKPOINT RUN_DIR DATA_DIR KIND packed|plain
 """
 
 import sys
@@ -12,26 +12,44 @@ import torch
 from safetensors.torch import save_file
 
 import openril.training.setup
+from openril.training.loop import permutation
 from openril.training.processes import leave_process_group
 from support.loop import make_trainer, tiny_recipe
 
 # See test_accumulation_is_the_whole_batch_at_once: in float32 Adam turns rounding noise into steps.
 openril.training.setup.master_dtype = lambda recipe: torch.float64  # type: ignore[assignment]
 
-checkpoint, run, data, kind = sys.argv[1:]
+checkpoint, run, data, kind, passes = sys.argv[1:]
 overrides = {
     # Text-only and image questions mix, and the projector trains: ranks see unlike questions.
     "mixed": {"student__freeze": ["vision_tower"]},
     "all": {"student__freeze": [], "discriminator__sees": "image", "discriminator__freeze": []},
 }[kind]
-recipe = tiny_recipe(Path(run), Path(checkpoint), train__max_steps=2, train__save_every=1, **overrides)
-trainer = make_trainer(recipe, Path(data), count=6)
+recipe = tiny_recipe(
+    Path(run),
+    Path(checkpoint),
+    train__max_steps=2,
+    train__save_every=1,
+    train__packed=passes == "packed",
+    train__max_tokens_per_micro_batch=200,  # fewer micro-batches of text than of images
+    **overrides,
+)
+trainer = make_trainer(recipe, Path(data), count=12)
+# The first batch gives one rank nothing but text and the other nothing but images; the second mixes them.
+text = [q for q in trainer.questions if not q.images]
+images = [q for q in trainer.questions if q.images]
+arranged = [*text[:2], *images[:2], text[2], *images[2:4], text[3]]
+order = permutation(len(arranged), recipe.seed, 0)
+trainer.questions = [arranged[order.index(i)] for i in range(len(arranged))]
+first = [q for q, _ in trainer.batch_at(0)]
+assert trainer.accelerator.num_processes == 1 or len({bool(q.images) for q in first}) == 1
 trainer.train()
+assert trainer.policy._packed is (passes == "packed" and trainer.policy.unwrapped.model.config.model_type != "gemma3")
 if trainer.accelerator.is_main_process:
-    assert trainer.discriminator is not None
-    network = trainer.accelerator.unwrap_model(trainer.discriminator.network)
     state = {f"student.{k}": v for k, v in trainer.policy.unwrapped.state_dict().items()}
-    state |= {f"discriminator.{k}": v for k, v in network.state_dict().items()}
-    save_file({k: v.contiguous() for k, v in state.items()}, Path(run) / "final.safetensors")
+    if trainer.discriminator is not None:
+        network = trainer.accelerator.unwrap_model(trainer.discriminator.network)
+        state |= {f"discriminator.{k}": v for k, v in network.state_dict().items()}
+    save_file({k: v.clone() for k, v in state.items()}, Path(run) / "final.safetensors")
 trainer.accelerator.wait_for_everyone()
 leave_process_group()

@@ -50,6 +50,7 @@ class TransformersSampler:
             vision = features if features.available else None
         self.vision = vision
         self.branches: bool | None = None  # unknown before the first call
+        self._tried_images = False  # whether branching was tried on a prompt with images
 
     @classmethod
     def from_checkpoint(
@@ -185,8 +186,11 @@ class TransformersSampler:
 
     def _start(self, prompts: list[Prompt], num_generations: int, limit: int) -> BranchedRows | PlainRows:
         """The prompts, read, and their rows, ready to be decoded."""
-        if self.branches is None:
+        # Text says nothing about images, whose tokens may see each other: the first ones are another trial.
+        images = any(p.vision for p in prompts)
+        if self.branches is None or (self.branches and images and not self._tried_images):
             self.branches = self._can_branch(prompts)
+            self._tried_images = images
         if self.branches:
             return BranchedRows(self.model, prompts, num_generations, limit, self.vision)
         return PlainRows(self.model, prompts, num_generations)
