@@ -288,6 +288,6 @@ def test_lists_read_well():
 def test_one_question_by_the_letter():
     """Every word of one, so that a seed's questions do not change unnoticed: results name their seeds."""
     (q,) = make_questions("train", 1, seed=0, skills=["charts"])
-    assert q.question == "how much larger is the yellow bar than the green bar?"
-    assert str(q.scenes[0]) == "chart:||||||red bar 2|yellow bar 5|green bar 3"
-    assert q.derivations["a"] == "the yellow bar is 5. the green bar is 3. 5 minus 3 is 2. so the answer is 2."
+    assert q.question == "how much larger is the green bar than the yellow bar?"
+    assert str(q.scenes[0]) == "chart:||||||blue bar 6|yellow bar 1|green bar 6"
+    assert q.derivations["a"] == "the green bar is 6. the yellow bar is 1. 6 minus 1 is 5. so the answer is 5."

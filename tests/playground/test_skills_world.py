@@ -73,6 +73,11 @@ def test_no_question_twice(by_level):
         assert len({(q.scenes, q.question, q.choices) for q in made}) == len(made)
 
 
+def test_a_skills_questions_do_not_depend_on_the_others():
+    alone = make_questions("train", 5, seed=3, skills=["charts"])
+    assert [q for q in make_questions("train", 70, seed=3) if q.skill == "charts"] == alone
+
+
 def test_same_seed_same_files(tmp_path):
     for folder, seed in (("a", 5), ("b", 5), ("c", 6)):
         write_skills_world(tmp_path / folder, 28, 14, 14, seed=seed)

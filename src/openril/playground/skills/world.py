@@ -83,20 +83,20 @@ def make_questions(
         raise DataError(f"difficulty {unknown if levels else levels} is not one of {', '.join(map(str, DIFFICULTIES))}")
     if not skills or (missing := sorted(set(skills) - set(SKILLS))):
         raise DataError(f"unknown skill {missing if skills else ''}; choose from {', '.join(SKILLS)}")
-    rng = random.Random(stable_hash("skills", split, seed))
     made: list[SkillQuestion] = []
     seen: set[tuple[tuple[Scene, ...], str, tuple[str, ...]]] = set()
     for i in range(number):
-        skill, level = skills[i % len(skills)], levels[i // len(skills) % len(levels)]
+        skill, which = skills[i % len(skills)], i // len(skills)
+        level = levels[which % len(levels)]
+        # A source of its own: what one skill draws changes nothing of the others.
+        rng = random.Random(stable_hash("skills", split, seed, skill, which))
         for _ in range(5000):
             question = SKILLS[skill].make(rng, level)
             key = (question.scenes, question.question, question.choices)
             if key not in seen and belongs_to(question, split):
                 break
         else:
-            raise DataError(
-                f"skill {skill} has no {i // len(skills) + 1}th {split} question of difficulty {level}; ask for fewer"
-            )
+            raise DataError(f"skill {skill} has no {which + 1}th {split} question of difficulty {level}; ask for fewer")
         seen.add(key)
         made.append(question)
     return made
