@@ -84,7 +84,7 @@ def test_trl_gets_fewer_rows_a_pass_when_memory_is_short(session: Session):
     session.warn = messages.append
     result = session.run(Cell(SHAPE, contenders=("trl", "ours"), parts=("update",), rounds=1))
     assert result.about["trl"]["rows"] == 2 and not result.failures
-    assert [m.split("again with ")[1][:1] for m in messages] == ["4", "2"]
+    assert [m.split("again with ")[1][:1] for m in messages] == ["2"]  # from one group, 4
 
 
 def test_contenders_too_big_to_live_together_come_one_after_the_other(session: Session):

@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         type=_positive,
         default=0,
-        help="TRL's per_device_train_batch_size, the rest by accumulation; default: all rows of a step if memory allows",
+        help="TRL's per_device_train_batch_size, the rest by accumulation; default one group (2G), as our passes have",
     )
     return p
 
