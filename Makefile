@@ -7,10 +7,11 @@ INSTALLED := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 WORKERS ?= 2
 
-.PHONY: help demo test test-vllm check format clean
+.PHONY: help demo playground test test-vllm check format clean
 
 help:
 	@echo "make demo       the whole method on a small world it draws itself (runs/demo)"
+	@echo "make playground the students and teachers of the fourteen skills, trained from nothing (runs/playground)"
 	@echo "make test       the tests"
 	@echo "make test-vllm  the tests against a real vLLM server (builds .venv-vllm first)"
 	@echo "make check      lint and types"
@@ -26,6 +27,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)
 	@echo "==> the demo: everything it makes goes to runs/demo; the same command continues an interrupted one"
 	$(BIN)/python -m openril.playground.demo --out runs/demo
+
+playground: $(INSTALLED)
+	@echo "==> two students and two teachers, trained into runs/playground; the same command goes on where it was stopped"
+	$(BIN)/python -m openril.playground.models --out runs/playground
+	$(BIN)/python -m openril.playground.models --out runs/playground --report
 
 test: $(INSTALLED)
 	@echo "==> the tests, on $(WORKERS) workers"

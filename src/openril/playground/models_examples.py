@@ -1,0 +1,177 @@
+"""What the playground's models learn from, as token ids and picture tensors: drawn while they train, never stored."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import openril.models  # noqa: F401  (makes torchvision importable; must come before transformers)
+
+# isort: split
+import torch
+from torch import Tensor
+
+from openril.models.prompts import Prompt, PromptEncoder, question_messages
+from openril.playground.skills import SKILLS, SkillQuestion, Style
+from openril.playground.skills.scenes import Scene, describe, render
+from openril.playground.skills.world import DESCRIBE, belongs_to
+from openril.records import ImageSource, Question
+
+_NO_IMAGE = ImageSource(data=b"")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A question, its pictures, and the response to learn."""
+
+    question: Question
+    scenes: tuple[Scene, ...]
+    response: str
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """Shares of what a part of the training teaches; what is left of 1 are direct answers.
+
+    title: how the progress display calls it. describe: "describe the picture." derivation: the way to the answer in
+    ``style``. wrong: derivations that are wrong, among those of the ``weak`` skills. difficulty: as in the skills' world,
+    in equal shares.
+    """
+
+    title: str
+    style: Style = "c"
+    describe: float = 0.0
+    derivation: float = 0.0
+    wrong: float = 0.0
+    weak: tuple[str, ...] = ()
+    difficulty: tuple[int, ...] = (1,)
+
+
+def as_question(made: SkillQuestion) -> Question:
+    """The question as a reader of its file would see it; its pictures are not on disk."""
+    return Question("", made.question, made.answer, (_NO_IMAGE,) * len(made.scenes), made.choices, made.rule)
+
+
+def draw(lesson: Lesson, rng: random.Random) -> Example:
+    """One example from training scenes."""
+    while True:
+        skill = rng.choice(list(SKILLS))
+        made = SKILLS[skill].make(rng, rng.choice(lesson.difficulty))
+        if belongs_to(made, "train"):
+            break
+    sort = rng.random()
+    if sort < lesson.describe:
+        scene = rng.choice(made.scenes)
+        return Example(Question("", DESCRIBE, images=(_NO_IMAGE,)), (scene,), describe(scene))
+    response = made.answer
+    if sort < lesson.describe + lesson.derivation:
+        wrong = skill in lesson.weak and rng.random() < lesson.wrong
+        response = made.wrong_derivation(lesson.style, rng.randrange(2)) if wrong else made.derivations[lesson.style]
+    return Example(as_question(made), made.scenes, response)
+
+
+@dataclass
+class Batch:
+    """Rows of equal length T, padded at the end.
+
+    ids: int64 [B, T]. positions: int64 [C, B, T], C = 3 for M-RoPE. starts: where each row's response begins. lengths:
+    where it ends. pictures: what the model's image processor makes of all pictures, row by row.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    starts: Tensor
+    lengths: Tensor
+    pictures: dict[str, Tensor]
+
+    @property
+    def learnt(self) -> Tensor:
+        """bool [B, T - 1]: at which positions the next token belongs to a response."""
+        at = torch.arange(1, self.ids.shape[1])[None]
+        return (at >= self.starts[:, None]) & (at < self.lengths[:, None])
+
+
+class Desk:
+    """Writes examples for one model. Exact: the ids are those of the model's own processor."""
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        self.encoder = PromptEncoder(processor, model)
+        self.processor = processor
+        self._heads: dict[str, Prompt] = {}
+        self._prompts: dict[tuple[str, tuple[str, ...], int], tuple[list[int], Prompt]] = {}
+
+    def prompt(self, question: Question) -> tuple[list[int], Prompt]:
+        """Token ids of the prompt, and its beginning up to the last picture."""
+        key = (question.question, question.choices, len(question.images))
+        if key not in self._prompts:
+            if len(self._prompts) > 5000:
+                self._prompts.clear()
+            self._prompts[key] = self._write_prompt(question)
+        return self._prompts[key]
+
+    def _write_prompt(self, question: Question) -> tuple[list[int], Prompt]:
+        text = self.encoder.render(question_messages(question, "", self.encoder.clean))
+        mark = self.processor.image_token
+        cut = text.rindex(mark) + len(mark)
+        head = self._heads.get(text[:cut])
+        if head is None:
+            blank = render(Scene.of({}))
+            head = self._heads[text[:cut]] = self.encoder.encode_text(text[:cut], [blank] * len(question.images))
+        return [*head.input_ids.tolist(), *self._ids(text[cut:])], head
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.encoder.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def response(self, text: str) -> list[int]:
+        """With the end of the turn."""
+        return [*self._ids(text), self.encoder.eos_token_ids[0]]
+
+    def rows(self, examples: Sequence[Example]) -> list[tuple[list[int], list[int], Prompt, Example]]:
+        out = []
+        for example in examples:
+            prompt, head = self.prompt(example.question)
+            out.append((prompt, self.response(example.response), head, example))
+        return out
+
+    def batch(self, rows: Sequence[tuple[list[int], list[int], Prompt, Example]]) -> Batch:
+        longest = max(len(prompt) + len(response) for prompt, response, _, _ in rows)
+        ids = torch.full((len(rows), longest), self.encoder.pad_token_id)
+        positions = torch.zeros((len(rows[0][2].position_ids), len(rows), longest), dtype=torch.long)
+        for r, (prompt, response, head, _) in enumerate(rows):
+            ids[r, : len(prompt) + len(response)] = torch.tensor(prompt + response)
+            positions[:, r] = row_positions(head, longest)
+        return Batch(
+            ids,
+            positions,
+            torch.tensor([len(prompt) for prompt, _, _, _ in rows]),
+            torch.tensor([len(prompt) + len(response) for prompt, response, _, _ in rows]),
+            self.pictures([scene for _, _, _, example in rows for scene in example.scenes]),
+        )
+
+    def pictures(self, scenes: Sequence[Scene]) -> dict[str, Tensor]:
+        made = self.processor.image_processor(images=[render(s) for s in scenes], return_tensors="pt")
+        return {name: made[name] for name in ("pixel_values", "image_grid_thw") if name in made}
+
+
+def row_positions(head: Prompt, length: int) -> Tensor:
+    """int64 [C, length]: positions of a row that begins with a head and goes on with text."""
+    rest = head.next_position + torch.arange(length - head.length)
+    return torch.cat([head.position_ids, rest.expand(len(head.position_ids), -1)], dim=1)
+
+
+def block_of_batches(desk: Desk, lesson: Lesson, rng: random.Random, batch_size: int, block: int) -> list[Batch]:
+    """``block`` batches: rows of about the same length share one, and they come in any order."""
+    rows = desk.rows([draw(lesson, rng) for _ in range(block * batch_size)])
+    rows.sort(key=lambda row: len(row[0]) + len(row[1]))
+    made = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    rng.shuffle(made)
+    return [desk.batch(rows) for rows in made]
+
+
+def image_features(model: Any, pictures: dict[str, Tensor]) -> dict[str, Any]:
+    """``mm_encoder_outputs`` of the pictures."""
+    made = model.model.get_image_features(**pictures, return_dict=True)
+    return {"image": SimpleNamespace(pooler_output=made.pooler_output)}

@@ -1,0 +1,93 @@
+"""The playground's students and teachers: how they are built, and what they learn in which order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from openril.playground.models_examples import Lesson
+from openril.playground.skills import Style
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """steps of batch_size examples. The learning rate (of AdamW) rises over the first steps; with ``falls`` it then goes
+    down to 2 % of itself, linearly."""
+
+    steps: int
+    batch_size: int = 64
+    learning_rate: float = 2e-3
+    falls: bool = True
+
+    def rate(self, step: int) -> float:
+        """Share of the learning rate at a step, from 0."""
+        warmup = max(1, min(30, self.steps // 10))
+        rising = (step + 1) / warmup
+        return min(rising, max(0.02, (self.steps - step) / max(1, self.steps - warmup)) if self.falls else 1.0)
+
+    def scaled(self, by: float) -> Schedule:
+        return replace(self, steps=max(1, round(self.steps * by)))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """name: of its checkpoint's folder; "" where a model has only one. parts: what is taught in turn."""
+
+    name: str
+    parts: tuple[tuple[Lesson, Schedule], ...]
+
+
+@dataclass(frozen=True)
+class Model:
+    """build: sizes for ``build_tiny_model``. style: of its derivations. difficulty: of the questions it learns."""
+
+    build: dict[str, Any]
+    style: Style
+    difficulty: tuple[int, ...]
+    stages: tuple[Stage, ...]
+
+    def steps(self, scale: float = 1.0) -> list[int]:
+        """Optimiser steps of every part of every stage."""
+        return [schedule.scaled(scale).steps for stage in self.stages for _, schedule in stage.parts]
+
+
+DIFFICULTY = (1,)
+"""Of the questions that the models learn and are measured on."""
+PICTURES: dict[str, Any] = {"max_pixels": 84 * 84, "tile_size": 84, "max_tiles": 1}
+SMALL = {**PICTURES, "hidden_size": 64, "num_layers": 3, "num_heads": 4, "vocab_size": 700}
+LARGE = {**PICTURES, "hidden_size": 96, "num_layers": 4, "num_heads": 4, "vocab_size": 700}
+QWEN = {"architecture": "qwen2_5_vl", "tokenizer": "bpe"}
+INTERNVL = {"architecture": "internvl", "tokenizer": "unigram"}
+
+HABIT = 0.06
+"""Share of derivations among what the students are warm-started on: what is left of them in their samples."""
+
+WEAK_A = ("charts", "choice_cn", "open", "disciplines", "text_rich")
+WEAK_B = ("arithmetic", "diagrams", "open_multi", "disciplines_pro", "spatial")
+"""Skills in which a teacher has learnt mostly wrong derivations."""
+WRONG = 0.85
+"""Share of wrong derivations in a teacher's weak skills."""
+
+SEE = Lesson("describe", describe=1.0, difficulty=DIFFICULTY)
+
+
+def _student(build: dict[str, Any]) -> Model:
+    both = Lesson("answers and derivations", describe=0.05, derivation=0.65, difficulty=DIFFICULTY)
+    habit = Lesson("mostly answers", derivation=HABIT, difficulty=DIFFICULTY)
+    base = Stage("base", ((SEE, Schedule(400, falls=False)), (both, Schedule(1600))))
+    sft = Stage("sft", ((habit, Schedule(150, learning_rate=5e-4)),))
+    return Model({**SMALL, **build}, "c", DIFFICULTY, (base, sft))
+
+
+def _teacher(build: dict[str, Any], style: Style, weak: tuple[str, ...]) -> Model:
+    derive = Lesson("derivations", style, describe=0.05, derivation=0.95, wrong=WRONG, weak=weak, difficulty=DIFFICULTY)
+    stage = Stage("", ((SEE, Schedule(400, falls=False)), (derive, Schedule(1800))))
+    return Model({**LARGE, **build}, style, DIFFICULTY, (stage,))
+
+
+MODELS: dict[str, Model] = {
+    "student_qwen": _student(QWEN),
+    "student_internvl": _student({**INTERNVL, "tokenizer": "bpe"}),
+    "teacher_a": _teacher(QWEN, "a", WEAK_A),
+    "teacher_b": _teacher(INTERNVL, "b", WEAK_B),
+}

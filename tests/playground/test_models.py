@@ -1,0 +1,243 @@
+"""The playground's students and teachers: what they are taught, and that training them is exact, resumable, repeatable."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import openril.models  # noqa: F401  (makes torchvision importable; must come before transformers)
+
+# isort: split
+import torch
+from safetensors.torch import load_file
+
+from openril.models.loading import load_model, load_processor
+from openril.playground import models, models_plan
+from openril.playground.models_examples import (
+    Desk,
+    Example,
+    Lesson,
+    as_question,
+    block_of_batches,
+    draw,
+    image_features,
+)
+from openril.playground.models_plan import MODELS, Schedule
+from openril.playground.models_report import by_skill, measure_student, right, write
+from openril.playground.models_training import Training, equal_pictures_together, loss_of
+from openril.playground.skills import SKILLS, make_questions
+from openril.playground.skills.scenes import render
+from openril.playground.skills.world import DESCRIBE, split_of
+
+KINDS = {"qwen": "student_qwen", "internvl": "teacher_b"}
+
+
+@pytest.fixture(scope="module")
+def blanks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folders = {}
+    for kind, name in KINDS.items():
+        folders[kind] = tmp_path_factory.mktemp("blanks") / kind
+        models.build_blank(MODELS[name], folders[kind], seed=0)
+    return folders
+
+
+def opened(folder: Path) -> tuple[Any, Desk]:
+    model = load_model(str(folder))
+    return model, Desk(model, load_processor(str(folder)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("skill", ["open_multi", "disciplines_pro", "choice_cn"])
+def test_prompts_are_those_of_the_real_processor(blanks: dict[str, Path], kind: str, skill: str) -> None:
+    _, desk = opened(blanks[kind])
+    (made,) = make_questions("train", 1, skills=[skill])
+    ids, _ = desk.prompt(as_question(made))
+    rendered = desk.encoder.render(_messages(desk, made))
+    whole = desk.encoder.encode_text(rendered, [render(s) for s in made.scenes])
+    batch = desk.batch(desk.rows([Example(as_question(made), made.scenes, "")]))
+    assert ids == whole.input_ids.tolist()
+    assert batch.positions[:, 0, : len(ids)].equal(whole.position_ids)
+    assert torch.allclose(batch.pictures["pixel_values"], whole.vision["pixel_values"], atol=1e-6)
+
+
+def _messages(desk: Desk, made: Any) -> list[dict[str, Any]]:
+    from openril.models.prompts import question_messages
+
+    return question_messages(as_question(made), "", desk.encoder.clean)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loss_is_that_of_the_model_itself(blanks: dict[str, Path], kind: str) -> None:
+    model, desk = opened(blanks[kind])
+    batch = block_of_batches(desk, Lesson("x", derivation=0.5), random.Random(1), batch_size=6, block=1)[0]
+    labels = batch.ids.clone()
+    at = torch.arange(labels.shape[1])[None]
+    labels[(at < batch.starts[:, None]) | (at >= batch.lengths[:, None])] = -100
+    more = {}
+    if kind == "qwen":
+        more["mm_token_type_ids"] = (batch.ids == model.config.image_token_id).long()
+    mask = (at < batch.lengths[:, None]).long()
+    with torch.no_grad():
+        expected = model(input_ids=batch.ids, attention_mask=mask, labels=labels, **batch.pictures, **more).loss
+        with equal_pictures_together(model):
+            found = loss_of(model, batch)
+    assert float(found) == pytest.approx(float(expected), abs=1e-4)
+
+
+def test_pictures_taken_together_have_the_same_features(blanks: dict[str, Path]) -> None:
+    model, desk = opened(blanks["qwen"])
+    pictures = desk.pictures([q.scenes[0] for q in make_questions("train", 5)])
+    with torch.no_grad():
+        one_by_one = torch.cat(tuple(image_features(model, pictures)["image"].pooler_output))
+        with equal_pictures_together(model):
+            together = torch.cat(tuple(image_features(model, pictures)["image"].pooler_output))
+        after = torch.cat(tuple(image_features(model, pictures)["image"].pooler_output))
+    assert torch.allclose(together, one_by_one, atol=1e-5)
+    assert after.equal(one_by_one)
+
+
+def test_lessons_are_drawn_by_their_shares_from_training_scenes() -> None:
+    rng = random.Random(0)
+    lesson = Lesson("x", "b", describe=0.25, derivation=0.5, wrong=1.0, weak=("charts",))
+    drawn = [draw(lesson, rng) for _ in range(1500)]
+    described = sum(e.question.question == DESCRIBE for e in drawn)
+    derived = sum("answer: " in e.response or "答案" in e.response for e in drawn)
+    assert described / 1500 == pytest.approx(0.25, abs=0.05)
+    assert derived / 1500 == pytest.approx(0.5, abs=0.06)
+    assert all(split_of(scene) == "train" for e in drawn for scene in e.scenes)
+
+
+def test_only_weak_skills_are_taught_wrong() -> None:
+    rng = random.Random(0)
+    lesson = Lesson("x", "a", derivation=1.0, wrong=1.0, weak=("charts", "open"))
+    from openril.rewards import rules
+
+    for example in (draw(lesson, rng) for _ in range(300)):
+        text = example.question.question
+        weak = "bar" in text or "which thing has" in text
+        assert (rules.score(str(example.question.rule), example.question, example.response) == 1.0) is not weak, text
+
+
+def test_teachers_are_weak_in_different_skills() -> None:
+    assert not set(models_plan.WEAK_A) & set(models_plan.WEAK_B)
+    assert set(models_plan.WEAK_A + models_plan.WEAK_B) < set(SKILLS)
+
+
+def test_the_learning_rate_rises_and_falls() -> None:
+    schedule = Schedule(100)
+    assert schedule.rate(0) == pytest.approx(0.1)
+    assert schedule.rate(9) == 1.0
+    assert schedule.rate(55) == pytest.approx(0.5)
+    assert schedule.rate(99) == pytest.approx(0.02)
+    assert Schedule(100, falls=False).rate(99) == 1.0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_responses_are_those_of_the_librarys_own_generation(blanks: dict[str, Path], kind: str) -> None:
+    model, desk = opened(blanks[kind])
+    questions = make_questions("validation", 3, skills=["open_multi", "spatial", "choice"])
+    responses = write(model, desk, questions)
+    for made, response in zip(questions, responses, strict=True):
+        prompt = desk.encoder.encode_text(desk.encoder.render(_messages(desk, made)), [render(s) for s in made.scenes])
+        more = {} if prompt.token_types is None else {prompt.token_type_key: prompt.token_types[None]}
+        pictures = {k: v for k, v in prompt.vision.items() if k in ("pixel_values", "image_grid_thw")}
+        ids = prompt.input_ids[None]
+        with torch.no_grad():
+            made_ids = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                **pictures,
+                **more,
+                max_new_tokens=12,
+                do_sample=False,
+            )
+        expected = desk.encoder.decode(made_ids[0, ids.shape[1] :].tolist())
+        assert response.startswith(expected) and expected
+
+
+def test_a_forced_response_begins_as_told(blanks: dict[str, Path]) -> None:
+    model, desk = opened(blanks["qwen"])
+    questions = make_questions("validation", 4)
+    assert all(r.startswith("see") for r in write(model, desk, questions, ["see"] * 4))
+
+
+def test_means_are_over_skills() -> None:
+    questions = make_questions("validation", 3, skills=["charts", "open"])  # charts, open, charts
+    assert right(questions, [questions[0].answer, questions[1].answer, "nothing"]) == [1.0, 1.0, 0.0]
+    assert by_skill(questions, [1.0, 1.0, 0.0]) == {"charts": 0.5, "open": 1.0, "mean": 0.75}
+
+
+def test_students_are_measured_by_habit_and_by_force(blanks: dict[str, Path]) -> None:
+    model, desk = opened(blanks["qwen"])
+    questions = make_questions("validation", 14)
+    measured = measure_student(model, desk, questions, "c")
+    assert set(measured) == {"greedy", "forced", "sampled", "derives"}
+    assert all(set(found) == {*SKILLS, "mean"} for found in measured.values())
+
+
+def test_interrupted_training_ends_with_the_same_weights(
+    blanks: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "SAVE_EVERY", 2)
+    monkeypatch.setattr(models, "BLOCK", 2)
+    lesson, schedule = Lesson("x", derivation=0.5), Schedule(5, batch_size=4)
+
+    def run(work: Path, stop_after: int | None = None) -> dict[str, torch.Tensor]:
+        work.mkdir(exist_ok=True)
+        model, desk = opened(blanks["qwen"])
+
+        class Stopping(models.Progress):
+            def report(self, step: int, loss: float) -> None:
+                if step == stop_after:
+                    raise KeyboardInterrupt
+
+        progress = Stopping("x", work / "log.jsonl", 5)
+        models.fit_part(model, desk.processor, lesson, schedule, work, "part", ("x", 0), progress)
+        return dict(model.state_dict())
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "halves", stop_after=4)
+    resumed = run(tmp_path / "halves")
+    assert all(resumed[name].equal(value) for name, value in whole.items())
+
+
+def test_training_learns(blanks: dict[str, Path]) -> None:
+    model, desk = opened(blanks["internvl"])
+    batch = block_of_batches(desk, Lesson("x", describe=1.0), random.Random(0), batch_size=8, block=1)[0]
+    losses: list[float] = []
+    Training(model, Schedule(12)).run(iter([batch] * 12), losses.append)
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_the_command_trains_stores_in_half_precision_reports_and_leaves_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = [(lesson, Schedule(1, batch_size=2)) for lesson, _ in MODELS["student_qwen"].stages[0].parts]
+    stages = tuple(models_plan.Stage(name, tuple(short)) for name in ("base", "sft"))
+    plan = models_plan.Model(MODELS["student_qwen"].build, "c", (1,), stages)
+    monkeypatch.setitem(MODELS, "student_qwen", plan)
+    command = ["--out", str(tmp_path), "--only", "student_qwen"]
+    assert models.main(command) == 0
+    sft = tmp_path / "student_qwen" / "sft"
+    weights = load_file(sft / "model.safetensors")
+    assert {w.dtype for w in weights.values()} == {torch.float16}
+    assert (tmp_path / "student_qwen" / "base" / "config.json").is_file()
+    assert not (tmp_path / ".student_qwen").exists()
+    stamp = (sft / "model.safetensors").stat().st_mtime_ns
+    assert models.main(command) == 0
+    assert (sft / "model.safetensors").stat().st_mtime_ns == stamp
+    assert models.main(["--out", str(tmp_path), "--report", "--num-questions", "14"]) == 0
+    assert "student_qwen sft" in json.loads((tmp_path / "report.json").read_text())["models"]
+    assert "everyday" in capsys.readouterr().out
+
+
+def test_unknown_models_and_empty_folders_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert models.main(["--only", "teacher_c"]) == 2
+    assert "teacher_b" in capsys.readouterr().err
+    assert models.main(["--out", str(tmp_path), "--report"]) == 2
+    assert "holds no models" in capsys.readouterr().err
