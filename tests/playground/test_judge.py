@@ -8,12 +8,12 @@ import urllib.request
 import pytest
 
 from openril.models.tiny import build_tiny_model
-from openril.playground.greedy import GreedyReader
 from openril.playground.judge import Pair, agreement, exchange_answer, make_pairs
 from openril.playground.serve import start_server
 from openril.playground.world import make_questions
 from openril.recipe.schema import Judge
 from openril.records import Question
+from openril.rewards.greedy import GreedyReader
 from openril.rewards.judge_prompt import read_verdict
 
 WORDS = ["red", "blue", "1", "2", "3"]

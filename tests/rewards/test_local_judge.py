@@ -2,6 +2,8 @@
 
 import shutil
 
+import openril.models  # noqa: F401  (makes torchvision importable; must come before transformers)
+
 # isort: split
 import pytest
 import torch
@@ -135,3 +137,52 @@ def test_vision_language_checkpoints_judge_as_text(architecture, tmp_path):
     [verdict] = service.judge(ITEMS[:1])
     assert verdict.asked and (verdict.score is not None or "unreadable verdict" in verdict.cause)
     assert "It is red." in service.judge_model.render(Prompt(*ITEMS[0]).messages())
+
+
+def test_batches_say_what_one_at_a_time_says(tmp_path):
+    folder = build_tiny_model(tmp_path / "bytes", "qwen2", texts=["red blue green three"], seed=3)
+    together = service_for(folder, tmp_path / "together", batch_size=2).judge(ITEMS)
+    assert together == service_for(folder, tmp_path / "alone").judge(ITEMS)
+    assert len({verdict.explanation for verdict in together}) > 1
+
+
+def test_all_that_waits_is_answered_with_the_first_result(checkpoint, tmp_path):
+    service = service_for(checkpoint, tmp_path, batch_size=8)
+    sizes = []
+    complete = service.judge_model._batches.complete
+    service.judge_model._batches.complete = lambda prompts, *more: (
+        sizes.append(len(prompts)) or complete(prompts, *more)
+    )
+    first, later = service.submit(ITEMS[:2]), service.submit(ITEMS[2:])
+    first.result()
+    assert sizes[0] == 3
+    count = len(sizes)
+    later.result()
+    assert len(sizes) == count
+
+
+def test_a_cancelled_verdict_is_not_worked_on(checkpoint, tmp_path):
+    service = service_for(checkpoint, tmp_path, batch_size=8)
+    [[(pending, _)], handle] = [service.submit([item])._slots for item in ITEMS[:1]] + [service.submit(ITEMS[1:])]
+    assert pending.cancel()
+    handle.result()
+    assert len((tmp_path / "rank0.jsonl").read_text().splitlines()) == 2
+
+
+def test_what_fails_in_a_batch_is_raised(checkpoint, tmp_path):
+    service = service_for(checkpoint, tmp_path, batch_size=8)
+
+    def broken(*arguments):
+        raise RuntimeError("out of memory")
+
+    service.judge_model._batches.complete = broken
+    with pytest.raises(RuntimeError, match="out of memory"):
+        service.judge(ITEMS)
+
+
+def test_batches_are_greedy_and_for_text_models(checkpoint, tmp_path):
+    with pytest.raises(ModelError, match=r"judge.batch_size: .*temperature 1.0"):
+        LocalJudge(settings_for(checkpoint, temperature=1.0, batch_size=4))
+    build_tiny_model(tmp_path / "vlm", "qwen2_5_vl")
+    with pytest.raises(ModelError, match=r"judge.batch_size: .*vision-language"):
+        LocalJudge(settings_for(tmp_path / "vlm", batch_size=4))

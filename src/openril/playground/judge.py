@@ -22,10 +22,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from openril.models.tiny import build_tiny_model
-from openril.playground.greedy import GreedyReader
 from openril.records import Question
 from openril.rewards import judge_prompt, rules
 from openril.rewards.answers import judge_item
+from openril.rewards.greedy import GreedyReader
 from openril.storage import atomic_path, stable_hash, write_json
 
 MAX_RESPONSE_CHARS = 8000
@@ -149,7 +149,7 @@ def train_judge(
         )
         tokenizer = AutoTokenizer.from_pretrained(temporary)
         model = AutoModelForCausalLM.from_pretrained(temporary, dtype=torch.float32)
-        _fit(model, tokenizer, pairs, steps, batch_size, learning_rate, say)
+        fit(model, tokenizer, pairs, _drills(pairs, steps * DRILLS), steps, batch_size, learning_rate, say)
         test = make_pairs(held_out, wordings, 512, stable_hash("judge test", seed))
         result = agreement(GreedyReader(model, tokenizer), test)
         result["seconds"] = round(time.perf_counter() - started, 1)
@@ -171,17 +171,26 @@ def _tokenizer_texts(pairs: Sequence[Pair]) -> list[str]:
     return texts
 
 
-def _fit(
+def fit(
     model: Any,
     tokenizer: Any,
     pairs: Sequence[Pair],
+    drills: Sequence[str],
     steps: int,
     batch_size: int,
     learning_rate: float,
     say: Callable[[str], None],
 ) -> None:
-    """AdamW with a linear decay; the prompt's part that all rows share is run once a batch."""
-    encoded = [_encode(tokenizer, pair) for pair in pairs]
+    """Train the model on the pairs, ``batch_size`` a step, and on DRILLS replies without prompts beside them.
+
+    With fewer than steps * batch_size pairs they are used again, in another order. Muon and AdamW with a linear decay;
+    the prompt's part that all rows share is run once a batch.
+    """
+    each = [_encode(tokenizer, pair) for pair in pairs]
+    encoded = list(each)
+    while len(encoded) < steps * batch_size:
+        random.Random(len(encoded)).shuffle(each)
+        encoded += each
     prefix = _common_prefix([ids for ids, _ in encoded])
     # Rows of about the same length share a batch: less padding.
     for start in range(0, len(encoded), 8 * batch_size):
@@ -195,13 +204,13 @@ def _fit(
         torch.optim.lr_scheduler.LambdaLR(o, lambda n: min((n + 1) / warmup, max(0.02, (steps - n) / (steps - warmup))))
         for o in optimisers
     ]
-    drills = [_encode_reply(tokenizer, text) for text in _drills(pairs, steps * DRILLS)]
+    encoded_drills = [_encode_reply(tokenizer, text) for text in drills]
     model.train()
     total = 0.0
     for step in range(steps):
         batch = encoded[step * batch_size : (step + 1) * batch_size]
         loss = _loss(model, batch, prefix, PROMPT_WEIGHT if step < PROMPT_SHARE * steps else 0.0)
-        loss = loss + _drill_loss(model, drills[step * DRILLS : (step + 1) * DRILLS])
+        loss = loss + _drill_loss(model, encoded_drills[step * DRILLS : (step + 1) * DRILLS])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimiser, schedule in zip(optimisers, schedules, strict=True):

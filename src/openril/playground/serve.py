@@ -49,7 +49,7 @@ class Batcher:
     """One thread that owns the model and answers whatever has arrived since it last looked."""
 
     def __init__(self, checkpoint: Path, batch_size: int) -> None:
-        from openril.playground.judge import GreedyReader
+        from openril.rewards.greedy import GreedyReader
 
         self.reader = GreedyReader.from_checkpoint(checkpoint)
         self.batch_size = batch_size

@@ -233,6 +233,8 @@ class Judge(Endpoint):
     """The run stops when a larger share of a step's verdicts cannot be had."""
     max_response_chars: PositiveInt = 8000
     """Longer responses are cut to this many characters in the judge's prompt (and the cut is marked)."""
+    batch_size: PositiveInt = 1
+    """Prompts that a model in this process (``model_path``) answers at once; above 1: text models, temperature 0."""
 
 
 class SFT(Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import openril.models  # noqa: F401  (makes torchvision importable; must come before transformers)
@@ -23,6 +24,7 @@ from openril.data.text import strip_special
 from openril.endpoints import EventLoopThread
 from openril.errors import ModelError
 from openril.recipe.schema import Judge as JudgeSettings
+from openril.rewards.greedy import GreedyReader
 from openril.rewards.judge import Settle
 from openril.rewards.verdicts import Verdict
 
@@ -31,9 +33,13 @@ class LocalJudge:
     """Judges one prompt at a time: a verdict never depends on what else is judged beside it. Vision-language
     checkpoints are used for text alone.
 
-    Work is done when a result is asked for, in a thread of its own, so that autocast and gradient modes of the caller
-    do not reach it; the random state is put back afterwards. Raises ModelError for a checkpoint that cannot be loaded
-    or has no chat template.
+    With ``judge.batch_size`` above 1 it answers so many prompts at once, greedily, and runs what all of them share (the
+    system text) once. A verdict then depends on its neighbours as far as the last bits of a sum do.
+
+    Work is done when a result is asked for (batches: all the work that is waiting), in a thread of its own, so that
+    autocast and gradient modes of the caller do not reach it; the random state is put back afterwards. Raises
+    ModelError for a checkpoint that cannot be loaded or has no chat template, and for batches where the checkpoint or
+    the temperature allows none.
     """
 
     def __init__(self, settings: JudgeSettings, device: str | None = None) -> None:
@@ -60,9 +66,31 @@ class LocalJudge:
         self.model = model.to(self.device).eval()
         added = self.tokenizer.added_tokens_decoder.values()
         self._special = [*self.tokenizer.all_special_tokens, *(token.content for token in added if token.special)]
+        self._batches = self._batch_reader(vision) if settings.batch_size > 1 else None
+        self._waiting: list[_Later] = []
+        self._asked: list[tuple[list[dict[str, str]], asyncio.Future[str]]] = []
         self._loop = EventLoopThread()
 
+    def _batch_reader(self, vision: bool) -> GreedyReader:
+        if vision or self.settings.temperature > 0:
+            cause = "a vision-language model" if vision else f"temperature {self.settings.temperature}"
+            raise ModelError(
+                f"judge.batch_size: {self.settings.batch_size} prompts at once need a text model and temperature 0, and"
+                f" this is {cause}; set judge.batch_size 1, or serve the model and set judge.base_urls"
+            )
+        try:
+            return GreedyReader(self.model, self.tokenizer, self._end_ids())
+        except ModelError as e:
+            raise ModelError(f"judge.batch_size: {e}; set it to 1") from e
+
     async def ask(self, messages: list[dict[str, str]], seed: int) -> str:
+        if self._batches is not None:
+            loop = asyncio.get_running_loop()
+            if not self._asked:
+                loop.call_soon(self._answer)  # behind all that is about to ask
+            future: asyncio.Future[str] = loop.create_future()
+            self._asked.append((messages, future))
+            return await future
         ids = self.tokenizer(self.render(messages), add_special_tokens=False, return_tensors="pt")["input_ids"]
         generation = GenerationConfig(
             max_new_tokens=self.settings.max_tokens,
@@ -78,6 +106,33 @@ class LocalJudge:
             ids = ids.to(self.device)
             out = self.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=generation)
         return str(self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+
+    def _answer(self) -> None:
+        """Reply to everybody who asked, batch by batch; prompts of like length together."""
+        assert self._batches is not None
+        asked, self._asked = self._asked, []
+        try:
+            by_system: dict[str, list[tuple[str, asyncio.Future[str]]]] = {}
+            for messages, future in asked:
+                by_system.setdefault(messages[0]["content"], []).append((self.render(messages), future))
+            for system, members in by_system.items():
+                members.sort(key=lambda member: len(member[0]))
+                head = self._head(system)
+                for start in range(0, len(members), self.settings.batch_size):
+                    batch = members[start : start + self.settings.batch_size]
+                    replies = self._batches.complete([text for text, _ in batch], head, self.settings.max_tokens)
+                    for (_, future), reply in zip(batch, replies, strict=True):
+                        if not future.done():
+                            future.set_result(reply)
+        except Exception as e:  # whoever waits must hear of it
+            for _, future in asked:
+                if not future.done():
+                    future.set_exception(e)
+
+    def _head(self, system: str) -> str:
+        """How every prompt with this system text begins."""
+        mark = "(here the user begins)"
+        return self.render([{"role": "system", "content": system}, {"role": "user", "content": mark}]).split(mark)[0]
 
     def render(self, messages: list[dict[str, str]]) -> str:
         """The prompt as text. Templates without a system role get the system text at the head of the user's; templates
@@ -108,24 +163,47 @@ class LocalJudge:
         return list(dict.fromkeys(ids))
 
     def start(self, settle: Settle) -> _Later:
-        return _Later(settle, self._loop)
+        later = _Later(settle, self)
+        if self._batches is not None:
+            self._waiting.append(later)
+        return later
+
+    def settle(self, wanted: _Later) -> None:
+        """Settle a verdict; where there are batches, all that wait."""
+        waiting, self._waiting = self._waiting, []
+        together = [wanted, *(later for later in waiting if later is not wanted)]
+
+        async def all_of_them() -> list[Verdict]:
+            return await asyncio.gather(*(later.work() for later in together))
+
+        for later, verdict in zip(together, self._loop.run(all_of_them()), strict=True):
+            later.verdict = verdict
+
+    def forget(self, later: _Later) -> bool:
+        """Whether a verdict was waiting and now is not."""
+        if later not in self._waiting:
+            return False
+        self._waiting.remove(later)
+        return True
 
     def close(self) -> None:
         self._loop.close()
 
 
 class _Later:
-    """A verdict that is settled when it is first asked for."""
+    """A verdict that is settled when it, or another of its batch, is first asked for."""
 
-    def __init__(self, settle: Settle, loop: EventLoopThread) -> None:
-        self._settle = settle
-        self._loop = loop
-        self._verdict: Verdict | None = None
+    def __init__(self, work: Settle, judge: LocalJudge) -> None:
+        self.work = work
+        self.verdict: Verdict | None = None
+        self._judge = judge
 
     def result(self) -> Verdict:
-        if self._verdict is None:
-            self._verdict = self._loop.run(self._settle())
-        return self._verdict
+        if self.verdict is None:
+            self._judge.settle(self)
+        assert self.verdict is not None
+        return self.verdict
 
     def cancel(self) -> bool:
-        return False
+        """It is settled when asked for, but for nobody else's sake."""
+        return self._judge.forget(self)

@@ -1,0 +1,157 @@
+"""The judge of the fourteen skills: what it learns from is what the exact rule says, and how it is measured."""
+
+import json
+
+import openril.models  # noqa: F401  (makes torchvision importable; must come before transformers)
+
+# isort: split
+import pytest
+from transformers import AutoTokenizer
+
+from openril.errors import DataError
+from openril.playground.judge_material import SORTS, Case, as_question, make_cases, reply_text, stated, world_questions
+from openril.playground.judge_model import build_judge
+from openril.playground.skills import SKILLS
+from openril.playground.skills_judge import Settings, compare, make_drills, run, train_judge
+from openril.records import Question
+from openril.rewards import rules
+from openril.rewards.answers import score_answers
+from openril.rewards.judge_prompt import SYSTEM, Prompt, read_verdict
+
+NUMBER = Question("n", "How many?", "7", rule="number")
+CHOICE = Question("c", "How many?", "B", choices=("4", "7"), rule="choice")
+EXACT = Question("e", "Which?", "red car", rule="exact")
+KINDS = ["red car", "blue car"]
+
+
+@pytest.fixture(scope="module")
+def cases():
+    return make_cases(world_questions("train", 420, seed=3), 900, seed=3)
+
+
+@pytest.mark.parametrize(
+    ("question", "response", "says"),
+    [
+        (NUMBER, "3 plus 4 is 7. so the answer is 7.", "7"),
+        (NUMBER, "so the answer is 9. 7 is right", "9"),
+        (NUMBER, "answer: 7\nanswer: 9", ""),
+        (NUMBER, "answer: 7 or 9", ""),
+        (NUMBER, "answer: 7\nanswer: 7", "7"),
+        (CHOICE, "7 is B. so the answer is B.", "B"),
+        (CHOICE, "7", "7"),
+        (CHOICE, "answer: B. 4", ""),
+        (EXACT, "answer: red car", "red car"),
+        (EXACT, "answer: red car blue car", ""),
+        (EXACT, "see red car 7, then blue car 3", ""),
+    ],
+)
+def test_what_a_response_says_by_the_rule(question, response, says):
+    assert stated(question, response, KINDS) == says
+
+
+def test_verdicts_are_the_exact_rules(cases):
+    for case in cases:
+        [score] = score_answers([(case.question, case.response)], "rules", "auto")
+        assert case.verdict == score.score
+
+
+def test_replies_are_readable_and_hold_the_verdict(cases):
+    for case in cases:
+        score, explanation = read_verdict(case.reply)
+        assert score == case.verdict
+        assert case.truth in explanation
+
+
+def test_a_verdict_follows_from_the_reply_itself(cases):
+    for case in cases:
+        letter, _, text = case.truth.partition(". ")
+        assert case.verdict == (case.says in ([letter, text] if case.question.choices else [case.truth]))
+
+
+def test_every_sort_and_every_skill_is_there(cases):
+    assert {case.sort for case in cases} == set(SORTS)
+    assert {case.skill for case in cases} == set(SKILLS)
+    assert {case.question.rule for case in cases} == {"number", "choice", "exact"}
+
+
+def test_right_and_wrong_are_both_common(cases):
+    assert 0.3 < sum(case.verdict for case in cases) / len(cases) < 0.6
+    for sort in ("text appended", "two answers", "mixed styles", "words disturbed", "babble", "answer exchanged"):
+        verdicts = [case.verdict for case in cases if case.sort == sort]
+        assert 0 < sum(verdicts) < len(verdicts), sort
+
+
+def test_the_rule_reads_the_cleaned_prompt_as_it_reads_the_response(cases):
+    forged = [case for case in cases if case.sort == "forged verdict"]
+    for case in forged:
+        shown = Prompt.of("", "", case.response, 8000).response
+        assert case.verdict == (rules.score(case.question.rule, case.question, shown) == 1.0)
+    assert any("answer>" in case.response for case in forged)
+
+
+def test_the_same_seed_makes_the_same_cases():
+    made = [make_cases(world_questions("train", 42, seed=1), 60, seed=2) for _ in range(2)]
+    assert [(c.response, c.says) for c in made[0]] == [(c.response, c.says) for c in made[1]]
+
+
+def test_drills_are_right_when_both_answers_are_one(cases):
+    for text in make_drills(cases, 200, seed=0):
+        said, truth = text.removeprefix("It says ").split(". <answer>")[0].split(", truth ")
+        assert text.endswith(f"<answer>{int(said in (truth, *truth.split('. ')))}</answer>")
+
+
+@pytest.fixture(scope="module")
+def folder(cases, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("judge") / "random"
+    texts = [text for case in cases for text in (case.messages()[1]["content"], case.reply)]
+    build_judge(folder, texts, hidden_size=32, num_layers=1)
+    return folder
+
+
+def test_a_prompt_is_read_back_and_its_fixed_parts_are_one_token_each(folder, cases):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    chat = tokenizer.apply_chat_template(cases[0].messages(), tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(chat, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(ids) == chat
+    assert len(tokenizer(SYSTEM)["input_ids"]) == 1
+    assert tokenizer.tokenize("It says 7, truth 7. <answer>1</answer>") == [
+        "It says", "Ġ7", ", truth", "Ġ7", ". <answer>", "1", "</answer>",
+    ]  # fmt: skip
+
+
+def test_rates_count_what_the_rule_calls_wrong_and_right():
+    question = Question("n", "How many?", "7", rule="number", metadata={"skill": "charts"})
+    wrong, right = Case(question, "9", "9", "answer alone"), Case(question, "7", "7", "answer alone")
+    replies = [reply_text("9", "7", 1), reply_text("9", "7", 0), reply_text("7", "7", 1), "no verdict"]
+    result = compare([wrong, wrong, right, right], replies)
+    assert result["agreement"] == 0.5
+    assert result["false_positive_rate"] == 0.5
+    assert result["false_negative_rate"] == 0.0
+    assert result["unreadable"] == 0.25
+    assert result["by_skill"]["charts"]["num_verdicts"] == 4
+
+
+def test_training_writes_a_small_checkpoint_and_its_agreement(tmp_path):
+    settings = Settings(tmp_path / "judge", steps=2, batch_size=4, hidden_size=32, num_layers=1, num_verdicts=20)
+    result = train_judge(settings, lambda line: None)
+    assert json.loads((tmp_path / "judge" / "agreement.json").read_text()) == result
+    assert result["num_verdicts"] == 20
+    assert result["bytes"] < 2_000_000
+    lines = []
+    run(settings, lines.append)
+    assert "already trained" in lines[0]
+
+
+def test_a_folder_of_other_files_is_left_alone(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(DataError, match="holds other files"):
+        run(Settings(tmp_path), print)
+    with pytest.raises(DataError, match="holds no judge"):
+        run(Settings(measure=tmp_path), print)
+
+
+def test_questions_reach_the_judge_without_pictures():
+    made = world_questions("train", 14, seed=0)[0]
+    question = as_question(made, 0)
+    assert question.images == ()
+    assert (question.question, question.answer, question.choices) == (made.question, made.answer, made.choices)
