@@ -169,13 +169,12 @@ class PolicyUpdate:
             for policy in [self.unwrapped] if self.reference is None else [self.unwrapped, self.reference]:
                 policy.enable_packing()
             self.policy.eval()
-            with self.accelerator.autocast():
-                difference = packing_difference(self.policy, probes, self.encoder.pad_token_id, self.accelerator.device)
+            pad = self.encoder.pad_token_id
+            difference = packing_difference(self.unwrapped, probes, pad, self.accelerator.device)
         except CannotPack as e:
             reason = str(e)
         self.policy.train()
-        weights = next(self.unwrapped.parameters()).dtype
-        limit = rounding(weights if self.settings.precision == "float32" else torch.bfloat16)
+        limit = rounding(next(self.unwrapped.parameters()).dtype)
         if not difference <= limit:
             reason = f"its log-probabilities would be off by {difference:.2g} nats a token"
         reason = next(filter(None, gather_object([reason])), "")
