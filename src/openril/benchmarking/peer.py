@@ -107,6 +107,7 @@ class TRLStep:
         self._timing = ExitStack()
         self._elapsed = Elapsed()
         self._announced = False
+        self._owed: Measurement | None = None
         dtype = torch.bfloat16 if spec.precision == "pure_bf16" else torch.float32
         # The model as an object, so that the same parts are frozen before TRL builds its optimiser.
         model: Any = load_model(spec.checkpoint, what="TRL's model", dtype=dtype)
@@ -158,11 +159,18 @@ class TRLStep:
     # ---- what the callback calls ------------------------------------------------------------------------------------
 
     def begin(self, optimiser: Any) -> None:
-        """Wait for a command; returns when it needs a step of the trainer."""
+        """Answer for the step before, then wait for a command; returns when it needs a step of the trainer.
+
+        Not at that step's end: what the trainer does between steps (it loads the next batch) would run while another
+        contender is measured.
+        """
         if not self._announced:
             self._announced = True
             self.watch.watch_optimiser("optimiser", optimiser)
             self.connection.ready(self._about(optimiser))
+        if self._owed is not None:
+            self.connection.reply(self._owed)
+            self._owed = None
         while True:
             self.command = self.connection.next()
             if self.command.part != "sampling":
@@ -174,7 +182,7 @@ class TRLStep:
         self._elapsed = self._timing.enter_context(self.clock.elapsed())
 
     def end(self) -> None:
-        """Answer the command the trainer's step was for."""
+        """Stop the clock on the command the trainer's step was for."""
         assert self.command is not None
         self._timing.close()
         seconds, cpu_seconds = self._elapsed.seconds, self._elapsed.cpu_seconds
@@ -196,7 +204,7 @@ class TRLStep:
             measurement = Measurement(seconds, in_step, tokens, cpu_seconds, peak, held)
         if part == "memory":
             give_back()
-        self.connection.reply(measurement)
+        self._owed = measurement
 
     def _about(self, optimiser: Any) -> dict[str, Any]:
         trainable = sum(p.numel() for p in self.trainer.model.parameters() if p.requires_grad)

@@ -58,6 +58,31 @@ def enable(model: Any) -> None:
             mask: Any = AttentionMaskInterface._global_mapping[before]
             AttentionMaskInterface.register(name, mask)
         config._attn_implementation = name
+    _run_last_mlp_where_read(decoder)
+
+
+def _run_last_mlp_where_read(decoder: Any) -> None:
+    """Let the last layer's MLP pass over positions that nothing reads: behind it no token looks at another.
+
+    The layer's attention, which is given the layout and runs just before (also when a checkpointed layer runs again), says
+    which positions are read.
+    """
+    last = decoder.layers[-1] if len(getattr(decoder, "layers", ())) else None
+    attention, mlp = getattr(last, "self_attn", None), getattr(last, "mlp", None)
+    if attention is None or mlp is None or hasattr(attention, "group_rows_read"):
+        return
+    read: list[Tensor | None] = [None]
+    attention.group_rows_read = read
+    whole = mlp.forward
+
+    def forward(states: Tensor) -> Tensor:
+        rows, read[0] = read[0], None
+        if rows is None:
+            return whole(states)
+        part = whole(states.index_select(1, rows))
+        return part.new_zeros(states.shape).index_copy(1, rows, part)
+
+    mlp.forward = forward
 
 
 def _dispatch(before: Any) -> Any:
@@ -71,6 +96,9 @@ def _dispatch(before: Any) -> Any:
         group_layout: Layout | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        if hasattr(module, "group_rows_read"):
+            read: Any = module.group_rows_read
+            read[0] = getattr(group_layout, "rows_read", None)
         if group_layout is None:
             return before(module, query, key, value, attention_mask, *args, **kwargs)
         for feature in ("sliding_window", "softcap", "s_aux", "position_bias"):
@@ -114,6 +142,7 @@ class GroupLayout:
 
     own: int64 [R, T], positions of each response's tokens, padded by its last; own_valid: bool [R, T] or None.
     group, response: int32 [L], number of the group, and of the response within the row (-1: prompt).
+    rows_read: int64 [N], positions whose last hidden states are wanted, or None for all.
     """
 
     buckets: list[_Bucket]
@@ -121,9 +150,10 @@ class GroupLayout:
     own_valid: Tensor | None
     group: Tensor
     response: Tensor
+    rows_read: Tensor | None = None
 
     @classmethod
-    def of(cls, groups: Sequence[tuple[int, Sequence[int]]]) -> GroupLayout:
+    def of(cls, groups: Sequence[tuple[int, Sequence[int]]], rows_read: Tensor | None = None) -> GroupLayout:
         """groups: (prompt length, lengths of its responses) in the order of the row. Every length is at least 1."""
         prompts: list[tuple[range, range]] = []
         responses: list[range] = []
@@ -150,6 +180,7 @@ class GroupLayout:
             *_padded(responses),
             torch.tensor(group_ids, dtype=torch.int32),
             torch.tensor(response_ids, dtype=torch.int32),
+            rows_read,
         )
 
     def to(self, device: torch.device) -> GroupLayout:

@@ -117,7 +117,8 @@ def pack(groups: Sequence[GroupTokens], pad_token_id: int, *, whole: bool = Fals
         "position_ids": position_ids if len(position_ids) > 1 else position_ids[0],
     }
     prompts = tuple(g.prompt for g in groups)
-    return Rows(inputs_of_row, targets, mask, index, torch.arange(at), last, GroupLayout.of(layout), prompts)
+    read = last if whole else index[mask].unique()
+    return Rows(inputs_of_row, targets, mask, index, torch.arange(at), last, GroupLayout.of(layout, read), prompts)
 
 
 def lay_out(groups: Sequence[GroupTokens], pad_token_id: int) -> Rows:
