@@ -239,8 +239,27 @@ def test_the_difference_is_measured(tiny_qwen: Path, tmp_path: Path, monkeypatch
     assert packing_difference(case.policy, groups, pad, cpu) < 1e-5 < rounding(torch.float32)
     original = GroupLayout.of
     # Everything one long prompt: plain causal attention over the whole row.
-    monkeypatch.setattr(GroupLayout, "of", lambda g: original([(sum(p + sum(n) for p, n in g), [])]))
+    monkeypatch.setattr(GroupLayout, "of", lambda g, read: original([(sum(p + sum(n) for p, n in g), [])], read))
     assert packing_difference(case.policy, groups, pad, cpu) > rounding(torch.float32)
+
+
+def test_the_last_mlp_runs_where_it_is_read(tiny_qwen: Path, tmp_path: Path):
+    case = Case(tiny_qwen)
+    [group] = case.groups(tmp_path, [0])
+    layers = case.policy.model.model.language_model.layers
+    seen: list[tuple[int, int]] = []
+    for number, layer in enumerate(layers):
+        layer.mlp.up_proj.register_forward_hook(lambda m, args, out, n=number: seen.append((n, args[0].shape[1])))
+    rows = pack([group], case.encoder.pad_token_id)
+    case.policy(rows)
+    length = rows.model_inputs["input_ids"].shape[1]
+    # The prompt's last token predicts every response's first; a response's tokens but its last predict the next.
+    read = 1 + sum(len(c) - 1 for c in group.completions)
+    last = len(layers) - 1
+    assert seen == [*((n, length) for n in range(last)), (last, read)]
+    seen.clear()
+    case.policy(lay_out([group], case.encoder.pad_token_id))  # a plain pass is what it was
+    assert len({n for _, n in seen}) == 1
 
 
 # ---- micro-batches -----------------------------------------------------------------------------------------------------
