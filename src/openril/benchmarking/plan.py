@@ -72,7 +72,7 @@ def make_plan(
     elif quick:
         cells = [
             Cell(short, memory=False),
-            Cell(long, contenders=("trl", "ours"), parts=("update",), rounds=2),
+            Cell(long, contenders=("trl", "ours"), parts=("update",), rounds=2, sweep=SWEEP),
         ]
         if wide != long:
             cells.append(Cell(wide, contenders=("ours",), parts=("update",), memory=False))
