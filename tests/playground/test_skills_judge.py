@@ -9,7 +9,16 @@ import pytest
 from transformers import AutoTokenizer
 
 from openril.errors import DataError
-from openril.playground.judge_material import SORTS, Case, as_question, make_cases, reply_text, stated, world_questions
+from openril.playground.judge_material import (
+    SORTS,
+    Case,
+    as_question,
+    make_cases,
+    quote,
+    reply_text,
+    stated,
+    world_questions,
+)
 from openril.playground.judge_model import build_judge
 from openril.playground.skills import SKILLS
 from openril.playground.skills_judge import Settings, compare, make_drills, run, train_judge
@@ -49,6 +58,20 @@ def test_what_a_response_says_by_the_rule(question, response, says):
     assert stated(question, response, KINDS) == says
 
 
+@pytest.mark.parametrize(
+    ("response", "quoted"),
+    [
+        ("so the answer is 7.", "7"),
+        ("answer: 7\nanswer: 9", "7 and then 9"),
+        ("answer: 7 or 9", "7 or 9"),
+        ("answer: 7 the red digits are 3 and 4", "7 the red digits are ..."),
+        ("3 + 4 = 7", "the reading"),
+    ],
+)
+def test_what_is_marked_as_answer_is_quoted(response, quoted):
+    assert quote(response, "the reading") == quoted
+
+
 def test_verdicts_are_the_exact_rules(cases):
     for case in cases:
         [score] = score_answers([(case.question, case.response)], "rules", "auto")
@@ -62,10 +85,10 @@ def test_replies_are_readable_and_hold_the_verdict(cases):
         assert case.truth in explanation
 
 
-def test_a_verdict_follows_from_the_reply_itself(cases):
+def test_the_verdict_is_whether_the_reading_is_the_truth(cases):
     for case in cases:
         letter, _, text = case.truth.partition(". ")
-        assert case.verdict == (case.says in ([letter, text] if case.question.choices else [case.truth]))
+        assert case.verdict == (case.reading in ([letter, text] if case.question.choices else [case.truth]))
 
 
 def test_every_sort_and_every_skill_is_there(cases):
@@ -97,7 +120,8 @@ def test_the_same_seed_makes_the_same_cases():
 def test_drills_are_right_when_both_answers_are_one(cases):
     for text in make_drills(cases, 200, seed=0):
         said, truth = text.removeprefix("It says ").split(". <answer>")[0].split(", truth ")
-        assert text.endswith(f"<answer>{int(said in (truth, *truth.split('. ')))}</answer>")
+        right = said in (truth, *truth.split(". "))
+        assert text.endswith(f"<answer>{int(right)}</answer>") or len(said.split()) > 1, text
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +145,7 @@ def test_a_prompt_is_read_back_and_its_fixed_parts_are_one_token_each(folder, ca
 
 def test_rates_count_what_the_rule_calls_wrong_and_right():
     question = Question("n", "How many?", "7", rule="number", metadata={"skill": "charts"})
-    wrong, right = Case(question, "9", "9", "answer alone"), Case(question, "7", "7", "answer alone")
+    wrong, right = Case(question, "9", "9", "9", "answer alone"), Case(question, "7", "7", "7", "answer alone")
     replies = [reply_text("9", "7", 1), reply_text("9", "7", 0), reply_text("7", "7", 1), "no verdict"]
     result = compare([wrong, wrong, right, right], replies)
     assert result["agreement"] == 0.5

@@ -180,11 +180,12 @@ def fit(
     batch_size: int,
     learning_rate: float,
     say: Callable[[str], None],
+    prompt_share: float = PROMPT_SHARE,
 ) -> None:
     """Train the model on the pairs, ``batch_size`` a step, and on DRILLS replies without prompts beside them.
 
     With fewer than steps * batch_size pairs they are used again, in another order. Muon and AdamW with a linear decay;
-    the prompt's part that all rows share is run once a batch.
+    the prompt's part that all rows share is run once a batch. prompt_share: of the steps that also learn the prompts.
     """
     each = [_encode(tokenizer, pair) for pair in pairs]
     encoded = list(each)
@@ -209,7 +210,7 @@ def fit(
     total = 0.0
     for step in range(steps):
         batch = encoded[step * batch_size : (step + 1) * batch_size]
-        loss = _loss(model, batch, prefix, PROMPT_WEIGHT if step < PROMPT_SHARE * steps else 0.0)
+        loss = _loss(model, batch, prefix, PROMPT_WEIGHT if step < prompt_share * steps else 0.0)
         loss = loss + _drill_loss(model, encoded_drills[step * DRILLS : (step + 1) * DRILLS])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

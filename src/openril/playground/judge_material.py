@@ -17,17 +17,24 @@ from openril.records import Question
 from openril.rewards import rules
 from openril.rewards.answers import judge_item
 from openril.rewards.degenerate import is_empty, is_repetitive
+from openril.rewards.extraction import find_answers
 from openril.rewards.judge_prompt import clean
 from openril.storage import stable_hash
 
 MOST_WORDS = 80
 """Longer responses are not made."""
+MOST_QUOTED = 5
+"""Words of an answer that a judge quotes."""
+MOST_QUOTES = 3
+"""Answers that it quotes."""
 
 
 @dataclass(frozen=True)
 class Case(Pair):
-    """A response to judge, with what it says by the exact rule. sort: one of SORTS."""
+    """A response to judge. says: what the judge should quote of it. reading: what the exact rule reads in it, see
+    ``stated``. sort: one of SORTS."""
 
+    reading: str = ""
     sort: str = ""
 
     @property
@@ -45,8 +52,8 @@ class Case(Pair):
 
 
 def reply_text(says: str, truth: str, right: int) -> str:
-    """What the judge should write, in few words: it is asked often. says: "" for no answer, or several."""
-    return f"It says {says or 'no one answer'}, truth {truth}. <answer>{right}</answer>"
+    """What the judge should write, in few words: it is asked often. says: "" for no answer."""
+    return f"It says {says or 'no answer'}, truth {truth}. <answer>{right}</answer>"
 
 
 def as_question(made: SkillQuestion, number: int) -> Question:
@@ -80,6 +87,20 @@ def stated(question: Question, response: str, known: Sequence[str]) -> str:
                 return question.choices[LETTERS.index(answer)]
             return answer
     return ""
+
+
+def quote(response: str, reading: str) -> str:
+    """What a judge should quote of a response: all that it marks as its answer, up to MOST_QUOTED words each; the
+    reading where it marks nothing; "" for neither. What to make of it is the next thought."""
+    found = find_answers(response)
+    if not found or not found[0].explicit:
+        return reading
+    quoted = []
+    for candidate in found[0].candidates:
+        words = candidate.split()
+        more = " ..." if len(words) > MOST_QUOTED else ""
+        quoted.append(" ".join(words[:MOST_QUOTED]).rstrip(" .;,") + more)
+    return " and then ".join(quoted[:MOST_QUOTES])
 
 
 @dataclass
@@ -364,8 +385,8 @@ def _case(question: Question, response: str, sort: str, bank: Bank) -> Case | No
     if is_empty(response) or is_repetitive(response) or len(response) > MAX_RESPONSE_CHARS:
         return None
     shown = clean(response)
-    says = stated(question, shown, bank.answers[str(question.metadata["skill"])])
-    case = Case(question, response, says, sort)
+    reading = stated(question, shown, bank.answers[str(question.metadata["skill"])])
+    case = Case(question, response, quote(shown, reading), reading, sort)
     assert question.rule is not None
     if shown != response.strip() and case.verdict != (rules.score(question.rule, question, shown) == 1.0):
         return None

@@ -25,6 +25,7 @@ from openril.errors import DataError, OpenRILError
 from openril.playground.judge import DRILLS, fit
 from openril.playground.judge_material import Case, make_cases, reply_text, world_questions
 from openril.playground.judge_model import build_judge
+from openril.playground.skills.questions import LETTERS
 from openril.rewards.greedy import GreedyReader
 from openril.rewards.judge_prompt import read_verdict
 from openril.storage import atomic_path, stable_hash, write_json
@@ -35,6 +36,8 @@ NUM_RESPONSES = 16000
 """Most training responses; they are used again for more steps."""
 NUM_HELD_OUT = 1400
 """Held-out questions."""
+PROMPT_SHARE = 0.35
+"""Share of the steps that also learn to predict the prompt."""
 WEIGHTS = "model.safetensors"
 
 
@@ -46,7 +49,7 @@ class Settings:
     """Folder to write; left alone if a judge is there. A run that is stopped leaves nothing behind."""
     measure: Path | None = None
     """Folder of a judge to measure instead."""
-    steps: int = 900
+    steps: int = 1500
     """Optimiser steps."""
     batch_size: int = 32
     """Responses a step."""
@@ -79,7 +82,10 @@ def train_judge(settings: Settings, say: Callable[[str], None] = print) -> dict[
         drills = make_drills(cases, settings.steps * DRILLS, seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            fit(model, tokenizer, cases, drills, settings.steps, settings.batch_size, settings.learning_rate, say)
+            fit(
+                model, tokenizer, cases, drills, settings.steps, settings.batch_size, settings.learning_rate, say,
+                prompt_share=PROMPT_SHARE,
+            )  # fmt: skip
         seconds = time.perf_counter() - started
         model.to(torch.bfloat16).save_pretrained(temporary)
         result = measure(temporary, settings.num_verdicts, seed)
@@ -89,22 +95,30 @@ def train_judge(settings: Settings, say: Callable[[str], None] = print) -> dict[
 
 
 def make_drills(cases: Sequence[Case], number: int, seed: int) -> list[str]:
-    """Replies without prompts, to learn to compare: the same answer, or another of its skill, half of each."""
+    """Replies without prompts, to learn to compare: what a response says, and a truth that half of the time is what
+    the exact rule reads in it."""
     rng = random.Random(stable_hash("drills", seed))
     by_skill: dict[str, list[Case]] = {}
     for case in cases:
         by_skill.setdefault(case.skill, []).append(case)
-    said = {skill: sorted({c.says for c in members}) for skill, members in by_skill.items()}
+    answers = {skill: sorted({c.question.answer for c in members}) for skill, members in by_skill.items()}
     skills = list(by_skill)
+    # Skills with many different answers have the more comparisons to learn.
+    weights = [len(answers[skill]) for skill in skills]
     texts = []
     for _ in range(number):
-        skill = rng.choices(skills, [len(said[s]) for s in skills])[0]
+        (skill,) = rng.choices(skills, weights)
         case = rng.choice(by_skill[skill])
-        right = {case.question.answer}
-        if case.question.choices:
-            right.add(case.truth.split(". ", 1)[1])
-        says = rng.choice(sorted(right)) if rng.random() < 0.5 else rng.choice(said[skill])
-        texts.append(reply_text(says, case.truth, int(says in right)))
+        choices = case.question.choices
+        if choices:
+            options = [f"{letter}. {text}" for letter, text in zip(LETTERS, choices, strict=False)]
+            right = [option for option in options if case.reading and case.reading in option.split(". ")]
+            truth = right[0] if right and rng.random() < 0.5 else rng.choice(options)
+            texts.append(reply_text(case.says, truth, int(truth in right)))
+        else:
+            truth = case.reading if case.reading and rng.random() < 0.5 else case.question.answer
+            truth = truth if rng.random() < 0.75 else rng.choice(answers[skill])
+            texts.append(reply_text(case.says, truth, int(truth == case.reading)))
     return texts
 
 

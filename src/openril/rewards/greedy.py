@@ -21,6 +21,8 @@ Chat = list[dict[str, str]]
 
 MOST_HEADS = 4
 """Shared beginnings that are kept."""
+ROWS = 32
+"""Prompts in one pass: on a CPU more of them are no faster, and unlike lengths cost padding."""
 
 
 class GreedyReader:
@@ -58,10 +60,20 @@ class GreedyReader:
         return out
 
     @torch.inference_mode()
-    def complete(self, prompts: Sequence[str], head: str, max_new_tokens: int) -> list[str]:
-        """What the model writes behind each prompt. head: how all of them begin; "" for no common beginning."""
+    def complete(self, prompts: Sequence[str], head: str, max_new_tokens: int, rows: int = ROWS) -> list[str]:
+        """What the model writes behind each prompt, in order. head: how all of them begin; "" for no common beginning.
+        rows: prompts in one pass; those of like length share one."""
+        ids = self.tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        out = [""] * len(ids)
+        for start in range(0, len(order), rows):
+            members = order[start : start + rows]
+            for i, reply in zip(members, self._decode(head, [ids[i] for i in members], max_new_tokens), strict=True):
+                out[i] = reply
+        return out
+
+    def _decode(self, head: str, rows: Sequence[list[int]], max_new_tokens: int) -> list[str]:
         prefix, states = self._run_head(head)
-        rows = [self._ids(text) for text in prompts]
         if any(row[: len(prefix)] != prefix or len(row) == len(prefix) for row in rows):
             prefix, states = [], []  # a tokenizer that merges over the end of the head
         device = self.model.device
@@ -95,15 +107,12 @@ class GreedyReader:
     def _render(self, chat: Chat, prompt: bool) -> str:
         return str(self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt))
 
-    def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
     def _run_head(self, head: str) -> tuple[list[int], list[tuple[Tensor, Tensor]]]:
         """Token ids of a shared beginning and each layer's keys and values."""
         if head not in self._heads:
             if len(self._heads) >= MOST_HEADS:
                 self._heads.clear()
-            ids = self._ids(head) if head else []
+            ids = list(self.tokenizer(head, add_special_tokens=False)["input_ids"]) if head else []
             layers = []
             if ids:
                 inputs = torch.tensor([ids], device=self.model.device)

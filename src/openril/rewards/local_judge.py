@@ -108,7 +108,7 @@ class LocalJudge:
         return str(self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
 
     def _answer(self) -> None:
-        """Reply to everybody who asked, batch by batch; prompts of like length together."""
+        """Reply to everybody who asked."""
         assert self._batches is not None
         asked, self._asked = self._asked, []
         try:
@@ -116,14 +116,13 @@ class LocalJudge:
             for messages, future in asked:
                 by_system.setdefault(messages[0]["content"], []).append((self.render(messages), future))
             for system, members in by_system.items():
-                members.sort(key=lambda member: len(member[0]))
-                head = self._head(system)
-                for start in range(0, len(members), self.settings.batch_size):
-                    batch = members[start : start + self.settings.batch_size]
-                    replies = self._batches.complete([text for text, _ in batch], head, self.settings.max_tokens)
-                    for (_, future), reply in zip(batch, replies, strict=True):
-                        if not future.done():
-                            future.set_result(reply)
+                texts = [text for text, _ in members]
+                replies = self._batches.complete(
+                    texts, self._head(system), self.settings.max_tokens, self.settings.batch_size
+                )
+                for (_, future), reply in zip(members, replies, strict=True):
+                    if not future.done():
+                        future.set_result(reply)
         except Exception as e:  # whoever waits must hear of it
             for _, future in asked:
                 if not future.done():
