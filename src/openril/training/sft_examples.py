@@ -95,8 +95,9 @@ def fingerprint(examples: Sequence[Example]) -> str:
 def labels_of(rows: Rows) -> Tensor:
     """int64 [R, L]: every response token at its place in the row, ``IGNORED`` for prompt, image and padding tokens."""
     labels = torch.full_like(rows.model_inputs["input_ids"], IGNORED)
-    # ``index`` says from which kept position a target is predicted; the target itself stands one further right.
-    place = rows.index + rows.keep[0] + 1
+    # ``index`` says from which kept position a target is predicted, counted over all rows; the target itself stands one
+    # further right.
+    place = rows.index % len(rows.keep) + rows.keep[0] + 1
     row = torch.arange(len(labels))[:, None].expand_as(place)
     labels[row[rows.mask], place[rows.mask]] = rows.targets[rows.mask]
     return labels
