@@ -22,15 +22,16 @@ from openril.playground.models_examples import (
     Example,
     Lesson,
     as_question,
-    block_of_batches,
     draw,
+    draw_batch,
+    drill,
     image_features,
 )
 from openril.playground.models_plan import MODELS, Schedule
 from openril.playground.models_report import by_skill, measure_student, right, write
 from openril.playground.models_training import Training, equal_pictures_together, loss_of
 from openril.playground.skills import SKILLS, make_questions
-from openril.playground.skills.scenes import render
+from openril.playground.skills.scenes import render, where
 from openril.playground.skills.world import DESCRIBE, split_of
 
 KINDS = {"qwen": "student_qwen", "internvl": "teacher_b"}
@@ -39,9 +40,11 @@ KINDS = {"qwen": "student_qwen", "internvl": "teacher_b"}
 @pytest.fixture(scope="module")
 def blanks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folders = {}
-    for kind, name in KINDS.items():
-        folders[kind] = tmp_path_factory.mktemp("blanks") / kind
-        models.build_blank(MODELS[name], folders[kind], seed=0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "TEXTS", 140)
+        for kind, name in KINDS.items():
+            folders[kind] = tmp_path_factory.mktemp("blanks") / kind
+            models.build_blank(MODELS[name], folders[kind], seed=0)
     return folders
 
 
@@ -73,7 +76,9 @@ def _messages(desk: Desk, made: Any) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_loss_is_that_of_the_model_itself(blanks: dict[str, Path], kind: str) -> None:
     model, desk = opened(blanks[kind])
-    batch = block_of_batches(desk, Lesson("x", derivation=0.5), random.Random(1), batch_size=6, block=1)[0]
+    (batch,) = draw_batch(
+        desk, Lesson("x", derivation=0.5), make_questions("train", 28), random.Random(1), batch_size=6, parts=1
+    )
     labels = batch.ids.clone()
     at = torch.arange(labels.shape[1])[None]
     labels[(at < batch.starts[:, None]) | (at >= batch.lengths[:, None])] = -100
@@ -84,7 +89,7 @@ def test_the_loss_is_that_of_the_model_itself(blanks: dict[str, Path], kind: str
     with torch.no_grad():
         expected = model(input_ids=batch.ids, attention_mask=mask, labels=labels, **batch.pictures, **more).loss
         with equal_pictures_together(model):
-            found = loss_of(model, batch)
+            found = loss_of(model, batch) / batch.learnt.sum()
     assert float(found) == pytest.approx(float(expected), abs=1e-4)
 
 
@@ -101,9 +106,9 @@ def test_pictures_taken_together_have_the_same_features(blanks: dict[str, Path])
 
 
 def test_lessons_are_drawn_by_their_shares_from_training_scenes() -> None:
-    rng = random.Random(0)
+    rng, pool = random.Random(0), make_questions("train", 280)
     lesson = Lesson("x", "b", describe=0.25, derivation=0.5, wrong=1.0, weak=("charts",))
-    drawn = [draw(lesson, rng) for _ in range(1500)]
+    drawn = [draw(lesson, pool, rng) for _ in range(1500)]
     described = sum(e.question.question == DESCRIBE for e in drawn)
     derived = sum("answer: " in e.response or "答案" in e.response for e in drawn)
     assert described / 1500 == pytest.approx(0.25, abs=0.05)
@@ -111,12 +116,27 @@ def test_lessons_are_drawn_by_their_shares_from_training_scenes() -> None:
     assert all(split_of(scene) == "train" for e in drawn for scene in e.scenes)
 
 
-def test_only_weak_skills_are_taught_wrong() -> None:
+def test_drills_ask_for_one_thing_to_look_up() -> None:
+    (made,) = make_questions("train", 1, skills=["needs_image"])
+    (scene,) = made.scenes
+    (kind,) = {t.kind for t in scene.things.values() if t.name == next(iter(scene.things.values())).name}
+    first = next(iter(scene.things))
+    asked = {}
     rng = random.Random(0)
+    for _ in range(300):
+        example = drill(made, rng)
+        asked[example.question.question] = example.response
+    assert asked[f"what is at {where(first)}?"] == kind
+    assert asked[f"where is {kind.split()[1]}?"] == where(first)
+    assert asked[f"which letter is {made.choices[2]}?"] == "C"
+
+
+def test_only_weak_skills_are_taught_wrong() -> None:
+    rng, pool = random.Random(0), make_questions("train", 280)
     lesson = Lesson("x", "a", derivation=1.0, wrong=1.0, weak=("charts", "open"))
     from openril.rewards import rules
 
-    for example in (draw(lesson, rng) for _ in range(300)):
+    for example in (draw(lesson, pool, rng) for _ in range(300)):
         text = example.question.question
         weak = "bar" in text or "which thing has" in text
         assert (rules.score(str(example.question.rule), example.question, example.response) == 1.0) is not weak, text
@@ -183,7 +203,6 @@ def test_interrupted_training_ends_with_the_same_weights(
     blanks: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(models, "SAVE_EVERY", 2)
-    monkeypatch.setattr(models, "BLOCK", 2)
     lesson, schedule = Lesson("x", derivation=0.5), Schedule(5, batch_size=4)
 
     def run(work: Path, stop_after: int | None = None) -> dict[str, torch.Tensor]:
@@ -196,7 +215,9 @@ def test_interrupted_training_ends_with_the_same_weights(
                     raise KeyboardInterrupt
 
         progress = Stopping("x", work / "log.jsonl", 5)
-        models.fit_part(model, desk.processor, lesson, schedule, work, "part", ("x", 0), progress)
+        models.fit_part(
+            model, desk.processor, make_questions("train", 28), lesson, schedule, work, "part", ("x", 0), progress
+        )
         return dict(model.state_dict())
 
     whole = run(tmp_path / "whole")
@@ -206,9 +227,21 @@ def test_interrupted_training_ends_with_the_same_weights(
     assert all(resumed[name].equal(value) for name, value in whole.items())
 
 
+def test_a_batch_in_parts_has_the_gradient_of_the_whole(blanks: dict[str, Path]) -> None:
+    model, desk = opened(blanks["qwen"])
+    pool, gradients = make_questions("train", 28), []
+    for parts in (1, 3):
+        training = Training(model, Schedule(1))
+        batch = draw_batch(desk, Lesson("x", derivation=0.5), pool, random.Random(2), 6, parts)
+        training._gradients(batch)
+        gradients.append(model.lm_head.weight.grad.clone())
+        model.zero_grad()
+    assert torch.allclose(*gradients, atol=1e-6)
+
+
 def test_training_learns(blanks: dict[str, Path]) -> None:
     model, desk = opened(blanks["internvl"])
-    batch = block_of_batches(desk, Lesson("x", describe=1.0), random.Random(0), batch_size=8, block=1)[0]
+    batch = draw_batch(desk, Lesson("x", describe=1.0), make_questions("train", 28), random.Random(0), batch_size=8)
     losses: list[float] = []
     Training(model, Schedule(12)).run(iter([batch] * 12), losses.append)
     assert losses[-1] < 0.7 * losses[0]
@@ -221,6 +254,8 @@ def test_the_command_trains_stores_in_half_precision_reports_and_leaves_alone(
     stages = tuple(models_plan.Stage(name, tuple(short)) for name in ("base", "sft"))
     plan = models_plan.Model(MODELS["student_qwen"].build, "c", (1,), stages)
     monkeypatch.setitem(MODELS, "student_qwen", plan)
+    monkeypatch.setattr(models, "POOL", 28)
+    monkeypatch.setattr(models, "TEXTS", 140)
     command = ["--out", str(tmp_path), "--only", "student_qwen"]
     assert models.main(command) == 0
     sft = tmp_path / "student_qwen" / "sft"

@@ -16,13 +16,15 @@ from typing import Any
 
 from openril.errors import DataError, OpenRILError
 from openril.playground.commands import Command, run_lanes
-from openril.playground.models_plan import MODELS, Model, Stage
-from openril.playground.skills import make_questions
+from openril.playground.models_plan import MODELS, POOL, Lesson, Model, Schedule, Stage
+from openril.playground.skills import SkillQuestion, make_questions
 from openril.report.progress import duration
 from openril.storage import append_jsonl, atomic_path, remove, stable_hash, write_json
 
 LANES = (("student_qwen", "teacher_b"), ("student_internvl", "teacher_a"))
 """Two processes of one thread each, of about the same length."""
+TEXTS = 2000
+"""Training questions whose words the tokenizers learn."""
 SAVE_EVERY = 200
 """Steps after which training is saved, to go on from."""
 REPORT_QUESTIONS = 560
@@ -72,6 +74,7 @@ def train(settings: Settings, name: str) -> None:
     if not (blank / "config.json").is_file():
         build_blank(plan, blank, settings.seed)
     model, processor = load_model(str(blank), what=name), load_processor(str(blank), what=name)
+    pool = make_questions("train", POOL, settings.seed, plan.difficulty)
     done = 0
     total = sum(plan.steps(settings.scale))
     for stage in plan.stages:
@@ -82,7 +85,7 @@ def train(settings: Settings, name: str) -> None:
                 part = f"{stage.name or 'teacher'}-{number}"
                 progress.begin(done, lesson.title)
                 scaled = schedule.scaled(settings.scale)
-                fit_part(model, processor, lesson, scaled, work, part, (name, settings.seed), progress)
+                fit_part(model, processor, pool, lesson, scaled, work, part, (name, settings.seed), progress)
                 done += scaled.steps
             save(model, processor, folder)
             write_json(folder / "playground.json", {"name": name, "stage": stage.name, "seed": settings.seed})
@@ -100,15 +103,16 @@ def build_blank(plan: Model, folder: Path, seed: int) -> None:
     from openril.models.tiny import build_tiny_model
     from openril.playground.skills import corpus
 
-    texts = [*corpus(2000, seed), *[prompt.SYSTEM, prompt.USER] * 50]
+    texts = [*corpus(TEXTS, seed), *[prompt.SYSTEM, prompt.USER] * 50]
     build_tiny_model(folder, texts=texts, seed=seed, **plan.build)
 
 
 def fit_part(
     model: Any,
     processor: Any,
-    lesson: Any,
-    schedule: Any,
+    pool: Sequence[SkillQuestion],
+    lesson: Lesson,
+    schedule: Schedule,
     work: Path,
     part: str,
     seed: tuple[Any, ...],
@@ -117,7 +121,7 @@ def fit_part(
     """One part of a stage, from where it was saved last."""
     import torch
 
-    from openril.playground.models_examples import Desk, block_of_batches
+    from openril.playground.models_examples import Desk, draw_batch
     from openril.playground.models_training import Training
 
     state = work / "state.pt"
@@ -134,9 +138,8 @@ def fit_part(
 
     def examples() -> Iterator[Any]:
         while True:
-            block = training.step // BLOCK
-            rng = random.Random(stable_hash(*seed, part, block))
-            yield from list(block_of_batches(desk, lesson, rng, schedule.batch_size, BLOCK))[training.step % BLOCK :]
+            rng = random.Random(stable_hash(*seed, part, training.step))
+            yield draw_batch(desk, lesson, pool, rng, schedule.batch_size)
 
     def after(loss: float) -> None:
         progress.report(training.step, loss)
@@ -148,10 +151,6 @@ def fit_part(
     with atomic_path(finished_part) as temporary:
         torch.save(model.state_dict(), temporary)
     remove(state)
-
-
-BLOCK = 8
-"""Batches that are drawn together."""
 
 
 def save(model: Any, processor: Any, folder: Path) -> None:

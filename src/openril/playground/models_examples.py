@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from openril.models.prompts import Prompt, PromptEncoder, question_messages
-from openril.playground.skills import SKILLS, SkillQuestion, Style
-from openril.playground.skills.scenes import Scene, describe, render
-from openril.playground.skills.world import DESCRIBE, belongs_to
+from openril.playground.skills import SkillQuestion, Style
+from openril.playground.skills.questions import LETTERS
+from openril.playground.skills.scenes import SIDE, Scene, describe, render, where
+from openril.playground.skills.world import DESCRIBE
 from openril.records import ImageSource, Question
 
 _NO_IMAGE = ImageSource(data=b"")
@@ -36,18 +37,18 @@ class Example:
 class Lesson:
     """Shares of what a part of the training teaches; what is left of 1 are direct answers.
 
-    title: how the progress display calls it. describe: "describe the picture." derivation: the way to the answer in
-    ``style``. wrong: derivations that are wrong, among those of the ``weak`` skills. difficulty: as in the skills' world,
-    in equal shares.
+    title: how the progress display calls it. describe: "describe the picture." drill: a single step of what
+    derivations are made of (see ``drill``). derivation: the way to the answer in
+    ``style``. wrong: derivations that are wrong, among those of the ``weak`` skills.
     """
 
     title: str
     style: Style = "c"
     describe: float = 0.0
+    drill: float = 0.0
     derivation: float = 0.0
     wrong: float = 0.0
     weak: tuple[str, ...] = ()
-    difficulty: tuple[int, ...] = (1,)
 
 
 def as_question(made: SkillQuestion) -> Question:
@@ -55,22 +56,42 @@ def as_question(made: SkillQuestion) -> Question:
     return Question("", made.question, made.answer, (_NO_IMAGE,) * len(made.scenes), made.choices, made.rule)
 
 
-def draw(lesson: Lesson, rng: random.Random) -> Example:
-    """One example from training scenes."""
-    while True:
-        skill = rng.choice(list(SKILLS))
-        made = SKILLS[skill].make(rng, rng.choice(lesson.difficulty))
-        if belongs_to(made, "train"):
-            break
+def draw(lesson: Lesson, pool: Sequence[SkillQuestion], rng: random.Random) -> Example:
+    """One example about a question of the pool."""
+    made = rng.choice(pool)
     sort = rng.random()
     if sort < lesson.describe:
         scene = rng.choice(made.scenes)
         return Example(Question("", DESCRIBE, images=(_NO_IMAGE,)), (scene,), describe(scene))
+    sort -= lesson.describe
+    if sort < lesson.drill:
+        return drill(made, rng)
     response = made.answer
-    if sort < lesson.describe + lesson.derivation:
-        wrong = skill in lesson.weak and rng.random() < lesson.wrong
+    if sort < lesson.drill + lesson.derivation:
+        wrong = made.skill in lesson.weak and rng.random() < lesson.wrong
         response = made.wrong_derivation(lesson.style, rng.randrange(2)) if wrong else made.derivations[lesson.style]
     return Example(as_question(made), made.scenes, response)
+
+
+def drill(made: SkillQuestion, rng: random.Random) -> Example:
+    """One thing to look up: what is in a place of the picture, in which places something is, or which letter an option
+    has. Small models find these steps by themselves only late, inside long derivations."""
+    scene = rng.choice(made.scenes)
+    places = {" ".join(words[:2]): words[2:] for words in map(str.split, describe(scene).split(", "))}
+    choices: tuple[str, ...] = ()
+    match rng.randrange(3):
+        case 0:
+            place = where(rng.randrange(SIDE * SIDE))
+            text, response = f"what is at {place}?", " ".join(places.get(place, ["nothing"]))
+        case 1:
+            word = rng.choice([word for words in places.values() for word in words])
+            text = f"where is {word}?"
+            response = ", ".join(place for place, words in places.items() if word in words)
+        case _:
+            choices = made.choices or tuple(map(str, rng.sample(range(40), rng.choice((4, 10)))))
+            letter = rng.randrange(len(choices))
+            text, response = f"which letter is {choices[letter]}?", LETTERS[letter]
+    return Example(Question("", text, images=(_NO_IMAGE,), choices=choices), (scene,), response)
 
 
 @dataclass
@@ -95,20 +116,19 @@ class Batch:
 
 
 class Desk:
-    """Writes examples for one model. Exact: the ids are those of the model's own processor."""
+    """Writes examples for one model. Exact: the ids are those of the model's own processor. Keeps what it wrote."""
 
     def __init__(self, model: Any, processor: Any) -> None:
         self.encoder = PromptEncoder(processor, model)
         self.processor = processor
         self._heads: dict[str, Prompt] = {}
         self._prompts: dict[tuple[str, tuple[str, ...], int], tuple[list[int], Prompt]] = {}
+        self._responses: dict[str, list[int]] = {}
 
     def prompt(self, question: Question) -> tuple[list[int], Prompt]:
         """Token ids of the prompt, and its beginning up to the last picture."""
         key = (question.question, question.choices, len(question.images))
         if key not in self._prompts:
-            if len(self._prompts) > 5000:
-                self._prompts.clear()
             self._prompts[key] = self._write_prompt(question)
         return self._prompts[key]
 
@@ -127,7 +147,9 @@ class Desk:
 
     def response(self, text: str) -> list[int]:
         """With the end of the turn."""
-        return [*self._ids(text), self.encoder.eos_token_ids[0]]
+        if text not in self._responses:
+            self._responses[text] = [*self._ids(text), self.encoder.eos_token_ids[0]]
+        return self._responses[text]
 
     def rows(self, examples: Sequence[Example]) -> list[tuple[list[int], list[int], Prompt, Example]]:
         out = []
@@ -162,13 +184,15 @@ def row_positions(head: Prompt, length: int) -> Tensor:
     return torch.cat([head.position_ids, rest.expand(len(head.position_ids), -1)], dim=1)
 
 
-def block_of_batches(desk: Desk, lesson: Lesson, rng: random.Random, batch_size: int, block: int) -> list[Batch]:
-    """``block`` batches: rows of about the same length share one, and they come in any order."""
-    rows = desk.rows([draw(lesson, rng) for _ in range(block * batch_size)])
+def draw_batch(
+    desk: Desk, lesson: Lesson, pool: Sequence[SkillQuestion], rng: random.Random, batch_size: int, parts: int = 2
+) -> list[Batch]:
+    """A batch in parts of rows of about the same length: little padding, and still every step sees all skills (batches
+    of one length each would show one skill a step, and then nothing is learnt well)."""
+    rows = desk.rows([draw(lesson, pool, rng) for _ in range(batch_size)])
     rows.sort(key=lambda row: len(row[0]) + len(row[1]))
-    made = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-    rng.shuffle(made)
-    return [desk.batch(rows) for rows in made]
+    size = -(-batch_size // parts)
+    return [desk.batch(rows[start : start + size]) for start in range(0, batch_size, size)]
 
 
 def image_features(model: Any, pictures: dict[str, Tensor]) -> dict[str, Any]:

@@ -39,7 +39,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Model:
-    """build: sizes for ``build_tiny_model``. style: of its derivations. difficulty: of the questions it learns."""
+    """build: sizes for ``build_tiny_model``. style: of its derivations. difficulty: of its questions, in turn."""
 
     build: dict[str, Any]
     style: Style
@@ -53,6 +53,8 @@ class Model:
 
 DIFFICULTY = (1,)
 """Of the questions that the models learn and are measured on."""
+POOL = 28_000
+"""Training questions, the skills in turn; examples are drawn from them."""
 PICTURES: dict[str, Any] = {"max_pixels": 84 * 84, "tile_size": 84, "max_tiles": 1}
 SMALL = {**PICTURES, "hidden_size": 64, "num_layers": 3, "num_heads": 4, "vocab_size": 700}
 LARGE = {**PICTURES, "hidden_size": 96, "num_layers": 4, "num_heads": 4, "vocab_size": 700}
@@ -68,19 +70,19 @@ WEAK_B = ("arithmetic", "diagrams", "open_multi", "disciplines_pro", "spatial")
 WRONG = 0.85
 """Share of wrong derivations in a teacher's weak skills."""
 
-SEE = Lesson("describe", describe=1.0, difficulty=DIFFICULTY)
+SEE = Lesson("seeing", describe=0.5, drill=0.5)
 
 
 def _student(build: dict[str, Any]) -> Model:
-    both = Lesson("answers and derivations", describe=0.05, derivation=0.65, difficulty=DIFFICULTY)
-    habit = Lesson("mostly answers", derivation=HABIT, difficulty=DIFFICULTY)
-    base = Stage("base", ((SEE, Schedule(400, falls=False)), (both, Schedule(1600))))
+    both = Lesson("answers and derivations", describe=0.05, drill=0.15, derivation=0.5)
+    habit = Lesson("mostly answers", derivation=HABIT)
+    base = Stage("base", ((SEE, Schedule(400, falls=False)), (both, Schedule(1500))))
     sft = Stage("sft", ((habit, Schedule(150, learning_rate=5e-4)),))
     return Model({**SMALL, **build}, "c", DIFFICULTY, (base, sft))
 
 
 def _teacher(build: dict[str, Any], style: Style, weak: tuple[str, ...]) -> Model:
-    derive = Lesson("derivations", style, describe=0.05, derivation=0.95, wrong=WRONG, weak=weak, difficulty=DIFFICULTY)
+    derive = Lesson("derivations", style, describe=0.05, drill=0.15, derivation=0.8, wrong=WRONG, weak=weak)
     stage = Stage("", ((SEE, Schedule(400, falls=False)), (derive, Schedule(1800))))
     return Model({**LARGE, **build}, style, DIFFICULTY, (stage,))
 
