@@ -29,7 +29,7 @@ from openril.playground.models_examples import (
 )
 from openril.playground.models_plan import MODELS, Schedule
 from openril.playground.models_report import by_skill, measure_student, right, write
-from openril.playground.models_training import Training, equal_pictures_together, loss_of
+from openril.playground.models_training import Training, equal_pictures_together, losses
 from openril.playground.skills import SKILLS, make_questions
 from openril.playground.skills.scenes import render, where
 from openril.playground.skills.world import DESCRIBE, split_of
@@ -89,7 +89,7 @@ def test_the_loss_is_that_of_the_model_itself(blanks: dict[str, Path], kind: str
     with torch.no_grad():
         expected = model(input_ids=batch.ids, attention_mask=mask, labels=labels, **batch.pictures, **more).loss
         with equal_pictures_together(model):
-            found = loss_of(model, batch) / batch.learnt.sum()
+            found = losses(model, batch)[0] / batch.learnt.sum()
     assert float(found) == pytest.approx(float(expected), abs=1e-4)
 
 

@@ -130,7 +130,7 @@ def fit_part(
         model.load_state_dict(torch.load(finished_part))
         return
     desk = Desk(model, processor)
-    training = Training(model, schedule)
+    training = Training(model, schedule, lesson.look)
     if state.is_file():
         saved = torch.load(state)
         if saved["part"] == part:

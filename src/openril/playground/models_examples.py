@@ -17,7 +17,7 @@ from torch import Tensor
 from openril.models.prompts import Prompt, PromptEncoder, question_messages
 from openril.playground.skills import SkillQuestion, Style
 from openril.playground.skills.questions import LETTERS
-from openril.playground.skills.scenes import SIDE, Scene, describe, render, where
+from openril.playground.skills.scenes import SIDE, Scene, describe, in_words, render, where
 from openril.playground.skills.world import DESCRIBE
 from openril.records import ImageSource, Question
 
@@ -39,7 +39,8 @@ class Lesson:
 
     title: how the progress display calls it. describe: "describe the picture." drill: a single step of what
     derivations are made of (see ``drill``). derivation: the way to the answer in
-    ``style``. wrong: derivations that are wrong, among those of the ``weak`` skills.
+    ``style``. look: weight of a second loss, which teaches the vision side to name each cell's thing and place (see
+    ``Looks``). wrong: derivations that are wrong, among those of the ``weak`` skills.
     """
 
     title: str
@@ -47,6 +48,7 @@ class Lesson:
     describe: float = 0.0
     drill: float = 0.0
     derivation: float = 0.0
+    look: float = 0.0
     wrong: float = 0.0
     weak: tuple[str, ...] = ()
 
@@ -94,12 +96,31 @@ def drill(made: SkillQuestion, rng: random.Random) -> Example:
     return Example(Question("", text, images=(_NO_IMAGE,), choices=choices), (scene,), response)
 
 
+@dataclass(frozen=True)
+class Looks:
+    """What the image tokens of a batch show, in word tokens: a bag of words for each, of equal weights that sum to 1.
+
+    tokens: int64 [W], image tokens, numbered over all pictures of the batch. words: int64 [W]. weights: float32 [W].
+    """
+
+    tokens: Tensor
+    words: Tensor
+    weights: Tensor
+
+    def loss(self, features: Tensor, embeddings: Tensor) -> Tensor:
+        """Cross-entropy of these words, in nats a token: how far a token's feature [N, d], compared with the embeddings
+        [V, d] of all words, is from naming what it shows. What a picture holds then looks to the language model like
+        words it knows, which small models otherwise take most of their training to find."""
+        named = (features @ embeddings.T).log_softmax(-1)
+        return -(named[self.tokens, self.words] * self.weights).sum() / len(features)
+
+
 @dataclass
 class Batch:
     """Rows of equal length T, padded at the end.
 
     ids: int64 [B, T]. positions: int64 [C, B, T], C = 3 for M-RoPE. starts: where each row's response begins. lengths:
-    where it ends. pictures: what the model's image processor makes of all pictures, row by row.
+    where it ends. pictures: what the model's image processor makes of all pictures, row by row. looks: what they show.
     """
 
     ids: Tensor
@@ -107,6 +128,7 @@ class Batch:
     starts: Tensor
     lengths: Tensor
     pictures: dict[str, Tensor]
+    looks: Looks
 
     @property
     def learnt(self) -> Tensor:
@@ -158,6 +180,18 @@ class Desk:
             out.append((prompt, self.response(example.response), head, example))
         return out
 
+    def looks(self, scenes: Sequence[Scene]) -> Looks:
+        """One image token a cell, in reading order."""
+        cells = [f" {in_words(thing)} {where(cell)}" for scene in scenes for cell, thing in enumerate(scene.cells)]
+        for text in set(cells) - self._responses.keys():
+            self._responses[text] = self._ids(text)
+        words = [self._responses[text] for text in cells]
+        return Looks(
+            torch.tensor([token for token, of_cell in enumerate(words) for _ in of_cell]),
+            torch.tensor([word for of_cell in words for word in of_cell]),
+            torch.tensor([1 / len(of_cell) for of_cell in words for _ in of_cell]),
+        )
+
     def batch(self, rows: Sequence[tuple[list[int], list[int], Prompt, Example]]) -> Batch:
         longest = max(len(prompt) + len(response) for prompt, response, _, _ in rows)
         ids = torch.full((len(rows), longest), self.encoder.pad_token_id)
@@ -165,12 +199,14 @@ class Desk:
         for r, (prompt, response, head, _) in enumerate(rows):
             ids[r, : len(prompt) + len(response)] = torch.tensor(prompt + response)
             positions[:, r] = row_positions(head, longest)
+        scenes = [scene for _, _, _, example in rows for scene in example.scenes]
         return Batch(
             ids,
             positions,
             torch.tensor([len(prompt) for prompt, _, _, _ in rows]),
             torch.tensor([len(prompt) + len(response) for prompt, response, _, _ in rows]),
-            self.pictures([scene for _, _, _, example in rows for scene in example.scenes]),
+            self.pictures(scenes),
+            self.looks(scenes),
         )
 
     def pictures(self, scenes: Sequence[Scene]) -> dict[str, Tensor]:

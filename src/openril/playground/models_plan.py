@@ -70,11 +70,11 @@ WEAK_B = ("arithmetic", "diagrams", "open_multi", "disciplines_pro", "spatial")
 WRONG = 0.85
 """Share of wrong derivations in a teacher's weak skills."""
 
-SEE = Lesson("seeing", describe=0.5, drill=0.5)
+SEE = Lesson("seeing", describe=0.5, drill=0.5, look=1.0)
 
 
 def _student(build: dict[str, Any]) -> Model:
-    both = Lesson("answers and derivations", describe=0.05, drill=0.15, derivation=0.5)
+    both = Lesson("answers and derivations", describe=0.05, drill=0.2, derivation=0.5, look=0.3)
     habit = Lesson("mostly answers", derivation=HABIT)
     base = Stage("base", ((SEE, Schedule(400, falls=False)), (both, Schedule(1500))))
     sft = Stage("sft", ((habit, Schedule(150, learning_rate=5e-4)),))
@@ -82,7 +82,7 @@ def _student(build: dict[str, Any]) -> Model:
 
 
 def _teacher(build: dict[str, Any], style: Style, weak: tuple[str, ...]) -> Model:
-    derive = Lesson("derivations", style, describe=0.05, drill=0.15, derivation=0.8, wrong=WRONG, weak=weak)
+    derive = Lesson("derivations", style, describe=0.05, drill=0.2, derivation=0.7, look=0.3, wrong=WRONG, weak=weak)
     stage = Stage("", ((SEE, Schedule(400, falls=False)), (derive, Schedule(1800))))
     return Model({**LARGE, **build}, style, DIFFICULTY, (stage,))
 

@@ -16,17 +16,22 @@ MUON = 5.0
 """Muon's learning rate as a multiple of AdamW's."""
 
 
-def loss_of(model: Any, batch: Batch) -> Tensor:
-    """Cross-entropy in nats, summed over the tokens of the responses."""
+def losses(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Cross-entropy in nats, summed over the tokens of the responses; and that of what the image tokens show, a mean."""
+    features = image_features(model, batch.pictures)
     # Padding stands behind the text, where causal attention never looks: no mask is needed.
     hidden = model.model(
         input_ids=batch.ids,
         position_ids=batch.positions if len(batch.positions) > 1 else batch.positions[0],
-        mm_encoder_outputs=image_features(model, batch.pictures),
+        mm_encoder_outputs=features,
         use_cache=False,
     ).last_hidden_state
     learnt = batch.learnt
-    return nn.functional.cross_entropy(model.lm_head(hidden[:, :-1][learnt]), batch.ids[:, 1:][learnt], reduction="sum")
+    logits = model.lm_head(hidden[:, :-1][learnt])
+    said = nn.functional.cross_entropy(logits, batch.ids[:, 1:][learnt], reduction="sum")
+    shown = features["image"].pooler_output
+    tokens = shown.flatten(0, -2) if isinstance(shown, Tensor) else torch.cat(list(shown))
+    return said, batch.looks.loss(tokens, model.get_input_embeddings().weight)
 
 
 def optimisers(model: nn.Module, learning_rate: float) -> list[torch.optim.Optimizer]:
@@ -47,11 +52,11 @@ def optimisers(model: nn.Module, learning_rate: float) -> list[torch.optim.Optim
 class Training:
     """One part of a model's training, in place. It can be saved after any step and goes on with the same numbers.
 
-    step: how many are done.
+    look: weight of the loss of what image tokens show. step: how many are done.
     """
 
-    def __init__(self, model: Any, schedule: Schedule) -> None:
-        self.model, self.schedule = model, schedule
+    def __init__(self, model: Any, schedule: Schedule, look: float = 0.0) -> None:
+        self.model, self.schedule, self.look = model, schedule, look
         self.step = 0
         self.optimisers = optimisers(model, schedule.learning_rate)
 
@@ -75,13 +80,13 @@ class Training:
         self.model.eval()
 
     def _gradients(self, parts: Sequence[Batch]) -> float:
-        """Of the mean loss over all tokens of the parts; returns the loss."""
+        """Of the mean loss over all tokens of the parts, and of ``look``; returns the former."""
         tokens = sum(int(part.learnt.sum()) for part in parts)
         total = 0.0
         for part in parts:
-            loss = loss_of(self.model, part) / tokens
-            loss.backward()
-            total += float(loss.detach())
+            said, shown = losses(self.model, part)
+            (said / tokens + self.look * shown / len(parts)).backward()
+            total += float(said.detach()) / tokens
         return total
 
     def state_dict(self) -> dict[str, Any]:

@@ -42,6 +42,7 @@ _WHITE: Colour = (255, 255, 255)
 _PAPER: Colour = (255, 244, 200)
 _ROAD: Colour = (205, 205, 205)
 _LINE: Colour = (150, 150, 150)
+_FRAME: Colour = (110, 60, 140)
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def neighbour(cell: int, direction: str) -> int | None:
 
 def describe(scene: Scene) -> str:
     """Everything in the picture, cell by cell: what a model that learns to see first may be asked for."""
-    return ", ".join(f"{where(cell)} {_spelled(thing)}" for cell, thing in scene.things.items())
+    return ", ".join(f"{where(cell)} {in_words(thing)}" for cell, thing in scene.things.items())
 
 
 DRAWN_WORDS = {"area": ("AR", "EA"), "pull": ("PU", "LL"), "legs": ("LE", "GS")}
@@ -112,8 +113,10 @@ DRAWN_WORDS = {"area": ("AR", "EA"), "pull": ("PU", "LL"), "legs": ("LE", "GS")}
 _SPELLED = {part: word for word, parts in DRAWN_WORDS.items() for part in parts}
 
 
-def _spelled(thing: Thing) -> str:
+def in_words(thing: Thing | None) -> str:
     """A part of a drawn word is called by the whole word, "$7" a price."""
+    if thing is None:
+        return "nothing"
     if thing.name != "text":
         return str(thing)
     return _SPELLED.get(thing.label) or " ".join(thing.label).replace("$", "price")
@@ -125,6 +128,8 @@ def render(scene: Scene) -> Image.Image:
     for cell, thing in scene.things.items():
         tile = _tile(thing)
         image.paste(tile, (cell % SIDE * CELL, cell // SIDE * CELL), tile)
+    # Without a frame nothing in a patch tells a small model where in the picture it is.
+    ImageDraw.Draw(image).rectangle((0, 0, PIXELS - 1, PIXELS - 1), outline=_FRAME)
     return image
 
 
