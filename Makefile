@@ -7,11 +7,12 @@ INSTALLED := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 WORKERS ?= 2
 
-.PHONY: help demo playground test test-vllm check format clean
+.PHONY: help demo playground study test test-vllm check format clean
 
 help:
 	@echo "make demo       the whole method on a small world it draws itself (runs/demo)"
 	@echo "make playground the students and teachers of the fourteen skills, trained from nothing (runs/playground)"
+	@echo "make study      RIL against what it is built from, with seeds and ablations: at most three hours (runs/study)"
 	@echo "make test       the tests"
 	@echo "make test-vllm  the tests against a real vLLM server (builds .venv-vllm first)"
 	@echo "make check      lint and types"
@@ -32,6 +33,10 @@ playground: $(INSTALLED)
 	@echo "==> two students and two teachers, trained into runs/playground; the same command goes on where it was stopped"
 	$(BIN)/python -m openril.playground.models --out runs/playground
 	$(BIN)/python -m openril.playground.models --out runs/playground --report
+
+study: $(INSTALLED)
+	@echo "==> the study: everything it makes goes to runs/study; the same command goes on where it was stopped"
+	$(BIN)/python -m openril.playground.study --out runs/study $(ARGS)
 
 test: $(INSTALLED)
 	@echo "==> the tests, on $(WORKERS) workers"

@@ -1,0 +1,242 @@
+"""The study's figures, after the paper's 1, 5, 6 and 7."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from openril.playground.study.plan import CONTENDERS, MAIN
+from openril.playground.study.scores import Results, Scores
+from openril.playground.study.tables import STUDENT_TITLES, TEACHER_TITLES
+from openril.report.curves import series, smooth
+from openril.storage import atomic_path, read_jsonl
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = {
+    "base": "#cbd5e0", "sft": "#a0aec0", "sft_teacher_text": "#805ad5", "rejection_sampling": "#b794f4", "grpo": "#f6ad55",
+    "dr_grpo": "#dd6b20", "gail": "#4fd1c5", "gad_like": "#81e6d9", "ril_a": "#90cdf4", "ril_b": "#4299e1",
+    "ril_both": "#2c5282",
+}  # fmt: skip
+TEACHERS = {"teacher_a": ("^", "#2f855a"), "teacher_b": ("v", "#c53030")}
+ORDER = (
+    "base", "sft", "sft_teacher_text", "rejection_sampling", "grpo", "dr_grpo", "gail", "gad_like", "ril_a", "ril_b",
+    "ril_both",
+)  # fmt: skip
+DOTS = ("sft", "dr_grpo", "ril_a", "ril_b", "ril_both")
+SIMILARITY_KINDS = {
+    "ril_both": "binary", "similarity_3": "3 levels", "similarity_11": "11 levels", "similarity_continuous": "continuous",
+}  # fmt: skip
+RESPONSES = {"each_1": 1, "ril_both": 2, "each_4": 4, "each_16": 16}
+CURVES = (
+    ("Similarity reward of student samples", "reward/student_similarity"),
+    ("Answer reward of student samples", "reward/student_answer"),
+    ("Validation questions, share right", "eval/score"),
+)
+SMOOTHED_OVER = 0.08
+"""Share of the steps over which a curve is averaged."""
+
+
+def draw_figures(results: Results, found: dict[str, Any], folder: Path) -> dict[str, tuple[str, Path]]:
+    """Draw what there is something to draw for; returns title and file by the block's name."""
+    figures: dict[str, tuple[str, Callable[[], Figure | None]]] = {
+        "figure_skills": ("Contenders by skill and in the mean", lambda: skills_figure(found)),
+        "figure_curves": ("Rewards and validation score over the steps", lambda: curves_figure(results)),
+        "figure_ways": ("How the students' samples are written", lambda: ways_figure(results)),
+        "figure_similarity": ("Kinds of similarity reward", lambda: similarity_figure(found)),
+        "figure_responses": ("Responses of each teacher in a group", lambda: responses_figure(found)),
+    }
+    drawn = {}
+    for name, (title, make) in figures.items():
+        figure = make()
+        if figure is not None:
+            path = folder / f"{name.removeprefix('figure_')}.png"
+            with atomic_path(path) as temporary:
+                figure.savefig(temporary, format="png", dpi=140)
+            drawn[name] = (title, path)
+    return drawn
+
+
+def new_figure(width: float, height: float, title: str) -> Figure:
+    # Figure without pyplot: no global state, and no display is looked for.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=12, x=0.01, ha="left", fontweight="bold")
+    return figure
+
+
+def tidy(axes: Axes, title: str = "", ylabel: str = "") -> None:
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_ylabel(ylabel, fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.25, linewidth=0.6, axis="y")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def error(e: dict[str, Any]) -> list[list[float]]:
+    """Distances of the interval's ends, in points, as matplotlib wants them."""
+    return [[max(0.0, 100 * (e["value"] - e["low"]))], [max(0.0, 100 * (e["high"] - e["value"]))]]
+
+
+def skills_figure(found: dict[str, Any]) -> Figure | None:
+    """Like the paper's Fig. 1: means with intervals, and beside them every skill."""
+    students = [s for s, r in found["students"].items() if r["contenders"]]
+    if not students:
+        return None
+    figure = new_figure(13, 3.6 * len(students) + 0.4, "Right on the test questions (per cent, 95 % intervals)")
+    grid = figure.add_gridspec(len(students), 2, width_ratios=[1, 2])
+    for line, student in enumerate(students):
+        rows = found["students"][student]["contenders"]
+        axes = figure.add_subplot(grid[line, 0])
+        names = [n for n in ORDER if n in rows]
+        for x, name in enumerate(names):
+            mean = rows[name]["mean"]
+            axes.bar(
+                x, 100 * mean["value"], color=COLOURS[name], yerr=error(mean), capsize=2, error_kw={"linewidth": 1}
+            )
+        for teacher, row in found["teachers"].items():
+            axes.axhline(100 * row["mean"]["value"], color=TEACHERS[teacher][1], linestyle=":", linewidth=1)
+        axes.set_xticks(range(len(names)), [CONTENDERS[n].title.split(",")[0] if n in ("base", "sft") else
+                        CONTENDERS[n].title for n in names], rotation=40, ha="right")  # fmt: skip
+        tidy(axes, STUDENT_TITLES[student] + ": mean of the skills")
+        axes = figure.add_subplot(grid[line, 1])
+        shown = [n for n in DOTS if n in rows]
+        for offset, name in enumerate(shown):
+            for x, skill in enumerate(found["skills"]):
+                e = rows[name]["skills"][skill]
+                place = x + (offset - (len(shown) - 1) / 2) * 0.13
+                axes.errorbar(
+                    place, 100 * e["value"], yerr=error(e), fmt="o", markersize=4, color=COLOURS[name], linewidth=0.8,
+                    label=CONTENDERS[name].title.split(",  ")[0] if x == 0 else None,
+                )  # fmt: skip
+        for teacher, row in found["teachers"].items():
+            marker, colour = TEACHERS[teacher]
+            values = [100 * row["skills"][s]["value"] for s in found["skills"]]
+            axes.plot(
+                range(len(values)), values, marker, color=colour, markersize=5, alpha=0.6, label=TEACHER_TITLES[teacher]
+            )
+        axes.set_xticks(range(len(found["skills"])), found["skills"], rotation=40, ha="right")
+        axes.set_ylim(-3, 103)
+        tidy(axes, STUDENT_TITLES[student] + ": by skill")
+        axes.legend(fontsize=7, frameon=False, ncol=4, loc="lower right")
+    return figure
+
+
+def with_runs(results: Results, student: str) -> list[tuple[str, Scores]]:
+    """Main contenders of a student that the loop trained, in the order of the figures."""
+    cells = results.cells.get(student, {}).get("contenders", {})
+    return [(n, cells[n]) for n in ORDER if n in MAIN and n in cells and CONTENDERS[n].how == "loop"]
+
+
+def curves_figure(results: Results) -> Figure | None:
+    """Like the paper's Fig. 5: mean over the seeds, each seed behind it."""
+    students = [s for s in results.cells if with_runs(results, s)]
+    if not students:
+        return None
+    figure = new_figure(13, 3.0 * len(students) + 0.4, "Over the steps (thin: each seed)")
+    for line, student in enumerate(students):
+        for column, (title, metric) in enumerate(CURVES):
+            axes = figure.add_subplot(len(students), len(CURVES), line * len(CURVES) + column + 1)
+            for name, scores in with_runs(results, student):
+                curves = [series(read_jsonl(f / "metrics.jsonl"), metric) for f in scores.folders]
+                draw_seeds(axes, curves, COLOURS[name], CONTENDERS[name].title)
+            axes.set_xlabel("step", fontsize=9)
+            tidy(axes, title, STUDENT_TITLES[student] if column == 0 else "")
+            if axes.get_legend_handles_labels()[1]:
+                axes.legend(fontsize=7, frameon=False)
+    return figure
+
+
+def draw_seeds(axes: Axes, curves: Sequence[tuple[list[int], list[float]]], colour: str, label: str) -> None:
+    curves = [c for c in curves if c[0]]
+    if not curves:
+        return
+    drawn = []
+    for steps, values in curves:
+        width = 2 * int(len(values) * SMOOTHED_OVER / 2) + 1
+        drawn.append(smooth(values, width))
+        if len(curves) > 1:
+            axes.plot(steps, drawn[-1], color=colour, alpha=0.3, linewidth=0.7)
+    shortest = min(map(len, drawn))
+    mean = np.mean([d[:shortest] for d in drawn], axis=0)
+    axes.plot(
+        curves[0][0][:shortest], mean, color=colour, linewidth=1.8, label=label, marker="o" if shortest == 1 else None
+    )
+
+
+def ways_figure(results: Results) -> Figure | None:
+    """Shares of direct answers and of derivations in the samples: what decides whether there is anything to reinforce."""
+    students = [s for s in results.cells if any(d.get("ways") for _, c in with_runs(results, s) for d in c.done)]
+    if not students:
+        return None
+    titles = {"own": "derivation in its own manner", "a": "in teacher A's manner", "b": "in teacher B's manner"}
+    figure = new_figure(13, 3.0 * len(students) + 0.4, "Share of the students' samples")
+    for line, student in enumerate(students):
+        for column, (way, title) in enumerate(titles.items()):
+            axes = figure.add_subplot(len(students), 3, line * 3 + column + 1)
+            for name, scores in with_runs(results, student):
+                curves = []
+                for done in scores.done:
+                    pairs = [(int(step), ways[way]) for step, ways in done["ways"].items() if way in ways]
+                    curves.append(([s for s, _ in pairs], [v for _, v in pairs]))
+                draw_seeds(axes, curves, COLOURS[name], CONTENDERS[name].title)
+            axes.set_ylim(-0.03, 1.03)
+            axes.set_xlabel("step", fontsize=9)
+            tidy(axes, title, STUDENT_TITLES[student] if column == 0 else "")
+            if axes.get_legend_handles_labels()[1]:
+                axes.legend(fontsize=7, frameon=False)
+    return figure
+
+
+def _rows(found: dict[str, Any], names: Sequence[str]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Student -> name -> row of those ablations (and of the reference), for students that have at least two."""
+    out = {}
+    for student, results in found["students"].items():
+        rows = {
+            n: row for n in names if (row := results["ablations"].get(n) or results["contenders"].get(n)) is not None
+        }
+        if len(rows) > 1:
+            out[student] = rows
+    return out
+
+
+def similarity_figure(found: dict[str, Any]) -> Figure | None:
+    """Like the paper's Fig. 6."""
+    students = _rows(found, list(SIMILARITY_KINDS))
+    if not students:
+        return None
+    figure = new_figure(4.6 * len(students), 3.4, "Kinds of similarity reward (mean of the skills, per cent)")
+    for column, (student, rows) in enumerate(students.items()):
+        axes = figure.add_subplot(1, len(students), column + 1)
+        for x, row in enumerate(rows.values()):
+            mean = row["mean"]
+            axes.bar(x, 100 * mean["value"], color="#4299e1" if x else "#2c5282", yerr=error(mean), capsize=3)
+        axes.set_xticks(range(len(rows)), [SIMILARITY_KINDS[n] for n in rows])
+        tidy(axes, STUDENT_TITLES[student])
+    return figure
+
+
+def responses_figure(found: dict[str, Any]) -> Figure | None:
+    """Like the paper's Fig. 7."""
+    students = _rows(found, list(RESPONSES))
+    if not students:
+        return None
+    figure = new_figure(4.6 * len(students), 3.4, "Responses of each teacher in a group (mean of the skills, per cent)")
+    for column, (student, rows) in enumerate(students.items()):
+        axes = figure.add_subplot(1, len(students), column + 1)
+        places = [RESPONSES[n] for n in rows]
+        values = [100 * row["mean"]["value"] for row in rows.values()]
+        errors = np.hstack([error(row["mean"]) for row in rows.values()])
+        axes.errorbar(places, values, yerr=errors, marker="o", color="#2c5282", capsize=3)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(places, [str(p) for p in places])
+        tidy(axes, STUDENT_TITLES[student])
+    return figure
