@@ -99,19 +99,6 @@ CASES: list[tuple[str, dict[str, Any], str, str]] = [
     ("sft", {"sft__batch_size": 10, "sft__micro_batch_size": 4}, "sft.batch_size", "multiple"),
     ("train", {"train__num_teacher_responses": 0}, "train.num_teacher_responses", "nothing to compare with"),
     ("train", {"train__num_teacher_responses": -1}, "train.num_teacher_responses", "negative"),
-    # 9 over two teachers is 5 + 4, one more than the 4 that were collected.
-    (
-        "train",
-        {"train__num_teacher_responses": 9, "collect__num_responses": 4},
-        "train.num_teacher_responses",
-        "up to 5",
-    ),
-    (
-        "train",
-        {"train__num_teacher_responses": 5, "train__per_teacher": True, "collect__num_responses": 4},
-        "train.num_teacher_responses",
-        "up to 5",
-    ),
     ("train", {"train__algorithm": "grpo", "train__num_generations": 1}, "train.num_generations", "standard deviation"),
     (
         "train",
@@ -163,6 +150,20 @@ WARNINGS: list[tuple[str, dict[str, Any], str, str]] = [
     ("train", {"train__beta": 0}, "train.beta", "collapse"),
     ("train", {"train__precision": "pure_bf16"}, "train.precision", "round away"),
     ("train", {"train__num_teacher_responses": 1}, "train.num_teacher_responses", "absent from every group"),
+    # 9 over two teachers is 5 + 4, one more than the 4 that were collected.
+    (
+        "train",
+        {"train__num_teacher_responses": 9, "collect__num_responses": 4},
+        "train.num_teacher_responses",
+        "up to 5",
+    ),
+    (
+        "train",
+        {"train__num_teacher_responses": 5, "train__per_teacher": True, "collect__num_responses": 4},
+        "train.num_teacher_responses",
+        "more than once",
+    ),
+    ("train", {"discriminator__replay": 0.5, "discriminator__mode": "fixed"}, "discriminator.replay", "does not learn"),
     (
         "run",
         {"train__num_generations": 20, "train__num_teacher_responses": 4},

@@ -93,6 +93,25 @@ def test_more_teachers_than_responses_asks_nothing_of_the_rest():
     assert sum(counts(got, "abc")) == 1
 
 
-def test_too_few_cached_is_an_error_with_numbers():
-    with pytest.raises(CacheError, match=r"4 responses of teacher 'a' .* 3 are cached"):
-        draw(Cache(a=3), "q7", ["a"], total=4, seed=0, visit=0)
+def test_fewer_than_the_share_come_equally_often():
+    # 3 responses, 4 a group: one of them twice in a group, and over three groups (12 = four decks) each four times.
+    groups = [[r.index for r in draw(Cache(a=3), "q7", ["a"], total=4, seed=0, visit=v)] for v in range(3)]
+    assert all(sorted(g.count(i) for i in range(3)) == [1, 1, 2] for g in groups)
+    assert all(flat(groups).count(i) == 4 for i in range(3))
+
+
+def test_a_single_response_fills_the_group():
+    got = draw(Cache(a=1, b=1), "q", "ab", total=4, seed=0, visit=1)
+    assert [(r.source, r.index) for r in got] == [("a", 0), ("a", 0), ("b", 0), ("b", 0)]
+
+
+def test_a_hand_of_more_than_a_deck_and_a_half():
+    for key in range(20):
+        hands = [hand(3, [5] * n, [key]) for n in range(1, 4)]
+        assert all(sorted(h.count(i) for i in range(3)) == [1, 2, 2] for h in hands)
+        assert all(flat(hands).count(i) == 5 for i in range(3))  # 15 cards = five decks
+
+
+def test_none_cached_is_an_error_with_numbers():
+    with pytest.raises(CacheError, match=r"4 responses of teacher 'a' .* none is cached"):
+        draw(Cache(a=0), "q7", ["a"], total=4, seed=0, visit=0)

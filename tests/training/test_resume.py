@@ -31,6 +31,8 @@ def files(folder: Path) -> dict[str, Any]:
         out |= {f"{path.relative_to(folder)}:{k}": v for k, v in load_file(path).items()}
     for name in ("rng_0.json", "state.json"):
         out[name] = json.loads((folder / name).read_text())
+    if (folder / "replay.jsonl").exists():
+        out["replay.jsonl"] = (folder / "replay.jsonl").read_text()
     return out
 
 
@@ -45,8 +47,13 @@ def assert_same(a: Path, b: Path) -> None:
 
 @pytest.mark.parametrize(
     "overrides",
-    [{}, {"student__lora": {"enabled": True, "r": 2, "dropout": 0.2}, "train__num_iterations": 2}],
-    ids=["full", "lora"],
+    [
+        {},
+        {"student__lora": {"enabled": True, "r": 2, "dropout": 0.2}, "train__num_iterations": 2},
+        # Four steps of 4 on 8 questions, two of which are remembered: the memory is lived out, and questions come again.
+        {"discriminator__replay": 0.5, "discriminator__replay_steps": 2, "train__num_iterations": 2},
+    ],
+    ids=["full", "lora", "replay"],
 )
 def test_continuing_equals_never_stopping(overrides: dict[str, Any], tiny_student: Path, tmp_path: Path):
     def recipe(name: str) -> Any:
@@ -65,7 +72,10 @@ def test_continuing_equals_never_stopping(overrides: dict[str, Any], tiny_studen
         except Interrupted:
             continue
     assert_same(tmp_path / "whole/checkpoints/step_000004", tmp_path / "stopped/checkpoints/step_000004")
+    replays = "discriminator__replay" in overrides
+    assert ("replay.jsonl" in files(tmp_path / "whole/checkpoints/step_000004")) == replays
     a, b = whole.folder.metrics(), trainer.folder.metrics()
+    assert [r.get("discriminator/replayed_groups") for r in a] == ([None, 4, 4, 4] if replays else [None] * 4)
     strip = lambda rows: [{k: v for k, v in r.items() if not k.startswith(TIMES)} for r in rows]  # noqa: E731
     assert strip(a) == strip(b)
     for step in range(1, 5):
@@ -129,6 +139,19 @@ def test_other_questions_or_another_start_are_not_continued(tiny_qwen: Path, tin
     assert Parts(smaller, accelerator, folder, questions).step == 1
 
 
+def test_a_checkpoint_without_what_it_replays_is_refused(tiny_qwen: Path, tmp_path: Path):
+    recipe = tiny_recipe(tmp_path / "run", tiny_qwen, train__max_steps=1, discriminator__replay=0.5)
+    make_trainer(recipe, tmp_path / "data").train()
+    recipe.train.max_steps = 2
+    memory = tmp_path / "run/checkpoints/step_000001/replay.jsonl"
+    whole = memory.read_text()
+    memory.write_text(whole[: len(whole) // 2])
+    with pytest.raises(StateError, match=r"replay\.jsonl"):
+        make_trainer(recipe, tmp_path / "data")
+    memory.write_text(whole)
+    assert make_trainer(recipe, tmp_path / "data").step_number == 1
+
+
 def test_old_checkpoints_are_removed(tiny_qwen: Path, tmp_path: Path):
     recipe = tiny_recipe(
         tmp_path / "run", tiny_qwen, train__max_steps=3, train__save_every=1, train__keep_checkpoints=2
@@ -183,6 +206,10 @@ def test_a_discriminator_pretrained_for_something_else_is_refused(tiny_qwen: Pat
     recipe = tiny_recipe(tmp_path / "run", tiny_qwen)
     write_json(pretraining_settings_file(recipe), pretraining_settings(recipe))
     check_pretrained(recipe)
+    recipe.discriminator.match_length = True
+    with pytest.raises(StateError, match=r"discriminator\.match_length"):
+        check_pretrained(recipe)
+    recipe.discriminator.match_length = False
     recipe.discriminator.sees = "image"
     with pytest.raises(StateError, match=r"discriminator\.sees"):
         check_pretrained(recipe)

@@ -40,6 +40,15 @@ def test_two_packed_processes_equal_a_plain_one(kind: str, tiny_student: Path, t
     compare(tiny_student, tmp_path, kind)
 
 
+def test_two_processes_replay_what_one_does(tiny_qwen: Path, tmp_path: Path):
+    """Three earlier groups: each process has its own share of them, and they weigh the same wherever they are."""
+    compare(tiny_qwen, tmp_path, "replay")
+    rows = [read_jsonl(tmp_path / f"run{n}" / "metrics.jsonl")[1] for n in (1, 2)]
+    assert [r["discriminator/replayed_groups"] for r in rows] == [3, 3]
+    memories = [(tmp_path / f"run{n}" / "checkpoints/step_000002/replay.jsonl").read_text() for n in (1, 2)]
+    assert memories[0] == memories[1]
+
+
 def test_two_processes_fall_back_together(tiny_gemma3_full_attention: Path, tmp_path: Path):
     """One sees text alone, with which packing would be exact, and the other images, with which it would not."""
     compare(tiny_gemma3_full_attention, tmp_path, "mixed")

@@ -24,6 +24,8 @@ overrides = {
     # Text-only and image questions mix, and the projector trains: ranks see unlike questions.
     "mixed": {"student__freeze": ["vision_tower"]},
     "all": {"student__freeze": [], "discriminator__sees": "image", "discriminator__freeze": []},
+    # 4 x 0.4 / 0.6 = 3 earlier groups: two for one process and one for the other.
+    "replay": {"discriminator__sees": "question", "discriminator__replay": 0.4},
 }[kind]
 recipe = tiny_recipe(
     Path(run),

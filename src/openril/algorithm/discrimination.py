@@ -40,14 +40,16 @@ def centred(logits: Tensor, labels_student_is_one: Tensor) -> Tensor:
     return logits - (logits[labels].mean() + logits[~labels].mean()) / 2
 
 
-def bradley_terry_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+def bradley_terry_loss(student_logits: Tensor, teacher_logits: Tensor, weights: Tensor | None = None) -> Tensor:
     """-log sigmoid(z_student - z_teacher), the mean over all pairs of one question (GAD, arXiv 2511.10643).
 
-    student_logits [S], teacher_logits [T]; scalar in nats, log 2 at chance. 0 if either side is empty.
+    student_logits [S], teacher_logits [T]; weights [S, T] with sum 1: of the pairs, where not all count alike. Scalar in
+    nats, log 2 at chance. 0 if either side is empty.
     """
     if not student_logits.numel() or not teacher_logits.numel():
         return student_logits.sum() * 0.0 + teacher_logits.sum() * 0.0
-    return -logsigmoid(student_logits[:, None] - teacher_logits[None, :]).mean()
+    terms = -logsigmoid(student_logits[:, None] - teacher_logits[None, :])
+    return terms.mean() if weights is None else (weights * terms).sum()
 
 
 def length_only_accuracy(lengths: Tensor, labels_student_is_one: Tensor) -> float:

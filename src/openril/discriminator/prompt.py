@@ -60,7 +60,8 @@ class DiscriminatorPrompts:
         self.max_response_tokens = max_response_tokens
         self._keep = keep
         self._heads: OrderedDict[Question | None, tuple[Prompt, str]] = OrderedDict()
-        self._tails: OrderedDict[tuple[str, str], Tensor] = OrderedDict()
+        self._tails: OrderedDict[tuple[str, str, int | None], Tensor] = OrderedDict()
+        self._lengths: OrderedDict[str, int] = OrderedDict()
 
     def head(self, question: Question) -> tuple[Prompt, str]:
         """The prompt up to the response, images included, and the text that follows the response.
@@ -91,20 +92,38 @@ class DiscriminatorPrompts:
         name = f"discriminator prompt of question {question.id}"
         return encoder.encode_text(before, images, name=name, key=question.images if images else None), after
 
-    def tail(self, response_text: str, after: str) -> Tensor:
-        """int64 [T]: ids of the response and of the text that follows it."""
-        key = (response_text, after)
+    def tail(self, response_text: str, after: str, shown: int | None = None) -> Tensor:
+        """int64 [T]: ids of the response and of the text that follows it.
+
+        shown: only the response's first tokens, exactly this many (or all, if there are fewer).
+        """
+        key = (response_text, after, shown)
         if key not in self._tails:
-            self._tails[key] = self._encode_tail(response_text, after)
+            self._tails[key] = self._encode_tail(response_text, after, shown)
             if len(self._tails) > 64 * self._keep:
                 self._tails.popitem(last=False)
         self._tails.move_to_end(key)
         return self._tails[key]
 
-    def _encode_tail(self, response_text: str, after: str) -> Tensor:
+    def length(self, response_text: str) -> int:
+        """Tokens of a response, whole."""
+        if response_text not in self._lengths:
+            self._lengths[response_text] = len(self._response_ids(response_text)[1])
+            if len(self._lengths) > 64 * self._keep:
+                self._lengths.popitem(last=False)
+        self._lengths.move_to_end(response_text)
+        return self._lengths[response_text]
+
+    def _response_ids(self, response_text: str) -> tuple[str, list[int]]:
+        text = strip_own_tags(self.encoder.clean(response_text))
+        return text, self.encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _encode_tail(self, response_text: str, after: str, shown: int | None) -> Tensor:
         encoder = self.encoder
-        text = strip_own_tags(encoder.clean(response_text))
-        ids = encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
+        text, ids = self._response_ids(response_text)
+        if shown is not None:
+            # Put together as ids: read as one text, a token across the seam could betray that one was cut.
+            return torch.tensor([*ids[:shown], *encoder.tokenizer(after, add_special_tokens=False)["input_ids"]])
         if len(ids) > self.max_response_tokens:
             half = self.max_response_tokens // 2
             text = f"{encoder.decode(ids[:half])}\n[...]\n{encoder.decode(ids[len(ids) - half :])}"

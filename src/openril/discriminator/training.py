@@ -16,7 +16,9 @@ from torch import Tensor
 from openril.algorithm.discrimination import bce_terms, bradley_terry_loss, centred
 from openril.discriminator.head import DiscriminatorModel
 from openril.discriminator.health import Scored, health
+from openril.discriminator.matching import matched_pairs
 from openril.discriminator.prompt import DiscriminatorPrompts
+from openril.discriminator.replay import ReplayMemory
 from openril.models.group_attention import CannotPack
 from openril.models.group_forward import GroupTokens, lay_out, pack, probe, rounding, within_budget
 from openril.models.optimiser_step import take_step
@@ -24,11 +26,13 @@ from openril.models.prompts import PromptEncoder
 from openril.models.vision_balance import borrowed_prompt, has_images
 from openril.models.vision_features import FeatureStore
 from openril.recipe.schema import Discriminator as Settings
-from openril.records import Group
+from openril.records import STUDENT, Group
 
 
 class Discriminator:
     """D of Algorithm 2. Groups come in whole; every process holds its own and the same number of them.
+
+    ``replay`` remembers the student's responses of earlier steps; the loop keeps and draws them.
 
     network: the (possibly wrapped) ``DiscriminatorModel``. optimiser: None for a fixed discriminator.
     max_grad_norm: 0 does not clip. packed: run what responses share once. store: where outputs of the frozen vision side
@@ -59,6 +63,7 @@ class Discriminator:
         self.prompts = DiscriminatorPrompts(
             encoder, sees=settings.sees, max_response_tokens=settings.max_response_tokens
         )
+        self.replay = ReplayMemory(settings.replay, settings.replay_steps)
         self._packed: bool | None = None if packed else False
         self._tried_images = False  # whether packing was tried on a prompt with images
         unwrapped: DiscriminatorModel = accelerator.unwrap_model(network)
@@ -69,54 +74,75 @@ class Discriminator:
 
     @torch.no_grad()
     def score(self, groups: Sequence[Group]) -> None:
-        """Set ``student_prob`` of every rollout (under Bradley-Terry, of logits ``centred`` in their group)."""
+        """Set ``student_prob`` of every rollout (under Bradley-Terry, of logits ``centred`` in their group).
+
+        With ``match_length`` of beginnings as long as those it learns from (discriminator/matching.py).
+        """
         self.network.eval()
+        views = [self._views(g) for g in groups]
         logits: list[list[Tensor]] = [[] for _ in groups]
-        for batch in self._micro_batches(groups, whole=False):
+        for batch in self._micro_batches(groups, views, whole=False):
             for piece, part in zip(batch, self._logits(batch), strict=True):
                 logits[piece.group].append(part)
-        for group, parts in zip(groups, logits, strict=True):
-            for rollout, z in zip(group.rollouts, self._placed(torch.cat(parts), group).tolist(), strict=True):
+        for group, parts, shown in zip(groups, logits, views, strict=True):
+            for rollout, z in zip(group.rollouts, self._placed(torch.cat(parts), group, shown).tolist(), strict=True):
                 rollout.student_prob = 1 / (1 + math.exp(-z)) if z > -700 else 0.0
 
-    def update(self, groups: Sequence[Group]) -> dict[str, float]:
+    def update(self, groups: Sequence[Group], replayed: Sequence[Group] = ()) -> dict[str, float]:
         """One optimiser step on these groups (of all processes); returns loss, gradient norm and health.
 
-        Health is measured on the predictions the gradient was taken at, that is, before the step. Raises StateError,
-        with the weights as they were, when the gradient is not finite.
+        replayed: groups of earlier steps, as many as this process has of them. Those of all processes have
+        ``settings.replay`` of the loss, the new groups have the rest; all new groups weigh the same, and so do all
+        replayed ones. Health is measured on the new groups' predictions the gradient was taken at, that is, before the
+        step. Raises StateError, with the weights as they were, when the gradient is not finite.
         """
         assert self.optimiser is not None
+        assert self.settings.replay or not replayed
         self.network.train()
-        pairwise = self.settings.loss == "bradley_terry"
-        scored: list[Scored] = []
+        everything = [*groups, *replayed]
+        views = [self._views(g) for g in everything]
+        count = sum(gather_object([len(replayed)])) if self.settings.replay else 0
+        share = self.settings.replay if count else 0.0
+        # Gradients are averaged over the processes, which may hold unlike numbers of replayed groups.
+        old = count / (share * self.accelerator.num_processes) if count else 1.0
+        divisors = [len(groups) / (1 - share)] * len(groups) + [old] * len(replayed)
+        logits: list[list[Tensor]] = [[] for _ in everything]
         total = 0.0
-        batches = self._micro_batches(groups, whole=pairwise)
+        batches = self._micro_batches(everything, views, whole=self.settings.loss == "bradley_terry")
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.network):
                 loss = torch.zeros((), device=self.accelerator.device)
                 for piece, z in zip(batch, self._logits(batch), strict=True):
-                    group = groups[piece.group]
-                    members = slice(piece.part.start, piece.part.stop)
-                    sides = self._sides(group, z.device)
-                    part = sides[members]
-                    if pairwise:
-                        loss = loss + bradley_terry_loss(z[part], z[~part]) / len(groups)
-                    else:
-                        # Eq. 1's means over each side, as weights, so that a group may be split.
-                        weights = torch.where(part, 1 / sides.sum().clamp(min=1), 1 / (~sides).sum().clamp(min=1))
-                        loss = loss + (weights * bce_terms(z, part)).sum() / len(groups)
-                    placed = self._placed(z.detach(), group)
-                    rollouts = group.rollouts[members]
-                    scored += [
-                        Scored(r.response.source, value, len(r.response.text))
-                        for r, value in zip(rollouts, placed.tolist(), strict=True)
-                    ]
+                    shown = views[piece.group][piece.part.start : piece.part.stop]
+                    loss = loss + self._loss(z, everything[piece.group], shown) / divisors[piece.group]
+                    logits[piece.group].append(z.detach())
                 self.accelerator.backward(loss)
                 total += float(loss.detach())
         norm = take_step(self.accelerator, self.optimiser, self.trainable, self.max_grad_norm, "discriminator")
+        scored = [
+            [
+                Scored(r.response.source, z, len(r.response.text))
+                for r, z in zip(g.rollouts, self._placed(torch.cat(parts), g, shown).tolist(), strict=True)
+            ]
+            for g, parts, shown in zip(everything, logits, views, strict=True)
+        ]
         losses = gather_object([total])
-        return {"loss": sum(losses) / len(losses), "grad_norm": norm, **health(gather_object(scored))}
+        out = {"loss": sum(losses) / len(losses), "grad_norm": norm}
+        if count:
+            of_students = [s.logit >= 0 for part in scored[len(groups) :] for s in part if s.source == STUDENT]
+            right = gather_object(of_students)
+            out |= {"replayed_groups": float(count), "replayed_accuracy": sum(right) / len(right)}
+        return out | health(gather_object([s for part in scored[: len(groups)] for s in part]))
+
+    def _loss(self, z: Tensor, group: Group, shown: Sequence[_View]) -> Tensor:
+        """What these views add to their group's loss: with BCE any of them, with Bradley-Terry all."""
+        students = self._sides(group, z.device)[[v.member for v in shown]]
+        weights = torch.tensor([v.weight for v in shown], device=z.device)
+        if self.settings.loss == "bce":  # Eq. 1's means over each side, as weights, so that a group may be split
+            return (weights * bce_terms(z, students)).sum()
+        pairs = torch.diag(weights[students]) if self.settings.match_length else None
+        return bradley_terry_loss(z[students], z[~students], pairs)
 
     def measure(self, groups: Sequence[Group]) -> dict[str, float]:
         """Health on groups of all processes without learning from them; the groups must be scored already."""
@@ -136,19 +162,43 @@ class Discriminator:
         """bool [members]: whether the student wrote it."""
         return torch.tensor([r.response.from_student for r in group.rollouts], device=device)
 
-    def _placed(self, logits: Tensor, group: Group) -> Tensor:
-        """Logits of a whole group with a meaningful zero."""
-        if self.settings.loss == "bce" or len(logits) != len(group.rollouts):
-            return logits
-        return centred(logits, self._sides(group, logits.device))
+    def _placed(self, logits: Tensor, group: Group, shown: Sequence[_View]) -> Tensor:
+        """Logits of a whole group's members, from those of its views, with a meaningful zero."""
+        if self.settings.match_length:  # a member's is the mean over its views
+            member = torch.tensor([v.member for v in shown], device=logits.device)
+            weights = torch.tensor([v.weight for v in shown], device=logits.device)
+            sums = logits.new_zeros(2, len(group.rollouts))
+            sums.index_add_(1, member, torch.stack([weights * logits, weights.to(logits)]))
+            logits = sums[0] / sums[1]
+        return logits if self.settings.loss == "bce" else centred(logits, self._sides(group, logits.device))
 
-    def _pieces(self, groups: Sequence[Group], *, whole: bool) -> list[_Piece]:
+    def _views(self, group: Group) -> list[_View]:
+        """What the network is shown of a group: every response as it is or, with ``match_length``, both of every pair
+        cut alike, students in the pairs' order and then teachers."""
+        texts = [r.response.text for r in group.rollouts]
+        students = [i for i, r in enumerate(group.rollouts) if r.response.from_student]
+        teachers = [i for i, r in enumerate(group.rollouts) if not r.response.from_student]
+        _, after = self.prompts.head(group.question)
+        if not self.settings.match_length:
+            return [
+                _View(i, self.prompts.tail(texts[i], after), 1 / len(students if i in students else teachers))
+                for i in range(len(texts))
+            ]
+        assert students and teachers, "a length is matched with one of the other side"
+        lengths = [self.prompts.length(text) for text in texts]
+        pairs = matched_pairs(
+            [lengths[i] for i in students], [lengths[i] for i in teachers], self.settings.max_response_tokens
+        )
+        sides = [[(students[p.student], p) for p in pairs], [(teachers[p.teacher], p) for p in pairs]]
+        return [_View(i, self.prompts.tail(texts[i], after, p.tokens), p.weight) for side in sides for i, p in side]
+
+    def _pieces(self, groups: Sequence[Group], views: Sequence[Sequence[_View]], *, whole: bool) -> list[_Piece]:
         """Groups, or consecutive parts of those that do not fit a micro-batch. whole: never parts."""
         limit = self.settings.max_tokens_per_micro_batch
         pieces = []
         for g, group in enumerate(groups):
-            head, after = self.prompts.head(group.question)
-            tails = [self.prompts.tail(r.response.text, after) for r in group.rollouts]
+            head, _ = self.prompts.head(group.question)
+            tails = [v.tokens for v in views[g]]
             lengths = [len(t) if self._packed else head.length + len(t) for t in tails]
             once = head.length if self._packed else 0
             parts = [range(len(tails))] if whole else within_budget(lengths, max(1, limit - once))
@@ -157,12 +207,14 @@ class Discriminator:
                 pieces.append(_Piece(g, part, members, once + sum(lengths[i] for i in part)))
         return pieces
 
-    def _micro_batches(self, groups: Sequence[Group], *, whole: bool) -> list[list[_Piece]]:
+    def _micro_batches(
+        self, groups: Sequence[Group], views: Sequence[Sequence[_View]], *, whole: bool
+    ) -> list[list[_Piece]]:
         # Text says nothing about images, whose tokens may see each other: the first ones are another trial.
         shown = self.settings.sees == "image" and any(g.question.images for g in groups)
         if self._packed is None or (self._packed and shown and not self._tried_images):
             self._packed = self._can_pack(groups)
-        pieces = self._pieces(groups, whole=whole)
+        pieces = self._pieces(groups, views, whole=whole)
         batches = within_budget([p.tokens for p in pieces], self.settings.max_tokens_per_micro_batch)
         return [[pieces[i] for i in batch] for batch in batches]
 
@@ -220,8 +272,17 @@ class Discriminator:
 
 
 @dataclass
+class _View:
+    """A group's member as the network sees it: ids behind the prompt's head, and its share of its side."""
+
+    member: int
+    tokens: Tensor
+    weight: float
+
+
+@dataclass
 class _Piece:
-    """Members ``part`` of group number ``group`` as tokens, and how many of them."""
+    """Views ``part`` of group number ``group`` as tokens, and how many of them."""
 
     group: int
     part: range

@@ -290,6 +290,9 @@ def _discriminator(recipe: Recipe, stage: str, world_size: int) -> Iterator[Prob
         )
     if d.asleep_accuracy >= d.won_accuracy:
         yield Problem("discriminator.asleep_accuracy", "is not below won_accuracy", "for instance 0.55 and 0.98")
+    if d.replay and d.mode == "fixed":
+        reason = "is set, but a fixed discriminator does not learn in the loop"
+        yield Problem("discriminator.replay", reason, "set it to 0, or discriminator.mode to updated", "warning")
     if d.init and (why := _missing_checkpoint(d.init)):
         yield Problem("discriminator.init", why, "correct the path (it counts from the current directory)")
     if set(d.freeze) == set(get_args(ModuleGroup)):
@@ -385,9 +388,10 @@ def _groups(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
         if each > recipe.collect.num_responses:
             yield Problem(
                 "train.num_teacher_responses",
-                f"a group draws up to {each} different responses of one teacher, but collect.num_responses is "
-                f"{recipe.collect.num_responses}",
+                f"a group draws up to {each} responses of one teacher, but collect.num_responses is "
+                f"{recipe.collect.num_responses}, so some come more than once",
                 "lower it, or raise collect.num_responses and collect more",
+                "warning",
             )
         if train.num_teacher_responses is not None and not train.per_teacher and wanted < len(names):
             cure = "raise it, or turn on train.per_teacher"

@@ -205,7 +205,7 @@ class Collect(Section):
     """Response collection (paper: N = 16 responses a question from each teacher and from the student)."""
 
     num_responses: PositiveInt = 16
-    """N, responses per question and source."""
+    """N, responses per question and source. Of a cache that holds more, the first N are used."""
     student: bool = True
     """Collect from the student too: the discriminator's pre-training needs its responses."""
     max_completion_length: PositiveInt = 512
@@ -307,6 +307,14 @@ class Discriminator(Section):
     """Training on the cache before the loop."""
     optimiser: Optimiser = Field(default_factory=Optimiser)
     """In the loop (paper: 1e-6 constant)."""
+    replay: Annotated[float, Field(ge=0.0, le=0.9)] = 0.0
+    """In the loop, this share of its update is about groups of earlier steps: the student as it was, against the same
+    teachers. All of the step's own groups stay in it, so a share of 0.5 doubles the update's cost. 0 is the paper's."""
+    replay_steps: PositiveInt = 50
+    """Earlier steps that `replay` draws from; their student responses are kept in memory and in checkpoints."""
+    match_length: bool = False
+    """Compare beginnings of equal length: student and teacher responses are paired by length and cut to the same number
+    of tokens, in training and in scoring, so that length tells it nothing."""
     asleep_accuracy: Share = 0.55
     """Warn when accuracy stays below this: the similarity reward is noise."""
     won_accuracy: Share = 0.98
@@ -524,6 +532,11 @@ class Recipe(Section):
     def uses_discriminator(self) -> bool:
         """Whether the loop has a discriminator: RL-only algorithms have none."""
         return self.discriminator.mode != "none" and self.train.algorithm in ("ril", "gail")
+
+    @property
+    def uses_replay(self) -> bool:
+        """Whether the loop's discriminator is reminded of earlier groups."""
+        return self.uses_discriminator and self.discriminator.mode == "updated" and self.discriminator.replay > 0
 
     @property
     def teacher_responses_per_question(self) -> int:

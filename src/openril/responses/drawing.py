@@ -31,10 +31,11 @@ def draw(
 
     total: responses in all, shared out so that teachers differ by at most one; who gets one more takes turns over the
     visits, from a seeded start. per_teacher: responses of each instead. visit: how often this question came up before,
-    from 0. No response comes twice in a group, and over the visits every response of a teacher comes up once before
-    any comes up again, in a seeded order. Returned in the order of ``teachers``.
+    from 0. Over the visits every response of a teacher comes up once before any comes up again, in a seeded order, and
+    none comes twice in a group unless the teacher has fewer than its share: then they come equally often, to within
+    one. Returned in the order of ``teachers``.
 
-    Raises CacheError when a teacher has fewer responses than its share.
+    Raises CacheError when a teacher has no response.
     """
     assert (total is None) != (per_teacher is None), "give total or per_teacher"
     drawn = []
@@ -47,11 +48,10 @@ def draw(
         if max(shares) == 0:
             continue
         responses = cache.responses_for(question_id, teacher)
-        if len(responses) < max(shares):
+        if not responses:
             raise CacheError(
-                f"question {question_id!r}: {max(shares)} responses of teacher {teacher!r} are wanted in a group, "
-                f"{len(responses)} are cached; raise collect.num_responses and run `ril collect`, or lower "
-                "train.num_teacher_responses"
+                f"question {question_id!r}: {max(shares)} responses of teacher {teacher!r} are wanted in a group, none is"
+                " cached; run `ril collect`"
             )
         drawn += [responses[i] for i in hand(len(responses), shares, [seed, question_id, teacher])]
     return drawn
@@ -69,18 +69,19 @@ def hand(size: int, shares: Sequence[int], key: list[str | int]) -> list[int]:
     """What the last of ``len(shares)`` players gets, who in turn take ``shares`` cards from a deck of ``size``.
 
     A used-up deck is shuffled anew, from ``key`` and the number of the deck. A player who takes the last cards of one
-    deck and the first of the next gets no card twice; what he passed over stays for those behind him.
+    deck and the first of the next takes those he has fewest of, so he gets none twice unless he wants more than there
+    are; what he passed over stays for those behind him. size: at least 1.
     """
     deck: list[int] = []
     decks = 0
     cards: list[int] = []
     for wanted in shares:
         cards, deck = deck[:wanted], deck[wanted:]
-        if len(cards) < wanted:
+        while len(cards) < wanted:
             fresh = list(range(size))
             random.Random(stable_hash(*key, decks)).shuffle(fresh)
             decks += 1
-            new = [card for card in fresh if card not in cards][: wanted - len(cards)]
+            new = sorted(fresh, key=cards.count)[: wanted - len(cards)]
             deck = [card for card in fresh if card not in new]
             cards = cards + new
     return cards

@@ -109,8 +109,9 @@ class RILTrainer:
         if self.discriminator is not None:
             with self.timed("discriminator"):  # D learns from these 2G responses first, then judges them
                 if self.recipe.discriminator.mode == "updated":
-                    for _ in range(self.recipe.train.num_iterations):
-                        metrics |= prefixed("discriminator", self.discriminator.update(groups))
+                    for iteration in range(self.recipe.train.num_iterations):
+                        replayed = self.replayed_groups(iteration)  # none in the paper
+                        metrics |= prefixed("discriminator", self.discriminator.update(groups, replayed))
                 self.discriminator.score(groups)
                 if self.recipe.discriminator.mode == "fixed":
                     metrics |= prefixed("discriminator", self.discriminator.measure(groups))
@@ -142,6 +143,18 @@ class RILTrainer:
             for q, visit in batch
         ]
 
+    def replayed_groups(self, iteration: int) -> list[Group]:
+        """This process's share of the earlier groups that the discriminator is reminded of in its update."""
+        if self.discriminator is None or not self.recipe.uses_replay:
+            return []
+        seed = stable_hash(self.recipe.seed, "replay", self.step_number, iteration)
+        drawn = self.discriminator.replay.draw(self.recipe.train.questions_per_step, seed)
+        groups = []
+        for position, students in drawn[self.accelerator.process_index :: self.accelerator.num_processes]:
+            question, visit = self.question_at(position)
+            groups.append(Group(question, [Rollout(r) for r in [*students, *self.teacher_responses(question, visit)]]))
+        return groups
+
     def set_advantages(self, groups: Sequence[Group]) -> None:
         """A_i = R_i - mean over the group's members in the update; a member with unknown reward is left out."""
         for group in groups:
@@ -162,14 +175,16 @@ class RILTrainer:
     def batch_at(self, step: int) -> list[tuple[Question, int]]:
         """This process's share of the batch of ``step``: contiguous, so that any number of processes sees the same
         batch. Batches cut an endless row of seeded permutations; the visit is the number of the permutation."""
-        size, n = self.recipe.train.questions_per_step, len(self.questions)
+        size = self.recipe.train.questions_per_step
         share = size // self.accelerator.num_processes
         first = step * size + share * self.accelerator.process_index
-        batch = []
-        for position in range(first, first + share):
-            visit, place = divmod(position, n)
-            batch.append((self.questions[permutation(n, self.recipe.seed, visit)[place]], visit))
-        return batch
+        return [self.question_at(position) for position in range(first, first + share)]
+
+    def question_at(self, position: int) -> tuple[Question, int]:
+        """The question at a place of the endless row, and its visit."""
+        n = len(self.questions)
+        visit, place = divmod(position, n)
+        return self.questions[permutation(n, self.recipe.seed, visit)[place]], visit
 
     def train(self) -> None:
         """Run to the last step, from where the run is. Raises Interrupted after saving when asked to stop."""
@@ -193,6 +208,8 @@ class RILTrainer:
                 everyone = [
                     Group(*g) for g in gather_object([(without_images(g.question), g.rollouts) for g in groups])
                 ]
+                if self.discriminator is not None and self.recipe.uses_replay:
+                    self.discriminator.replay.keep((step - 1) * train.questions_per_step, everyone)
                 metrics |= reward_metrics(everyone, train.max_completion_length)
                 metrics["train/learning_rate"] = rate
                 if self.evaluate is not None and train.eval_every and step % train.eval_every == 0:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from openril import __version__
 from openril.discriminator.head import DiscriminatorModel
+from openril.discriminator.replay import ReplayMemory
 from openril.models.adapters import base_model, is_adapted
 from openril.recipe.loading import load_recipe, save_recipe
 from openril.recipe.schema import Recipe
@@ -29,6 +30,8 @@ from openril.training.state import (
     save_rng,
     write_progress,
 )
+
+REPLAY_FILE = "replay.jsonl"
 
 # Settings that may change when a run is continued: they decide what is measured, kept or waited for, not what is learnt.
 _FREE = (
@@ -68,10 +71,10 @@ def run_fingerprint(recipe: Recipe, questions: Sequence[Question]) -> dict[str, 
 
 
 class Saver:
-    """Saves and restores student, discriminator, optimisers and random states of a run.
+    """Saves and restores student, discriminator, optimisers and random states of a run, and what it replays.
 
     policy, network: the wrapped modules (network None without a discriminator). optimisers: by name.
-    fingerprint: see ``run_fingerprint``; kept in state.json.
+    fingerprint: see ``run_fingerprint``; kept in state.json. replay: the discriminator's memory, where the run has one.
     """
 
     def __init__(
@@ -86,6 +89,7 @@ class Saver:
         discriminator_processor: Any = None,
         optimisers: dict[str, Any] | None = None,
         fingerprint: dict[str, str] | None = None,
+        replay: ReplayMemory | None = None,
     ) -> None:
         self.checkpoints = checkpoints
         self.accelerator = accelerator
@@ -96,6 +100,7 @@ class Saver:
         self.discriminator_processor = discriminator_processor
         self.optimisers = optimisers or {}
         self.fingerprint = fingerprint or {}
+        self.replay = replay
 
     def save(self, step: int) -> None:
         """Write checkpoint ``step``; every process must call this."""
@@ -116,6 +121,8 @@ class Saver:
         elif accelerator.is_main_process:
             for name, optimiser in self.optimisers.items():
                 save_optimiser(folder / f"optimiser_{name}.safetensors", optimiser)
+        if self.replay is not None and accelerator.is_main_process:
+            self.replay.save(folder / REPLAY_FILE)
         save_rng(folder, accelerator.process_index)
         if accelerator.is_main_process:
             save_recipe(self.recipe, folder / "recipe.yaml")
@@ -128,12 +135,14 @@ class Saver:
         accelerator.wait_for_everyone()
 
     def restore(self, folder: Path) -> None:
-        """Optimisers and random states; the models were loaded from the checkpoint when they were made."""
+        """Optimisers, random states and what is replayed; the models were loaded from the checkpoint when they were made."""
         if is_sharded(self.accelerator):
             self.accelerator.load_state(str(folder / "engine"))
         else:
             for name, optimiser in self.optimisers.items():
                 load_optimiser(folder / f"optimiser_{name}.safetensors", optimiser)
+        if self.replay is not None:
+            self.replay.load(folder / REPLAY_FILE)
         load_rng(folder, self.accelerator.process_index)
 
     def write_student(self, folder: Path, dtype: torch.dtype | None = None) -> None:

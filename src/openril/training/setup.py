@@ -91,6 +91,7 @@ class Parts:
             discriminator_processor=self.discriminator.encoder.processor if self.discriminator else None,
             optimisers=optimisers,
             fingerprint=fingerprint,
+            replay=self.discriminator.replay if self.discriminator is not None and recipe.uses_replay else None,
         )
         if self.resumed_from is not None:
             self.saver.restore(self.resumed_from)
@@ -235,6 +236,7 @@ def pretraining_settings(recipe: Recipe) -> dict[str, Any]:
         "discriminator.sees": d.sees,
         "discriminator.loss": d.loss,
         "discriminator.max_response_tokens": d.max_response_tokens,
+        "discriminator.match_length": d.match_length,
         "teachers (names)": recipe.teacher_names,
         "starting student (student.model, sft, discriminator.init)": weights_fingerprint(Path(start)) or start,
     }
@@ -249,7 +251,7 @@ def check_pretrained(recipe: Recipe) -> None:
     path = pretraining_settings_file(recipe)
     if not path.exists():
         return
-    was = json.loads(path.read_text())
+    was = {"discriminator.match_length": False, **json.loads(path.read_text())}  # files from before the setting
     if other := [name for name, value in pretraining_settings(recipe).items() if was.get(name) != value]:
         raise StateError(
             f"{recipe.discriminator_path} was pre-trained with other {', '.join(other)}; restore them, or remove"

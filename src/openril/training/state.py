@@ -1,8 +1,8 @@
 """Checkpoints: everything a run needs to go on bit for bit, in files other tools read. No pickle anywhere.
 
 A checkpoint folder holds ``student/`` and ``discriminator/`` (Hugging Face form), ``optimiser_<name>.safetensors``,
-``rng_<process>.safetensors`` with ``rng_<process>.json``, ``state.json`` and ``recipe.yaml``. It is written beside its
-place and renamed, so a killed run leaves the one before it.
+``rng_<process>.safetensors`` with ``rng_<process>.json``, ``state.json`` and ``recipe.yaml``, and ``replay.jsonl`` where
+earlier responses are replayed. It is written beside its place and renamed, so a killed run leaves the one before it.
 """
 
 from __future__ import annotations
