@@ -10,7 +10,7 @@ WORKERS ?= 2
 .PHONY: help demo playground study test test-vllm check format clean
 
 help:
-	@echo "make demo       the whole method on a small world it draws itself (runs/demo)"
+	@echo "make demo       RIL beside Dr.GRPO on fourteen small skills, with ready-made models (runs/demo)"
 	@echo "make playground the students and teachers of the fourteen skills, trained from nothing (runs/playground)"
 	@echo "make study      RIL against what it is built from, with seeds and ablations: at most three hours (runs/study)"
 	@echo "make test       the tests"
@@ -27,7 +27,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: $(INSTALLED)
 	@echo "==> the demo: everything it makes goes to runs/demo; the same command continues an interrupted one"
-	$(BIN)/python -m openril.playground.demo --out runs/demo
+	$(BIN)/python -m openril.playground.demo --out runs/demo $(ARGS)
 
 playground: $(INSTALLED)
 	@echo "==> two students and two teachers, trained into runs/playground; the same command goes on where it was stopped"

@@ -9,7 +9,11 @@ from pathlib import Path
 from typing import Literal
 
 from openril.errors import DataError, OpenRILError
+from openril.models.tiny import Architecture
 from openril.storage import read_jsonl
+
+NOT_TEXT = {"id", "rule", "skill", "benchmark", "split", "origin"}
+"""Columns of words that nobody reads or writes."""
 
 
 @dataclass
@@ -18,7 +22,7 @@ class Settings:
 
     out: Path
     """Folder to write; left alone if it is there."""
-    architecture: Literal["qwen2_5_vl", "internvl", "qwen2"] = "qwen2_5_vl"
+    architecture: Architecture = "qwen2_5_vl"
     """qwen2 is a text-only model, for judges."""
     texts: list[Path] = field(default_factory=list)
     """Question files (.jsonl) whose words the tokenizer learns."""
@@ -47,13 +51,18 @@ class Settings:
 
 
 def file_texts(path: Path) -> list[str]:
-    """Every text column of a question file, row by row. Raises DataError when there is none."""
-    texts = [
-        value
-        for row in read_jsonl(path)
-        for key, value in row.items()
-        if isinstance(value, str) and key not in ("id", "rule", "skill")
-    ]
+    """What models read and write of a question file, row by row: every text column and the choices, without labels
+    (``NOT_TEXT``) and without wrong answers and derivations, which say nothing in other words. Raises DataError when
+    there is none."""
+    texts: list[str] = []
+    for row in read_jsonl(path):
+        texts += [
+            value
+            for key, value in row.items()
+            if isinstance(value, str) and key not in NOT_TEXT and not key.startswith("wrong_")
+        ]
+        choices = row.get("choices")
+        texts += [c for c in choices if isinstance(c, str)] if isinstance(choices, list) else []
     if not texts:
         raise DataError(f"{path}: no rows with text; name question files (.jsonl)")
     return texts

@@ -1,54 +1,69 @@
-"""``python -m openril.playground.demo``: every stage of RIL on pictures this command draws, with tiny models.
+"""``python -m openril.playground.demo``: RIL beside Dr.GRPO on the fourteen skills, with ready-made models.
 
-It draws a world, trains a student, two teachers (another architecture and tokenizer each) and a judge, and then runs
-``ril run recipes/demo/ril.yaml``: warm start, collection, discriminator, the RIL loop, evaluation. Every command is
-shown and can be given by hand. Stop it whenever you like; the same command continues.
+It draws the world, collects both teachers' and the student's responses, pre-trains discriminators, trains three
+contenders from one student, and scores them on questions none of them has seen. Every command is shown and can be given
+by hand. Stop it whenever you like; the same command continues.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import shutil
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from openril.errors import OpenRILError, RecipeError
-from openril.playground.commands import Command, judge_server, run_lanes, run_shown
+from openril.errors import DataError, OpenRILError, RecipeError
+from openril.playground.commands import run_queue
+from openril.playground.demo_jobs import Board, Clock, Job, plan
+from openril.playground.demo_report import (
+    CURVES,
+    NOTES,
+    group_text,
+    groups_text,
+    judge_lines,
+    page,
+    rich_tables,
+    shown_groups,
+    training_lines,
+)
+from openril.playground.demo_results import CONTENDERS, draw_curves, read_agreement, read_world, summarise
+from openril.playground.shipped import StudentName, find_models
+from openril.playground.skills import SKILLS
 from openril.recipe.schema import Recipe
-from openril.storage import read_jsonl, write_text
+from openril.storage import atomic_path, write_json, write_text
 
 RECIPES = Path(__file__).resolve().parents[3] / "recipes"
 PLACE = "runs/demo"
 """Where the recipes put things; ``--out`` replaces it."""
-
-MODELS: dict[str, dict[str, Any]] = {
-    "teacher_a": {"architecture": "qwen2_5_vl", "hidden_size": 96, "num_layers": 4},
-    "teacher_b": {"architecture": "internvl", "tokenizer": "unigram", "hidden_size": 96, "num_layers": 4},
-    "student": {"architecture": "qwen2_5_vl", "hidden_size": 64, "num_layers": 3},
-}
-"""The random models that training starts from."""
+SOURCES = {"ril": "demo/ril.yaml", "ril_one": "demo/ril_one.yaml", "dr_grpo": "baselines/dr_grpo.yaml"}
+"""The recipe of each run."""
 
 
 @dataclass
 class Settings:
-    """Every stage of RIL on pictures drawn here, with tiny models, in a few minutes on two CPU cores."""
+    """RIL with two teachers, RIL with one, and Dr.GRPO from the same student, in ten minutes on two CPU cores."""
 
     out: Path = Path(PLACE)
     """Folder for everything it makes."""
+    student: StudentName = "qwen"
+    """Architecture of the student."""
+    models: Path | None = None
+    """Folder of `make playground` to take the models from, instead of those that come with the package."""
     seed: int = 0
     """Everything follows from it."""
-    num_train: int = 2400
-    """Training questions to draw."""
-    num_validation: int = 160
-    """Held-out questions to draw."""
-    judge_steps: int = 400
-    """Training steps of the judge."""
-    judge_port: int = 8131
-    """Port of the judge's server on 127.0.0.1."""
+    num_train: int = 700
+    """Training questions, the skills in turn."""
+    num_validation: int = 140
+    """Questions for the curve while training."""
+    num_test: int = 280
+    """Held-out questions that contenders are scored on: a multiple of 14."""
+    difficulty: list[int] = field(default_factory=lambda: [1])
+    """Of the questions, in turn; the ready-made models know 1."""
+    width: int = 2
+    """Commands at a time, of one thread each."""
     overrides: tuple[str, ...] = ()
     """Settings for every recipe, as KEY=VALUE, for instance train.max_steps=5."""
 
@@ -57,202 +72,149 @@ def say(line: str = "") -> None:
     print(line, flush=True)
 
 
-def recipe_copy(name: str, settings: Settings) -> Path:
-    """The shipped recipe with ``out`` for runs/demo, written to ``out/recipes``: a file to run, read and change.
+# Preparing
 
-    Raises RecipeError when the recipes are not beside this package.
+
+def prepare(settings: Settings) -> dict[str, Recipe]:
+    """World, models and recipes, as far as they are not there; returns the recipes by run.
+
+    Raises RecipeError when the folder holds a demo of other settings.
     """
-    source = RECIPES / "demo" / f"{name}.yaml"
-    if not source.is_file():
-        raise RecipeError(f"{source} is not there; run the demo from a checkout of the repository")
+    if settings.num_test % len(SKILLS) or not settings.num_test:
+        raise DataError(
+            f"num_test is {settings.num_test}; a multiple of {len(SKILLS)} gives every skill equally many questions"
+        )
+    out = settings.out
+    models = find_models(settings.student, settings.models)
+    pin(settings, models)
+    if not (out / "world" / "train.jsonl").is_file():
+        from openril.playground.skills import write_skills_world
+
+        numbers = (settings.num_train, settings.num_validation, settings.num_test)
+        write_skills_world(out / "world", *numbers, settings.seed, settings.difficulty)
+        say(f"  {numbers[0]} training, {numbers[1]} validation and {numbers[2]} test questions: {out / 'world'}")
+    for name, folder in models.items():
+        target = out / "models" / name
+        if not (target / "config.json").is_file():
+            with atomic_path(target) as temporary:
+                shutil.copytree(folder, temporary)
+            say(f"  {name}: {target} (from {folder})")
+    return {run: write_recipe(run, settings) for run in SOURCES}
+
+
+def pin(settings: Settings, models: dict[str, Path]) -> None:
+    """Note what the demo in this folder is made of; refuse to go on with another one's files."""
+    from openril.responses.identity import weights_fingerprint
+
+    now: dict[str, Any] = {
+        "seed": settings.seed,
+        "student": settings.student,
+        "questions": [settings.num_train, settings.num_validation, settings.num_test],
+        "difficulty": list(settings.difficulty),
+        "overrides": list(settings.overrides),
+        "weights": {name: weights_fingerprint(folder) for name, folder in models.items()},
+    }
+    path = settings.out / "demo.json"
+    if not path.is_file():
+        write_json(path, now)
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    if changed := [
+        f"{key} was {before.get(key)}, now {value}" for key, value in now.items() if before.get(key) != value
+    ]:
+        raise RecipeError(
+            f"{settings.out} holds a demo of other settings ({'; '.join(changed)}); name another folder with --out, or "
+            "remove this one"
+        )
+
+
+def write_recipe(run: str, settings: Settings) -> Recipe:
+    """The shipped recipe with ``out`` for runs/demo, in ``out/recipes``: a file to run, read and change. One that is there
+    stays. Raises RecipeError when the recipes are not beside this package."""
     from openril.recipe.loading import load_recipe, save_recipe
 
-    target = settings.out / "recipes" / f"{name}.yaml"
-    values = json.loads(load_recipe(source).model_dump_json().replace(f'"{PLACE}/', f'"{settings.out}/'))
+    target = settings.out / "recipes" / f"{run}.yaml"
+    if target.is_file():
+        return load_recipe(target)
+    source = RECIPES / SOURCES[run]
+    if not source.is_file():
+        raise RecipeError(f"{source} is not there; run the demo from a checkout of the repository")
+    recipe = load_recipe(source, [f"--{override}" for override in settings.overrides])
+    place = json.dumps(str(settings.out))[1:-1]
+    values = json.loads(recipe.model_dump_json().replace(f'"{PLACE}/', f'"{place}/'))
     recipe = Recipe.model_validate({**values, "seed": settings.seed})
     save_recipe(recipe, target)
-    flags = [f"--{o}" for o in settings.overrides]
-    if flags:
-        save_recipe(load_recipe(target, flags), target)
-    return target
+    return recipe
 
 
-def prepare(settings: Settings) -> dict[str, Path]:
-    """World and recipes; returns the recipes by name."""
-    from openril.playground.world import write_world
+# Results
 
+
+def conclude(settings: Settings, minutes: float) -> dict[str, Any]:
+    """Write summary.json, the curves, report.html and groups.txt; returns the summary."""
     out = settings.out
-    if not (out / "world" / "train.jsonl").is_file():
-        started = time.perf_counter()
-        write_world(out / "world", settings.num_train, settings.num_validation, settings.seed)
-        say(
-            f"  {settings.num_train} training and {settings.num_validation} held-out questions drawn in "
-            f"{time.perf_counter() - started:.0f} s: {out / 'world'}"
-        )
-    else:
-        say(f"  already there: {out / 'world'}")
-    return {name: recipe_copy(name, settings) for name in ("teacher_a", "teacher_b", "student", "ril")}
+    summary = summarise(out, settings.seed, minutes, read_agreement(out / "models"))
+    summary["student"] = settings.student
+    draw_curves(out, out / CURVES)
+    sections = shown_groups(out, out / CONTENDERS["ril_both"].run, read_world(out, "train"))
+    write_text(out / "groups.txt", groups_text(sections))
+    write_text(out / "report.html", page(summary, sections))
+    write_json(out / "summary.json", summary)
+    return summary
 
 
-def build_models(settings: Settings) -> None:
-    """The random checkpoints, as ``python -m openril.playground.build`` writes them."""
-    for name, sizes in MODELS.items():
-        folder = settings.out / "models" / name
-        if (folder / "config.json").is_file():
-            continue
-        from openril.playground import build
-
-        texts = [settings.out / "world" / "train.jsonl"]
-        build.build(build.Settings(folder, texts=texts, seed=settings.seed, **sizes))
-        say(f"  built {folder}")
-
-
-def model_lanes(settings: Settings, recipes: dict[str, Path]) -> list[list[Command]]:
-    """Two lanes of about the same length: the judge and the student; the two teachers."""
-    out = settings.out
-    texts = str(out / "world" / "train.jsonl")
-
-    def trained(name: str) -> list[Command]:
-        if (out / name / "sft" / "student" / "config.json").is_file():
-            return []
-        metrics = out / name / "sft" / "metrics.jsonl"
-        return [Command(f"train {name}", ("openril.cli", "sft", str(recipes[name])), metrics)]
-
-    judge = Command(
-        "train judge",
-        (
-            "openril.playground.judge", "--out", str(out / "models" / "judge"), "--train", texts,
-            "--validation", str(out / "world" / "validation.jsonl"), "--steps", str(settings.judge_steps),
-            "--seed", str(settings.seed),
-        ),
-    )  # fmt: skip
-    judge_lane = [] if (out / "models" / "judge" / "agreement.json").is_file() else [judge]
-    return [
-        [*judge_lane, *trained("student")],
-        [*trained("teacher_a"), *trained("teacher_b")],
-    ]
-
-
-def teacher_accuracy(recipe: Recipe) -> dict[str, float]:
-    """Share of each teacher's cached responses that the exact rules call right."""
-    from openril.data.reading import read_questions
-    from openril.responses.cache import ResponseCache
-    from openril.rewards import rules
-
-    questions = read_questions(recipe.data, "train")
-    cache = ResponseCache.open(recipe.cache_path).load(questions, recipe.teacher_names, recipe.collect.num_responses)
-    out = {}
-    for name in recipe.teacher_names:
-        scores = [
-            rules.score(q.rule or "auto", q, r.text) == 1.0 for q in questions for r in cache.responses_for(q.id, name)
-        ]
-        out[name] = sum(scores) / len(scores)
-    return out
-
-
-def summary(settings: Settings, recipe: Recipe, minutes: float) -> dict[str, Any]:
-    """What was measured, from the files of the run."""
-    run = recipe.run_path
-    rows = read_jsonl(run / "metrics.jsonl")
-    agreement = json.loads((settings.out / "models" / "judge" / "agreement.json").read_text())
-    return {
-        "seed": settings.seed,
-        "minutes_of_this_call": round(minutes, 1),
-        "judge_agreement": agreement["agreement"],
-        "teachers_right": teacher_accuracy(recipe),
-        "evaluation": read_evaluations(run),
-        "steps": len(rows),
-        "first_steps": mean_of(rows[:5]),
-        "last_steps": mean_of(rows[-5:]),
-    }
-
-
-SHOWN = ("reward/student_similarity", "reward/student_answer", "discriminator/accuracy", "train/kl")
-
-
-def mean_of(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Means of a few metrics over rows, as far as the rows hold them."""
-    out = {}
-    for key in SHOWN:
-        values = [row[key] for row in rows if isinstance(row.get(key), (int, float))]
-        if values:
-            out[key] = sum(values) / len(values)
-    return out
-
-
-def read_evaluations(run: Path) -> list[dict[str, Any]]:
-    """What `ril eval` left in the run folder, one row a checkpoint: base, SFT student, steps, final."""
-    try:
-        table = json.loads((run / "eval" / "table.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return []
-    return list(table["evaluations"])
-
-
-def show(settings: Settings, recipe: Recipe, result: dict[str, Any]) -> None:
+def show(settings: Settings, summary: dict[str, Any]) -> None:
     from rich.console import Console
-    from rich.table import Table
 
     console = Console()
-    table = Table(title="measured in this run")
-    table.add_column("what")
-    table.add_column("value", justify="right")
-    for row in result["evaluation"]:
-        error = row.get("standard_error")
-        shown = f"{row['score']:.1%}" + (f" ± {error:.1%}" if error is not None else "")
-        table.add_row(f"held-out questions, exact rules: {row['name']}", shown)
-    for name, share in result["teachers_right"].items():
-        table.add_row(f"teacher {name}: cached responses that are right", f"{share:.1%}")
-    table.add_row("judge: agreement with the exact rule, held out", f"{result['judge_agreement']:.1%}")
-    for key, value in result["first_steps"].items():
-        last = result["last_steps"].get(key)
-        if last is not None:
-            table.add_row(f"{key}: first five steps, last five", f"{value:.3f}, {last:.3f}")
-    console.print(table)
-    console.print("One seed, tiny models: it shows that the parts work together, not how good the method is.")
-    run, out = recipe.run_path, settings.out
+    out = settings.out
+    console.print()
+    for _, groups in shown_groups(out, out / CONTENDERS["ril_both"].run, read_world(out, "train"))[-1:]:
+        console.print("a group of the last step of RIL with both teachers:", markup=False)
+        for group in groups[:1]:
+            console.print(group_text(group), markup=False, highlight=False, soft_wrap=True)
+    console.print()
+    for table in rich_tables(summary):
+        console.print(table)
+    console.print(NOTES.format(n=summary["test_questions"]), markup=False, highlight=False)
+    for line in [*judge_lines(summary), "student samples, first five steps to last five:", *training_lines(summary)]:
+        console.print(line, markup=False, highlight=False)
     for what, path in (
-        ("pictures and questions", out / "world"),
-        ("recipes, to change and run", out / "recipes"),
-        ("metrics, one row a step", run / "metrics.jsonl"),
-        ("every response of every step", run / "rollouts"),
-        ("the judge's explanations", run / "verdicts"),
-        ("the student", run / "student"),
+        ("everything on one page: table, curves, groups", out / "report.html"),
+        ("groups to read here", out / "groups.txt"),
+        ("curves", out / CURVES),
         ("these numbers", out / "summary.json"),
+        ("recipes, to change and run", out / "recipes"),
+        ("every response of every step", out / "ril" / "rollouts"),
+        ("the judge's explanations", out / "ril" / "verdicts"),
+        ("the student", out / "ril" / "student"),
     ):
-        console.print(f"  {what}: {path}", highlight=False)
+        console.print(f"  {what}: {path}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{summary['minutes']} minutes", highlight=False)
 
 
-def run_demo(settings: Settings) -> int:
-    """The whole demo; returns the exit code."""
-    from openril.recipe.loading import load_recipe
+def run_demo(settings: Settings) -> dict[str, Any]:
+    """The whole demo; returns the summary."""
+    from rich.console import Console
 
-    started = time.monotonic()
-    threads = min(4, os.cpu_count() or 1)
-    say("1. a world of pictures and questions")
+    out = settings.out
+    clock = Clock(out / "clock.json")
+    say("1. world, models, recipes")
     recipes = prepare(settings)
-    say("2. models: two teachers, a student, a judge (two commands at a time)")
-    logs = settings.out / "logs"
-    build_models(settings)
-    lanes = model_lanes(settings, recipes)
-    if any(lanes):
-        run_lanes(lanes, logs, say)
-    else:
-        say("  already there")
-    say(f"3. RIL ({(time.monotonic() - started) / 60:.1f} minutes so far)")
-    with judge_server(settings.out / "models" / "judge", settings.judge_port, logs) as address:
-        command = Command("ril", ("openril.cli", "run", str(recipes["ril"]), "--judge.base_urls", address))
-        code = run_shown(command, say, threads)
-    if code:
-        return code
-    recipe = load_recipe(recipes["ril"])
-    minutes = (time.monotonic() - started) / 60
-    result = summary(settings, recipe, minutes)
-    write_text(settings.out / "summary.json", json.dumps(result, indent=2) + "\n")
-    say()
-    show(settings, recipe, result)
-    say(f"{minutes:.1f} minutes")
-    return 0
+    clock.tick()
+    jobs: list[Job] = plan(out, recipes)
+    if jobs:
+        say(f"2. {len(jobs)} commands, {settings.width} at a time; their output is in {out / 'logs'}")
+        board = Board(jobs, clock, Console(), settings.width)
+        with board:
+            run_queue([job.command for job in jobs], out / "logs", board.say, width=settings.width, watch=board.watch)
+    elif (out / "summary.json").is_file():
+        say("  everything is there already")
+        clock.stop()  # looking at results is not making them
+    summary = conclude(settings, clock.seconds / 60)
+    clock.tick()
+    show(settings, summary)
+    return summary
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -260,13 +222,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     settings = tyro.cli(Settings, args=arguments, prog="python -m openril.playground.demo")
     try:
-        return run_demo(settings)
+        run_demo(settings)
     except OpenRILError as e:
         print(f"demo: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("demo: interrupted; the same command continues", file=sys.stderr)
         return 130
+    return 0
 
 
 if __name__ == "__main__":
