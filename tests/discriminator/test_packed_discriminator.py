@@ -78,7 +78,7 @@ def assert_same(
     """Within 1e-5 of a parameter's largest gradient, or a millionth of the largest of all: keys' biases have none."""
     assert ours[0] == pytest.approx(theirs[0], abs=1e-5)
     assert ours[1].keys() == theirs[1].keys()
-    floor = 1e-6 * max(float(g.abs().max()) for g in theirs[1].values())
+    floor = 0.1 * within * max(float(g.abs().max()) for g in theirs[1].values())
     assert floor > 1e-9
     for name, gradient in theirs[1].items():
         difference, size = float((ours[1][name] - gradient).abs().max()), float(gradient.abs().max())

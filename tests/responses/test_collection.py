@@ -102,12 +102,17 @@ def test_a_complete_cache_asks_nothing(recipe, cache):
         assert (server.count, result.new, result.already) == (before, 0, 18)
 
 
-def test_more_responses_keep_the_old_ones(recipe, cache):
+def test_more_responses_keep_the_old_ones_and_fewer_use_the_first(recipe, cache):
     with MisbehavingServer() as server:
         serve(recipe, server)
         collect(recipe, QUESTIONS, "big", cache)
         recipe.collect.num_responses = 5
         assert collect(recipe, QUESTIONS, "big", cache).new == 12
+        before = server.count
+        recipe.collect.num_responses = 1  # and fewer of them ask nothing: the first are used
+        result = collect(recipe, QUESTIONS, "big", cache)
+        assert (server.count, result.new) == (before, 0)
+    assert [[r.index for r in cache.load(QUESTIONS, ["big"], 1)[q.id]] for q in QUESTIONS] == [[0]] * len(QUESTIONS)
 
 
 def test_finish_reasons_empty_answers_and_refusals_are_kept(recipe, cache):
