@@ -74,5 +74,6 @@ class HealthWatch:
             )
         return (
             f"the discriminator has won: accuracy {mean:.3f} over {len(self.recent)} steps leaves no similarity reward"
-            " to earn; lower discriminator.optimiser.learning_rate, or see length_only_accuracy: it may just read length (discriminator.match_length)"
+            " to earn; lower discriminator.optimiser.learning_rate, or see length_only_accuracy: it may just read length"
+            " (discriminator.match_length)"
         )
