@@ -36,9 +36,9 @@ class Job:
 
 # Seconds on one core of the machine where they were measured; only their proportions matter.
 STARTING = 8.0
-PER_COLLECTED_RESPONSE = 0.005
-PER_DISCRIMINATOR_STEP = 0.5
-PER_TRAINING_STEP = {"dr_grpo": 1.0, "ril_one": 1.5, "ril": 1.5}
+PER_COLLECTED_RESPONSE = 0.003
+PER_DISCRIMINATOR_STEP = 0.55
+PER_TRAINING_STEP = {"dr_grpo": 1.3, "ril_one": 3.2, "ril": 3.2}
 PER_ANSWER = 0.02
 
 

@@ -158,9 +158,9 @@ def rich_tables(summary: Mapping[str, Any]) -> list[Table]:
 # Text
 
 
-def plain(text: str) -> str:
-    """On one line, without what would steer a terminal."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " / ".join(text.splitlines()))
+def plain(line: str) -> str:
+    """Without what would steer a terminal."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
 
 
 def group_text(group: ShownGroup) -> str:
@@ -176,9 +176,9 @@ def group_text(group: ShownGroup) -> str:
         exact = "right" if exactly_right(question, row["text"]) else "wrong"
         lines.append(
             f"  {row['source']:<11}{number(row['student_prob']):>12}{number(row['verdict'], '{:.0f}'):>9}{exact:>7}"
-            f"{number(row['advantage'], '{:+.2f}'):>11}  {plain(row['text'])}"
+            f"{number(row['advantage'], '{:+.2f}'):>11}  {' / '.join(row['text'].splitlines())}"
         )
-    return "\n".join(lines)
+    return "\n".join(plain(line) for line in lines)
 
 
 def groups_text(sections: Sequence[tuple[str, Sequence[ShownGroup]]]) -> str:
