@@ -81,6 +81,16 @@ def tidy(axes: Axes, title: str = "", ylabel: str = "") -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def by_step(axes: Axes) -> None:
+    """Steps across, a legend where there is anything to name."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel("step", fontsize=9)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(fontsize=7, frameon=False)
+
+
 def error(e: dict[str, Any]) -> list[list[float]]:
     """Distances of the interval's ends, in points, as matplotlib wants them."""
     return [[max(0.0, 100 * (e["value"] - e["low"]))], [max(0.0, 100 * (e["high"] - e["value"]))]]
@@ -91,7 +101,9 @@ def skills_figure(found: dict[str, Any]) -> Figure | None:
     students = [s for s, r in found["students"].items() if r["contenders"]]
     if not students:
         return None
-    figure = new_figure(13, 3.6 * len(students) + 0.4, "Right on the test questions (per cent, 95 % intervals)")
+    figure = new_figure(
+        13, 3.6 * len(students) + 0.6, f"Right on {found['split']} questions (per cent, 95 % intervals)"
+    )
     grid = figure.add_gridspec(len(students), 2, width_ratios=[1, 2])
     for line, student in enumerate(students):
         rows = found["students"][student]["contenders"]
@@ -104,19 +116,17 @@ def skills_figure(found: dict[str, Any]) -> Figure | None:
             )
         for teacher, row in found["teachers"].items():
             axes.axhline(100 * row["mean"]["value"], color=TEACHERS[teacher][1], linestyle=":", linewidth=1)
-        axes.set_xticks(range(len(names)), [CONTENDERS[n].title.split(",")[0] if n in ("base", "sft") else
-                        CONTENDERS[n].title for n in names], rotation=40, ha="right")  # fmt: skip
+        axes.set_xticks(range(len(names)), [CONTENDERS[n].title for n in names], rotation=40, ha="right")
         tidy(axes, STUDENT_TITLES[student] + ": mean of the skills")
         axes = figure.add_subplot(grid[line, 1])
         shown = [n for n in DOTS if n in rows]
         for offset, name in enumerate(shown):
-            for x, skill in enumerate(found["skills"]):
-                e = rows[name]["skills"][skill]
-                place = x + (offset - (len(shown) - 1) / 2) * 0.13
-                axes.errorbar(
-                    place, 100 * e["value"], yerr=error(e), fmt="o", markersize=4, color=COLOURS[name], linewidth=0.8,
-                    label=CONTENDERS[name].title.split(",  ")[0] if x == 0 else None,
-                )  # fmt: skip
+            estimates = [rows[name]["skills"][skill] for skill in found["skills"]]
+            places = [x + (offset - (len(shown) - 1) / 2) * 0.13 for x in range(len(estimates))]
+            axes.errorbar(
+                places, [100 * e["value"] for e in estimates], yerr=np.hstack([error(e) for e in estimates]), fmt="o",
+                markersize=4, color=COLOURS[name], linewidth=0.8, label=CONTENDERS[name].title,
+            )  # fmt: skip
         for teacher, row in found["teachers"].items():
             marker, colour = TEACHERS[teacher]
             values = [100 * row["skills"][s]["value"] for s in found["skills"]]
@@ -126,7 +136,8 @@ def skills_figure(found: dict[str, Any]) -> Figure | None:
         axes.set_xticks(range(len(found["skills"])), found["skills"], rotation=40, ha="right")
         axes.set_ylim(-3, 103)
         tidy(axes, STUDENT_TITLES[student] + ": by skill")
-        axes.legend(fontsize=7, frameon=False, ncol=4, loc="lower right")
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower right", fontsize=8, frameon=False, ncol=len(labels))
     return figure
 
 
@@ -148,10 +159,8 @@ def curves_figure(results: Results) -> Figure | None:
             for name, scores in with_runs(results, student):
                 curves = [series(read_jsonl(f / "metrics.jsonl"), metric) for f in scores.folders]
                 draw_seeds(axes, curves, COLOURS[name], CONTENDERS[name].title)
-            axes.set_xlabel("step", fontsize=9)
             tidy(axes, title, STUDENT_TITLES[student] if column == 0 else "")
-            if axes.get_legend_handles_labels()[1]:
-                axes.legend(fontsize=7, frameon=False)
+            by_step(axes)
     return figure
 
 
@@ -189,10 +198,8 @@ def ways_figure(results: Results) -> Figure | None:
                     curves.append(([s for s, _ in pairs], [v for _, v in pairs]))
                 draw_seeds(axes, curves, COLOURS[name], CONTENDERS[name].title)
             axes.set_ylim(-0.03, 1.03)
-            axes.set_xlabel("step", fontsize=9)
             tidy(axes, title, STUDENT_TITLES[student] if column == 0 else "")
-            if axes.get_legend_handles_labels()[1]:
-                axes.legend(fontsize=7, frameon=False)
+            by_step(axes)
     return figure
 
 

@@ -78,11 +78,12 @@ class Findings:
         }
 
     def between(self, a: Scores | None, b: Scores | None, skill: str = "") -> Estimate | None:
-        """b - a, paired; None where one is missing or they have no seed in common. skill: of one skill alone."""
+        """b - a, paired; None where one is missing or they have no seed in common. skill: of one skill alone (None, too,
+        where no question is of it)."""
         if a is None or b is None:
             return None
         values, seeds = paired(a.values, b.values, a.seeds, b.seeds)
-        if not seeds:
+        if not seeds or (skill and skill not in self.resampling.skills):
             return None
         return self.resampling.skill_means(values)[skill] if skill else self.resampling.mean(values)
 

@@ -23,10 +23,9 @@ from openril.playground.study.plan import (
     Group,
     Start,
 )
-from openril.playground.study.work import DONE
+from openril.playground.study.work import DONE, Stage
 from openril.recipe.loading import load_recipe, save_recipe
 from openril.recipe.schema import Recipe
-from openril.training.state import recipe_differences
 
 START_UP = 20.0
 """Seconds of a job besides its steps: imports, loading, scoring."""
@@ -36,12 +35,13 @@ STEP = 0.8
 
 @dataclass
 class Job:
-    """name: its folder in ``out``. recipe: makes its recipe, when it starts. needs: names of jobs. arguments: of work.py.
-    expected: seconds, roughly; kind: jobs whose expected seconds are wrong by the same factor."""
+    """name: its folder in ``out``. recipe: makes its recipe, when it starts. stage, arguments: of work.py. needs: names of
+    jobs. expected: seconds, roughly. kind: jobs whose expected seconds are wrong by the same factor."""
 
     name: str
     folder: Path
     recipe: Callable[[], Recipe]
+    stage: Stage
     arguments: tuple[str, ...]
     needs: tuple[str, ...] = ()
     expected: float = START_UP
@@ -71,6 +71,8 @@ class Job:
         """Settings in which the folder's recipe is another."""
         if not self.recipe_path.is_file():
             return []
+        from openril.training.state import recipe_differences  # imports torch, which a new study needs no time for
+
         was = load_recipe(self.recipe_path)
         return recipe_differences(was.model_dump(mode="json"), recipe.model_dump(mode="json"), lambda key: False)
 
@@ -144,39 +146,45 @@ class Plan:
 
     def _teacher(self, teacher: str) -> str:
         student, folder = self.students[0], self.recipes.out / "teachers" / teacher
-        arguments = ("--stage", "none", "--name", "base", "--score", str(self.score))
+        arguments = ("--name", "base", "--score", str(self.score))
         return self._add(
-            Job(f"teachers/{teacher}", folder, lambda: self.recipes.teacher(student, teacher), arguments, kind="score")
+            Job(
+                f"teachers/{teacher}",
+                folder,
+                lambda: self.recipes.teacher(student, teacher),
+                "none",
+                arguments,
+                kind="score",
+            )
         )
 
     def _teacher_cache(self) -> str:
         student, folder = self.students[0], self.recipes.out / "teachers" / "cache"
-        arguments = ("--stage", "collect", "--sources", *TEACHERS)
+        arguments = ("--sources", *TEACHERS)
         make = lambda: self.recipes.teacher_collection(student)  # noqa: E731
-        return self._add(Job("teachers/cache", folder, make, arguments, expected=300, kind="collect"))
+        return self._add(Job("teachers/cache", folder, make, "collect", arguments, expected=300, kind="collect"))
 
     def _cache(self, student: str, start: Start) -> str:
         teachers = self._teacher_cache()
         source = self._jobs[teachers].folder / "responses"
-        arguments = ("--stage", "collect", "--copy-from", str(source), "--sources", "student")
+        arguments = ("--copy-from", str(source), "--sources", "student")
         make = lambda: self.recipes.collection(student, start)  # noqa: E731
         folder = self.recipes.cache(student, start)
         name = f"{student}/caches/{start}"
-        return self._add(Job(name, folder, make, arguments, (teachers,), expected=100, kind="collect"))
+        return self._add(Job(name, folder, make, "collect", arguments, (teachers,), expected=100, kind="collect"))
 
     def _discriminator(self, student: str, variant: Variant) -> str:
         cache = self._cache(student, variant.start)
         make = lambda: self.recipes.discriminator(student, variant)  # noqa: E731
         folder = self.recipes.discriminator_folder(student, variant)
         name = f"{student}/discriminators/{variant.name}"
-        arguments = ("--stage", "discriminator")
-        return self._add(Job(name, folder, make, arguments, (cache,), expected=60, kind="discriminator"))
+        return self._add(Job(name, folder, make, "discriminator", (), (cache,), expected=60, kind="discriminator"))
 
     def _cell(self, place: Place) -> str:
         recipes, cell = self.recipes, place.cell
         folder = recipes.out / place.path
-        stage = {"as_is": "none", "sft": "sft", "loop": "train"}[cell.how]
-        arguments = ["--stage", stage, "--name", result_name(cell), "--score", str(self.score)]
+        stages: dict[str, Stage] = {"as_is": "none", "sft": "sft", "loop": "train"}
+        arguments = ["--name", result_name(cell), "--score", str(self.score)]
         needs: list[str] = []
         recipe = recipes.cell(place)
         if cell.how == "sft" or (cell.how == "loop" and recipe.teacher_responses_per_question):
@@ -194,7 +202,9 @@ class Plan:
             make = lambda: recipes.cell(place, self.compute_steps(place))  # noqa: E731
             expected = START_UP + STEP * CONTENDERS[REFERENCE].cost * steps
         kind = cell.how if place.group != "compute" else f"{cell.how} {REFERENCE}"
-        return self._add(Job(place.path, folder, make, tuple(arguments), tuple(needs), expected, kind))
+        return self._add(
+            Job(place.path, folder, make, stages[cell.how], tuple(arguments), tuple(needs), expected, kind)
+        )
 
     def _measured_first(self, place: Place) -> list[str]:
         """The jobs whose steps are timed to know how many a compute cell takes."""

@@ -17,7 +17,8 @@ from openril.storage import read_jsonl
 
 SHOW_EVERY = 20.0
 """Seconds between two looks at what is running."""
-METRICS = ("metrics.jsonl", "sft/metrics.jsonl", "discriminator/metrics.jsonl")
+METRICS = {"train": "metrics.jsonl", "sft": "sft/metrics.jsonl", "discriminator": "discriminator/metrics.jsonl"}
+"""Where a stage writes what it measures."""
 
 
 class Lanes:
@@ -79,7 +80,8 @@ class Lanes:
             except OpenRILError as e:
                 self._fail(job, str(e))
                 continue
-            arguments = ["openril.playground.study.work", "--recipe", str(job.recipe_path), *job.arguments]
+            arguments = ["openril.playground.study.work", "--recipe", str(job.recipe_path), "--stage", job.stage]
+            arguments += job.arguments
             with open(self.log(job), "ab") as log:
                 # A session of its own: Ctrl-C on the terminal reaches this process alone, which then asks once.
                 process = subprocess.Popen(
@@ -112,7 +114,8 @@ class Lanes:
         return self.logs / f"{job.name.replace('/', '_')}.log"
 
     def _news(self, job: Job) -> str:
-        rows = next((rows for name in METRICS if (rows := read_jsonl(job.folder / name))), [])
+        metrics = METRICS.get(job.stage)
+        rows = read_jsonl(job.folder / metrics) if metrics else []
         if not rows:
             return job.name
         shown = [f"{label} {value}" for label, value in figures(rows[-1])[:4]]

@@ -42,8 +42,8 @@ GAD = {
 }
 
 CONTENDERS: dict[str, Cell] = {
-    "base": Cell("student before its warm start", "as_is", start="base"),
-    "sft": Cell("SFT student, where all others start", "as_is"),
+    "base": Cell("base student", "as_is", start="base"),
+    "sft": Cell("SFT student", "as_is"),
     "dr_grpo": Cell("Dr.GRPO", overrides={"train.algorithm": "dr_grpo"}, cost=1.0),
     "ril_both": Cell("RIL, both teachers"),
     "ril_a": Cell("RIL, teacher A", overrides={"train.teachers": ["teacher_a"]}),

@@ -1,0 +1,236 @@
+"""Cells, their recipes, their order, and what they need."""
+
+import pytest
+
+from openril.errors import DataError, RecipeError, StateError
+from openril.playground.study.cells import Place, Recipes, put
+from openril.playground.study.command import Settings, check, prepare
+from openril.playground.study.jobs import Plan
+from openril.playground.study.lanes import Lanes, seconds_left
+from openril.playground.study.plan import ABLATIONS, CELLS, COMPUTE, CONTENDERS, MAIN, REFERENCE
+from openril.recipe.checks import cross_check
+from openril.recipe.loading import load_recipe
+from openril.storage import write_json
+from support.finished_study import write_cell
+
+TRAINED = [(g, n) for g in ("contenders", "ablations") for n, c in CELLS[g].items() if c.how != "as_is"]
+NOT_HERE_YET = ("no such file", "no such folder", "holds no")
+
+
+def recipes(tmp_path, *overrides):
+    return Recipes(tmp_path / "out", tmp_path / "models", overrides)
+
+
+def plan(tmp_path, **wanted):
+    return Plan(recipes(tmp_path), tmp_path / "out/world/test.jsonl", **wanted)
+
+
+@pytest.mark.parametrize(("group", "name"), TRAINED, ids=[n for _, n in TRAINED])
+def test_recipe_of_a_cell_contradicts_itself_nowhere(tmp_path, group, name):
+    recipe = recipes(tmp_path).cell(Place("student_qwen", group, name, 0))
+    stage = "sft" if recipe.sft.enabled else "train"
+    problems = [str(p) for p in cross_check(recipe, stage) if p.key != "train.beta"]
+    assert [p for p in problems if not any(w in p for w in NOT_HERE_YET)] == []
+
+
+@pytest.mark.parametrize(("group", "name"), TRAINED, ids=[n for _, n in TRAINED])
+def test_every_cell_takes_the_same_steps_from_the_same_student_on_the_same_questions(tmp_path, group, name):
+    made = recipes(tmp_path)
+    recipe = made.cell(Place("student_qwen", group, name, 1))
+    reference = made.cell(Place("student_qwen", "contenders", REFERENCE, 1))
+    assert (recipe.sft.max_steps if recipe.sft.enabled else recipe.train.max_steps) == reference.train.max_steps
+    assert recipe.train.questions_per_step == reference.train.questions_per_step
+    assert recipe.data == reference.data
+    assert recipe.seed == reference.seed == 1
+    assert recipe.student.model == str(tmp_path / "models/student_qwen" / ("base" if name == "no_sft" else "sft"))
+    assert recipe.start_student == recipe.student.model or recipe.sft.enabled
+
+
+def test_imitation_learns_as_many_teacher_responses_a_step_as_the_groups_hold(tmp_path):
+    made = recipes(tmp_path, "train.questions_per_step=10", "train.num_generations=3")
+    assert made.cell(Place("student_qwen", "contenders", "sft_teacher_text", 0)).sft.batch_size == 30
+    assert made.cell(Place("student_qwen", "contenders", "ril_both", 0)).teacher_responses_per_question == 3
+
+
+def test_an_ablation_changes_what_it_names_and_nothing_else(tmp_path):
+    made = recipes(tmp_path)
+    reference = made.cell(Place("student_qwen", "contenders", REFERENCE, 0)).model_dump()
+    other = made.cell(Place("student_qwen", "ablations", "beta_0.1", 0)).model_dump()
+    assert other["train"].pop("beta") == 0.1
+    assert reference["train"].pop("beta") == 0.01
+    other.pop("run_dir"), reference.pop("run_dir")
+    assert other == reference
+
+
+def test_every_ablation_differs_from_the_reference(tmp_path):
+    made = recipes(tmp_path)
+    seen = [made.cell(Place("student_qwen", "contenders", REFERENCE, 0)).model_dump(exclude={"run_dir"})]
+    for _, cells in ABLATIONS.values():
+        for name in cells:
+            values = made.cell(Place("student_qwen", "ablations", name, 0)).model_dump(exclude={"run_dir"})
+            assert values not in seen, name
+            seen.append(values)
+
+
+def test_folders_and_overrides_reach_every_path(tmp_path):
+    recipe = recipes(tmp_path, "train.max_steps=7").cell(Place("student_internvl", "contenders", "ril_a", 2))
+    assert recipe.run_path == tmp_path / "out/student_internvl/contenders/ril_a/seed_2"
+    assert recipe.data.train == [str(tmp_path / "out/world/train.jsonl")]
+    assert [t.model_path for t in recipe.teachers] == [str(tmp_path / "models" / t) for t in ("teacher_a", "teacher_b")]
+    assert recipe.judge.model_path == str(tmp_path / "models/judge")
+    assert (recipe.train.max_steps, recipe.seed) == (7, 2)
+
+
+def test_test_questions_are_in_no_recipe(tmp_path):
+    jobs = plan(tmp_path).jobs()
+    assert all("test.jsonl" not in job.recipe().model_dump_json() for job in jobs if "/compute/" not in job.name)
+
+
+def test_cells_that_begin_alike_share_a_discriminator(tmp_path):
+    made = recipes(tmp_path)
+
+    def variant(name, group="ablations", student="student_qwen"):
+        return made.variant(Place(student, group, name, 0))
+
+    reference = variant(REFERENCE, "contenders")
+    assert variant("gail", "contenders") == variant("mu_4") == variant("d_fixed") == variant("text_off") == reference
+    assert len({reference, variant("ril_a", "contenders"), variant("sees_image"), variant("bradley_terry")}) == 4
+    assert variant("match_length").match_length
+    assert variant("no_sft").start == "base"
+    assert variant("d_none") is variant("dr_grpo", "contenders") is variant("sft_teacher_text", "contenders") is None
+
+
+def test_a_discriminators_recipe_is_what_its_cells_ask_for(tmp_path):
+    made = recipes(tmp_path)
+    place = Place("student_qwen", "contenders", "gad_like", 0)
+    recipe, cell = made.discriminator("student_qwen", made.variant(place)), made.cell(place)
+    assert (recipe.discriminator.sees, recipe.discriminator.loss) == ("question", "bradley_terry")
+    assert recipe.teacher_names == cell.teacher_names
+    assert recipe.start_student == cell.start_student
+    assert recipe.cache_path == cell.cache_path
+
+
+def test_the_most_telling_cells_come_first(tmp_path):
+    places = list(plan(tmp_path).places())
+    first_of = {(p.student, p.group): i for i, p in reversed(list(enumerate(places)))}
+    order = [
+        ("student_qwen", "contenders"), ("student_internvl", "contenders"), ("student_qwen", "ablations"),
+        ("student_qwen", "compute"),
+    ]  # fmt: skip
+    assert [first_of[key] for key in order] == sorted(first_of[key] for key in order)
+    second = [p.name for p in places if p.student == "student_internvl" and p.group == "contenders"]
+    mains = [n for n in second if n in MAIN]
+    assert second[: len(mains)] == mains
+
+
+def test_every_job_stands_behind_what_it_needs(tmp_path):
+    seen = set()
+    for job in plan(tmp_path).jobs():
+        assert set(job.needs) <= seen, job.name
+        seen.add(job.name)
+
+
+def test_selection_brings_what_it_needs_and_no_more(tmp_path):
+    jobs = plan(tmp_path, students=["student_qwen"], seeds=1, only=["ril_a"], groups=["contenders"]).jobs()
+    assert [j.name for j in jobs] == [
+        "teachers/cache",
+        "student_qwen/caches/sft",
+        "student_qwen/discriminators/sft-response-bce-teacher_a",
+        "student_qwen/contenders/ril_a/seed_0",
+    ]
+
+
+def test_equal_compute_is_computed_from_measured_steps(tmp_path):
+    wanted = plan(tmp_path, students=["student_qwen"], seeds=2, groups=["compute"])
+    for seed in range(2):
+        write_cell(tmp_path / "out", Place("student_qwen", "contenders", REFERENCE, seed), 1)  # 20 steps of 1.5 s
+        write_cell(tmp_path / "out", Place("student_qwen", "contenders", "dr_grpo", seed), 1)  # of 0.5 s
+    assert wanted.compute_steps(Place("student_qwen", "compute", "dr_grpo", 1)) == 60
+    with pytest.raises(StateError, match="no measured seconds of ril_both and grpo"):
+        wanted.compute_steps(Place("student_qwen", "compute", "grpo", 1))
+
+
+def test_a_begun_compute_cell_keeps_its_steps(tmp_path):
+    wanted = plan(tmp_path, students=["student_qwen"], seeds=1, groups=["compute"])
+    for name in (REFERENCE, "dr_grpo"):
+        write_cell(tmp_path / "out", Place("student_qwen", "contenders", name, 0), 1)
+    job = next(j for j in wanted.jobs() if j.name == "student_qwen/compute/dr_grpo/seed_0")
+    assert {REFERENCE, "dr_grpo"} <= {n.split("/")[2] for n in job.needs}
+    job.write_recipe()
+    write_cell(tmp_path / "out", Place("student_qwen", "contenders", REFERENCE, 0), 1, steps=40)
+    job.write_recipe()
+    assert load_recipe(job.recipe_path).train.max_steps == 60
+
+
+def test_a_folder_of_other_settings_is_refused(tmp_path):
+    def job(*overrides):
+        wanted = Plan(recipes(tmp_path, *overrides), tmp_path / "t", ["student_qwen"], 1, only=["dr_grpo"])
+        return next(j for j in wanted.jobs() if "contenders/dr_grpo" in j.name)
+
+    job().write_recipe()
+    job().write_recipe()
+    with pytest.raises(StateError, match=r"seed_0 was made with other values of train\.beta"):
+        job("train.beta=0.5").write_recipe()
+
+
+def lanes(tmp_path, **wanted):
+    return Lanes(plan(tmp_path, **wanted).jobs(), tmp_path / "logs", lambda line: None)
+
+
+def test_finished_jobs_are_passed_over_and_the_needed_ones_waited_for(tmp_path):
+    wanted = {"students": ["student_qwen"], "seeds": 1, "only": ["dr_grpo", "ril_both"], "groups": ["contenders"]}
+    assert lanes(tmp_path, **wanted).next_job().name.endswith("dr_grpo/seed_0")
+    write_cell(tmp_path / "out", Place("student_qwen", "contenders", "dr_grpo", 0), 1)
+    runner = lanes(tmp_path, **wanted)
+    assert runner.next_job().name == "teachers/cache"
+    runner.running["teachers/cache"] = (None, None, 0.0)
+    assert runner.next_job() is None
+
+
+def test_what_needs_a_failed_job_is_left_out_and_the_rest_goes_on(tmp_path):
+    runner = lanes(tmp_path, students=["student_qwen"], seeds=1, only=["ril_both", "grpo"], groups=["contenders"])
+    runner.failed["teachers/cache"] = "exit code 2"
+    assert runner.next_job().name.endswith("grpo/seed_0")
+    assert runner.failed["student_qwen/contenders/ril_both/seed_0"].startswith("needs")
+
+
+def test_time_left_follows_what_was_measured(tmp_path):
+    jobs = plan(tmp_path, students=["student_qwen"], seeds=2, only=["dr_grpo"], groups=["contenders"]).jobs()
+    assert seconds_left(jobs, set(), {}, 2) == pytest.approx(sum(j.expected for j in jobs) / 2)
+    write_cell(tmp_path / "out", Place("student_qwen", "contenders", "dr_grpo", 0), 1)  # took 60 s
+    assert seconds_left(jobs, {jobs[0].name}, {jobs[1].name: 20.0}, 1) == pytest.approx(40.0)
+
+
+def test_a_key_that_is_no_setting_is_refused():
+    with pytest.raises(RecipeError, match=r"train\.betta is no setting"):
+        put({"train": {"beta": 1}}, "train.betta", 2)
+
+
+def test_unknown_names_and_missing_models_are_refused(tmp_path):
+    with pytest.raises(DataError, match="no cell ril_c"):
+        check(Settings(only=("ril_c",)))
+    with pytest.raises(DataError, match="lacks student_qwen/base"):
+        check(Settings(models=tmp_path))
+
+
+def test_another_study_in_the_same_folder_is_refused(tmp_path):
+    settings = Settings(tmp_path / "out", tmp_path / "models", num_train=14, num_validation=14, num_test=14)
+    prepare(settings)
+    prepare(settings)
+    settings.num_test = 28
+    with pytest.raises(StateError, match="begun with other num_test"):
+        prepare(settings)
+
+
+def test_other_models_in_the_same_folder_are_refused(tmp_path):
+    settings = Settings(tmp_path / "out", tmp_path / "models", num_train=14, num_validation=14, num_test=14)
+    weights = settings.models / "teacher_a" / "model.safetensors"
+    write_json(weights, 1)
+    prepare(settings)
+    write_json(weights, 2)
+    with pytest.raises(StateError, match="begun with other models: teacher_a"):
+        prepare(settings)
+
+
+def test_contenders_of_the_second_table_are_contenders_of_the_first():
+    assert set(COMPUTE) < set(CONTENDERS)

@@ -1,0 +1,199 @@
+"""From finished cells to findings, tables, figures and the page; and what a job's own files say."""
+
+import json
+
+import pytest
+
+from openril.errors import DataError
+from openril.playground.study.cells import Place
+from openril.playground.study.findings import Findings
+from openril.playground.study.measures import agreement, median, seconds_of, way_of
+from openril.playground.study.page import PAGE, default_page, replace_blocks, write_report
+from openril.playground.study.plan import ABLATIONS, CONTENDERS, STUDENTS
+from openril.playground.study.scores import read_results
+from openril.playground.study.tables import BLOCKS
+from openril.records import Question
+from openril.storage import write_json
+from support.finished_study import write_cell, write_scores
+
+QWEN = "student_qwen"
+
+
+def finish(out, seeds=2, ablations=("beta_0", "similarity_3", "each_1", "each_4")):
+    for student in STUDENTS:
+        for name, cell in CONTENDERS.items():
+            for seed in [None] if cell.how == "as_is" else range(seeds):
+                write_cell(out, Place(student, "contenders", name, seed))
+    for name in ablations:
+        write_cell(out, Place(QWEN, "ablations", name, 0), chance=0.2 if name == "beta_0" else None)
+    write_cell(out, Place(QWEN, "compute", "dr_grpo", 0), steps=60)
+    for teacher in ("teacher_a", "teacher_b"):
+        ids = read_results(out).questions.ids
+        write_scores(out / "teachers" / teacher, "base", {i: float(n % 3 == 0) for n, i in enumerate(ids)})
+    write_json(out / "study.json", {"split": "test"})
+    return out
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    return finish(tmp_path_factory.mktemp("study"))
+
+
+@pytest.fixture(scope="module")
+def found(study):
+    return Findings(read_results(study), 500).everything()
+
+
+def goal(found, beginning, student=QWEN):
+    return next(g for g in found["students"][student]["goals"] if g["goal"].startswith(beginning))
+
+
+def test_goals_are_judged_by_value_and_interval(found):
+    both = goal(found, "RIL, both, over Dr.GRPO")
+    assert both["reached"] is True  # chances .8 against .5
+    assert both["found"].startswith("+")
+    assert goal(found, "both over the better single")["reached"] in (True, False)
+    assert goal(found, "similarity reward")["reached"] is True  # 0.2 to 0.65 in the made-up metrics
+    assert goal(found, "beta 0")["reached"] is None
+    assert goal(found, "beta 0")["found"].startswith("-")
+    assert goal(found, "beta 0", "student_internvl")["found"] is None
+
+
+def test_a_small_gain_does_not_reach_a_large_goal(tmp_path):
+    ids = [f"test{i}-charts" for i in range(200)]
+    for name, right in (("dr_grpo", 100), ("ril_both", 106)):
+        place = Place(QWEN, "contenders", name, 0)
+        write_scores(tmp_path / place.path, "final", {i: float(n < right) for n, i in enumerate(ids)})
+    both = goal(Findings(read_results(tmp_path), 500).everything(), "RIL, both, over Dr.GRPO")
+    assert both["found"].startswith("+3.0 [+")  # the interval excludes 0, but 3.0 is less than 5.1
+    assert both["reached"] is False
+
+
+def test_a_student_passes_a_teacher_skill_by_skill(tmp_path):
+    def scores(charts, open_):
+        return {f"test{i}-charts": float(i < charts) for i in range(4)} | {
+            f"test{i}-open": float(i < open_) for i in range(4)
+        }
+
+    write_scores(tmp_path / Place(QWEN, "contenders", "ril_both", 0).path, "final", scores(3, 2))
+    write_scores(tmp_path / "teachers/teacher_a", "base", scores(2, 3))
+    write_scores(tmp_path / "teachers/teacher_b", "base", scores(1, 2))
+    passes = Findings(read_results(tmp_path), 200).passes(QWEN)
+    assert passes["by_teacher"] == {"teacher_a": ["charts"], "teacher_b": ["charts"]}
+    assert passes["all"] == ["charts"]
+    assert passes["number"]["value"] == 1.0
+
+
+def test_the_reference_is_compared_on_common_seeds(found):
+    over = found["students"][QWEN]["ablations"]["beta_0"]["over_reference"]
+    assert over["seeds"] == 1  # seed 0 alone, of two
+    assert over["high"] < 0
+
+
+def test_cells_that_are_not_finished_are_left_out(tmp_path):
+    write_cell(tmp_path, Place(QWEN, "contenders", "dr_grpo", 0), 1)
+    (write_cell(tmp_path, Place(QWEN, "contenders", "dr_grpo", 1), 1) / "done.json").unlink()
+    assert read_results(tmp_path).cells[QWEN]["contenders"]["dr_grpo"].seeds == [0]
+
+
+def test_cells_scored_on_other_questions_are_refused(tmp_path):
+    write_cell(tmp_path, Place(QWEN, "contenders", "dr_grpo", 0), 2)
+    write_cell(tmp_path, Place(QWEN, "contenders", "ril_both", 0), 1)
+    with pytest.raises(DataError, match="has no score of 14 questions"):
+        read_results(tmp_path)
+
+
+def test_an_empty_folder_has_nothing_to_report(tmp_path):
+    with pytest.raises(DataError, match="no cell is finished"):
+        read_results(tmp_path)
+
+
+def test_report_writes_results_figures_and_page(study, tmp_path):
+    page = tmp_path / "study.md"
+    write_report(study, page, 200, lambda line: None)
+    text = page.read_text()
+    assert "| RIL, both teachers | " in text
+    assert "99.0 %" in text  # the judge's agreement, beside the result
+    figures = {p.name for p in (tmp_path / "images/study").iterdir()}
+    assert figures == {"skills.png", "curves.png", "ways.png", "similarity.png", "responses.png"}
+    assert all(f"images/study/{f}" in text for f in figures)
+    results = json.loads((study / "results.json").read_text())
+    assert set(results["students"]) == set(STUDENTS)
+
+
+def test_report_of_one_cell_says_what_is_missing(tmp_path):
+    write_cell(tmp_path, Place(QWEN, "contenders", "dr_grpo", 0))
+    write_json(tmp_path / "study.json", {"split": "validation"})
+    write_report(tmp_path, tmp_path / "study.md", 100, lambda line: None)
+    text = (tmp_path / "study.md").read_text()
+    assert "140 validation questions" in text
+    assert text.count("Not measured yet.") == 3  # passes, compute, ablations
+
+
+def test_the_shipped_page_has_every_block():
+    text = PAGE.read_text()
+    for name in [*BLOCKS, "figure_skills", "figure_curves", "figure_ways", "figure_similarity", "figure_responses"]:
+        assert f"<!-- generated: {name} -->" in text
+        assert f"<!-- end: {name} -->" in text
+
+
+def test_only_what_stands_between_markers_is_replaced():
+    text = (
+        "mine\n<!-- generated: a -->\nold\n<!-- end: a -->\nalso mine\n<!-- generated: b -->\nkept\n<!-- end: b -->\n"
+    )
+    new = replace_blocks(text, {"a": "new \\1\n", "c": "nowhere"})
+    assert new == text.replace("old", "new \\1")
+
+
+def test_a_marker_without_its_end_is_refused():
+    with pytest.raises(DataError, match="no <!-- end: a -->"):
+        replace_blocks("<!-- generated: a -->\n", {"a": "x"})
+
+
+def test_only_the_shipped_study_writes_the_docs(tmp_path):
+    assert default_page(PAGE.parents[1] / "runs" / "study", "test") == PAGE
+    assert default_page(PAGE.parents[1] / "runs" / "study", "validation") != PAGE
+    assert default_page(tmp_path, "test") == tmp_path / "study.md"
+
+
+def test_every_ablation_has_a_row(tmp_path):
+    for _, cells in ABLATIONS.values():
+        for name in cells:
+            write_cell(tmp_path, Place(QWEN, "ablations", name, 0), 1)
+    write_cell(tmp_path, Place(QWEN, "contenders", "ril_both", 0), 1)
+    text = BLOCKS["ablations"](Findings(read_results(tmp_path), 100).everything())
+    assert text.count("\n|") == 2 + 1 + sum(len(cells) for _, cells in ABLATIONS.values())
+
+
+@pytest.mark.parametrize(
+    ("text", "way"),
+    [
+        ("7", "direct"),
+        ("B", "direct"),
+        ("see red 3, then blue 4; answer = 7", "own"),
+        ("先 红 3, 再 蓝 4; 答案 是 7", "own"),
+        ("the red cell shows 3. so the answer is 7.", "a"),
+        ("红 是 3. 所以 答案 是 7.", "a"),
+        ("- red 3\n- blue 4\nanswer: 7", "b"),
+    ],
+)
+def test_ways_of_answering_are_told_apart(text, way):
+    assert way_of(text) == way
+
+
+def test_agreement_counts_by_the_exact_rule():
+    q = Question("q", "how many?", "7", rule="number")
+    # right and called right; wrong and called right; wrong and called wrong; right and called wrong; unknown
+    items = [(q, "7", 1.0), (q, "6", 1.0), (q, "5", 0.0), (q, "7", 0.0), (q, "7", None)]
+    assert agreement(items) == {
+        "verdicts": 4, "unknown": 1, "agreement": 0.5, "wrongly_right": 0.5, "wrongly_wrong": 0.5,
+    }  # fmt: skip
+    assert agreement([])["agreement"] is None
+
+
+def test_seconds_are_the_median_steps():
+    assert median([1.0, 100.0, 2.0]) == 2.0
+    assert median([1.0, 2.0]) == 1.5
+    assert median([]) is None
+    assert seconds_of({"steps": 10, "seconds_per_step": 1.5}) == 15.0
+    assert seconds_of({}) is None
