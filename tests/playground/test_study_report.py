@@ -19,7 +19,7 @@ from support.finished_study import write_cell, write_scores
 QWEN = "student_qwen"
 
 
-def finish(out, seeds=2, ablations=("beta_0", "similarity_3", "each_1", "each_4")):
+def finish(out, seeds=2, ablations=("beta_0", "similarity_3", "cached_1", "cached_4")):
     for student in STUDENTS:
         for name, cell in CONTENDERS.items():
             for seed in [None] if cell.how == "as_is" else range(seeds):

@@ -32,7 +32,7 @@ DOTS = ("sft", "dr_grpo", "ril_a", "ril_b", "ril_both")
 SIMILARITY_KINDS = {
     "ril_both": "binary", "similarity_3": "3 levels", "similarity_11": "11 levels", "similarity_continuous": "continuous",
 }  # fmt: skip
-RESPONSES = {"each_1": 1, "ril_both": 2, "each_4": 4, "each_16": 16}
+RESPONSES = {"cached_1": 1, "cached_4": 4, "ril_both": 16}
 CURVES = (
     ("Similarity reward of student samples", "reward/student_similarity"),
     ("Answer reward of student samples", "reward/student_answer"),
@@ -49,7 +49,7 @@ def draw_figures(results: Results, found: dict[str, Any], folder: Path) -> dict[
         "figure_curves": ("Rewards and validation score over the steps", lambda: curves_figure(results)),
         "figure_ways": ("How the students' samples are written", lambda: ways_figure(results)),
         "figure_similarity": ("Kinds of similarity reward", lambda: similarity_figure(found)),
-        "figure_responses": ("Responses of each teacher in a group", lambda: responses_figure(found)),
+        "figure_responses": ("Cached responses of each teacher", lambda: responses_figure(found)),
     }
     drawn = {}
     for name, (title, make) in figures.items():
@@ -236,7 +236,7 @@ def responses_figure(found: dict[str, Any]) -> Figure | None:
     students = _rows(found, list(RESPONSES))
     if not students:
         return None
-    figure = new_figure(4.6 * len(students), 3.4, "Responses of each teacher in a group (mean of the skills, per cent)")
+    figure = new_figure(4.6 * len(students), 3.4, "Cached responses of each teacher (mean of the skills, per cent)")
     for column, (student, rows) in enumerate(students.items()):
         axes = figure.add_subplot(1, len(students), column + 1)
         places = [RESPONSES[n] for n in rows]

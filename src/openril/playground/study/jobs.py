@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,7 @@ class Plan:
             Job(
                 f"teachers/{teacher}",
                 folder,
-                lambda: self.recipes.teacher(student, teacher),
+                partial(self.recipes.teacher, student, teacher),
                 "none",
                 arguments,
                 kind="score",
@@ -161,21 +162,21 @@ class Plan:
     def _teacher_cache(self) -> str:
         student, folder = self.students[0], self.recipes.out / "teachers" / "cache"
         arguments = ("--sources", *TEACHERS)
-        make = lambda: self.recipes.teacher_collection(student)  # noqa: E731
+        make = partial(self.recipes.teacher_collection, student)
         return self._add(Job("teachers/cache", folder, make, "collect", arguments, expected=300, kind="collect"))
 
     def _cache(self, student: str, start: Start) -> str:
         teachers = self._teacher_cache()
         source = self._jobs[teachers].folder / "responses"
         arguments = ("--copy-from", str(source), "--sources", "student")
-        make = lambda: self.recipes.collection(student, start)  # noqa: E731
+        make = partial(self.recipes.collection, student, start)
         folder = self.recipes.cache(student, start)
         name = f"{student}/caches/{start}"
         return self._add(Job(name, folder, make, "collect", arguments, (teachers,), expected=100, kind="collect"))
 
     def _discriminator(self, student: str, variant: Variant) -> str:
         cache = self._cache(student, variant.start)
-        make = lambda: self.recipes.discriminator(student, variant)  # noqa: E731
+        make = partial(self.recipes.discriminator, student, variant)
         folder = self.recipes.discriminator_folder(student, variant)
         name = f"{student}/discriminators/{variant.name}"
         return self._add(Job(name, folder, make, "discriminator", (), (cache,), expected=60, kind="discriminator"))
@@ -194,12 +195,12 @@ class Plan:
             needs.append(self._discriminator(place.student, variant))
             target = recipes.discriminator_folder(place.student, variant) / "discriminator"
             arguments += ["--discriminator", str(target)]
-        make = lambda: recipes.cell(place)  # noqa: E731
+        make: Callable[[], Recipe] = partial(recipes.cell, place)
         steps = recipe.train.max_steps if cell.how != "as_is" else 0
         expected = START_UP + STEP * cell.cost * steps
         if place.group == "compute":
             needs += self._measured_first(place)
-            make = lambda: recipes.cell(place, self.compute_steps(place))  # noqa: E731
+            make = partial(self._compute_recipe, place)  # when the steps it needs are measured
             expected = START_UP + STEP * CONTENDERS[REFERENCE].cost * steps
         kind = cell.how if place.group != "compute" else f"{cell.how} {REFERENCE}"
         return self._add(
@@ -212,6 +213,9 @@ class Plan:
         return [
             self._cell(Place(place.student, "contenders", name, seed)) for name in names for seed in range(self.seeds)
         ]
+
+    def _compute_recipe(self, place: Place) -> Recipe:
+        return self.recipes.cell(place, self.compute_steps(place))
 
     def compute_steps(self, place: Place) -> int:
         """As many steps as fill the reference's training seconds. Once a cell has begun, its number stands."""

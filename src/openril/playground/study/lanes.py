@@ -81,7 +81,7 @@ class Lanes:
                 self._fail(job, str(e))
                 continue
             arguments = ["openril.playground.study.work", "--recipe", str(job.recipe_path), "--stage", job.stage]
-            arguments += job.arguments
+            arguments += [*job.arguments, "--parent", str(os.getpid())]
             with open(self.log(job), "ab") as log:
                 # A session of its own: Ctrl-C on the terminal reaches this process alone, which then asks once.
                 process = subprocess.Popen(

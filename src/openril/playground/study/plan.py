@@ -98,6 +98,10 @@ ABLATIONS: dict[str, tuple[str, dict[str, Cell]]] = {
         "similarity_11": Cell("11 levels", overrides={"rewards.similarity": {"kind": "levels", "levels": 11}}),
         "similarity_continuous": Cell("continuous", overrides={"rewards.similarity.kind": "continuous"}),
     }),
+    "cached": ("Cached responses of each teacher that groups draw from (16)", {
+        "cached_1": Cell("1 (and 1 in a group)", overrides={"collect.num_responses": 1, "train.num_teacher_responses": 2}),
+        "cached_4": Cell("4", overrides={"collect.num_responses": 4}),
+    }),
     "responses": ("Responses of each teacher in a group (2)", {
         "each_1": Cell("1", overrides=_each(1), cost=1.3),
         "each_4": Cell("4", overrides=_each(4), cost=2.0),

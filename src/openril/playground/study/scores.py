@@ -43,8 +43,8 @@ class Questions:
 
 @dataclass
 class Results:
-    """Finished cells. cells: student -> group -> name -> scores. teachers: by name. discriminators: student -> variant ->
-    held-out health. cache: what the collection of the teachers' responses left."""
+    """Finished cells. cells: student -> group -> name -> scores. teachers: by name. cache: what the collection of the
+    teachers' responses left."""
 
     questions: Questions
     cells: dict[str, dict[Group, dict[str, Scores]]]

@@ -45,6 +45,8 @@ class Settings:
     """collect: only these."""
     discriminator: Path | None = None
     """train: folder of the pre-trained discriminator (`discriminator/` of the run that trained it), linked into ours."""
+    parent: int = 0
+    """Process to stop with; 0 for none."""
 
 
 def run(settings: Settings) -> None:
@@ -114,23 +116,23 @@ def _score(recipe: Recipe, settings: Settings, console: Any) -> None:
     run_eval(recipe, console, [checkpoint])
 
 
-def watch_parent() -> None:
-    """Interrupt this process, which then saves, when the one that started it is gone."""
-    parent = os.getppid()
+def watch(parent: int) -> None:
+    """Interrupt this process, which then saves, when ``parent``, which started it, is gone."""
 
-    def watch() -> None:
+    def look() -> None:
         while os.getppid() == parent:
             time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGINT)
 
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=look, daemon=True).start()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     import tyro
 
     settings = tyro.cli(Settings, args=arguments, prog="python -m openril.playground.study.work")
-    watch_parent()
+    if settings.parent:
+        watch(settings.parent)
     try:
         run(settings)
     except OpenRILError as e:
