@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -132,10 +133,12 @@ _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
-def _die_with_parent() -> None:
+def _die_with_parent(parent: int) -> None:
     """In the child: two trainings must never write one run folder, so nothing outlives a killed parent."""
     if _libc is not None:
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before we asked
+            os._exit(1)
 
 
 def _start(command: Command, logs: Path, threads: int) -> subprocess.Popen[bytes]:
@@ -148,7 +151,7 @@ def _start(command: Command, logs: Path, threads: int) -> subprocess.Popen[bytes
             # A session of its own: Ctrl-C reaches this process alone, which then asks once. (A second interrupt would
             # end a training without saving.)
             start_new_session=True,
-            preexec_fn=_die_with_parent,
+            preexec_fn=partial(_die_with_parent, os.getpid()),
         )
 
 

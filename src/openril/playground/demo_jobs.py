@@ -19,6 +19,7 @@ from openril.storage import read_jsonl, write_json
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import TaskID
 
 Progress = Callable[[], tuple[int, str]]
 """How much is done, and figures worth showing."""
@@ -38,7 +39,7 @@ class Job:
 STARTING = 8.0
 PER_COLLECTED_RESPONSE = 0.003
 PER_DISCRIMINATOR_STEP = 0.55
-PER_TRAINING_STEP = {"dr_grpo": 1.3, "ril_one": 3.2, "ril": 3.2}
+PER_TRAINING_STEP = {"dr_grpo": 1.2, "ril_one": 3.6, "ril": 3.6}
 PER_ANSWER = 0.02
 
 
@@ -200,12 +201,13 @@ class Board:
             transient=True,
             disable=not console.is_terminal,
         )
-        self._tasks: dict[str, int] = {}
+        self._tasks: dict[str, TaskID] = {}
         self._started = self._said = time.monotonic()
         self._at_start = {title: self._share(job) for title, job in self.jobs.items()}
 
     def __enter__(self) -> Board:
         self._bars.start()
+        self._all = self._bars.add_task("everything", total=100, state="")
         return self
 
     def __exit__(
@@ -234,18 +236,18 @@ class Board:
             lines.append(f"{command.title} {number}/{job.total}" + f" ({state})" * bool(state))
             self._bar(command.title, number, job.total, state)
         for title in set(self._tasks) - {command.title for command in running}:
-            self._bars.remove_task(self._tasks.pop(title))  # type: ignore[arg-type]
+            self._bars.remove_task(self._tasks.pop(title))
         left = self.left(shares, time.monotonic() - self._started)
         text = f"{duration(self.clock.seconds)} so far" + (f", about {duration(left)} left" if left is not None else "")
         if self.console.is_terminal:
-            self._bar("all", int(100 * self._part_done(shares)), 100, text)
+            self._bars.update(self._all, completed=int(100 * self._part_done(shares)), state=text)
         else:
             self.say(f"    {'; '.join(lines)}; {text}")
 
     def _bar(self, title: str, number: int, total: int, state: str) -> None:
         if title not in self._tasks:
             self._tasks[title] = self._bars.add_task(title, total=total, state="")
-        self._bars.update(self._tasks[title], completed=number, state=state)  # type: ignore[arg-type]
+        self._bars.update(self._tasks[title], completed=number, state=state)
 
     def _part_done(self, shares: Mapping[str, float]) -> float:
         done = sum(job.cost * shares.get(title, self._at_start[title]) for title, job in self.jobs.items())
