@@ -21,6 +21,7 @@ from openril.playground.demo_jobs import Board, Clock, Job, plan
 from openril.playground.demo_report import (
     CURVES,
     NOTES,
+    ShownGroup,
     group_text,
     groups_text,
     judge_lines,
@@ -150,30 +151,29 @@ def write_recipe(run: str, settings: Settings) -> Recipe:
 # Results
 
 
-def conclude(settings: Settings, minutes: float) -> dict[str, Any]:
-    """Write summary.json, the curves, report.html and groups.txt; returns the summary."""
+def conclude(settings: Settings, clock: Clock) -> dict[str, Any]:
+    """Write summary.json, the curves, report.html and groups.txt; show them, and return the summary."""
     out = settings.out
-    summary = summarise(out, settings.seed, minutes, read_agreement(out / "models"))
-    summary["student"] = settings.student
-    draw_curves(out, out / CURVES)
+    summary = summarise(out, settings.seed, read_agreement(out / "models"))
     sections = shown_groups(out, out / CONTENDERS["ril_both"].run, read_world(out, "train"))
+    draw_curves(out, out / CURVES)
     write_text(out / "groups.txt", groups_text(sections))
+    clock.tick()
+    summary |= {"minutes": clock.minutes, "student": settings.student}
     write_text(out / "report.html", page(summary, sections))
     write_json(out / "summary.json", summary)
+    show(out, summary, sections[-1][1])
     return summary
 
 
-def show(settings: Settings, summary: dict[str, Any]) -> None:
+def show(out: Path, summary: dict[str, Any], last: Sequence[ShownGroup]) -> None:
+    """The summary on the screen. last: groups of the last step."""
     from rich.console import Console
 
     console = Console()
-    out = settings.out
-    console.print()
-    for _, groups in shown_groups(out, out / CONTENDERS["ril_both"].run, read_world(out, "train"))[-1:]:
-        console.print("a group of the last step of RIL with both teachers:", markup=False)
-        for group in groups[:1]:
-            console.print(group_text(group), markup=False, highlight=False, soft_wrap=True)
-    console.print()
+    console.print("\na group of the last step of RIL with both teachers:")
+    for group in last[:1]:
+        console.print(group_text(group) + "\n", markup=False, highlight=False, soft_wrap=True)
     for table in rich_tables(summary):
         console.print(table)
     console.print(NOTES.format(n=summary["test_questions"]), markup=False, highlight=False)
@@ -201,9 +201,9 @@ def run_demo(settings: Settings) -> dict[str, Any]:
     clock = Clock(out / "clock.json")
     say("1. world, models, recipes")
     recipes = prepare(settings)
-    clock.tick()
     jobs: list[Job] = plan(out, recipes)
     if jobs:
+        clock.tick()
         say(f"2. {len(jobs)} commands, {settings.width} at a time; their output is in {out / 'logs'}")
         board = Board(jobs, clock, Console(), settings.width)
         with board:
@@ -211,10 +211,7 @@ def run_demo(settings: Settings) -> dict[str, Any]:
     elif (out / "summary.json").is_file():
         say("  everything is there already")
         clock.stop()  # looking at results is not making them
-    summary = conclude(settings, clock.seconds / 60)
-    clock.tick()
-    show(settings, summary)
-    return summary
+    return conclude(settings, clock)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -168,7 +168,13 @@ class Clock:
     def seconds(self) -> float:
         return self._before + (0.0 if self._started is None else self._now() - self._started)
 
+    @property
+    def minutes(self) -> float:
+        """As the file will say them."""
+        return round(round(self.seconds, 1) / 60, 1)
+
     def tick(self) -> None:
+        """Write the file."""
         if self._started is not None:
             self._written = self._now()
             write_json(self.path, {"seconds": round(self.seconds, 1)})

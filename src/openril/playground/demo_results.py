@@ -66,8 +66,8 @@ def read_evaluation(out: Path, name: str, test_ids: Iterable[str]) -> Evaluation
     return build_evaluation(name, "", rows)
 
 
-def summarise(out: Path, seed: int, minutes: float, agreement: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything ``summary.json`` holds.
+def summarise(out: Path, seed: int, agreement: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``summary.json`` says of scores, judge, teachers and training.
 
     agreement: the judge's ``agreement.json``. Means and standard errors are over the test questions, by the exact rule;
     every skill has equally many, so a mean is also that over the skills. ``gain`` is over Dr.GRPO, paired by question.
@@ -93,7 +93,6 @@ def summarise(out: Path, seed: int, minutes: float, agreement: Mapping[str, Any]
     return {
         "contenders": contenders,
         "seeds": [seed],
-        "minutes": round(minutes, 1),
         "judge_agreement": agreement["agreement"],
         "judge": {
             "held_out": {k: v for k, v in agreement.items() if not isinstance(v, dict)},
