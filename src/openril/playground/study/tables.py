@@ -11,8 +11,9 @@ TEACHER_TITLES = {"teacher_a": "teacher A", "teacher_b": "teacher B"}
 STUDENT_TITLES = {"student_qwen": "Qwen2.5-VL student", "student_internvl": "InternVL student"}
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    rule = ["---", *["---:"] * (len(header) - 1)]
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
+    """words: how many of the first columns hold words, and stand to the left."""
+    rule = [*["---"] * words, *["---:"] * (len(header) - words)]
     return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *rows)) + "\n"
 
 
@@ -61,7 +62,7 @@ def goals(found: dict[str, Any]) -> str:
 
     def table(results: dict[str, Any]) -> str:
         rows = [[g["goal"], g["paper"], g["wanted"], g["found"] or "-", words[g["reached"]]] for g in results["goals"]]
-        return markdown(["", "paper", "goal", "here", "reached"], rows)
+        return markdown(["", "paper", "goal", "here", "reached"], rows, words=5)
 
     return each_student(found, table)
 
@@ -152,7 +153,7 @@ def ablations(found: dict[str, Any]) -> str:
         if rows and reference is not None:
             row = ["RIL, both", "", percent(reference["mean"]), "", judge(reference), seeds(reference)]
             rows.insert(0, row)
-        return markdown(header, rows) if rows else ""
+        return markdown(header, rows, words=2) if rows else ""
 
     return each_student(found, table)
 

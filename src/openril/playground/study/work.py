@@ -103,7 +103,7 @@ def link(path: Path, target: Path) -> None:
     """A relative link, so that the study's folder can be moved; left alone where something is."""
     if not path.exists():
         path.unlink(missing_ok=True)
-        path.symlink_to(os.path.relpath(target, path.parent))
+        path.symlink_to(os.path.relpath(target.resolve(), path.parent.resolve()))
 
 
 def _score(recipe: Recipe, settings: Settings, console: Any) -> None:
