@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from openril.playground.models_examples import (
     Desk,
     Example,
     Lesson,
+    Names,
     as_question,
     draw,
     draw_batch,
@@ -31,7 +34,7 @@ from openril.playground.models_plan import MODELS, Schedule
 from openril.playground.models_report import by_skill, measure_student, right, write
 from openril.playground.models_training import Training, equal_pictures_together, losses
 from openril.playground.skills import SKILLS, make_questions
-from openril.playground.skills.scenes import render, where
+from openril.playground.skills.scenes import Scene, Thing, render, where
 from openril.playground.skills.world import DESCRIBE, split_of
 
 KINDS = {"qwen": "student_qwen", "internvl": "teacher_b"}
@@ -116,19 +119,33 @@ def test_lessons_are_drawn_by_their_shares_from_training_scenes() -> None:
     assert all(split_of(scene) == "train" for e in drawn for scene in e.scenes)
 
 
-def test_drills_ask_for_one_thing_to_look_up() -> None:
+def test_drills_ask_for_one_step() -> None:
     (made,) = make_questions("train", 1, skills=["needs_image"])
     (scene,) = made.scenes
-    (kind,) = {t.kind for t in scene.things.values() if t.name == next(iter(scene.things.values())).name}
-    first = next(iter(scene.things))
+    first, thing = next(iter(scene.things.items()))
     asked = {}
     rng = random.Random(0)
-    for _ in range(300):
+    for _ in range(600):
         example = drill(made, rng)
         asked[example.question.question] = example.response
-    assert asked[f"what is at {where(first)}?"] == kind
-    assert asked[f"where is {kind.split()[1]}?"] == where(first)
-    assert asked[f"which letter is {made.choices[2]}?"] == "C"
+    assert asked[f"what is at {where(first)}?"] == f"see {where(first)} {thing.kind}"
+    assert asked[f"where is {thing.name}?"] == f"see {thing.name} {where(first)}"
+    sums = [text for text in asked.values() if "=" in text]
+    assert len(sums) > 100
+    for text in sums:
+        a, sign, b, result = re.fullmatch(r"see (\d+) ([-+x]) (\d+) = (\d+)", text).groups()
+        assert int(result) == {"+": int(a) + int(b), "-": int(a) - int(b), "x": int(a) * int(b)}[sign]
+
+
+def test_image_tokens_are_named_by_what_they_show(blanks: dict[str, Path]) -> None:
+    _, desk = opened(blanks["qwen"])
+    scene = Scene.of({4: Thing("car", "red")})
+    names = desk.shown([scene])
+    words = names.words[names.tokens == 4]
+    assert desk.encoder.tokenizer.decode(words) == " red car middle center"
+    # By hand: two tokens that stand for one word of three, at logits (1, 0, 0) and (0, 1, 0).
+    hand = Names(torch.tensor([0, 1]), torch.tensor([0, 0]), torch.ones(2))
+    assert float(hand.loss(torch.eye(3)[:2], torch.eye(3))) == pytest.approx(math.log(math.e + 2) - 0.5)
 
 
 def test_only_weak_skills_are_taught_wrong() -> None:
@@ -243,7 +260,7 @@ def test_training_learns(blanks: dict[str, Path]) -> None:
     model, desk = opened(blanks["internvl"])
     batch = draw_batch(desk, Lesson("x", describe=1.0), make_questions("train", 28), random.Random(0), batch_size=8)
     losses: list[float] = []
-    Training(model, Schedule(12)).run(iter([batch] * 12), losses.append)
+    Training(model, Schedule(24)).run(iter([batch] * 24), losses.append)
     assert losses[-1] < 0.7 * losses[0]
 
 

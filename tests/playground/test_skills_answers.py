@@ -245,11 +245,18 @@ def test_right_derivations_hold_only_right_equations(made):
     assert found > 300
 
 
-def test_right_derivations_name_the_letter_of_the_value(made):
+def test_options_are_said_in_their_own_words(made):
+    found = 0
     for q in made:
         if q.rule == "choice":
-            value, letter = re.search(r"- (\w+) (?:is|是) ([A-J])\n", q.derivations["b"]).groups()
-            assert q.choices["ABCDEFGHIJ".index(letter)] == value
+            own = q.choices["ABCDEFGHIJ".index(q.answer)]
+            assert q.direct_answer == own
+            assert re.fullmatch(rf"(?s).*(?:answer|答案): {own}", q.derivations["b"])
+            assert rules.score(q.rule, asked(q), q.direct_answer) == 1.0
+            found += 1
+        else:
+            assert q.direct_answer == q.answer
+    assert found > 50
 
 
 def test_places_in_notes_hold_what_is_said(made):
@@ -271,14 +278,14 @@ def test_places_in_notes_hold_what_is_said(made):
 
 
 def test_styles_of_one_derivation():
-    way = Derivation((("3 plus 4 is 7", "3 + 4 = 7"), ("7 is B", "7 is B")), "B")
-    assert way.text("a") == "3 plus 4 is 7. 7 is B. so the answer is B."
-    assert way.text("b") == "- 3 + 4 = 7\n- 7 is B\nanswer: B"
-    chinese = Derivation((("3 + 4 = 7", "3 + 4 = 7"), ("7 是 B", "7 是 B")), "B", chinese=True)
-    assert chinese.text("a") == "3 + 4 = 7. 7 是 B. 所以 答案 是 B."
-    assert chinese.text("b") == "- 3 + 4 = 7\n- 7 是 B\n答案: B"
-    assert chinese.text("c") == "先 3 + 4 = 7, 再 7 是 B; 答案 是 B"
-    assert way.text("c") == "see 3 + 4 = 7, then 7 is B; answer = B"
+    way = Derivation((("3 plus 4 is 7", "3 + 4 = 7"),), "B", said="7")
+    assert way.text("a") == "3 plus 4 is 7. so the answer is 7."
+    assert way.text("b") == "- 3 + 4 = 7\nanswer: 7"
+    assert way.text("c") == "see 3 + 4 = 7; answer = 7"
+    chinese = Derivation((("3 + 4 = 7", "3 + 4 = 7"), ("7", "7")), "B", chinese=True)
+    assert chinese.text("a") == "3 + 4 = 7. 7. 所以 答案 是 B."
+    assert chinese.text("b") == "- 3 + 4 = 7\n- 7\n答案: B"
+    assert chinese.text("c") == "先 3 + 4 = 7, 再 7; 答案 是 B"
 
 
 def test_lists_read_well():

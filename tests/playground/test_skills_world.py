@@ -97,7 +97,7 @@ def test_rows_hold_every_column(written):
             assert row["rule"] != "choice" or row["answer"] in "ABCDEFGHIJ"[: len(row["choices"])]
             assert row["wrong_answer"] != row["answer"]
             for style in STYLES:
-                assert re.search(rf"{row['answer']}\W*$", row[f"derivation_{style}"])
+                assert re.search(rf"{row['direct_answer']}\W*$", row[f"derivation_{style}"])
                 assert re.search(rf"{row['wrong_answer']}\W*$", row[f"wrong_derivation_{style}"])
 
 

@@ -79,6 +79,7 @@ def build_tiny_model(
     hidden_size: int = 64,
     num_layers: int = 2,
     num_heads: int = 2,
+    num_kv_heads: int = 0,
     vision_hidden_size: int = 64,
     vision_layers: int = 2,
     max_pixels: int = 112 * 112,
@@ -89,7 +90,8 @@ def build_tiny_model(
     """Write a tiny random checkpoint with its processor to ``folder`` and return the folder.
 
     architecture: "qwen2" is a text-only model, for judges; "smolvlm" needs the package num2words. texts: what the
-    tokenizer is trained on, beside a few built-in sentences. max_pixels: largest image area of the Qwen-VL families (one
+    tokenizer is trained on, beside a few built-in sentences. num_kv_heads: heads of keys and values, half of num_heads at
+    0. max_pixels: largest image area of the Qwen-VL families (one
     image token per 28 x 28 pixels, in Qwen3-VL per 32 x 32). tile_size: the other families' square tiles, in pixels (a
     multiple of 28; one image token per 28 x 28 pixels, in LLaVA-OneVision per 14 x 14). max_tiles: most tiles an image
     is cut into (Gemma 3 takes it whole). Raises ModelError when sizes do not fit.
@@ -112,7 +114,7 @@ def build_tiny_model(
         "intermediate_size": 2 * hidden_size,
         "num_hidden_layers": num_layers,
         "num_attention_heads": num_heads,
-        "num_key_value_heads": max(1, num_heads // 2),
+        "num_key_value_heads": num_kv_heads or max(1, num_heads // 2),
         "max_position_embeddings": 32768,
         "bos_token_id": ids.get(family.bos or ""),
         "eos_token_id": ids[family.ends[0]],

@@ -173,7 +173,7 @@ class Maker:
             return self.direct(q, right)
         wanted = self.rng.random() < right
         derivation = q.derivation if wanted != (sort < 0.4) else self.rng.choice(q.slips)
-        return replace(derivation, answer=q.answer if wanted else self.other(q)).text(self.style())
+        return replace(derivation, answer=q.answer if wanted else self.other(q), said="").text(self.style())
 
     # One method a sort of response.
 
@@ -186,17 +186,17 @@ class Maker:
     def exchanged(self, q: SkillQuestion) -> str:
         """Right steps to a wrong answer, or wrong steps to the right one: the answer counts."""
         if self.rng.random() < 0.5:
-            return replace(q.derivation, answer=self.other(q)).text(self.style())
-        return replace(self.rng.choice(q.slips), answer=q.answer).text(self.style())
+            return replace(q.derivation, answer=self.other(q), said="").text(self.style())
+        return replace(self.rng.choice(q.slips), answer=q.answer, said="").text(self.style())
 
     def foreign(self, q: SkillQuestion) -> str:
         """A response to another question."""
         return self.near(q).derivation.text(self.style())
 
     def direct(self, q: SkillQuestion, right: float = 0.5) -> str:
-        """The answer alone; of an option now and then its text."""
+        """The answer alone; of an option mostly its text."""
         answer = self.answer(q, right)
-        if q.choices and self.rng.random() < 0.15:
+        if q.choices and self.rng.random() < 0.6:
             return q.choices[LETTERS.index(answer)]
         return answer
 
@@ -265,7 +265,7 @@ class Maker:
         text = listed(answers) if self.rng.random() < 0.2 else joined.join(answers)
         if self.rng.random() < 0.6:
             base = self.rng.choice((q.derivation, *q.slips))
-            return replace(base, answer=text).text(self.style())
+            return replace(base, answer=text, said="").text(self.style())
         return text
 
     def mixed(self, q: SkillQuestion) -> str:

@@ -25,6 +25,9 @@ LANES = (("student_qwen", "teacher_b"), ("student_internvl", "teacher_a"))
 """Two processes of one thread each, of about the same length."""
 TEXTS = 2000
 """Training questions whose words the tokenizers learn."""
+EMBEDDINGS = 15.0
+"""Word embeddings start this many times as large as the architectures make them. Otherwise what the first layer adds
+drowns which word a token is, and words are matched with each other only late."""
 SAVE_EVERY = 200
 """Steps after which training is saved, to go on from."""
 REPORT_QUESTIONS = 560
@@ -99,12 +102,26 @@ def train(settings: Settings, name: str) -> None:
 
 def build_blank(plan: Model, folder: Path, seed: int) -> None:
     """The random checkpoint; its tokenizer knows the words of the skills, of all styles, and of the discriminator."""
+    import torch
+
     from openril.discriminator import prompt
+    from openril.models.loading import load_model
     from openril.models.tiny import build_tiny_model
     from openril.playground.skills import corpus
 
     texts = [*corpus(TEXTS, seed), *[prompt.SYSTEM, prompt.USER] * 50]
-    build_tiny_model(folder, texts=texts, seed=seed, **plan.build)
+    # Single tokens for what every prompt has, for all numbers, and for what the drills ask.
+    texts += [
+        "user\nassistant\nsystem\n",
+        " ".join(map(str, range(100))),
+        "what is at, where is, plus minus times",
+    ] * 200
+    with atomic_path(folder) as temporary:
+        build_tiny_model(temporary, texts=texts, seed=seed, **plan.build)
+        model = load_model(str(temporary), what="blank")
+        with torch.no_grad():
+            model.get_input_embeddings().weight.mul_(EMBEDDINGS)
+        model.save_pretrained(temporary)
 
 
 def fit_part(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from openril.models.prompts import Prompt, PromptEncoder, question_messages
 from openril.playground.skills import SkillQuestion, Style
-from openril.playground.skills.questions import LETTERS
+from openril.playground.skills.questions import STYLES
 from openril.playground.skills.scenes import SIDE, Scene, describe, in_words, render, where
 from openril.playground.skills.world import DESCRIBE
 from openril.records import ImageSource, Question
@@ -39,8 +39,8 @@ class Lesson:
 
     title: how the progress display calls it. describe: "describe the picture." drill: a single step of what
     derivations are made of (see ``drill``). derivation: the way to the answer in
-    ``style``. look: weight of a second loss, which teaches the vision side to name each cell's thing and place (see
-    ``Looks``). wrong: derivations that are wrong, among those of the ``weak`` skills.
+    ``style``, or, a share ``other_styles`` of them, in any of the others. look: weight of a second loss, which teaches the vision side to name each cell's thing and place (see
+    ``Names``). wrong: derivations that are wrong, among those of the ``weak`` skills.
     """
 
     title: str
@@ -48,6 +48,7 @@ class Lesson:
     describe: float = 0.0
     drill: float = 0.0
     derivation: float = 0.0
+    other_styles: float = 0.0
     look: float = 0.0
     wrong: float = 0.0
     weak: tuple[str, ...] = ()
@@ -68,51 +69,65 @@ def draw(lesson: Lesson, pool: Sequence[SkillQuestion], rng: random.Random) -> E
     sort -= lesson.describe
     if sort < lesson.drill:
         return drill(made, rng)
-    response = made.answer
+    response = made.direct_answer
     if sort < lesson.drill + lesson.derivation:
+        others = [s for s in STYLES if s != lesson.style]
+        style = rng.choice(others) if rng.random() < lesson.other_styles else lesson.style
         wrong = made.skill in lesson.weak and rng.random() < lesson.wrong
-        response = made.wrong_derivation(lesson.style, rng.randrange(2)) if wrong else made.derivations[lesson.style]
+        response = made.wrong_derivation(style, rng.randrange(2)) if wrong else made.derivations[style]
     return Example(as_question(made), made.scenes, response)
 
 
 def drill(made: SkillQuestion, rng: random.Random) -> Example:
-    """One thing to look up: what is in a place of the picture, in which places something is, or which letter an option
-    has. Small models find these steps by themselves only late, inside long derivations."""
+    """A single step of what derivations are made of: what is in a place of the picture, in which places something is, or
+    a sum, difference or product. Small models find these by themselves only late, inside long derivations. As there,
+    the answer stands right behind what it is asked of.
+    """
     scene = rng.choice(made.scenes)
     places = {" ".join(words[:2]): words[2:] for words in map(str.split, describe(scene).split(", "))}
-    choices: tuple[str, ...] = ()
-    match rng.randrange(3):
-        case 0:
+    match rng.choices(("what", "where", "sum"), (1, 4, 2))[0]:
+        case "what":
             place = where(rng.randrange(SIDE * SIDE))
-            text, response = f"what is at {place}?", " ".join(places.get(place, ["nothing"]))
-        case 1:
+            text, response = f"what is at {place}?", " ".join([place, *places.get(place, ["nothing"])])
+        case "where":
             word = rng.choice([word for words in places.values() for word in words])
             text = f"where is {word}?"
-            response = ", ".join(place for place, words in places.items() if word in words)
+            response = f"{word} " + ", ".join(place for place, words in places.items() if word in words)
         case _:
-            choices = made.choices or tuple(map(str, rng.sample(range(40), rng.choice((4, 10)))))
-            letter = rng.randrange(len(choices))
-            text, response = f"which letter is {choices[letter]}?", LETTERS[letter]
-    return Example(Question("", text, images=(_NO_IMAGE,), choices=choices), (scene,), response)
+            a, b = rng.randint(0, 12), rng.randint(1, 9)
+            sums = {"plus": ("+", a + b), "minus": ("-", a), "times": ("x", a * b)}
+            word, (sign, result) = rng.choice(list(sums.items()))
+            a = a + b if word == "minus" else a
+            text, response = f"{a} {word} {b}?", f"{a} {sign} {b} = {result}"
+    # Behind a first word, so that what follows are the same tokens, with a space in front, as everywhere else.
+    return Example(Question("", text, images=(_NO_IMAGE,)), (scene,), f"see {response}")
 
 
 @dataclass(frozen=True)
-class Looks:
-    """What the image tokens of a batch show, in word tokens: a bag of words for each, of equal weights that sum to 1.
+class Names:
+    """What tokens should be found to stand for: a bag of words for each, of equal weights that sum to 1.
 
-    tokens: int64 [W], image tokens, numbered over all pictures of the batch. words: int64 [W]. weights: float32 [W].
+    tokens: int64 [W], of N. words: int64 [W], token ids. weights: float32 [W].
     """
 
     tokens: Tensor
     words: Tensor
     weights: Tensor
 
-    def loss(self, features: Tensor, embeddings: Tensor) -> Tensor:
-        """Cross-entropy of these words, in nats a token: how far a token's feature [N, d], compared with the embeddings
-        [V, d] of all words, is from naming what it shows. What a picture holds then looks to the language model like
-        words it knows, which small models otherwise take most of their training to find."""
-        named = (features @ embeddings.T).log_softmax(-1)
-        return -(named[self.tokens, self.words] * self.weights).sum() / len(features)
+    @staticmethod
+    def of(bags: Sequence[tuple[int, Sequence[int]]]) -> Names:
+        """From (token, its words)."""
+        return Names(
+            torch.tensor([token for token, words in bags for _ in words], dtype=torch.long),
+            torch.tensor([word for _, words in bags for word in words], dtype=torch.long),
+            torch.tensor([1 / len(words) for _, words in bags for _ in words]),
+        )
+
+    def loss(self, states: Tensor, embeddings: Tensor) -> Tensor:
+        """Cross-entropy of these words, in nats a token: how far states [N, d] of tokens, compared with the embeddings
+        [V, d] of all words, are from naming what the tokens stand for."""
+        named = (states @ embeddings.T).log_softmax(-1)
+        return -(named[self.tokens, self.words] * self.weights).sum() / len(states)
 
 
 @dataclass
@@ -120,7 +135,8 @@ class Batch:
     """Rows of equal length T, padded at the end.
 
     ids: int64 [B, T]. positions: int64 [C, B, T], C = 3 for M-RoPE. starts: where each row's response begins. lengths:
-    where it ends. pictures: what the model's image processor makes of all pictures, row by row. looks: what they show.
+    where it ends. pictures: what the model's image processor makes of all pictures, row by row. shown: what the image
+    tokens show, numbered over all pictures.
     """
 
     ids: Tensor
@@ -128,7 +144,7 @@ class Batch:
     starts: Tensor
     lengths: Tensor
     pictures: dict[str, Tensor]
-    looks: Looks
+    shown: Names
 
     @property
     def learnt(self) -> Tensor:
@@ -146,6 +162,7 @@ class Desk:
         self._heads: dict[str, Prompt] = {}
         self._prompts: dict[tuple[str, tuple[str, ...], int], tuple[list[int], Prompt]] = {}
         self._responses: dict[str, list[int]] = {}
+        self._known: dict[str, list[int]] = {}
 
     def prompt(self, question: Question) -> tuple[list[int], Prompt]:
         """Token ids of the prompt, and its beginning up to the last picture."""
@@ -180,17 +197,15 @@ class Desk:
             out.append((prompt, self.response(example.response), head, example))
         return out
 
-    def looks(self, scenes: Sequence[Scene]) -> Looks:
+    def shown(self, scenes: Sequence[Scene]) -> Names:
         """One image token a cell, in reading order."""
         cells = [f" {in_words(thing)} {where(cell)}" for scene in scenes for cell, thing in enumerate(scene.cells)]
-        for text in set(cells) - self._responses.keys():
-            self._responses[text] = self._ids(text)
-        words = [self._responses[text] for text in cells]
-        return Looks(
-            torch.tensor([token for token, of_cell in enumerate(words) for _ in of_cell]),
-            torch.tensor([word for of_cell in words for word in of_cell]),
-            torch.tensor([1 / len(of_cell) for of_cell in words for _ in of_cell]),
-        )
+        return Names.of([(number, self._words(text)) for number, text in enumerate(cells)])
+
+    def _words(self, text: str) -> list[int]:
+        if text not in self._known:
+            self._known[text] = self._ids(text)
+        return self._known[text]
 
     def batch(self, rows: Sequence[tuple[list[int], list[int], Prompt, Example]]) -> Batch:
         longest = max(len(prompt) + len(response) for prompt, response, _, _ in rows)
@@ -206,7 +221,7 @@ class Desk:
             torch.tensor([len(prompt) for prompt, _, _, _ in rows]),
             torch.tensor([len(prompt) + len(response) for prompt, response, _, _ in rows]),
             self.pictures(scenes),
-            self.looks(scenes),
+            self.shown(scenes),
         )
 
     def pictures(self, scenes: Sequence[Scene]) -> dict[str, Tensor]:

@@ -56,8 +56,8 @@ DIFFICULTY = (1,)
 POOL = 28_000
 """Training questions, the skills in turn; examples are drawn from them."""
 PICTURES: dict[str, Any] = {"max_pixels": 84 * 84, "tile_size": 84, "max_tiles": 1}
-SMALL = {**PICTURES, "hidden_size": 64, "num_layers": 3, "num_heads": 4, "vocab_size": 700}
-LARGE = {**PICTURES, "hidden_size": 96, "num_layers": 4, "num_heads": 4, "vocab_size": 700}
+SMALL = {**PICTURES, "hidden_size": 64, "num_layers": 3, "num_heads": 4, "num_kv_heads": 4, "vocab_size": 1200}
+LARGE = {**PICTURES, "hidden_size": 96, "num_layers": 3, "num_heads": 4, "num_kv_heads": 4, "vocab_size": 1200}
 QWEN = {"architecture": "qwen2_5_vl", "tokenizer": "bpe"}
 INTERNVL = {"architecture": "internvl", "tokenizer": "unigram"}
 
@@ -70,20 +70,20 @@ WEAK_B = ("arithmetic", "diagrams", "open_multi", "disciplines_pro", "spatial")
 WRONG = 0.85
 """Share of wrong derivations in a teacher's weak skills."""
 
-SEE = Lesson("seeing", describe=0.5, drill=0.5, look=1.0)
+SEE = Lesson("seeing", describe=0.2, drill=0.8, look=1.0)
 
 
 def _student(build: dict[str, Any]) -> Model:
-    both = Lesson("answers and derivations", describe=0.05, drill=0.2, derivation=0.5, look=0.3)
+    both = Lesson("answers and derivations", describe=0.05, drill=0.2, derivation=0.5, other_styles=0.4, look=0.3)
     habit = Lesson("mostly answers", derivation=HABIT)
-    base = Stage("base", ((SEE, Schedule(400, falls=False)), (both, Schedule(1500))))
-    sft = Stage("sft", ((habit, Schedule(150, learning_rate=5e-4)),))
+    base = Stage("base", ((SEE, Schedule(600, falls=False)), (both, Schedule(1300))))
+    sft = Stage("sft", ((habit, Schedule(120, learning_rate=3e-4)),))
     return Model({**SMALL, **build}, "c", DIFFICULTY, (base, sft))
 
 
 def _teacher(build: dict[str, Any], style: Style, weak: tuple[str, ...]) -> Model:
-    derive = Lesson("derivations", style, describe=0.05, drill=0.2, derivation=0.7, look=0.3, wrong=WRONG, weak=weak)
-    stage = Stage("", ((SEE, Schedule(400, falls=False)), (derive, Schedule(1800))))
+    derive = Lesson("derivations", style, describe=0.05, drill=0.2, derivation=0.65, look=0.3, wrong=WRONG, weak=weak)
+    stage = Stage("", ((SEE, Schedule(500, falls=False)), (derive, Schedule(900))))
     return Model({**LARGE, **build}, style, DIFFICULTY, (stage,))
 
 

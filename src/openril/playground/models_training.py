@@ -17,7 +17,9 @@ MUON = 5.0
 
 
 def losses(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Cross-entropy in nats, summed over the tokens of the responses; and that of what the image tokens show, a mean."""
+    """Cross-entropy in nats, summed over the tokens of the responses; and that of the names of what image tokens show, a
+    mean over these. The second makes what a picture holds look to the language model like words that it knows, which
+    models of this size otherwise take most of their training to find."""
     features = image_features(model, batch.pictures)
     # Padding stands behind the text, where causal attention never looks: no mask is needed.
     hidden = model.model(
@@ -29,9 +31,9 @@ def losses(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     learnt = batch.learnt
     logits = model.lm_head(hidden[:, :-1][learnt])
     said = nn.functional.cross_entropy(logits, batch.ids[:, 1:][learnt], reduction="sum")
-    shown = features["image"].pooler_output
-    tokens = shown.flatten(0, -2) if isinstance(shown, Tensor) else torch.cat(list(shown))
-    return said, batch.looks.loss(tokens, model.get_input_embeddings().weight)
+    pictures = features["image"].pooler_output
+    tokens = pictures.flatten(0, -2) if isinstance(pictures, Tensor) else torch.cat(list(pictures))
+    return said, batch.shown.loss(tokens, model.get_input_embeddings().weight)
 
 
 def optimisers(model: nn.Module, learning_rate: float) -> list[torch.optim.Optimizer]:
@@ -52,7 +54,7 @@ def optimisers(model: nn.Module, learning_rate: float) -> list[torch.optim.Optim
 class Training:
     """One part of a model's training, in place. It can be saved after any step and goes on with the same numbers.
 
-    look: weight of the loss of what image tokens show. step: how many are done.
+    look: weight of the names' loss. step: how many are done.
     """
 
     def __init__(self, model: Any, schedule: Schedule, look: float = 0.0) -> None:

@@ -30,14 +30,17 @@ from openril.rewards.greedy import GreedyReader
 from openril.rewards.judge_prompt import read_verdict
 from openril.storage import atomic_path, stable_hash, write_json
 
-NUM_QUESTIONS = 5600
+NUM_QUESTIONS = 14000
 """Training questions the responses are about."""
-NUM_RESPONSES = 16000
+NUM_RESPONSES = 48000
 """Most training responses; they are used again for more steps."""
 NUM_HELD_OUT = 1400
 """Held-out questions."""
 PROMPT_SHARE = 0.35
 """Share of the steps that also learn to predict the prompt."""
+EMBEDDINGS = 15.0
+"""Word embeddings start this many times as large as the architecture makes them: a judge matches words with each other,
+and what the first layer adds must not drown which word a token is."""
 WEIGHTS = "model.safetensors"
 
 
@@ -49,7 +52,7 @@ class Settings:
     """Folder to write; left alone if a judge is there. A run that is stopped leaves nothing behind."""
     measure: Path | None = None
     """Folder of a judge to measure instead."""
-    steps: int = 1500
+    steps: int = 3000
     """Optimiser steps."""
     batch_size: int = 32
     """Responses a step."""
@@ -79,6 +82,8 @@ def train_judge(settings: Settings, say: Callable[[str], None] = print) -> dict[
         build_judge(temporary, texts, hidden_size=settings.hidden_size, num_layers=settings.num_layers, seed=seed)
         tokenizer = AutoTokenizer.from_pretrained(temporary)
         model: Any = AutoModelForCausalLM.from_pretrained(temporary, dtype=torch.float32)
+        with torch.no_grad():
+            model.get_input_embeddings().weight.mul_(EMBEDDINGS)
         drills = make_drills(cases, settings.steps * DRILLS, seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

@@ -69,7 +69,7 @@ def _count(rng: random.Random, difficulty: int, chinese: bool) -> SkillQuestion:
         if len(said) > 1:
             (step,) = sum_steps(said)[0]
             steps.append((step[1], step[1]) if chinese else step)
-        return chosen(steps, str(sum(said)), choices, letter, "是" if chinese else "is")
+        return chosen(steps, str(sum(said)), choices, letter, chinese)
 
     right = explain(facts)
     assert right is not None

@@ -45,8 +45,8 @@ so training, validation and test share none.
 | `descriptions.jsonl` | one row per training picture: "describe the picture." and every cell's content, to learn to see with |
 | `images/` | the pictures |
 
-Beside the usual columns (`id`, `images`, `question`, `answer`, `rule`, `choices`) a row has `skill`, `benchmark`,
-`difficulty`, `num_steps`, `scenes`, derivations in three styles (`derivation_a`: a teacher that talks in sentences;
+Beside the usual columns (`id`, `images`, `question`, `answer`, `rule`, `choices`) a row has `direct_answer` (of an option its own words, where
+`answer` is its letter; the rule takes both), `skill`, `benchmark`, `difficulty`, `num_steps`, `scenes`, derivations in three styles (`derivation_a`: a teacher that talks in sentences;
 `derivation_b`: a teacher that notes steps; `derivation_c`: the student's own way), and plausible wrong ones
 (`wrong_derivation_a`, ..., which end in `wrong_answer`): a misread cell, a miscount, a slip of arithmetic. A recipe
 names the column that a model learns: `data: {{columns: {{answer: derivation_a}}}}`.
@@ -86,7 +86,9 @@ def page_text() -> str:
         parts.append(f"![{skill}]({(IMAGES / skill).as_posix()}.png)\n")
         asked = [question.question, *(f"{choice_letter(i)}. {c}" for i, c in enumerate(question.choices))]
         parts.append(f"```\n{'   '.join(asked)}\n```\n")
-        parts.append(f"Answer `{question.answer}`, rule `{question.rule}`. How the teachers A and B get there:\n")
+        parts.append(
+            f"Answer `{question.direct_answer}`, rule `{question.rule}`. How the teachers A and B get there:\n"
+        )
         parts.append(f"```\n{question.derivations['a']}\n```\n")
         parts.append(f"```\n{question.derivations['b']}\n```\n")
         parts.append(f"A wrong way, in the student's own words: `{question.wrong_derivation('c')}`\n")

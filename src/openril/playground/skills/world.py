@@ -103,13 +103,15 @@ def make_questions(
 
 
 def row(question: SkillQuestion, question_id: str, images: list[str]) -> dict[str, Any]:
-    """A row of a question file. Beside Question's own fields: skill, benchmark, difficulty, num_steps, scenes, the
+    """A row of a question file. Beside Question's own fields: direct_answer (of an option its own words, where the
+    answer is its letter), skill, benchmark, difficulty, num_steps, scenes, the
     derivations (derivation_a, ...) and plausible wrong ones (wrong_derivation_a, ..., which end in wrong_answer)."""
     out: dict[str, Any] = {
         "id": question_id,
         "images": images,
         "question": question.question,
         "answer": question.answer,
+        "direct_answer": question.direct_answer,
         "rule": question.rule,
         "skill": question.skill,
         "benchmark": SKILLS[question.skill].benchmark,
@@ -119,7 +121,7 @@ def row(question: SkillQuestion, question_id: str, images: list[str]) -> dict[st
     if question.choices:
         out["choices"] = list(question.choices)
     out |= {f"derivation_{style}": text for style, text in question.derivations.items()}
-    out["wrong_answer"] = question.slips[0].answer
+    out["wrong_answer"] = question.slips[0].ending
     out |= {f"wrong_derivation_{style}": question.wrong_derivation(style) for style in STYLES}
     out["scenes"] = [str(scene) for scene in question.scenes]
     return out
