@@ -118,7 +118,7 @@ def build_blank(plan: Model, folder: Path, seed: int) -> None:
     ] * 200
     with atomic_path(folder) as temporary:
         build_tiny_model(temporary, texts=texts, seed=seed, **plan.build)
-        model = load_model(str(temporary), what="blank")
+        model: Any = load_model(str(temporary), what="blank")
         with torch.no_grad():
             model.get_input_embeddings().weight.mul_(EMBEDDINGS)
         model.save_pretrained(temporary)

@@ -38,9 +38,9 @@ class Lesson:
     """Shares of what a part of the training teaches; what is left of 1 are direct answers.
 
     title: how the progress display calls it. describe: "describe the picture." drill: a single step of what
-    derivations are made of (see ``drill``). derivation: the way to the answer in
-    ``style``, or, a share ``other_styles`` of them, in any of the others. look: weight of a second loss, which teaches the vision side to name each cell's thing and place (see
-    ``Names``). wrong: derivations that are wrong, among those of the ``weak`` skills.
+    derivations are made of (see ``drill``). derivation: the way to the answer in ``style``, or, a share ``other_styles``
+    of them, in any of the others. look: weight of a second loss, which teaches the vision side to name each cell's thing
+    and place (see ``Names``). wrong: derivations that are wrong, among those of the ``weak`` skills.
     """
 
     title: str

@@ -45,11 +45,12 @@ so training, validation and test share none.
 | `descriptions.jsonl` | one row per training picture: "describe the picture." and every cell's content, to learn to see with |
 | `images/` | the pictures |
 
-Beside the usual columns (`id`, `images`, `question`, `answer`, `rule`, `choices`) a row has `direct_answer` (of an option its own words, where
-`answer` is its letter; the rule takes both), `skill`, `benchmark`, `difficulty`, `num_steps`, `scenes`, derivations in three styles (`derivation_a`: a teacher that talks in sentences;
-`derivation_b`: a teacher that notes steps; `derivation_c`: the student's own way), and plausible wrong ones
-(`wrong_derivation_a`, ..., which end in `wrong_answer`): a misread cell, a miscount, a slip of arithmetic. A recipe
-names the column that a model learns: `data: {{columns: {{answer: derivation_a}}}}`.
+Beside the usual columns (`id`, `images`, `question`, `answer`, `rule`, `choices`) a row has `direct_answer` (of an
+option its own words, where `answer` is its letter; the rule takes both), `skill`, `benchmark`, `difficulty`,
+`num_steps`, `scenes`, derivations in three styles (`derivation_a`: a teacher that talks in sentences; `derivation_b`: a
+teacher that notes steps; `derivation_c`: the student's own way), and plausible wrong ones (`wrong_derivation_a`, ...,
+which end in `wrong_answer`): a misread cell, a miscount, a slip of arithmetic. A recipe names the column that a model
+learns: `data: {{columns: {{answer: derivation_a}}}}`.
 
 `--difficulty` 1, 2 or 3 (or several, in turn) sets how many things there are and how many steps an answer takes. Means
 over {COUNTED} questions each:
