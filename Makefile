@@ -11,7 +11,7 @@ WORKERS ?= 2
 
 help:
 	@echo "make demo       RIL beside Dr.GRPO on fourteen small skills, with ready-made models (runs/demo)"
-	@echo "make playground the students and teachers of the fourteen skills, trained from nothing (runs/playground)"
+	@echo "make playground students, teachers and judge of the fourteen skills, trained from nothing (runs/playground)"
 	@echo "make study      RIL against what it is built from, with seeds and ablations: at most three hours (runs/study)"
 	@echo "make test       the tests"
 	@echo "make test-vllm  the tests against a real vLLM server (builds .venv-vllm first)"
@@ -30,8 +30,9 @@ demo: $(INSTALLED)
 	$(BIN)/python -m openril.playground.demo --out runs/demo $(ARGS)
 
 playground: $(INSTALLED)
-	@echo "==> two students and two teachers, trained into runs/playground; the same command goes on where it was stopped"
+	@echo "==> two students, two teachers and a judge, trained into runs/playground; the same command goes on where it was stopped"
 	$(BIN)/python -m openril.playground.models --out runs/playground
+	$(BIN)/python -m openril.playground.skills_judge --out runs/playground/judge
 	$(BIN)/python -m openril.playground.models --out runs/playground --report
 
 study: $(INSTALLED)

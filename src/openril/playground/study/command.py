@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from openril.errors import DataError, OpenRILError, StateError
+from openril.playground.shipped import WEIGHTS
 from openril.playground.study.cells import Recipes
 from openril.playground.study.jobs import Plan
 from openril.playground.study.lanes import Lanes
@@ -30,8 +31,9 @@ class Settings:
 
     out: Path = Path("runs/study")
     """Folder for everything it makes."""
-    models: Path = Path("runs/playground")
-    """Folder of student_qwen/{base,sft}, student_internvl/{base,sft}, teacher_a, teacher_b and judge."""
+    models: Path = WEIGHTS
+    """Folder of the models, as `make playground` leaves them: student_qwen/{base,sft}, student_internvl/{base,sft}, teacher_a, teacher_b and judge. The default
+    are those that come with the package."""
     students: tuple[str, ...] = STUDENTS
     """Which students."""
     seeds: int = 3
