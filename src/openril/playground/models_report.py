@@ -143,4 +143,4 @@ def print_table(results: dict[str, dict[str, dict[str, float]]], number: int) ->
     for skill in [*SKILLS, "mean"]:
         values = [results[name][what].get(skill) for name, what in columns]
         table.add_row(skill, *("" if v is None else f"{100 * v:.0f}" for v in values), end_section=skill == "everyday")
-    Console(width=max(100, 16 + 14 * len(columns))).print(table)
+    Console(width=max(100, 18 + 24 * len(columns))).print(table)
