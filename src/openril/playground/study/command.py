@@ -32,8 +32,8 @@ class Settings:
     out: Path = Path("runs/study")
     """Folder for everything it makes."""
     models: Path = WEIGHTS
-    """Folder of the models, as `make playground` leaves them: student_qwen/{base,sft}, student_internvl/{base,sft}, teacher_a, teacher_b and judge. The default
-    are those that come with the package."""
+    """Folder of the models, as `make playground` leaves them: student_qwen/{base,sft}, student_internvl/{base,sft},
+    teacher_a, teacher_b and judge. The default are those that come with the package."""
     students: tuple[str, ...] = STUDENTS
     """Which students."""
     seeds: int = 3
