@@ -65,7 +65,9 @@ def take(folder: Path, target: Path = WEIGHTS) -> int:
         raise ModelError(f"{folder} holds no {', no '.join(missing)}; {CURE}")
     size = sum(f.stat().st_size for name in CHECKPOINTS for f in (folder / name).iterdir() if f.is_file())
     if size > MOST_BYTES:
-        raise DataError(f"the models of {folder} have {size / 1e6:.1f} MB together; the package takes {MOST_BYTES / 1e6:.0f}")
+        raise DataError(
+            f"the models of {folder} have {size / 1e6:.1f} MB together; the package takes {MOST_BYTES / 1e6:.0f}"
+        )
     for name in CHECKPOINTS:
         with atomic_path(target / name) as temporary:
             shutil.copytree(folder / name, temporary)
