@@ -360,7 +360,9 @@ def test_tokenizers_learn_what_models_read_and_write_alone(tmp_path, models):
     row = next(r for r in read_jsonl(path) if "choices" in r)
     write_jsonl(path, [row])
     derivations = [row[f"derivation_{style}"] for style in "abc"]
-    assert sorted(file_texts(path)) == sorted([row["question"], row["answer"], *row["choices"], *derivations])
+    assert sorted(file_texts(path)) == sorted(
+        [row["question"], row["answer"], row["direct_answer"], *row["choices"], *derivations]
+    )
 
 
 # End to end

@@ -130,7 +130,7 @@ def test_description_by_hand():
 def test_texts_end_in_the_answer_as_the_judges_training_wants(by_level):
     for q in by_level[1]:
         for style in STYLES:
-            assert q.derivations[style].removesuffix(".").endswith(f" {q.answer}")
+            assert q.derivations[style].removesuffix(".").endswith(f" {q.direct_answer}")
 
 
 def test_vocabulary_is_small():

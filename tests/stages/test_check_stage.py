@@ -71,9 +71,9 @@ def test_problems_of_every_part_are_on_one_page(tmp_path: Path, tiny_qwen: Path)
         "judge: http://127.0.0.1:9/v1 cannot be",
     ):
         assert words in page, page
-    # a.png in both files, the teacher's path twice (settings, models), the teacher responses, the judge, and a batch
-    # larger than the data.
-    assert "7 problems" in page
+    # a.png in both files, the teacher's path twice (settings, models), the judge, and a batch larger than the data; and
+    # as a warning more teacher responses than are collected.
+    assert "6 problems, 1 warning" in page
 
 
 def test_servers_are_asked_for_their_models(tmp_path: Path, tiny_qwen: Path) -> None:
