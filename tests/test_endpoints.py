@@ -211,7 +211,8 @@ def test_concurrency_is_bounded(client):
 
 def test_more_than_a_hundred_requests_at_once(client):
     # httpx alone would hold at 100 connections, and time out waiting for one.
-    with MisbehavingServer(then=Say(delay=0.3)) as server:
+    # Long enough for a busy machine to have sent all of them before the first is answered.
+    with MisbehavingServer(then=Say(delay=2.0)) as server:
         answers = chat_many(client(server, concurrency=120), 120)
         assert all(isinstance(x, Completion) for x in answers)
         assert server.max_in_flight > 100
