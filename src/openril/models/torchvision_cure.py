@@ -1,6 +1,6 @@
 """Make torchvision importable beside a CPU-only torch whose compiled operators do not fit. Import before transformers.
 
-torchvision's wheels from PyPI are built for CUDA torch. Beside a CPU torch their compiled half does not load, and the
+torchvision's default wheels are built for CUDA torch. Beside a CPU torch their compiled half does not load, and the
 import fails with ``operator torchvision::nms does not exist``, because Python code registers fake kernels for operators
 that nobody declared. transformers needs torchvision only for pure-Python image functions, so declaring the missing
 operators (without kernels) is enough. Where torchvision is healthy this module does nothing.
@@ -12,6 +12,7 @@ import importlib.util
 from pathlib import Path
 
 import torch
+from torch import library as operators
 
 _SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -42,7 +43,7 @@ _SCHEMAS = (
     " SymInt groups, SymInt offset_groups, bool use_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
-_library: torch.library.Library | None = None
+_declared: operators.Library | None = None
 
 
 def _compiled_half_loads() -> bool:
@@ -60,14 +61,14 @@ def _compiled_half_loads() -> bool:
 
 def cure() -> bool:
     """Declare torchvision's operators if its compiled half cannot load. Returns whether that was needed."""
-    global _library
-    if _library is not None:
+    global _declared
+    if _declared is not None:
         return True
     if hasattr(torch.ops.torchvision, "nms") or _compiled_half_loads():
         return False
-    _library = torch.library.Library("torchvision", "DEF")
+    _declared = operators.Library("torchvision", "DEF")
     for schema in _SCHEMAS:
-        _library.define(schema)
+        _declared.define(schema)
     return True
 
 

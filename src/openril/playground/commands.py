@@ -193,3 +193,16 @@ def end(*processes: subprocess.Popen[bytes]) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def answer(name: str, body: Callable[[], int]) -> int:
+    """Exit code of a command that can be stopped and given again: what its body returns, 2 where the user has to do
+    something (which is said), 130 for an interrupt."""
+    try:
+        return body()
+    except OpenRILError as e:
+        print(f"{name}: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted; the same command goes on", file=sys.stderr)
+        return 130

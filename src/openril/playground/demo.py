@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from openril.errors import DataError, OpenRILError, RecipeError
-from openril.playground.commands import run_queue
+from openril.errors import DataError, RecipeError
+from openril.playground.commands import answer, run_queue
 from openril.playground.demo_jobs import Board, Clock, Job, plan
 from openril.playground.demo_report import (
     CURVES,
@@ -218,15 +218,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import tyro
 
     settings = tyro.cli(Settings, args=arguments, prog="python -m openril.playground.demo")
-    try:
+
+    def body() -> int:
         run_demo(settings)
-    except OpenRILError as e:
-        print(f"demo: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("demo: interrupted; the same command continues", file=sys.stderr)
-        return 130
-    return 0
+        return 0
+
+    return answer("demo", body)
 
 
 if __name__ == "__main__":

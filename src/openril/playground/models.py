@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from openril.errors import DataError, OpenRILError
-from openril.playground.commands import Command, run_lanes
+from openril.errors import DataError
+from openril.playground.commands import Command, answer, run_lanes
 from openril.playground.models_plan import MODELS, POOL, Lesson, Model, Schedule, Stage
 from openril.playground.skills import SkillQuestion, make_questions
 from openril.report.progress import duration
@@ -273,7 +273,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import tyro
 
     settings = tyro.cli(Settings, args=arguments, prog="python -m openril.playground.models")
-    try:
+
+    def body() -> int:
         if unknown := sorted(set(settings.only) - set(MODELS)):
             raise DataError(f"no model {', '.join(unknown)}; choose from {', '.join(MODELS)}")
         if settings.report:
@@ -284,13 +285,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     train(settings, name)
         else:
             run_all(settings)
-    except OpenRILError as e:
-        print(f"models: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("models: interrupted; the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+        return 0
+
+    return answer("models", body)
 
 
 if __name__ == "__main__":

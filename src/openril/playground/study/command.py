@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from openril.errors import DataError, OpenRILError, StateError
+from openril.errors import DataError, StateError
+from openril.playground.commands import answer
 from openril.playground.shipped import WEIGHTS
 from openril.playground.study.cells import Recipes
 from openril.playground.study.jobs import Plan
@@ -186,7 +186,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import tyro
 
     settings = tyro.cli(Settings, args=arguments, prog="python -m openril.playground.study")
-    try:
+
+    def body() -> int:
         if settings.report:
             make_report(settings)
             return 0
@@ -196,12 +197,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not settings.list_jobs:
             make_report(settings)
         return code
-    except OpenRILError as e:
-        print(f"study: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("study: interrupted; the same command goes on", file=sys.stderr)
-        return 130
+
+    return answer("study", body)
 
 
 class StudyLock:
