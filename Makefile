@@ -30,7 +30,7 @@ demo: $(INSTALLED)
 	$(BIN)/python -m openril.playground.demo --out runs/demo $(ARGS)
 
 playground: $(INSTALLED)
-	@echo "==> two students, two teachers and a judge, trained into runs/playground; the same command goes on where it was stopped"
+	@echo "==> two students, two teachers and a judge, trained into runs/playground in half an hour to an hour; the same command goes on where it was stopped"
 	$(BIN)/python -m openril.playground.models --out runs/playground
 	$(BIN)/python -m openril.playground.skills_judge --out runs/playground/judge
 	$(BIN)/python -m openril.playground.models --out runs/playground --report

@@ -26,7 +26,7 @@ CHECKPOINTS = (
 )  # fmt: skip
 MOST_BYTES = 12_000_000
 """Of all of them."""
-CURE = "train them with `make playground` (which says how long that takes), then give its folder with --models"
+CURE = "train them with `make playground` (half an hour to an hour), then give its folder with --models"
 
 
 def find_models(student: StudentName = "qwen", folder: Path | None = None) -> dict[str, Path]:
