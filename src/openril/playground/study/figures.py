@@ -203,26 +203,31 @@ def ways_figure(results: Results) -> Figure | None:
     return figure
 
 
-def _rows(found: dict[str, Any], names: Sequence[str]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Student -> name -> row of those ablations (and of the reference), for students that have at least two."""
-    out = {}
-    for student, results in found["students"].items():
-        rows = {
+def _panels(
+    found: dict[str, Any], names: Sequence[str], title: str
+) -> tuple[Figure | None, list[tuple[str, Axes, dict[str, dict[str, Any]]]]]:
+    """A figure with axes for every student that has at least two of those ablations (or the reference), and their rows by
+    name; None where no student has."""
+    rows = {
+        student: {
             n: row for n in names if (row := results["ablations"].get(n) or results["contenders"].get(n)) is not None
         }
-        if len(rows) > 1:
-            out[student] = rows
-    return out
+        for student, results in found["students"].items()
+    }
+    shown = {student: of_student for student, of_student in rows.items() if len(of_student) > 1}
+    if not shown:
+        return None, []
+    figure = new_figure(4.6 * len(shown), 3.4, f"{title} (mean of the skills, per cent)")
+    return figure, [
+        (student, figure.add_subplot(1, len(shown), column), of_student)
+        for column, (student, of_student) in enumerate(shown.items(), 1)
+    ]
 
 
 def similarity_figure(found: dict[str, Any]) -> Figure | None:
     """Like the paper's Fig. 6."""
-    students = _rows(found, list(SIMILARITY_KINDS))
-    if not students:
-        return None
-    figure = new_figure(4.6 * len(students), 3.4, "Kinds of similarity reward (mean of the skills, per cent)")
-    for column, (student, rows) in enumerate(students.items()):
-        axes = figure.add_subplot(1, len(students), column + 1)
+    figure, panels = _panels(found, list(SIMILARITY_KINDS), "Kinds of similarity reward")
+    for student, axes, rows in panels:
         for x, row in enumerate(rows.values()):
             mean = row["mean"]
             axes.bar(x, 100 * mean["value"], color="#4299e1" if x else "#2c5282", yerr=error(mean), capsize=3)
@@ -233,12 +238,8 @@ def similarity_figure(found: dict[str, Any]) -> Figure | None:
 
 def responses_figure(found: dict[str, Any]) -> Figure | None:
     """Like the paper's Fig. 7."""
-    students = _rows(found, list(RESPONSES))
-    if not students:
-        return None
-    figure = new_figure(4.6 * len(students), 3.4, "Cached responses of each teacher (mean of the skills, per cent)")
-    for column, (student, rows) in enumerate(students.items()):
-        axes = figure.add_subplot(1, len(students), column + 1)
+    figure, panels = _panels(found, list(RESPONSES), "Cached responses of each teacher")
+    for student, axes, rows in panels:
         places = [RESPONSES[n] for n in rows]
         values = [100 * row["mean"]["value"] for row in rows.values()]
         errors = np.hstack([error(row["mean"]) for row in rows.values()])
