@@ -159,9 +159,38 @@ def test_only_weak_skills_are_taught_wrong() -> None:
         assert (rules.score(str(example.question.rule), example.question, example.response) == 1.0) is not weak, text
 
 
-def test_teachers_are_weak_in_different_skills() -> None:
-    assert not set(models_plan.WEAK_A) & set(models_plan.WEAK_B)
-    assert set(models_plan.WEAK_A + models_plan.WEAK_B) < set(SKILLS)
+@pytest.mark.parametrize("condition", models_plan.CONDITIONS)
+def test_teachers_are_weak_in_different_skills(condition: models_plan.Condition) -> None:
+    plan = models_plan.CONDITIONS[condition]
+    weak = {name: plan[name].stages[0].parts[-1][0].weak for name in ("teacher_a", "teacher_b")}
+    assert not set(weak["teacher_a"]) & set(weak["teacher_b"])
+    assert {*weak["teacher_a"], *weak["teacher_b"]} < set(SKILLS)
+
+
+def test_off_hand_teachers_do_not_derive_in_their_weak_skills() -> None:
+    rng, pool = random.Random(0), make_questions("train", 280)
+    lesson = Lesson("x", "a", derivation=1.0, direct=1.0, weak=("charts", "open"))
+    for example in (draw(lesson, pool, rng) for _ in range(300)):
+        text = example.question.question
+        weak = "bar" in text or "which thing has" in text
+        assert ("answer is" in example.response or "答案" in example.response) is not weak, example.response
+
+
+def test_a_student_may_know_each_skill_in_a_style_of_its_own() -> None:
+    rng, pool = random.Random(0), make_questions("train", 280)
+    plan = models_plan.CONDITIONS["style_by_skill"]
+    lesson = plan["student_qwen"].stages[0].parts[-1][0]
+    known = {(made.question, made.scenes): made for made in pool}
+    asked = set()
+    for example in (draw(lesson, pool, rng) for _ in range(2000)):
+        made = known.get((example.question.question, example.scenes))
+        if made is not None and example.response != made.direct_answer:
+            style = models_plan.BY_SKILL[made.skill]
+            assert example.response == made.derivations[style]
+            # That of the teacher who derives there.
+            assert style == "c" or made.skill not in plan[f"teacher_{style}"].stages[0].parts[-1][0].weak
+            asked.add(made.skill)
+    assert len(asked) > 10
 
 
 def test_the_learning_rate_rises_and_falls() -> None:
@@ -282,6 +311,8 @@ def test_the_command_trains_stores_in_half_precision_reports_and_leaves_alone(
     assert not (tmp_path / ".student_qwen").exists()
     stamp = (sft / "model.safetensors").stat().st_mtime_ns
     assert models.main(command) == 0
+    assert models.main([*command, "--condition", "direct_teachers"]) == 2
+    assert "holds models of condition shipped" in capsys.readouterr().err
     assert (sft / "model.safetensors").stat().st_mtime_ns == stamp
     assert models.main(["--out", str(tmp_path), "--report", "--num-questions", "14"]) == 0
     assert "student_qwen sft" in json.loads((tmp_path / "report.json").read_text())["models"]

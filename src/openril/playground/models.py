@@ -6,6 +6,7 @@ each wrong on skills that the other knows. Stop it whenever you like; the same c
 
 from __future__ import annotations
 
+import json
 import random
 import sys
 import time
@@ -16,7 +17,7 @@ from typing import Any
 
 from openril.errors import DataError
 from openril.playground.commands import Command, answer, run_lanes
-from openril.playground.models_plan import MODELS, POOL, Lesson, Model, Schedule, Stage
+from openril.playground.models_plan import CONDITIONS, MODELS, POOL, Condition, Lesson, Model, Schedule, Stage
 from openril.playground.skills import SkillQuestion, make_questions
 from openril.report.progress import duration
 from openril.storage import append_jsonl, atomic_path, remove, stable_hash, write_json
@@ -45,6 +46,9 @@ class Settings:
     """Train these models in this process, one after the other, instead of all in two lanes."""
     scale: float = 1.0
     """Multiplies every number of steps: 0.01 tries everything out."""
+    condition: Condition = "shipped"
+    """Which models: those that come with the package, or, for docs/study.md's question of two teachers over one, teachers that
+    do not derive in their weak skills, or students besides that know each skill in one style of deriving."""
     report: bool = False
     """Train nothing; measure on held-out questions what the models can do, and print the table."""
     num_questions: int = REPORT_QUESTIONS
@@ -60,6 +64,16 @@ def finished(out: Path, name: str) -> bool:
     return all((folder_of(out, name, stage) / "config.json").is_file() for stage in MODELS[name].stages)
 
 
+def claim(settings: Settings) -> None:
+    """Note in the folder what its models are made from; raises DataError where it holds others."""
+    wanted = {"condition": settings.condition, "seed": settings.seed, "scale": settings.scale}
+    path = settings.out / "made_from.json"
+    if path.is_file() and (found := json.loads(path.read_text(encoding="utf-8"))) != wanted:
+        changed = ", ".join(f"{key} {found.get(key)}" for key in wanted if found.get(key) != wanted[key])
+        raise DataError(f"{settings.out} holds models of {changed}; name another --out")
+    write_json(path, wanted)
+
+
 def train(settings: Settings, name: str) -> None:
     """All stages of one model that are not done yet."""
     import openril.models  # noqa: F401  (makes torchvision importable; must come before transformers)
@@ -69,7 +83,7 @@ def train(settings: Settings, name: str) -> None:
 
     from openril.models.loading import load_model, load_processor
 
-    plan = MODELS[name]
+    plan = CONDITIONS[settings.condition][name]
     torch.set_num_threads(1)
     torch.manual_seed(stable_hash("playground", name, settings.seed))
     work = settings.out / f".{name}"
@@ -225,7 +239,7 @@ def run_all(settings: Settings) -> None:
                 continue
             arguments = (
                 "openril.playground.models", "--out", str(settings.out), "--seed", str(settings.seed),
-                "--scale", str(settings.scale), "--only", name,
+                "--scale", str(settings.scale), "--condition", settings.condition, "--only", name,
             )  # fmt: skip
             lane.append(Command(name, arguments, settings.out / "logs" / f"{name}.jsonl"))
         lanes.append(lane)
@@ -249,7 +263,7 @@ def report(settings: Settings) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     results: dict[str, Any] = {}
-    for name, plan in MODELS.items():
+    for name, plan in CONDITIONS[settings.condition].items():
         questions = make_questions("validation", settings.num_questions, settings.seed, plan.difficulty)
         for stage in plan.stages:
             folder = folder_of(settings.out, name, stage)
@@ -280,10 +294,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if settings.report:
             report(settings)
         elif settings.only:
+            claim(settings)
             for name in settings.only:
                 if not finished(settings.out, name):
                     train(settings, name)
         else:
+            claim(settings)
             run_all(settings)
         return 0
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -38,20 +38,27 @@ class Lesson:
     """Shares of what a part of the training teaches; what is left of 1 are direct answers.
 
     title: how the progress display calls it. describe: "describe the picture." drill: a single step of what
-    derivations are made of (see ``drill``). derivation: the way to the answer in ``style``, or, a share ``other_styles``
-    of them, in any of the others. look: weight of a second loss, which teaches the vision side to name each cell's thing
-    and place (see ``Names``). wrong: derivations that are wrong, among those of the ``weak`` skills.
+    derivations are made of (see ``drill``). derivation: the way to the answer in ``style`` of the skill, or, where one
+    style is for all skills, a share ``other_styles`` of them in any of the others. look: weight of a second loss, which
+    teaches the vision side to name each cell's thing and place (see ``Names``). wrong, direct: shares of the derivations of
+    the ``weak`` skills that are wrong, and in whose place there is the right answer alone.
     """
 
     title: str
-    style: Style = "c"
+    style: Style | Mapping[str, Style] = "c"
     describe: float = 0.0
     drill: float = 0.0
     derivation: float = 0.0
     other_styles: float = 0.0
     look: float = 0.0
     wrong: float = 0.0
+    direct: float = 0.0
     weak: tuple[str, ...] = ()
+
+
+def style_of(style: Style | Mapping[str, Style], skill: str) -> Style:
+    """Of a skill's derivations."""
+    return style if isinstance(style, str) else style[skill]
 
 
 def as_question(made: SkillQuestion) -> Question:
@@ -71,10 +78,14 @@ def draw(lesson: Lesson, pool: Sequence[SkillQuestion], rng: random.Random) -> E
         return drill(made, rng)
     response = made.direct_answer
     if sort < lesson.drill + lesson.derivation:
-        others = [s for s in STYLES if s != lesson.style]
-        style = rng.choice(others) if rng.random() < lesson.other_styles else lesson.style
-        wrong = made.skill in lesson.weak and rng.random() < lesson.wrong
-        response = made.wrong_derivation(style, rng.randrange(2)) if wrong else made.derivations[style]
+        style = style_of(lesson.style, made.skill)
+        if isinstance(lesson.style, str) and rng.random() < lesson.other_styles:
+            style = rng.choice([s for s in STYLES if s != style])
+        fate = rng.random() if made.skill in lesson.weak else 1.0
+        if fate < lesson.wrong:
+            response = made.wrong_derivation(style, rng.randrange(2))
+        elif fate >= lesson.wrong + lesson.direct:
+            response = made.derivations[style]
     return Example(as_question(made), made.scenes, response)
 
 

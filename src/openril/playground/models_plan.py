@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from openril.playground.models_examples import Lesson
-from openril.playground.skills import Style
+from openril.playground.skills import SKILLS, Style
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Model:
     """build: sizes for ``build_tiny_model``. style: of its derivations. difficulty: of its questions, in turn."""
 
     build: dict[str, Any]
-    style: Style
+    style: Style | Mapping[str, Style]
     difficulty: tuple[int, ...]
     stages: tuple[Stage, ...]
 
@@ -74,23 +75,54 @@ WRONG = 0.85
 SEE = Lesson("seeing", describe=0.2, drill=0.8, look=1.0)
 
 
-def _student(build: dict[str, Any]) -> Model:
-    both = Lesson("answers and derivations", describe=0.05, drill=0.2, derivation=0.5, other_styles=0.4, look=0.3)
-    habit = Lesson("mostly answers", derivation=HABIT)
+Condition = Literal["shipped", "direct_teachers", "style_by_skill"]
+"""Worlds of models. shipped: those that come with the package. direct_teachers: in its weak skills a teacher answers
+without deriving. style_by_skill: besides, a student has seen each skill derived in one style alone, that of the teacher who
+derives it; what it learns of one teacher then carries less to the other's skills."""
+
+OFF_HAND_A = (*WEAK_A, "needs_image")
+OFF_HAND_B = (*WEAK_B, "perception")
+"""Skills in which the teachers of those other conditions answer without deriving."""
+DIRECT = 0.95
+"""Share of such answers, of what are derivations in the other skills."""
+BY_SKILL: dict[str, Style] = {
+    skill: "b" if skill in OFF_HAND_A else "a" if skill in OFF_HAND_B else "c" for skill in SKILLS
+}
+"""The style of each skill in style_by_skill; the third where both teachers derive."""
+
+
+def _student(build: dict[str, Any], style: Style | Mapping[str, Style] = "c") -> Model:
+    both = Lesson("answers and derivations", style, 0.05, drill=0.2, derivation=0.5, other_styles=0.4, look=0.3)
+    habit = Lesson("mostly answers", style, derivation=HABIT)
     base = Stage("base", ((SEE, Schedule(600, falls=False)), (both, Schedule(1300))))
     sft = Stage("sft", ((habit, Schedule(120, learning_rate=3e-4)),))
-    return Model({**SMALL, **build}, "c", DIFFICULTY, (base, sft))
+    return Model({**SMALL, **build}, style, DIFFICULTY, (base, sft))
 
 
-def _teacher(build: dict[str, Any], style: Style, weak: tuple[str, ...]) -> Model:
-    derive = Lesson("derivations", style, describe=0.05, drill=0.2, derivation=0.65, look=0.3, wrong=WRONG, weak=weak)
+def _teacher(build: dict[str, Any], style: Style, weak: tuple[str, ...], **weakness: float) -> Model:
+    derive = Lesson("derivations", style, 0.05, drill=0.2, derivation=0.65, look=0.3, weak=weak, **weakness)
     stage = Stage("", ((SEE, Schedule(500, falls=False)), (derive, Schedule(900))))
     return Model({**LARGE, **build}, style, DIFFICULTY, (stage,))
 
 
+STUDENT_INTERNVL = {**INTERNVL, "tokenizer": "bpe"}
 MODELS: dict[str, Model] = {
     "student_qwen": _student(QWEN),
-    "student_internvl": _student({**INTERNVL, "tokenizer": "bpe"}),
-    "teacher_a": _teacher(QWEN, "a", WEAK_A),
-    "teacher_b": _teacher(INTERNVL, "b", WEAK_B),
+    "student_internvl": _student(STUDENT_INTERNVL),
+    "teacher_a": _teacher(QWEN, "a", WEAK_A, wrong=WRONG),
+    "teacher_b": _teacher(INTERNVL, "b", WEAK_B, wrong=WRONG),
+}
+_DIRECT: dict[str, Model] = {
+    **MODELS,
+    "teacher_a": _teacher(QWEN, "a", OFF_HAND_A, direct=DIRECT),
+    "teacher_b": _teacher(INTERNVL, "b", OFF_HAND_B, direct=DIRECT),
+}
+CONDITIONS: dict[Condition, dict[str, Model]] = {
+    "shipped": MODELS,
+    "direct_teachers": _DIRECT,
+    "style_by_skill": {
+        **_DIRECT,
+        "student_qwen": _student(QWEN, BY_SKILL),
+        "student_internvl": _student(STUDENT_INTERNVL, BY_SKILL),
+    },
 }
