@@ -121,8 +121,9 @@ def test_report_writes_results_figures_and_page(study, tmp_path):
     assert set(results["students"]) == set(STUDENTS)
 
 
-def test_report_of_one_cell_says_what_is_missing(tmp_path):
-    write_cell(tmp_path, Place(QWEN, "contenders", "dr_grpo", 0))
+@pytest.mark.parametrize("name", CONTENDERS)
+def test_report_of_one_cell_says_what_is_missing(tmp_path, name):
+    write_cell(tmp_path, Place(QWEN, "contenders", name, None if CONTENDERS[name].how == "as_is" else 0))
     write_json(tmp_path / "study.json", {"split": "validation"})
     write_report(tmp_path, tmp_path / "study.md", 100, lambda line: None)
     text = (tmp_path / "study.md").read_text()

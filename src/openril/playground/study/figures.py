@@ -105,6 +105,7 @@ def skills_figure(found: dict[str, Any]) -> Figure | None:
         13, 3.6 * len(students) + 0.6, f"Right on {found['split']} questions (per cent, 95 % intervals)"
     )
     grid = figure.add_gridspec(len(students), 2, width_ratios=[1, 2])
+    named: dict[str, Any] = {}  # label: handle, of all students
     for line, student in enumerate(students):
         rows = found["students"][student]["contenders"]
         axes = figure.add_subplot(grid[line, 0])
@@ -119,7 +120,7 @@ def skills_figure(found: dict[str, Any]) -> Figure | None:
         axes.set_xticks(range(len(names)), [CONTENDERS[n].title for n in names], rotation=40, ha="right")
         tidy(axes, STUDENT_TITLES[student] + ": mean of the skills")
         axes = figure.add_subplot(grid[line, 1])
-        shown = [n for n in DOTS if n in rows]
+        shown = [n for n in DOTS if n in rows] or names
         for offset, name in enumerate(shown):
             estimates = [rows[name]["skills"][skill] for skill in found["skills"]]
             places = [x + (offset - (len(shown) - 1) / 2) * 0.13 for x in range(len(estimates))]
@@ -136,8 +137,10 @@ def skills_figure(found: dict[str, Any]) -> Figure | None:
         axes.set_xticks(range(len(found["skills"])), found["skills"], rotation=40, ha="right")
         axes.set_ylim(-3, 103)
         tidy(axes, STUDENT_TITLES[student] + ": by skill")
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower right", fontsize=8, frameon=False, ncol=len(labels))
+        named |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    figure.legend(
+        list(named.values()), list(named), loc="outside lower right", fontsize=8, frameon=False, ncol=len(named)
+    )
     return figure
 
 
