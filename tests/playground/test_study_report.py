@@ -7,13 +7,13 @@ import pytest
 from openril.errors import DataError
 from openril.playground.study.cells import Place
 from openril.playground.study.findings import Findings
-from openril.playground.study.measures import agreement, median, seconds_of, way_of
+from openril.playground.study.measures import agreement, median, on_the_way, seconds_of, way_of
 from openril.playground.study.page import PAGE, default_page, replace_blocks, write_report
 from openril.playground.study.plan import ABLATIONS, CONTENDERS, STUDENTS
 from openril.playground.study.scores import read_results
 from openril.playground.study.tables import BLOCKS
 from openril.records import Question
-from openril.storage import write_json
+from openril.storage import write_json, write_jsonl
 from support.finished_study import write_cell, write_scores
 
 QWEN = "student_qwen"
@@ -190,6 +190,17 @@ def test_agreement_counts_by_the_exact_rule():
         "verdicts": 4, "unknown": 1, "agreement": 0.5, "wrongly_right": 0.5, "wrongly_wrong": 0.5,
     }  # fmt: skip
     assert agreement([])["agreement"] is None
+
+
+def test_a_run_is_measured_on_its_way(tmp_path, found):
+    assert on_the_way(tmp_path) is None
+    write_jsonl(
+        tmp_path / "metrics.jsonl", [{"step": 1}, {"step": 2, "eval/score": 0.2}, {"step": 4, "eval/score": 0.7}]
+    )
+    assert on_the_way(tmp_path) == pytest.approx(0.45)
+    # 0.4 + 0.3 times 1/4, 2/4, 3/4 and 4/4 of the way (support/finished_study.py).
+    assert found["students"][QWEN]["ablations"]["beta_0"]["on_the_way"] == pytest.approx(0.5875)
+    assert found["students"][QWEN]["contenders"]["sft_teacher_text"]["on_the_way"] is None
 
 
 def test_seconds_are_the_median_steps():

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from openril.playground.study.measures import median, seconds_of
+from openril.playground.study.measures import median, on_the_way, seconds_of
 from openril.playground.study.plan import BASELINE, REFERENCE, SKILL, START, Group
 from openril.playground.study.scores import Results, Scores
 from openril.playground.study.statistics import Estimate, Resampling, estimate, paired
@@ -67,6 +67,7 @@ class Findings:
         """Mean, skills, seeds, what the judge did, and what the training cost."""
         seconds = [s for done in scores.done if (s := seconds_of(done)) is not None]
         steps = [done["steps"] for done in scores.done if done.get("steps")]
+        way = [w for folder in scores.folders if (w := on_the_way(folder)) is not None]
         return {
             "mean": self.resampling.mean(scores.values).as_dict(),
             "by_seed": [float(self.resampling.by_skill(v[None]).mean()) for v in scores.values],
@@ -75,6 +76,7 @@ class Findings:
             "judge": judge_of(scores),
             "steps": round(sum(steps) / len(steps)) if steps else None,
             "seconds": median(seconds),
+            "on_the_way": sum(way) / len(way) if way else None,
         }
 
     def between(self, a: Scores | None, b: Scores | None, skill: str = "") -> Estimate | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from openril.data.reading import read_questions
@@ -44,6 +45,12 @@ def agreement(items: Iterable[tuple[Question, str, float | None]]) -> dict[str, 
         "wrongly_right": counts[0, 1] / wrong if wrong else None,
         "wrongly_wrong": counts[1, 0] / right if right else None,
     }
+
+
+def on_the_way(folder: Path) -> float | None:
+    """Mean of a run's scores on validation questions while it trained: how soon it got where it ended. None without any."""
+    scores = [row["eval/score"] for row in read_jsonl(folder / "metrics.jsonl") if "eval/score" in row]
+    return sum(scores) / len(scores) if scores else None
 
 
 def of_loop(recipe: Recipe) -> dict[str, Any]:

@@ -138,7 +138,10 @@ def compute(found: dict[str, Any]) -> str:
 
 
 def ablations(found: dict[str, Any]) -> str:
-    header = ["", "", "mean of the skills", "over RIL, both", "judge agrees", "seeds"]
+    header = ["", "", "mean of the skills", "over RIL, both", "on the way", "judge agrees", "seeds"]
+
+    def way(row: dict[str, Any]) -> str:
+        return "-" if row["on_the_way"] is None else f"{100 * row['on_the_way']:.1f}"
 
     def table(results: dict[str, Any]) -> str:
         rows = []
@@ -147,12 +150,12 @@ def ablations(found: dict[str, Any]) -> str:
             for name, cell in cells.items():
                 if (row := results["ablations"].get(name)) is not None:
                     over = difference(row["over_reference"])
-                    rows.append([shown, cell.title, percent(row["mean"]), over, judge(row), seeds(row)])
+                    rows.append([shown, cell.title, percent(row["mean"]), over, way(row), judge(row), seeds(row)])
                     shown = ""
         reference = results["contenders"].get(REFERENCE)
         if rows and reference is not None:
-            row = ["RIL, both", "", percent(reference["mean"]), "", judge(reference), seeds(reference)]
-            rows.insert(0, row)
+            mean = [percent(reference["mean"]), "", way(reference)]
+            rows.insert(0, ["RIL, both", "", *mean, judge(reference), seeds(reference)])
         return markdown(header, rows, words=2) if rows else ""
 
     return each_student(found, table)
