@@ -220,7 +220,7 @@ def _panels(
     shown = {student: of_student for student, of_student in rows.items() if len(of_student) > 1}
     if not shown:
         return None, []
-    figure = new_figure(4.6 * len(shown), 3.4, f"{title} (mean of the skills, per cent)")
+    figure = new_figure(max(6.4, 4.6 * len(shown)), 3.4, f"{title} (mean of the skills, per cent)")
     return figure, [
         (student, figure.add_subplot(1, len(shown), column), of_student)
         for column, (student, of_student) in enumerate(shown.items(), 1)
