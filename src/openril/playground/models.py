@@ -47,8 +47,8 @@ class Settings:
     scale: float = 1.0
     """Multiplies every number of steps: 0.01 tries everything out."""
     condition: Condition = "shipped"
-    """Which models: those that come with the package, or, for docs/study.md's question of two teachers over one, teachers that
-    do not derive in their weak skills, or students besides that know each skill in one style of deriving."""
+    """Which models: those that come with the package, or, for docs/study.md's question of two teachers over one, students that
+    know every skill in every style of deriving."""
     report: bool = False
     """Train nothing; measure on held-out questions what the models can do, and print the table."""
     num_questions: int = REPORT_QUESTIONS
@@ -272,7 +272,7 @@ def report(settings: Settings) -> dict[str, Any]:
             model, desk = load(folder)
             key = f"{name} {stage.name}".strip()
             if stage.name:
-                results[key] = measure_student(model, desk, questions, plan.style)
+                results[key] = measure_student(model, desk, questions, plan.styles)
             else:
                 results[key] = measure_teacher(model, desk, questions)
             print(f"  measured {key}", flush=True)

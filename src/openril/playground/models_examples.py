@@ -6,7 +6,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import openril.models  # noqa: F401  (makes torchvision importable; must come before transformers)
 
@@ -16,21 +16,24 @@ from torch import Tensor
 
 from openril.models.prompts import Prompt, PromptEncoder, question_messages
 from openril.playground.skills import SkillQuestion, Style
-from openril.playground.skills.questions import STYLES
 from openril.playground.skills.scenes import SIDE, Scene, describe, in_words, render, where
 from openril.playground.skills.world import DESCRIBE
 from openril.records import ImageSource, Question
 
 _NO_IMAGE = ImageSource(data=b"")
 
+Styles = str | Mapping[str, str]
+"""Letters of styles, such as "cccab": of all skills, or by skill."""
+
 
 @dataclass(frozen=True)
 class Example:
-    """A question, its pictures, and the response to learn."""
+    """A question, its pictures, and the response to learn, all but its first ``given`` tokens."""
 
     question: Question
     scenes: tuple[Scene, ...]
     response: str
+    given: int = 0
 
 
 @dataclass(frozen=True)
@@ -38,27 +41,30 @@ class Lesson:
     """Shares of what a part of the training teaches; what is left of 1 are direct answers.
 
     title: how the progress display calls it. describe: "describe the picture." drill: a single step of what
-    derivations are made of (see ``drill``). derivation: the way to the answer in ``style`` of the skill, or, where one
-    style is for all skills, a share ``other_styles`` of them in any of the others. look: weight of a second loss, which
-    teaches the vision side to name each cell's thing and place (see ``Names``). wrong, direct: shares of the derivations of
-    the ``weak`` skills that are wrong, and in whose place there is the right answer alone.
+    derivations are made of (see ``drill``). derivation: the way to the answer; of all skills, or by skill, in ``styles`` (see
+    ``styles_of``). begun: the first token of a derivation is given, so that what is learnt is to go on with one, and not to
+    begin one. look: weight of a second loss, which teaches the vision side to name each cell's thing and place (see
+    ``Names``). wrong: share of the derivations of the ``weak`` skills that are wrong.
     """
 
     title: str
-    style: Style | Mapping[str, Style] = "c"
+    styles: Styles = "c"
     describe: float = 0.0
     drill: float = 0.0
-    derivation: float = 0.0
-    other_styles: float = 0.0
+    derivation: float | Mapping[str, float] = 0.0
+    begun: bool = False
     look: float = 0.0
     wrong: float = 0.0
-    direct: float = 0.0
     weak: tuple[str, ...] = ()
 
+    def derivation_of(self, skill: str) -> float:
+        """Share of derivations of a skill; 0 for one that is not named."""
+        return self.derivation if isinstance(self.derivation, float) else self.derivation.get(skill, 0.0)
 
-def style_of(style: Style | Mapping[str, Style], skill: str) -> Style:
-    """Of a skill's derivations."""
-    return style if isinstance(style, str) else style[skill]
+
+def styles_of(styles: Styles, skill: str) -> tuple[Style, ...]:
+    """In which a skill is derived, each as likely as often as it is there."""
+    return tuple(cast(Style, letter) for letter in (styles if isinstance(styles, str) else styles[skill]))
 
 
 def as_question(made: SkillQuestion) -> Question:
@@ -76,17 +82,15 @@ def draw(lesson: Lesson, pool: Sequence[SkillQuestion], rng: random.Random) -> E
     sort -= lesson.describe
     if sort < lesson.drill:
         return drill(made, rng)
-    response = made.direct_answer
-    if sort < lesson.drill + lesson.derivation:
-        style = style_of(lesson.style, made.skill)
-        if isinstance(lesson.style, str) and rng.random() < lesson.other_styles:
-            style = rng.choice([s for s in STYLES if s != style])
-        fate = rng.random() if made.skill in lesson.weak else 1.0
-        if fate < lesson.wrong:
+    response, given = made.direct_answer, 0
+    if sort < lesson.drill + lesson.derivation_of(made.skill):
+        styles = styles_of(lesson.styles, made.skill)
+        style, given = styles[int(rng.random() * len(styles))], int(lesson.begun)
+        if made.skill in lesson.weak and rng.random() < lesson.wrong:
             response = made.wrong_derivation(style, rng.randrange(2))
-        elif fate >= lesson.wrong + lesson.direct:
+        else:
             response = made.derivations[style]
-    return Example(as_question(made), made.scenes, response)
+    return Example(as_question(made), made.scenes, response, given)
 
 
 def drill(made: SkillQuestion, rng: random.Random) -> Example:
@@ -145,8 +149,8 @@ class Names:
 class Batch:
     """Rows of equal length T, padded at the end.
 
-    ids: int64 [B, T]. positions: int64 [C, B, T], C = 3 for M-RoPE. starts: where each row's response begins. lengths:
-    where it ends. pictures: what the model's image processor makes of all pictures, row by row. shown: what the image
+    ids: int64 [B, T]. positions: int64 [C, B, T], C = 3 for M-RoPE. starts: from where each row's response is learnt.
+    lengths: where it ends. pictures: what the model's image processor makes of all pictures, row by row. shown: what the image
     tokens show, numbered over all pictures.
     """
 
@@ -229,7 +233,7 @@ class Desk:
         return Batch(
             ids,
             positions,
-            torch.tensor([len(prompt) for prompt, _, _, _ in rows]),
+            torch.tensor([len(prompt) + example.given for prompt, _, _, example in rows]),
             torch.tensor([len(prompt) + len(response) for prompt, response, _, _ in rows]),
             self.pictures(scenes),
             self.shown(scenes),

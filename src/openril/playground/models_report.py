@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from openril.models.loading import load_model, load_processor
-from openril.playground.models_examples import Desk, as_question, image_features, row_positions, style_of
-from openril.playground.skills import SKILLS, SkillQuestion, Style
+from openril.playground.models_examples import Desk, Styles, as_question, image_features, row_positions, styles_of
+from openril.playground.skills import SKILLS, SkillQuestion
+from openril.playground.skills.questions import STYLES
 from openril.rewards import rules
 
 MAX_NEW_TOKENS = 96
@@ -101,13 +102,16 @@ def first_word(question: SkillQuestion, style: Any) -> str:
 
 
 def measure_student(
-    model: Any, desk: Desk, questions: Sequence[SkillQuestion], style: Style | Mapping[str, Style]
+    model: Any, desk: Desk, questions: Sequence[SkillQuestion], styles: Styles
 ) -> dict[str, dict[str, float]]:
-    """greedy: right by habit. forced: right when the response must begin like a derivation. sampled: right at temperature
-    1. derives: share of derivations among those samples. Each by skill."""
-    beginnings = [first_word(q, style_of(style, q.skill)) for q in questions]
+    """greedy: right by habit. forced: right when the response must begin like a derivation in the (first) style of its
+    skill. sampled: right at temperature 1. derives: share of derivations, in any style, among those samples. Each by skill."""
+    beginnings = [first_word(q, styles_of(styles, q.skill)[0]) for q in questions]
     samples = write(model, desk, questions, temperature=1.0)
-    derives = [float(text.startswith(begin)) for text, begin in zip(samples, beginnings, strict=True)]
+    derives = [
+        float(any(text.startswith(first_word(q, style)) for style in STYLES))
+        for q, text in zip(questions, samples, strict=True)
+    ]
     return {
         "greedy": by_skill(questions, right(questions, write(model, desk, questions))),
         "forced": by_skill(questions, right(questions, write(model, desk, questions, beginnings))),

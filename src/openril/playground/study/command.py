@@ -50,7 +50,7 @@ class Settings:
     """Training questions, the fourteen skills in turn."""
     num_validation: int = 280
     """Validation questions: curves and tuning."""
-    num_test: int = 560
+    num_test: int = 1120
     """Test questions."""
     split: Literal["test", "validation"] = "test"
     """On which the cells are scored. Tune with validation, into another folder; the test questions are used once."""

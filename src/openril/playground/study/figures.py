@@ -189,11 +189,24 @@ def ways_figure(results: Results) -> Figure | None:
     students = [s for s in results.cells if any(d.get("ways") for _, c in with_runs(results, s) for d in c.done)]
     if not students:
         return None
-    titles = {"own": "derivation in its own manner", "a": "in teacher A's manner", "b": "in teacher B's manner"}
-    figure = new_figure(13, 3.0 * len(students) + 0.4, "Share of the students' samples")
+    titles = {
+        "direct": "answers alone",
+        "own": "derivations in its own manner",
+        "a": "derivations in teacher A's manner",
+        "b": "derivations in teacher B's manner",
+    }
+    if not any(
+        ways.get("own")
+        for student in students
+        for _, scores in with_runs(results, student)
+        for done in scores.done
+        for ways in done.get("ways", {}).values()
+    ):
+        del titles["own"]  # these students have no manner of their own
+    figure = new_figure(4.4 * len(titles), 3.0 * len(students) + 0.4, "Share of the students' samples")
     for line, student in enumerate(students):
         for column, (way, title) in enumerate(titles.items()):
-            axes = figure.add_subplot(len(students), 3, line * 3 + column + 1)
+            axes = figure.add_subplot(len(students), len(titles), line * len(titles) + column + 1)
             for name, scores in with_runs(results, student):
                 curves = []
                 for done in scores.done:
