@@ -6,6 +6,7 @@ import pytest
 
 from openril.errors import DataError
 from openril.playground.study.cells import Place
+from openril.playground.study.figures import ways_figure
 from openril.playground.study.findings import Findings
 from openril.playground.study.measures import agreement, median, on_the_way, seconds_of, way_of
 from openril.playground.study.page import PAGE, default_page, replace_blocks, write_report
@@ -57,6 +58,21 @@ def test_goals_are_judged_by_value_and_interval(found):
     assert goal(found, "beta 0")["reached"] is None
     assert goal(found, "beta 0")["found"].startswith("-")
     assert goal(found, "beta 0", "student_internvl")["found"] is None
+
+
+def test_a_manner_that_no_student_has_gets_no_panel(tmp_path):
+    folder = write_cell(tmp_path, Place(QWEN, "contenders", "ril_both", 0))
+    figure = ways_figure(read_results(tmp_path))
+    assert figure is not None
+    assert any("own manner" in axes.get_title(loc="left") for axes in figure.axes)
+    assert len(figure.axes) == 4
+    done = json.loads((folder / "done.json").read_text())
+    done["ways"] = {step: ways | {"own": 0.01} for step, ways in done["ways"].items()}
+    write_json(folder / "done.json", done)
+    figure = ways_figure(read_results(tmp_path))
+    assert figure is not None
+    assert not any("own manner" in axes.get_title(loc="left") for axes in figure.axes)
+    assert len(figure.axes) == 3
 
 
 def test_a_small_gain_does_not_reach_a_large_goal(tmp_path):

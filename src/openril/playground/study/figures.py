@@ -184,6 +184,10 @@ def draw_seeds(axes: Axes, curves: Sequence[tuple[list[int], list[float]]], colo
     )
 
 
+RARE = 0.02
+"""A share of samples that is not worth a panel."""
+
+
 def ways_figure(results: Results) -> Figure | None:
     """Shares of direct answers and of derivations in the samples: what decides whether there is anything to reinforce."""
     students = [s for s in results.cells if any(d.get("ways") for _, c in with_runs(results, s) for d in c.done)]
@@ -196,7 +200,7 @@ def ways_figure(results: Results) -> Figure | None:
         "b": "derivations in teacher B's manner",
     }
     if not any(
-        ways.get("own")
+        ways.get("own", 0.0) > RARE
         for student in students
         for _, scores in with_runs(results, student)
         for done in scores.done
