@@ -25,14 +25,13 @@ from openril.playground.demo_jobs import Board, Clock, Job, plan
 from openril.playground.demo_report import ShownGroup, group_text, page, pick
 from openril.playground.demo_results import (
     CONTENDERS,
-    carries_derivation,
     derivation_shares,
     own_agreement,
     read_evaluation,
 )
 from openril.playground.models_plan import DIFFICULTY
 from openril.playground.shipped import WEIGHTS, find_models
-from openril.playground.skills import SKILLS, make_questions
+from openril.playground.skills import SKILLS
 from openril.recipe.loading import load_recipe
 from openril.records import ImageSource, Question
 from openril.storage import read_jsonl, write_json, write_jsonl
@@ -235,12 +234,6 @@ def test_dr_grpo_trains_while_responses_are_collected(tmp_path, models):
 
 
 # What it concludes
-
-
-def test_derivations_of_every_skill_and_style_are_told_from_direct_answers():
-    for question in make_questions("train", 140):
-        assert all(carries_derivation(text) for text in question.derivations.values())
-        assert not carries_derivation(question.answer)
 
 
 def test_share_of_derivations_is_of_the_students_samples(tmp_path):

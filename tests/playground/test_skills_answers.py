@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from openril.playground.skills import DIFFICULTIES, SKILLS, STYLES, make_questions
+from openril.playground.skills import DIFFICULTIES, SKILLS, STYLES, make_questions, style_of
 from openril.playground.skills.questions import Derivation, listed
 from openril.records import Question
 from openril.rewards import rules
@@ -298,3 +298,28 @@ def test_one_question_by_the_letter():
     assert q.question == "how much larger is the green bar than the yellow bar?"
     assert str(q.scenes[0]) == "chart:||||||blue bar 6|yellow bar 1|green bar 6"
     assert q.derivations["a"] == "the green bar is 6. the yellow bar is 1. 6 minus 1 is 5. so the answer is 5."
+
+
+def test_the_style_of_a_derivation_is_told_from_its_text() -> None:
+    for made in make_questions("train", 280):
+        assert {style: style_of(text) for style, text in made.derivations.items()} == {s: s for s in STYLES}
+        assert style_of(made.answer) is None
+        assert style_of(made.direct_answer) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "style"),
+    [
+        ("7", None),
+        ("see red 3, then blue 4; answer = 7", "c"),
+        ("先 红 3, 再 蓝 4; 答案 是 7", "c"),
+        ("the red cell shows 3. so the answer is 7.", "a"),
+        ("红 是 3. 所以 答案 是 7.", "a"),
+        ("- red 3\n- blue 4\nanswer: 7", "b"),
+        ("- red 3\n- blue", "b"),  # cut off
+        ("see red 3, then", "c"),
+        ("legs red 3\n- blue 4\nanswer: 7", "b"),  # begun badly
+    ],
+)
+def test_styles_are_told_from_cut_and_badly_begun_texts_too(text: str, style: str | None) -> None:
+    assert style_of(text) == style

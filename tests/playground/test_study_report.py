@@ -1,6 +1,7 @@
 """From finished cells to findings, tables, figures and the page; and what a job's own files say."""
 
 import json
+import re
 
 import pytest
 
@@ -8,7 +9,7 @@ from openril.errors import DataError
 from openril.playground.study.cells import Place
 from openril.playground.study.figures import ways_figure
 from openril.playground.study.findings import Findings
-from openril.playground.study.measures import agreement, median, on_the_way, seconds_of, way_of
+from openril.playground.study.measures import agreement, median, on_the_way, seconds_of
 from openril.playground.study.page import PAGE, default_page, replace_blocks, write_report
 from openril.playground.study.plan import ABLATIONS, CONTENDERS, STUDENTS
 from openril.playground.study.scores import read_results
@@ -61,18 +62,25 @@ def test_goals_are_judged_by_value_and_interval(found):
 
 
 def test_a_manner_that_no_student_has_gets_no_panel(tmp_path):
+    def panels():
+        figure = ways_figure(read_results(tmp_path))
+        assert figure is not None
+        return [axes.get_title(loc="left") for axes in figure.axes]
+
     folder = write_cell(tmp_path, Place(QWEN, "contenders", "ril_both", 0))
-    figure = ways_figure(read_results(tmp_path))
-    assert figure is not None
-    assert any("own manner" in axes.get_title(loc="left") for axes in figure.axes)
-    assert len(figure.axes) == 4
+    assert panels() == ["answers alone", "derivations in a third manner"]
     done = json.loads((folder / "done.json").read_text())
-    done["ways"] = {step: ways | {"own": 0.01} for step, ways in done["ways"].items()}
+    done["ways"] = {step: ways | {"own": 0.01, "b": 0.5} for step, ways in done["ways"].items()}
     write_json(folder / "done.json", done)
-    figure = ways_figure(read_results(tmp_path))
-    assert figure is not None
-    assert not any("own manner" in axes.get_title(loc="left") for axes in figure.axes)
-    assert len(figure.axes) == 3
+    assert panels() == ["answers alone", "derivations in teacher B's manner"]
+
+
+def test_a_figure_without_anything_to_draw_leaves_no_older_one_on_the_page(tmp_path):
+    out, page = finish(tmp_path / "study", seeds=1, ablations=()), tmp_path / "study.md"
+    begin, end = "<!-- generated: figure_responses -->", "<!-- end: figure_responses -->"
+    page.write_text(f"{begin}\n![old](images/study/responses.png)\n{end}\n")
+    write_report(out, page, 50, lambda line: None)
+    assert page.read_text() == f"{begin}\nNot measured yet.\n{end}\n"
 
 
 def test_a_small_gain_does_not_reach_a_large_goal(tmp_path):
@@ -144,7 +152,11 @@ def test_report_of_one_cell_says_what_is_missing(tmp_path, name):
     write_report(tmp_path, tmp_path / "study.md", 100, lambda line: None)
     text = (tmp_path / "study.md").read_text()
     assert "140 validation questions" in text
-    assert text.count("Not measured yet.") == 3  # passes, compute, ablations
+    for missing in ("passes", "compute", "ablations", "figure_similarity", "figure_responses"):
+        assert f"<!-- generated: {missing} -->\nNot measured yet.\n<!-- end: {missing} -->" in text, missing
+    shown = re.findall(r"\]\((images/study/[^)]*)\)", text)
+    assert len(shown) + text.count("Not measured yet.") == 8  # five figures, and three tables
+    assert all((tmp_path / picture).is_file() for picture in shown)
 
 
 def test_the_shipped_page_has_every_block():
@@ -180,22 +192,6 @@ def test_every_ablation_has_a_row(tmp_path):
     write_cell(tmp_path, Place(QWEN, "contenders", "ril_both", 0), 1)
     text = BLOCKS["ablations"](Findings(read_results(tmp_path), 100).everything())
     assert text.count("\n|") == 2 + 1 + sum(len(cells) for _, cells in ABLATIONS.values())
-
-
-@pytest.mark.parametrize(
-    ("text", "way"),
-    [
-        ("7", "direct"),
-        ("B", "direct"),
-        ("see red 3, then blue 4; answer = 7", "own"),
-        ("先 红 3, 再 蓝 4; 答案 是 7", "own"),
-        ("the red cell shows 3. so the answer is 7.", "a"),
-        ("红 是 3. 所以 答案 是 7.", "a"),
-        ("- red 3\n- blue 4\nanswer: 7", "b"),
-    ],
-)
-def test_ways_of_answering_are_told_apart(text, way):
-    assert way_of(text) == way
 
 
 def test_agreement_counts_by_the_exact_rule():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -13,7 +12,7 @@ from typing import Any
 from openril.data.reading import read_file
 from openril.errors import StateError
 from openril.evaluation.summary import Evaluation, Row, build_evaluation, compare
-from openril.playground.skills import SKILLS
+from openril.playground.skills import SKILLS, style_of
 from openril.records import STUDENT, Question
 from openril.report.curves import series, smooth
 from openril.rewards import rules
@@ -174,12 +173,6 @@ def teachers_right(out: Path, questions: Mapping[str, Question]) -> dict[str, di
     return found
 
 
-def carries_derivation(text: str) -> bool:
-    """Whether a response shows how it comes to its answer: derivations of all styles say that it is the answer, and direct
-    answers never do."""
-    return re.search(r"\banswer(:| =| is)|答案", text) is not None
-
-
 def derivation_shares(run: Path) -> tuple[list[int], list[float]]:
     """Steps, and the share of the student's samples that carry a derivation."""
     steps, shares = [], []
@@ -187,7 +180,7 @@ def derivation_shares(run: Path) -> tuple[list[int], list[float]]:
         texts = [row["text"] for row in read_jsonl(path) if row["source"] == STUDENT]
         if texts:
             steps.append(int(path.stem.split("_")[1]))
-            shares.append(sum(map(carries_derivation, texts)) / len(texts))
+            shares.append(sum(style_of(text) is not None for text in texts) / len(texts))
     return steps, shares
 
 

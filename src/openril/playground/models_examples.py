@@ -59,7 +59,7 @@ class Lesson:
 
     def derivation_of(self, skill: str) -> float:
         """Share of derivations of a skill; 0 for one that is not named."""
-        return self.derivation if isinstance(self.derivation, float) else self.derivation.get(skill, 0.0)
+        return self.derivation.get(skill, 0.0) if isinstance(self.derivation, Mapping) else self.derivation
 
 
 def styles_of(styles: Styles, skill: str) -> tuple[Style, ...]:

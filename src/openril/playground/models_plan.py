@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -76,38 +75,39 @@ ONLY_B = ("charts", "disciplines")
 BY_SKILL = {skill: "a" if skill in ONLY_A else "b" if skill in ONLY_B else "ab" for skill in SKILLS}
 """Styles in which a student has seen each skill derived: two skills in one teacher's alone, two in the other's, and the
 rest in both. What one teacher shows it of a skill that it knows only in the other's style, it can do little with."""
+ANSWERS = Lesson("answers and derivations", BY_SKILL, 0.05, drill=0.2, derivation=0.5, begun=True, look=0.3)
 
 LATENT = 0.003
 PRACTISED = {"everyday": 0.7, "choice": 0.2, "disciplines_pro": 0.3, "text_rich": 0.1}
-HABIT: dict[str, float] = dict.fromkeys(SKILLS, LATENT) | PRACTISED
-"""Shares of derivations among what the students are warm-started on, by skill. Practised are two skills in which to derive
-earns little, since answers alone are nearly as often right, and two in which it pays: so the student reads like its
-teachers now and then, and plain reinforcement has something to find. In all others derivations are three in a thousand,
-which a sampler's top-p cuts off."""
-HABIT_STYLES = {**BY_SKILL, "text_rich": "a"}
-"""Where both styles are known, the practised one of text_rich begins with a letter, and that of disciplines_pro with a word
-of its own: what is reinforced there does not spread to the other skills by its first token."""
+HABIT = Lesson("mostly answers", {**BY_SKILL, "text_rich": "a"}, derivation=dict.fromkeys(SKILLS, LATENT) | PRACTISED)
+"""The warm start. Derivations are practised in two skills in which answers alone are nearly as often right, and in two in
+which they can pay: so the student reads like its teachers now and then, and plain reinforcement has something to find. In
+all others they are three in a thousand, most of which a sampler's top-p cuts off. Those of disciplines_pro begin with a
+word of their own, and those of text_rich, in style a, with a letter: what is reinforced there does not spread to the
+other skills by its first token."""
 
 Condition = Literal["shipped", "one_habit"]
 """Worlds of models. shipped: those that come with the package. one_habit: students that have seen every skill derived in
-every style, and in one of their own; then either teacher shows them all that there is to show. Their base learns to begin
+every style, most of it in a third one; then either teacher shows them all that there is to show. Their base learns to begin
 derivations too, and loses the habit in the warm start, all but 0.5 %."""
 
 
 def _student(
     build: dict[str, Any],
-    styles: Styles = BY_SKILL,
-    habit: float | Mapping[str, float] = HABIT,
-    begun: bool = True,
-    base_steps: int = 1300,
-    steps: int = 240,
+    answers: Lesson = ANSWERS,
+    answers_steps: int = 1300,
+    habit: Lesson = HABIT,
+    habit_steps: int = 240,
 ) -> Model:
-    """begun: its base learns to go on with a derivation, not to begin one. steps: of the warm start."""
-    both = Lesson("answers and derivations", styles, 0.05, drill=0.2, derivation=0.5, begun=begun, look=0.3)
-    mostly = Lesson("mostly answers", HABIT_STYLES if styles is BY_SKILL else styles, derivation=habit)
-    base = Stage("base", ((SEE, Schedule(600, falls=False)), (both, Schedule(base_steps))))
-    sft = Stage("sft", ((mostly, Schedule(steps, learning_rate=3e-4)),))
-    return Model({**SMALL, **build}, styles, DIFFICULTY, (base, sft))
+    """answers, habit: what its base learns after seeing, and its warm start."""
+    base = Stage("base", ((SEE, Schedule(600, falls=False)), (answers, Schedule(answers_steps))))
+    sft = Stage("sft", ((habit, Schedule(habit_steps, learning_rate=3e-4)),))
+    return Model({**SMALL, **build}, answers.styles, DIFFICULTY, (base, sft))
+
+
+def _one_habit(build: dict[str, Any]) -> Model:
+    answers = replace(ANSWERS, styles="cccab", begun=False)
+    return _student(build, answers, habit=Lesson("mostly answers", "c", derivation=0.005), habit_steps=120)
 
 
 def _teacher(build: dict[str, Any], style: Style, weak: tuple[str, ...]) -> Model:
@@ -119,7 +119,7 @@ def _teacher(build: dict[str, Any], style: Style, weak: tuple[str, ...]) -> Mode
 STUDENT_INTERNVL = {**INTERNVL, "tokenizer": "bpe"}
 MODELS: dict[str, Model] = {
     "student_qwen": _student(QWEN),
-    "student_internvl": _student(STUDENT_INTERNVL, base_steps=1800),
+    "student_internvl": _student(STUDENT_INTERNVL, answers_steps=1800),
     "teacher_a": _teacher(QWEN, "a", WEAK_A),
     "teacher_b": _teacher(INTERNVL, "b", WEAK_B),
 }
@@ -127,7 +127,7 @@ CONDITIONS: dict[Condition, dict[str, Model]] = {
     "shipped": MODELS,
     "one_habit": {
         **MODELS,
-        "student_qwen": _student(QWEN, "cccab", 0.005, begun=False, steps=120),
-        "student_internvl": _student(STUDENT_INTERNVL, "cccab", 0.005, begun=False, steps=120),
+        "student_qwen": _one_habit(QWEN),
+        "student_internvl": _one_habit(STUDENT_INTERNVL),
     },
 }

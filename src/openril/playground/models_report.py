@@ -15,8 +15,7 @@ from transformers import DynamicCache
 
 from openril.models.loading import load_model, load_processor
 from openril.playground.models_examples import Desk, Styles, as_question, image_features, row_positions, styles_of
-from openril.playground.skills import SKILLS, SkillQuestion
-from openril.playground.skills.questions import STYLES
+from openril.playground.skills import SKILLS, SkillQuestion, style_of
 from openril.rewards import rules
 
 MAX_NEW_TOKENS = 96
@@ -108,10 +107,7 @@ def measure_student(
     skill. sampled: right at temperature 1. derives: share of derivations, in any style, among those samples. Each by skill."""
     beginnings = [first_word(q, styles_of(styles, q.skill)[0]) for q in questions]
     samples = write(model, desk, questions, temperature=1.0)
-    derives = [
-        float(any(text.startswith(first_word(q, style)) for style in STYLES))
-        for q, text in zip(questions, samples, strict=True)
-    ]
+    derives = [float(style_of(text) is not None) for text in samples]
     return {
         "greedy": by_skill(questions, right(questions, write(model, desk, questions))),
         "forced": by_skill(questions, right(questions, write(model, desk, questions, beginnings))),

@@ -4,7 +4,7 @@
 of each.
 """
 
-from openril.playground.skills.questions import STYLES, Derivation, SkillQuestion, Style
+from openril.playground.skills.questions import STYLES, Derivation, SkillQuestion, Style, style_of
 from openril.playground.skills.world import (
     DIFFICULTIES,
     SKILLS,
@@ -17,5 +17,5 @@ from openril.playground.skills.world import (
 
 __all__ = [
     "DIFFICULTIES", "SKILLS", "STYLES", "Derivation", "Skill", "SkillQuestion", "Split", "Style", "corpus",
-    "make_questions", "write_skills_world",
+    "make_questions", "style_of", "write_skills_world",
 ]  # fmt: skip

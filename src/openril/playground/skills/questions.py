@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
@@ -50,6 +51,18 @@ class Derivation:
             case "b":
                 return "\n".join([*(f"- {n}" for n in notes), f"answer: {self.ending}"])
         return f"see {', then '.join(notes)}; answer = {self.ending}"
+
+
+_MARKS: tuple[tuple[Style, str], ...] = (
+    ("b", r"answer:|答案:"), ("c", r"answer =|; 答案 是"), ("a", r"answer is|答案 是"),
+    ("b", r"^- "), ("c", r"^(see|先) "),
+)  # fmt: skip
+"""How derivations end; and how they begin, for those that were cut off. In the order in which they are looked for."""
+
+
+def style_of(text: str) -> Style | None:
+    """The style that a response is derived in; None for an answer alone. Told by how it ends, since a model may begin badly."""
+    return next((style for style, mark in _MARKS if re.search(mark, text)), None)
 
 
 @dataclass(frozen=True)

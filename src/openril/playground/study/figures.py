@@ -42,8 +42,8 @@ SMOOTHED_OVER = 0.08
 """Share of the steps over which a curve is averaged."""
 
 
-def draw_figures(results: Results, found: dict[str, Any], folder: Path) -> dict[str, tuple[str, Path]]:
-    """Draw what there is something to draw for; returns title and file by the block's name."""
+def draw_figures(results: Results, found: dict[str, Any], folder: Path) -> dict[str, tuple[str, Path | None]]:
+    """Draw what there is something to draw for; returns title and file by the block's name. None: there is nothing yet."""
     figures: dict[str, tuple[str, Callable[[], Figure | None]]] = {
         "figure_skills": ("Contenders by skill and in the mean", lambda: skills_figure(found)),
         "figure_curves": ("Rewards and validation score over the steps", lambda: curves_figure(results)),
@@ -51,9 +51,10 @@ def draw_figures(results: Results, found: dict[str, Any], folder: Path) -> dict[
         "figure_similarity": ("Kinds of similarity reward", lambda: similarity_figure(found)),
         "figure_responses": ("Cached responses of each teacher", lambda: responses_figure(found)),
     }
-    drawn = {}
+    drawn: dict[str, tuple[str, Path | None]] = {}
     for name, (title, make) in figures.items():
         figure = make()
+        drawn[name] = (title, None)
         if figure is not None:
             path = folder / f"{name.removeprefix('figure_')}.png"
             with atomic_path(path) as temporary:
@@ -184,6 +185,12 @@ def draw_seeds(axes: Axes, curves: Sequence[tuple[list[int], list[float]]], colo
     )
 
 
+WAY_TITLES = {
+    "direct": "answers alone",
+    "own": "derivations in a third manner",
+    "a": "derivations in teacher A's manner",
+    "b": "derivations in teacher B's manner",
+}
 RARE = 0.02
 """A share of samples that is not worth a panel."""
 
@@ -193,20 +200,14 @@ def ways_figure(results: Results) -> Figure | None:
     students = [s for s in results.cells if any(d.get("ways") for _, c in with_runs(results, s) for d in c.done)]
     if not students:
         return None
-    titles = {
-        "direct": "answers alone",
-        "own": "derivations in its own manner",
-        "a": "derivations in teacher A's manner",
-        "b": "derivations in teacher B's manner",
-    }
-    if not any(
-        ways.get("own", 0.0) > RARE
+    shares = [
+        share
         for student in students
         for _, scores in with_runs(results, student)
         for done in scores.done
-        for ways in done.get("ways", {}).values()
-    ):
-        del titles["own"]  # these students have no manner of their own
+        for share in done["ways"].values()
+    ]
+    titles = {way: title for way, title in WAY_TITLES.items() if any(s.get(way, 0.0) > RARE for s in shares)}
     figure = new_figure(4.4 * len(titles), 3.0 * len(students) + 0.4, "Share of the students' samples")
     for line, student in enumerate(students):
         for column, (way, title) in enumerate(titles.items()):

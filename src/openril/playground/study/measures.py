@@ -7,22 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from openril.data.reading import read_questions
+from openril.playground.skills import style_of
 from openril.recipe.schema import Recipe
 from openril.records import STUDENT, Question
 from openril.rewards import rules
 from openril.storage import read_jsonl
 
-BEGINNINGS = ("see ", "先 ")
-"""How the student's own derivations begin (playground/skills/questions.py, style c)."""
-
-
-def way_of(text: str) -> str:
-    """ "own": a derivation in the student's manner; "a", "b": in a teacher's; "direct": an answer alone."""
-    if text.startswith(BEGINNINGS):
-        return "own"
-    if text.startswith("- "):
-        return "b"
-    return "a" if "answer is" in text or "答案 是" in text else "direct"
+WAYS = {None: "direct", "c": "own", "a": "a", "b": "b"}
+"""What a student's sample is counted as, by its style: an answer alone, a derivation in a third manner, or in a teacher's."""
 
 
 def agreement(items: Iterable[tuple[Question, str, float | None]]) -> dict[str, Any]:
@@ -63,9 +55,9 @@ def of_loop(recipe: Recipe) -> dict[str, Any]:
     judged: dict[str, list[tuple[Question, str, float | None]]] = {"student": [], "teachers": []}
     for path in sorted((recipe.run_path / "rollouts").glob("step_*.jsonl")):
         rows = read_jsonl(path)
-        samples = [way_of(row["text"]) for row in rows if row["source"] == STUDENT]
+        samples = [WAYS[style_of(row["text"])] for row in rows if row["source"] == STUDENT]
         ways[str(int(path.stem.split("_")[1]))] = {
-            way: samples.count(way) / len(samples) for way in ("direct", "own", "a", "b") if samples
+            way: samples.count(way) / len(samples) for way in WAYS.values() if samples
         }
         for row in rows:
             side = "student" if row["source"] == STUDENT else "teachers"

@@ -12,7 +12,7 @@ from openril.errors import DataError
 from openril.playground.study.findings import Findings
 from openril.playground.study.jobs import read_done
 from openril.playground.study.scores import read_results
-from openril.playground.study.tables import BLOCKS
+from openril.playground.study.tables import BLOCKS, NOTHING
 from openril.playground.study.work import DONE
 from openril.storage import write_json, write_text
 
@@ -43,9 +43,14 @@ def write_report(out: Path, page: Path, resamples: int, say: Callable[[str], Non
     images = page.parent / "images" / "study"
     drawn = draw_figures(results, found, images)
     blocks = {name: make(found) for name, make in BLOCKS.items()}
-    blocks |= {name: f"![{title}](images/study/{path.name})\n" for name, (title, path) in drawn.items()}
+    blocks |= {
+        name: NOTHING if path is None else f"![{title}](images/study/{path.name})\n"
+        for name, (title, path) in drawn.items()
+    }
     write_text(page, replace_blocks(text, blocks))
-    say(f"report: {page}, {out / 'results.json'}, {len(drawn)} figures in {images}")
+    say(
+        f"report: {page}, {out / 'results.json'}, {sum(path is not None for _, path in drawn.values())} figures in {images}"
+    )
     return found
 
 

@@ -45,6 +45,8 @@ def cost(row: dict[str, Any]) -> tuple[str, str]:
     return (str(row["steps"]) if row["steps"] else "-", f"{row['seconds']:.0f}" if row["seconds"] else "-")
 
 
+NOTHING = "Not measured yet.\n"
+
 Block = Callable[[dict[str, Any]], str]
 
 
@@ -54,7 +56,7 @@ def each_student(found: dict[str, Any], table: Callable[[dict[str, Any]], str]) 
     for student, results in found["students"].items():
         if text := table(results):
             parts.append(f"**{STUDENT_TITLES.get(student, student)}**\n\n{text}")
-    return "\n".join(parts) if parts else "Not measured yet.\n"
+    return "\n".join(parts) if parts else NOTHING
 
 
 def goals(found: dict[str, Any]) -> str:
