@@ -20,9 +20,9 @@ from openril.errors import DataError, ModelError, OpenRILError, RecipeError
 from openril.playground.build import Settings as BuildSettings
 from openril.playground.build import build, file_texts
 from openril.playground.commands import Command, run_lanes, run_queue
-from openril.playground.demo import Settings, prepare, run_demo, write_recipe
+from openril.playground.demo import RECIPES, SOURCES, Settings, prepare, run_demo, write_recipe
 from openril.playground.demo_jobs import Board, Clock, Job, plan
-from openril.playground.demo_report import ShownGroup, group_text, page, pick
+from openril.playground.demo_report import NOTES, ShownGroup, group_text, page, pick
 from openril.playground.demo_results import (
     CONTENDERS,
     derivation_shares,
@@ -234,6 +234,12 @@ def test_dr_grpo_trains_while_responses_are_collected(tmp_path, models):
 
 
 # What it concludes
+
+
+def test_the_page_names_the_one_teacher_of_the_recipe():
+    recipe = load_recipe(RECIPES / SOURCES["ril_one"])
+    assert recipe.train.teachers == ["teacher_b"]
+    assert "one teacher is B" in NOTES
 
 
 def test_share_of_derivations_is_of_the_students_samples(tmp_path):

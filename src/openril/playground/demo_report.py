@@ -133,7 +133,8 @@ def training_lines(summary: Mapping[str, Any]) -> list[str]:
 
 NOTES = (
     "Scores: greedy answers to {n} held-out questions, by the exact rule, per cent ± standard error over questions; gains "
-    "over Dr.GRPO are paired by question. A, B: the teachers' sampled responses to the training questions. One seed."
+    "over Dr.GRPO are paired by question. A, B: the teachers' sampled responses to the training questions. "
+    "RIL's one teacher is B (recipes/demo/ril_one.yaml). One seed."
 )
 
 
