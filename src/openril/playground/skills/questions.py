@@ -12,7 +12,7 @@ from openril.playground.skills.scenes import Scene
 
 Style = Literal["a", "b", "c"]
 STYLES: tuple[Style, ...] = ("a", "b", "c")
-"""a: a teacher that talks in sentences. b: a teacher that notes steps, a line each. c: the student's own way."""
+"""a: a teacher that talks in sentences. b: a teacher that notes steps, a line each. c: a third way, which no teacher has."""
 
 LETTERS = "ABCDEFGHIJ"
 
