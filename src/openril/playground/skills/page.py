@@ -48,7 +48,7 @@ so training, validation and test share none.
 Beside the usual columns (`id`, `images`, `question`, `answer`, `rule`, `choices`) a row has `direct_answer` (of an
 option its own words, where `answer` is its letter; the rule takes both), `skill`, `benchmark`, `difficulty`,
 `num_steps`, `scenes`, derivations in three styles (`derivation_a`: a teacher that talks in sentences; `derivation_b`: a
-teacher that notes steps; `derivation_c`: a third way, which no teacher has), and plausible wrong ones (`wrong_derivation_a`, ...,
+teacher that notes steps; `derivation_c`: a third way, no teacher's), and plausible wrong ones (`wrong_derivation_a`, ...,
 which end in `wrong_answer`): a misread cell, a miscount, a slip of arithmetic. A recipe names the column that a model
 learns: `data: {{columns: {{answer: derivation_a}}}}`.
 
