@@ -140,6 +140,16 @@ def test_selection_brings_what_it_needs_and_no_more(tmp_path):
     ]
 
 
+def test_the_teachers_recipes_are_the_same_for_any_students(tmp_path):
+    def of_teachers(students):
+        jobs = plan(tmp_path, students=students, seeds=1, groups=["contenders"]).jobs()
+        return {job.name: job.recipe() for job in jobs if job.name.startswith("teachers/")}
+
+    both = of_teachers(["student_qwen", "student_internvl"])
+    assert set(both) == {"teachers/teacher_a", "teachers/teacher_b", "teachers/cache"}
+    assert of_teachers(["student_internvl"]) == both
+
+
 def test_equal_compute_is_computed_from_measured_steps(tmp_path):
     wanted = plan(tmp_path, students=["student_qwen"], seeds=2, groups=["compute"])
     for seed in range(2):

@@ -88,9 +88,12 @@ def test_a_small_gain_does_not_reach_a_large_goal(tmp_path):
     for name, right in (("dr_grpo", 100), ("ril_both", 106)):
         place = Place(QWEN, "contenders", name, 0)
         write_scores(tmp_path / place.path, "final", {i: float(n < right) for n, i in enumerate(ids)})
-    both = goal(Findings(read_results(tmp_path), 500).everything(), "RIL, both, over Dr.GRPO")
+    found = Findings(read_results(tmp_path), 500).everything()
+    both = goal(found, "RIL, both, over Dr.GRPO")
     assert both["found"].startswith("+3.0 [+")  # the interval excludes 0, but 3.0 is less than 5.1
     assert both["reached"] is False
+    row = next(row for row in BLOCKS["contenders"](found).splitlines() if row.startswith("| Dr.GRPO"))
+    assert row.split("|")[4:6] == ["  ", f" **{both['found']}** "]  # not over itself; RIL, both, over it
 
 
 def test_a_student_passes_a_teacher_skill_by_skill(tmp_path):

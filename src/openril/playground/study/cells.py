@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from openril.errors import RecipeError
-from openril.playground.study.plan import CELLS, Cell, Group, Start
+from openril.playground.study.plan import CELLS, STUDENTS, Cell, Group, Start
 from openril.recipe.loading import load_recipe
 from openril.recipe.schema import Recipe
 
@@ -94,17 +94,21 @@ class Recipes:
         """Collects the responses."""
         return self._made(student, start, self.cache(student, start), {})
 
-    def teacher_collection(self, student: str) -> Recipe:
-        """Collects the teachers' responses, which all students share. student: any of them."""
+    def _any_student(self) -> str:
+        """A recipe names a student, even one for the teachers alone: whichever students a command asks for, the same."""
+        return next((s for s in STUDENTS if (self.models / s / "sft").is_dir()), STUDENTS[0])
+
+    def teacher_collection(self) -> Recipe:
+        """Collects the teachers' responses, which all students share."""
         folder = self.out / "teachers" / "cache"
-        recipe = self._made(student, "sft", folder, {"collect.student": False})
+        recipe = self._made(self._any_student(), "sft", folder, {"collect.student": False})
         recipe.cache_dir = str(folder / "responses")
         return recipe
 
-    def teacher(self, student: str, teacher: str) -> Recipe:
+    def teacher(self, teacher: str) -> Recipe:
         """Scores a teacher as if it were a student."""
-        recipe = self._made(student, "sft", self.out / "teachers" / teacher, {"teachers": []})
-        recipe.student.model = next(t.model_path for t in self.base(student).teachers if t.name == teacher)
+        recipe = self._made(self._any_student(), "sft", self.out / "teachers" / teacher, {"teachers": []})
+        recipe.student.model = next(t.model_path for t in self.base(STUDENTS[0]).teachers if t.name == teacher)
         return recipe
 
     def cell(self, place: Place, max_steps: int = 0) -> Recipe:

@@ -51,7 +51,7 @@ class Findings:
                 name: self.row(scores)
                 | {
                     "over_equal_steps": self.over(student, name, scores),
-                    "reference_over": _plain(self.between(scores, self._get(student, REFERENCE))),
+                    "reference_over": self.reference_over(student, scores),
                 }
                 for name, scores in groups.get("compute", {}).items()
             },
@@ -92,8 +92,15 @@ class Findings:
     def over(self, student: str, name: str, scores: Scores) -> dict[str, Any] | None:
         return _plain(self.between(self._get(student, name), scores))
 
+    def reference_over(self, student: str, scores: Scores) -> dict[str, Any] | None:
+        return _plain(self.between(scores, self._get(student, REFERENCE)))
+
     def differences(self, student: str, scores: Scores) -> dict[str, Any]:
-        return {"over_start": self.over(student, START, scores), "over_baseline": self.over(student, BASELINE, scores)}
+        return {
+            "over_start": self.over(student, START, scores),
+            "over_baseline": self.over(student, BASELINE, scores),
+            "reference_over": self.reference_over(student, scores),
+        }
 
     def better_single(self, student: str) -> str | None:
         """The single teacher whose RIL student has the higher mean; None until both are there."""

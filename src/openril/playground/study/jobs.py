@@ -146,13 +146,13 @@ class Plan:
         return job.name
 
     def _teacher(self, teacher: str) -> str:
-        student, folder = self.students[0], self.recipes.out / "teachers" / teacher
+        folder = self.recipes.out / "teachers" / teacher
         arguments = ("--name", "base", "--score", str(self.score))
         return self._add(
             Job(
                 f"teachers/{teacher}",
                 folder,
-                partial(self.recipes.teacher, student, teacher),
+                partial(self.recipes.teacher, teacher),
                 "none",
                 arguments,
                 kind="score",
@@ -160,9 +160,8 @@ class Plan:
         )
 
     def _teacher_cache(self) -> str:
-        student, folder = self.students[0], self.recipes.out / "teachers" / "cache"
-        arguments = ("--sources", *TEACHERS)
-        make = partial(self.recipes.teacher_collection, student)
+        folder = self.recipes.out / "teachers" / "cache"
+        arguments, make = ("--sources", *TEACHERS), self.recipes.teacher_collection
         return self._add(Job("teachers/cache", folder, make, "collect", arguments, expected=300, kind="collect"))
 
     def _cache(self, student: str, start: Start) -> str:

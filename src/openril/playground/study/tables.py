@@ -75,6 +75,7 @@ def contenders(found: dict[str, Any]) -> str:
         "mean of the skills",
         "over the SFT student",
         "over Dr.GRPO",
+        "RIL, both, over it",
         "judge agrees",
         "steps",
         "seconds",
@@ -87,9 +88,10 @@ def contenders(found: dict[str, Any]) -> str:
             if (row := results["contenders"].get(name)) is not None:
                 over = ["" if name == "sft" else difference(row["over_start"])]
                 over += ["" if name == "dr_grpo" else difference(row["over_baseline"])]
+                over += ["" if name == REFERENCE else difference(row["reference_over"])]
                 rows.append([cell.title, percent(row["mean"]), *over, judge(row), *cost(row), seeds(row)])
         teachers = [
-            [TEACHER_TITLES[name], percent(row["mean"]), "", "", "-", "-", "-", "-"]
+            [TEACHER_TITLES[name], percent(row["mean"]), "", "", "", "-", "-", "-", "-"]
             for name, row in found["teachers"].items()
         ]
         return markdown(header, [*rows, *teachers]) if rows else ""
