@@ -107,8 +107,9 @@ class Recipes:
 
     def teacher(self, teacher: str) -> Recipe:
         """Scores a teacher as if it were a student."""
-        recipe = self._made(self._any_student(), "sft", self.out / "teachers" / teacher, {"teachers": []})
-        recipe.student.model = next(t.model_path for t in self.base(STUDENTS[0]).teachers if t.name == teacher)
+        student = self._any_student()
+        recipe = self._made(student, "sft", self.out / "teachers" / teacher, {"teachers": []})
+        recipe.student.model = next(t.model_path for t in self.base(student).teachers if t.name == teacher)
         return recipe
 
     def cell(self, place: Place, max_steps: int = 0) -> Recipe:
