@@ -20,8 +20,9 @@ from openril.playground.judge_material import (
     world_questions,
 )
 from openril.playground.judge_model import build_judge
+from openril.playground.shipped import WEIGHTS
 from openril.playground.skills import SKILLS
-from openril.playground.skills_judge import Settings, compare, make_drills, run, train_judge
+from openril.playground.skills_judge import Settings, compare, make_drills, measure, run, train_judge
 from openril.records import Question
 from openril.rewards import rules
 from openril.rewards.answers import score_answers
@@ -153,6 +154,12 @@ def test_rates_count_what_the_rule_calls_wrong_and_right():
     assert result["false_negative_rate"] == 0.0
     assert result["unreadable"] == 0.25
     assert result["by_skill"]["charts"]["num_verdicts"] == 4
+
+
+def test_the_judge_that_comes_with_the_package_agrees_with_the_rule_on_held_out_verdicts():
+    result = measure(WEIGHTS / "judge", 560, seed=1)
+    assert result["agreement"] >= 0.95  # 97.6 % of 2,800, most of them harder than what students write
+    assert result["unreadable"] == 0.0
 
 
 def test_training_writes_a_small_checkpoint_and_its_agreement(tmp_path):
