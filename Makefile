@@ -27,17 +27,17 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: $(INSTALLED)
 	@echo "==> the demo: everything it makes goes to runs/demo; the same command continues an interrupted one"
-	$(BIN)/python -m openril.playground.demo --out runs/demo $(ARGS)
+	$(BIN)/python -m playground.demo --out runs/demo $(ARGS)
 
 playground: $(INSTALLED)
 	@echo "==> two students, two teachers and a judge, trained into runs/playground in half an hour to an hour; the same command goes on where it was stopped"
-	$(BIN)/python -m openril.playground.models --out runs/playground
-	$(BIN)/python -m openril.playground.skills_judge --out runs/playground/judge
-	$(BIN)/python -m openril.playground.models --out runs/playground --report
+	$(BIN)/python -m playground.models --out runs/playground
+	$(BIN)/python -m playground.skills_judge --out runs/playground/judge
+	$(BIN)/python -m playground.models --out runs/playground --report
 
 study: $(INSTALLED)
 	@echo "==> the study: everything it makes goes to runs/study; the same command goes on where it was stopped"
-	$(BIN)/python -m openril.playground.study --out runs/study $(ARGS)
+	$(BIN)/python -m playground.study --out runs/study $(ARGS)
 
 test: $(INSTALLED)
 	@echo "==> the tests, on $(WORKERS) workers"

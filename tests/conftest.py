@@ -25,7 +25,7 @@ _TEXTS = [
 @pytest.fixture(scope="session")
 def tiny_qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoint folder of a tiny random Qwen2.5-VL."""
-    from openril.models.tiny import build_tiny_model
+    from openril.testing.tiny_models import build_tiny_model
 
     return build_tiny_model(tmp_path_factory.mktemp("models") / "qwen", "qwen2_5_vl", texts=_TEXTS, hidden_size=32)
 
@@ -33,7 +33,7 @@ def tiny_qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_internvl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoint folder of a tiny random InternVL with another kind of tokenizer."""
-    from openril.models.tiny import build_tiny_model
+    from openril.testing.tiny_models import build_tiny_model
 
     folder = tmp_path_factory.mktemp("models") / "internvl"
     return build_tiny_model(folder, "internvl", texts=_TEXTS, tokenizer="unigram", hidden_size=32, seed=1)
@@ -42,7 +42,7 @@ def tiny_internvl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_llava_onevision(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoint folder of a tiny random LLaVA-OneVision: one image becomes up to five tiles, two stay one tile each."""
-    from openril.models.tiny import build_tiny_model
+    from openril.testing.tiny_models import build_tiny_model
 
     folder = tmp_path_factory.mktemp("models") / "llava_onevision"
     return build_tiny_model(folder, "llava_onevision", texts=_TEXTS, hidden_size=32, tile_size=28, seed=2)
@@ -52,7 +52,7 @@ def tiny_llava_onevision(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_smolvlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoint folder of a tiny random SmolVLM, which splits every image into three or five tiles."""
     pytest.importorskip("num2words", reason="SmolVLM's processor needs num2words")
-    from openril.models.tiny import build_tiny_model
+    from openril.testing.tiny_models import build_tiny_model
 
     folder = tmp_path_factory.mktemp("models") / "smolvlm"
     return build_tiny_model(folder, "smolvlm", texts=_TEXTS, hidden_size=32, seed=3)
@@ -61,7 +61,7 @@ def tiny_smolvlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_qwen3_vl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoint folder of a tiny random Qwen3-VL."""
-    from openril.models.tiny import build_tiny_model
+    from openril.testing.tiny_models import build_tiny_model
 
     folder = tmp_path_factory.mktemp("models") / "qwen3_vl"
     return build_tiny_model(folder, "qwen3_vl", texts=_TEXTS, hidden_size=32, seed=4)
@@ -70,7 +70,7 @@ def tiny_qwen3_vl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_gemma3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoint folder of a tiny random Gemma 3, whose sliding window is shorter than any prompt."""
-    from openril.models.tiny import build_tiny_model
+    from openril.testing.tiny_models import build_tiny_model
 
     folder = tmp_path_factory.mktemp("models") / "gemma3"
     return build_tiny_model(folder, "gemma3", texts=_TEXTS, hidden_size=32, seed=5)

@@ -20,10 +20,10 @@ import torch
 from safetensors.torch import load_file
 
 from openril.data.reading import read_file
-from openril.models.tiny import build_tiny_model
 from openril.records import Question
 from openril.responses.cache import ResponseCache
 from openril.storage import read_jsonl
+from openril.testing.tiny_models import build_tiny_model
 from support.misbehaving_server import MisbehavingServer, Request, Say
 from support.tiny import tiny_questions, write_questions
 
@@ -36,10 +36,10 @@ teachers:
   - {{name: b, model_path: {models}/teacher_b}}
 collect: {{num_responses: 2, max_completion_length: 8}}
 judge: {{base_urls: ["{judge}"], model: fake, max_retries: 0}}
-sft: {{batch_size: 4, micro_batch_size: 2, max_steps: 4, save_every: 2, optimiser: {{learning_rate: 1.0e-3}}}}
+sft: {{batch_size: 4, micro_batch_size: 2, max_steps: 4, save_every: 2, optimizer: {{learning_rate: 1.0e-3}}}}
 discriminator:
   pretraining: {{questions_per_step: 3, epochs: 2, save_every: 1}}
-  optimiser: {{learning_rate: 1.0e-4}}
+  optimizer: {{learning_rate: 1.0e-4}}
 train:
   num_generations: 2
   questions_per_step: 4
@@ -48,7 +48,7 @@ train:
   precision: float32
   save_every: 1
   eval_every: 2
-  optimiser: {{learning_rate: 1.0e-4}}
+  optimizer: {{learning_rate: 1.0e-4}}
 eval: {{max_completion_length: 8}}
 """
 

@@ -7,7 +7,7 @@ import pytest
 from openril import endpoints
 from openril.endpoints import ChatClient, Completion, RequestRefusedError, retry_after
 from openril.errors import EndpointError
-from openril.recipe.schema import Endpoint
+from openril.recipe.schema import EndpointConfig
 from support.misbehaving_server import Drop, EmptyChoices, Garbage, Hang, MisbehavingServer, Refuse, Say, Status
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -25,7 +25,9 @@ def client():
 
     def build(*servers, **settings):
         urls = [s if isinstance(s, str) else s.url for s in servers]
-        made.append(ChatClient(Endpoint(**{"base_urls": urls, "model": "fake", "max_retries": 2, **settings}), "judge"))
+        made.append(
+            ChatClient(EndpointConfig(**{"base_urls": urls, "model": "fake", "max_retries": 2, **settings}), "judge")
+        )
         return made[-1]
 
     yield build
@@ -69,13 +71,13 @@ def test_key_comes_from_its_variable(client, monkeypatch):
 def test_missing_key_is_named(monkeypatch):
     monkeypatch.delenv("SOME_KEY", raising=False)
     with pytest.raises(EndpointError, match="SOME_KEY is not set"):
-        ChatClient(Endpoint(base_urls=["http://127.0.0.1:1/v1"], model="m", api_key_env="SOME_KEY"), "judge")
+        ChatClient(EndpointConfig(base_urls=["http://127.0.0.1:1/v1"], model="m", api_key_env="SOME_KEY"), "judge")
 
 
 @pytest.mark.parametrize("settings", [{"base_urls": []}, {"model": ""}, {"base_urls": ["127.0.0.1:8000/v1"]}])
 def test_unusable_endpoint_is_refused_at_once(settings):
     with pytest.raises(EndpointError, match=r"judge: .*(set base_urls|must start with http)"):
-        ChatClient(Endpoint(**{"base_urls": ["http://h/v1"], "model": "m", **settings}), "judge")
+        ChatClient(EndpointConfig(**{"base_urls": ["http://h/v1"], "model": "m", **settings}), "judge")
 
 
 @pytest.mark.parametrize(
@@ -142,9 +144,9 @@ def test_retry_after_in_its_three_forms():
 @pytest.mark.parametrize(
     ("status", "cure"), [(400, ""), (401, "set api_key_env"), (403, "may use this model"), (422, "")]
 )
-def test_refused_requests_are_not_repeated(client, status, cure):
+def test_refused_requests_are_not_repeated(client, status, fix):
     with MisbehavingServer(then=Status(status, "no, because")) as server:
-        with pytest.raises(RequestRefusedError, match=f"{status}: .*no, because.*{cure}") as caught:
+        with pytest.raises(RequestRefusedError, match=f"{status}: .*no, because.*{fix}") as caught:
             chat(client(server))
         assert server.count == 1
     assert caught.value.status == status

@@ -48,8 +48,8 @@ def test_paper_recipes_keep_the_papers_values(path):
     train = recipe.train
     assert (train.algorithm, train.num_generations, recipe.collect.num_responses) == ("ril", 4, 16)
     assert (train.num_iterations, train.epsilon, train.beta) == (1, 0.2, 0.01)
-    assert train.optimiser.learning_rate == recipe.discriminator.optimiser.learning_rate == 1e-6
-    assert recipe.sft.optimiser.learning_rate == recipe.discriminator.pretraining.optimiser.learning_rate == 1e-5
+    assert train.optimizer.learning_rate == recipe.discriminator.optimizer.learning_rate == 1e-6
+    assert recipe.sft.optimizer.learning_rate == recipe.discriminator.pretraining.optimizer.learning_rate == 1e-5
     assert train.questions_per_step * train.num_generations == 144
     assert recipe.judge.model == "Qwen/Qwen2.5-32B-Instruct"
     assert len(recipe.teachers) == (2 if "two" in path.name else 1)

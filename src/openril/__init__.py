@@ -26,26 +26,27 @@ _WHERE = {
     "Rollout": "openril.records",
     "Recipe": "openril.recipe.schema",
     "Sampling": "openril.recipe.schema",
+    "SamplingConfig": "openril.recipe.schema",
     "load_recipe": "openril.recipe.loading",
     "save_recipe": "openril.recipe.loading",
     "read_questions": "openril.data.reading",
     "group_advantages": "openril.algorithm.advantages",
-    "bce_loss": "openril.algorithm.discrimination",
-    "bradley_terry_loss": "openril.algorithm.discrimination",
+    "bce_loss": "openril.discriminator.losses",
+    "bradley_terry_loss": "openril.discriminator.losses",
     "token_loss": "openril.algorithm.objective",
     "PromptEncoder": "openril.models.prompts",
-    "Policy": "openril.models.group_forward",
-    "build_tiny_model": "openril.models.tiny",
+    "Policy": "openril.models.packing",
+    "build_tiny_model": "openril.testing.tiny_models",
     "Sampler": "openril.sampling.protocol",
     "TransformersSampler": "openril.sampling.transformers_engine",
     "ResponseCache": "openril.responses.cache",
-    "draw": "openril.responses.drawing",
-    "Discriminator": "openril.discriminator.training",
-    "DiscriminatorModel": "openril.discriminator.head",
+    "draw": "openril.responses.teacher_sampling",
+    "Discriminator": "openril.training.discriminator_update",
+    "DiscriminatorModel": "openril.discriminator.network",
     "JudgeService": "openril.rewards.judge",
     "build_judge_service": "openril.rewards.judge",
     "score_answers": "openril.rewards.answers",
-    "RewardSystem": "openril.rewards.total",
+    "RewardSystem": "openril.rewards.combine",
     "RILTrainer": "openril.training.loop",
     "open_trainer": "openril.stages.train",
 }
@@ -67,12 +68,11 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from openril.algorithm.advantages import group_advantages as group_advantages
-    from openril.algorithm.discrimination import bce_loss as bce_loss
-    from openril.algorithm.discrimination import bradley_terry_loss as bradley_terry_loss
     from openril.algorithm.objective import token_loss as token_loss
     from openril.data.reading import read_questions as read_questions
-    from openril.discriminator.head import DiscriminatorModel as DiscriminatorModel
-    from openril.discriminator.training import Discriminator as Discriminator
+    from openril.discriminator.losses import bce_loss as bce_loss
+    from openril.discriminator.losses import bradley_terry_loss as bradley_terry_loss
+    from openril.discriminator.network import DiscriminatorModel as DiscriminatorModel
     from openril.errors import CacheError as CacheError
     from openril.errors import DataError as DataError
     from openril.errors import EndpointError as EndpointError
@@ -81,25 +81,27 @@ if TYPE_CHECKING:
     from openril.errors import OpenRILError as OpenRILError
     from openril.errors import RecipeError as RecipeError
     from openril.errors import StateError as StateError
-    from openril.models.group_forward import Policy as Policy
+    from openril.models.packing import Policy as Policy
     from openril.models.prompts import PromptEncoder as PromptEncoder
-    from openril.models.tiny import build_tiny_model as build_tiny_model
     from openril.recipe.loading import load_recipe as load_recipe
     from openril.recipe.loading import save_recipe as save_recipe
     from openril.recipe.schema import Recipe as Recipe
     from openril.recipe.schema import Sampling as Sampling
+    from openril.recipe.schema import SamplingConfig as SamplingConfig
     from openril.records import Group as Group
     from openril.records import ImageSource as ImageSource
     from openril.records import Question as Question
     from openril.records import Response as Response
     from openril.records import Rollout as Rollout
     from openril.responses.cache import ResponseCache as ResponseCache
-    from openril.responses.drawing import draw as draw
+    from openril.responses.teacher_sampling import draw as draw
     from openril.rewards.answers import score_answers as score_answers
+    from openril.rewards.combine import RewardSystem as RewardSystem
     from openril.rewards.judge import JudgeService as JudgeService
     from openril.rewards.judge import build_judge_service as build_judge_service
-    from openril.rewards.total import RewardSystem as RewardSystem
     from openril.sampling.protocol import Sampler as Sampler
     from openril.sampling.transformers_engine import TransformersSampler as TransformersSampler
     from openril.stages.train import open_trainer as open_trainer
+    from openril.testing.tiny_models import build_tiny_model as build_tiny_model
+    from openril.training.discriminator_update import Discriminator as Discriminator
     from openril.training.loop import RILTrainer as RILTrainer

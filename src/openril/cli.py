@@ -174,8 +174,8 @@ def _run(command: Command, recipe: Recipe | list[str], options: dict[str, Any]) 
         print(f"ril: {str(e) or 'interrupted; the same command continues'}", file=sys.stderr)
         return INTERRUPTED
     finally:
-        if "openril.training.processes" in sys.modules:
-            sys.modules["openril.training.processes"].leave_process_group()
+        if "openril.training.distributed" in sys.modules:
+            sys.modules["openril.training.distributed"].leave_process_group()
     return code if isinstance(code, int) and not isinstance(code, bool) else OK
 
 

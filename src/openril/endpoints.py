@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from openril.errors import EndpointError
-from openril.recipe.schema import Endpoint
+from openril.recipe.schema import EndpointConfig
 
 if TYPE_CHECKING:
     import openai
@@ -108,7 +108,7 @@ class ChatClient:
     Raises EndpointError when the endpoint has no URL or model, or its key's variable is not set.
     """
 
-    def __init__(self, endpoint: Endpoint, what: str) -> None:
+    def __init__(self, endpoint: EndpointConfig, what: str) -> None:
         """what: how messages call this endpoint, for instance "judge" or "teacher qwen72b"."""
         if not endpoint.base_urls or not endpoint.model:
             raise EndpointError(f"{what}: set base_urls (for instance http://127.0.0.1:8000/v1) and model")
@@ -245,12 +245,12 @@ class ChatClient:
             if wait is not None:
                 self._paused_until[server] = time.monotonic() + wait
             return _PassingError(message, wait)
-        cure = {
+        fix = {
             401: f"; check the key in {self.endpoint.api_key_env}" if self._key else "; set api_key_env",
             403: "; check that the key may use this model",
             404: f"; check that the server knows model {self.endpoint.model!r} and that the URL is whole (/v1)",
         }
-        return RequestRefusedError(message + cure.get(status, ""), status)
+        return RequestRefusedError(message + fix.get(status, ""), status)
 
     async def probe(self) -> list[str]:
         """Ask every server for its models; the list of problems found, empty when all is well."""

@@ -6,10 +6,15 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from openril.errors import OpenRILError, StateError
+
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt")
+_CHUNK, _CHUNKS = 1 << 20, 64
 
 
 def stable_hash(*parts: Any) -> int:
@@ -93,3 +98,78 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             if isinstance(row, dict):
                 rows.append(row)
     return rows
+
+
+def weights_fingerprint(folder: Path) -> str | None:
+    """Return ``weights:`` and a hash of the folder's weight files, or None where there are none (a hub name).
+
+    Files of up to 64 MiB are hashed whole and larger ones by 64 pieces of 1 MiB spread evenly, so that a 72B checkpoint
+    takes seconds and any training still changes the result.
+    """
+    if not folder.is_dir():
+        return None
+    paths = sorted(p for p in folder.iterdir() if p.suffix in _WEIGHT_SUFFIXES)
+    digest = hashlib.sha256()
+    for path in paths:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with open(path, "rb") as f:
+            for i in range(_CHUNKS):
+                if size > _CHUNK * _CHUNKS:
+                    f.seek(i * (size - _CHUNK) // (_CHUNKS - 1))
+                digest.update(f.read(_CHUNK))
+    return f"weights:{digest.hexdigest()[:32]}" if paths else None
+
+
+def changed_keys(
+    saved: Any, now: Any, ignored: Callable[[str], bool] = lambda key: False
+) -> dict[str, tuple[Any, Any]]:
+    """Return the dotted keys whose values differ between two nested mappings, each with its old and new value.
+
+    Args:
+        ignored: Says for a dotted key whether its difference does not count.
+    """
+
+    def walk(old: Any, new: Any, prefix: str) -> Iterator[tuple[str, tuple[Any, Any]]]:
+        if isinstance(old, dict) and isinstance(new, dict):
+            for key in dict.fromkeys([*old, *new]):
+                yield from walk(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else str(key))
+        elif old != new and not ignored(prefix):
+            yield prefix, (old, new)
+
+    return dict(walk(saved, now, ""))
+
+
+def refuse_changed(
+    path: Path,
+    saved: Any,
+    now: Any,
+    *,
+    fix: str,
+    ignored: Callable[[str], bool] = lambda key: False,
+    error: type[OpenRILError] = StateError,
+) -> None:
+    """Refuse to continue work in ``path`` with settings other than those it was begun with.
+
+    Args:
+        path: The file or folder that the message names.
+        saved: The settings that ``path`` was begun with, as plain data.
+        now: The settings it would be continued with.
+        fix: What the user can do besides restoring the old values, for example ``set another run_dir``.
+        ignored: Says for a dotted key whether it may change.
+        error: The class to raise.
+
+    Raises:
+        StateError: Or ``error``, naming up to six keys with their old and new values.
+    """
+    changed = changed_keys(saved, now, ignored)
+    if not changed:
+        return
+    shown = [f"{key} (was {_short(old)}, now {_short(new)})" for key, (old, new) in list(changed.items())[:6]]
+    more = f" and {len(changed) - 6} more" if len(changed) > 6 else ""
+    raise error(f"{path} was made with other values of {', '.join(shown)}{more}. Restore them, or {fix}.")
+
+
+def _short(value: Any, limit: int = 60) -> str:
+    text = "unset" if value is None else json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -31,7 +31,7 @@ def test_a_whole_run_of_all_contenders(tmp_path: Path, capsys: pytest.CaptureFix
         assert parts <= set(measured)
         assert all(measured[p]["seconds"]["median"] > 0 for p in parts)
         update = measured["update"]
-        assert {"reference", "optimiser", "forward_backward"} <= set(update["parts"])
+        assert {"reference", "optimizer", "forward_backward"} <= set(update["parts"])
         assert sum(update["parts"].values()) == pytest.approx(update["seconds"]["median"])
         assert measured["step"]["parts"]["sampling"] > 0
     assert contenders["ours"]["measured"]["step"]["parts"]["discriminator"] > 0

@@ -50,10 +50,10 @@ def test_a_line_through_points():
     assert linear_fit([1, 2], [5, 7]) is None
 
 
-def test_the_share_of_the_peak_leaves_the_optimiser_out():
+def test_the_share_of_the_peak_leaves_the_optimizer_out():
     shape = Shape("micro", 16, 4, 4)
     result = CellResult(Cell(shape), about={"ours": {"prompt_tokens": 20}})
-    result.add("ours", "update", Measurement(3.0, {"optimiser": 1.0}))
+    result.add("ours", "update", Measurement(3.0, {"optimizer": 1.0}))
     # The second round's peak was measured while the machine was busy.
     result.limits = [{"matmul_flops": 1e6, "bandwidth": 1.0}, {"matmul_flops": 1e3, "bandwidth": 1.0}]
     got = matmul_share(result)

@@ -13,7 +13,7 @@ from PIL import Image
 from rich.console import Console
 
 from openril.data.preflight import Quantiles, Report, preflight
-from openril.recipe.schema import Data
+from openril.recipe.schema import DataConfig
 from openril.records import Question
 
 
@@ -25,7 +25,7 @@ def image(folder: Path, name: str, size: tuple[int, int] = (8, 6), colour: int =
 def run(folder: Path, *rows: dict[str, Any], counter: Any = None, settings: Any = None, **options: Any) -> Report:
     path = folder / "q.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return preflight(Data(train=[str(path)], **(settings or {})), "train", counter, **options)
+    return preflight(DataConfig(train=[str(path)], **(settings or {})), "train", counter, **options)
 
 
 def kinds(report: Report) -> list[tuple[str, str, str]]:

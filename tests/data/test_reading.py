@@ -17,7 +17,7 @@ from openril.data import spool
 from openril.data.images import load_image
 from openril.data.reading import RowProblem, read_file, read_questions
 from openril.errors import DataError
-from openril.recipe.schema import Data
+from openril.recipe.schema import DataConfig
 from openril.records import ImageSource, Question
 
 
@@ -176,7 +176,7 @@ def test_all_bad_rows_are_found_and_the_good_ones_kept(tmp_path: Path) -> None:
 def test_without_a_list_the_first_bad_rows_are_an_error(tmp_path: Path) -> None:
     path = write(tmp_path, *[{"question": ""}] * 20)
     with pytest.raises(DataError) as caught:
-        read_questions(Data(train=[str(path)]))
+        read_questions(DataConfig(train=[str(path)]))
     assert f"{path}:1: the question is empty" in str(caught.value) and "and 12 more" in str(caught.value)
 
 
@@ -203,25 +203,25 @@ def test_an_id_used_twice_names_both_places(tmp_path: Path) -> None:
     one_file = write(tmp_path, {"id": "x", "question": "a"}, name="one.jsonl")
     two_file = write(tmp_path, {"id": "y", "question": "a"}, {"id": "x", "question": "b"}, name="two.jsonl")
     with pytest.raises(DataError, match=r"two\.jsonl:2 \(x\): id 'x' was used before, at .*one\.jsonl:1"):
-        read_questions(Data(train=[str(one_file), str(two_file)]))
+        read_questions(DataConfig(train=[str(one_file), str(two_file)]))
 
 
 def test_the_same_row_twice_without_ids_is_called_a_duplicate(tmp_path: Path) -> None:
     path = write(tmp_path, {"question": "a"}, {"question": "a"})
     with pytest.raises(DataError, match=r"the same question, answer and images as .*:1"):
-        read_questions(Data(train=[str(path)]))
+        read_questions(DataConfig(train=[str(path)]))
 
 
 def test_limit_cuts_training_questions_only(tmp_path: Path) -> None:
     path = str(write(tmp_path, *[{"question": str(i)} for i in range(5)]))
-    data = Data(train=[path], validation=[path], limit=2)
+    data = DataConfig(train=[path], validation=[path], limit=2)
     assert (len(read_questions(data)), len(read_questions(data, "validation"))) == (2, 5)
 
 
 def test_patterns_read_several_files_in_order(tmp_path: Path) -> None:
     for name in ("b.jsonl", "a.jsonl"):
         write(tmp_path, {"question": name}, name=name)
-    questions = read_questions(Data(train=[str(tmp_path / "*.jsonl")]))
+    questions = read_questions(DataConfig(train=[str(tmp_path / "*.jsonl")]))
     assert [q.question for q in questions] == ["a.jsonl", "b.jsonl"]
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from openril.data.selection import overlong_shares, read_selection, select, share_places, write_selection
 from openril.errors import DataError
-from openril.recipe.schema import Selection as Config
+from openril.recipe.schema import SelectionConfig
 from openril.records import Question, Response
 
 
@@ -17,8 +17,10 @@ def questions(number: int, file: str = "a.jsonl", first: int = 0) -> list[Questi
     return [Question(id=f"q{i}", question="q", answer="a", origin=f"{file}:{i}") for i in range(first, first + number)]
 
 
-def config(number: int, **settings: object) -> Config:
-    return Config.model_validate({"enabled": True, "num_questions": number, "drop_overlong": False, **settings})
+def config(number: int, **settings: object) -> SelectionConfig:
+    return SelectionConfig.model_validate(
+        {"enabled": True, "num_questions": number, "drop_overlong": False, **settings}
+    )
 
 
 def reasons(selection) -> dict[str, str]:  # type: ignore[no-untyped-def]

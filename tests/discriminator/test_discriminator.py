@@ -9,15 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from openril.discriminator.head import DiscriminatorModel
+from openril.discriminator.network import DiscriminatorModel
 from openril.discriminator.prompt import DiscriminatorPrompts
 from openril.errors import ModelError
-from openril.models.group_forward import GroupTokens, lay_out
 from openril.models.loading import load_model, load_processor
+from openril.models.packing import GroupTokens, pad_rows
 from openril.models.prompts import PromptEncoder
-from openril.recipe.schema import Student
+from openril.recipe.schema import StudentConfig
 from openril.records import Group, Question, Response, Rollout
-from openril.training.processes import make_accelerator
+from openril.training.distributed import make_accelerator
 from openril.training.setup import fresh_discriminator
 from support.loop import tiny_recipe
 from support.tiny import tiny_questions
@@ -45,16 +45,16 @@ def test_prompt_shows_what_the_recipe_says(tiny_student: Path, tmp_path: Path):
     alone = text_of(encoder, question, "It is red.")
     assert "<response>\nIt is red.\n</response>" in alone and "0 for teacher" in alone
     assert question.question not in alone
-    asked = text_of(encoder, question, "It is red.", sees="question")
+    asked = text_of(encoder, question, "It is red.", inputs="question")
     assert question.question in asked
-    assert not tokens_of(encoder, question, "It is red.", sees="question").prompt.vision
-    assert "pixel_values" in tokens_of(encoder, question, "It is red.", sees="image").prompt.vision
+    assert not tokens_of(encoder, question, "It is red.", inputs="question").prompt.vision
+    assert "pixel_values" in tokens_of(encoder, question, "It is red.", inputs="image").prompt.vision
 
 
 def test_the_two_parts_of_the_prompt_read_as_one(tiny_student: Path, tmp_path: Path):
     encoder = encoder_of(tiny_student)
     question = tiny_questions(tmp_path, 1)[0]
-    text = text_of(encoder, question, "It is red.", sees="question")
+    text = text_of(encoder, question, "It is red.", inputs="question")
     turns = text.count("<|im_start|>")
     assert turns == 3 and text.rstrip().endswith("<|im_start|>assistant")
     assert text.index(question.question) < text.index("Who wrote") < text.index("It is red.")
@@ -81,23 +81,23 @@ def test_long_responses_keep_both_ends(tiny_student: Path, tmp_path: Path):
 
 def test_padding_and_neighbours_do_not_matter(tiny_student: Path, tmp_path: Path):
     encoder = encoder_of(tiny_student)
-    network = DiscriminatorModel.from_student(str(tiny_student), Student(), seed=0)
+    network = DiscriminatorModel.from_student(str(tiny_student), StudentConfig(), seed=0)
     questions = tiny_questions(tmp_path, 3)
     groups = [
-        tokens_of(encoder, q, text, sees="image")
+        tokens_of(encoder, q, text, inputs="image")
         for q, text in zip(questions, ("red", "I look at the square. It is red.", ""), strict=True)
     ]
     with torch.no_grad():
-        together = network(lay_out(groups, encoder.pad_token_id))
-        alone = torch.cat([network(lay_out([g], encoder.pad_token_id)) for g in groups])
+        together = network(pad_rows(groups, encoder.pad_token_id))
+        alone = torch.cat([network(pad_rows([g], encoder.pad_token_id)) for g in groups])
     assert together.tolist() == pytest.approx(alone.tolist(), abs=1e-6)
     assert len(set(together.tolist())) == 3
 
 
 def test_saved_and_loaded_is_the_same(tiny_student: Path, tmp_path: Path):
-    network = DiscriminatorModel.from_student(str(tiny_student), Student(), seed=7)
+    network = DiscriminatorModel.from_student(str(tiny_student), StudentConfig(), seed=7)
     network.save(tmp_path / "d", load_processor(str(tiny_student)))
-    again = DiscriminatorModel.from_checkpoint(tmp_path / "d", Student())
+    again = DiscriminatorModel.from_checkpoint(tmp_path / "d", StudentConfig())
     left, right = network.state_dict(), again.state_dict()
     assert left.keys() == right.keys()
     assert all(torch.equal(v, right[k]) for k, v in left.items())
@@ -106,7 +106,7 @@ def test_saved_and_loaded_is_the_same(tiny_student: Path, tmp_path: Path):
 
 
 def test_it_starts_with_the_students_weights(tiny_student: Path):
-    network = DiscriminatorModel.from_student(str(tiny_student), Student(), seed=0)
+    network = DiscriminatorModel.from_student(str(tiny_student), StudentConfig(), seed=0)
     student: Any = load_model(str(tiny_student))
     for name, value in student.model.state_dict().items():
         assert torch.equal(value, network.backbone.state_dict()[name]), name
@@ -114,14 +114,14 @@ def test_it_starts_with_the_students_weights(tiny_student: Path):
 
 def test_a_folder_without_a_head_is_refused(tiny_qwen: Path):
     with pytest.raises(ModelError, match="ril discriminator"):
-        DiscriminatorModel.from_checkpoint(tiny_qwen, Student())
+        DiscriminatorModel.from_checkpoint(tiny_qwen, StudentConfig())
 
 
 @pytest.mark.parametrize("loss", ["bce", "bradley_terry"])
 def test_it_learns_to_tell_them_apart_with_the_student_as_one(loss: str, tiny_student: Path, tmp_path: Path):
     recipe = tiny_recipe(tmp_path / "run", tiny_student, discriminator__loss=loss)
-    recipe.discriminator.optimiser.learning_rate = 3e-3
-    d = fresh_discriminator(recipe, make_accelerator(recipe), recipe.discriminator.optimiser)
+    recipe.discriminator.optimizer.learning_rate = 3e-3
+    d = fresh_discriminator(recipe, make_accelerator(recipe), recipe.discriminator.optimizer)
     groups = [
         Group(
             q,
@@ -151,20 +151,20 @@ def test_it_learns_to_tell_them_apart_with_the_student_as_one(loss: str, tiny_st
 
 
 def test_missing_weights_are_an_error(tiny_qwen: Path, tmp_path: Path):
-    network = DiscriminatorModel.from_student(str(tiny_qwen), Student(), seed=7)
+    network = DiscriminatorModel.from_student(str(tiny_qwen), StudentConfig(), seed=7)
     network.save(tmp_path / "d", load_processor(str(tiny_qwen)))
     weights = load_file(tmp_path / "d/model.safetensors")
     gone = next(k for k in weights if "q_proj" in k)
     kept = {k: v for k, v in weights.items() if k != gone}
     save_file(kept, tmp_path / "d/model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match="q_proj"):
-        DiscriminatorModel.from_checkpoint(tmp_path / "d", Student())
+        DiscriminatorModel.from_checkpoint(tmp_path / "d", StudentConfig())
 
 
 def test_a_long_response_is_no_long_prompt(tiny_qwen: Path, tmp_path: Path):
     """data.max_prompt_length bounds questions; a response the sampler may write must never stop the run."""
     recipe = tiny_recipe(tmp_path / "run", tiny_qwen, data__max_prompt_length=60)
-    d = fresh_discriminator(recipe, make_accelerator(recipe), recipe.discriminator.optimiser)
+    d = fresh_discriminator(recipe, make_accelerator(recipe), recipe.discriminator.optimizer)
     [question] = tiny_questions(tmp_path / "data", 1)
     group = Group(
         question, [Rollout(Response("q0", "student", 0, "x y " * 600)), Rollout(Response("q0", "a", 0, "red"))]

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from openril.discriminator.matching import Pair, matched_pairs, shown_tokens
-from openril.discriminator.training import Discriminator
 from openril.records import Group, Question, Response, Rollout
-from openril.training.processes import make_accelerator
+from openril.training.discriminator_update import Discriminator
+from openril.training.distributed import make_accelerator
 from openril.training.setup import fresh_discriminator
 from support.loop import tiny_recipe
 
@@ -25,9 +25,9 @@ def group(students: list[str], teachers: list[str], name: str = "q") -> Group:
 
 
 def made(checkpoint: Path, folder: Path, **overrides: Any) -> Discriminator:
-    settings = {"discriminator__match_length": True, "discriminator__optimiser": {"learning_rate": 3e-3}}
+    settings = {"discriminator__match_length": True, "discriminator__optimizer": {"learning_rate": 3e-3}}
     recipe = tiny_recipe(folder / "run", checkpoint, **{**settings, **overrides})
-    return fresh_discriminator(recipe, make_accelerator(recipe), recipe.discriminator.optimiser)
+    return fresh_discriminator(recipe, make_accelerator(recipe), recipe.discriminator.optimizer)
 
 
 def test_shortest_meets_shortest():

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from openril.discriminator.training import Discriminator
-from openril.models.group_forward import GroupTokens, Rows
-from openril.models.vision_features import FeatureStore, VisionFeatures
+from openril.models.packing import Batch, GroupTokens
+from openril.models.vision_features import FeatureCache, VisionFeatures
 from openril.records import Group, Response, Rollout
-from openril.training.processes import make_accelerator
+from openril.training.discriminator_update import Discriminator
+from openril.training.distributed import make_accelerator
 from openril.training.setup import fresh_discriminator
 from support.loop import tiny_recipe
 from support.tiny import unlike_questions
@@ -36,7 +36,7 @@ def packing_family(request: pytest.FixtureRequest) -> Path:
 def made(checkpoint: Path, folder: Path, *, packed: bool = True, **overrides: Any) -> tuple[Discriminator, list[str]]:
     recipe = tiny_recipe(folder / "run", checkpoint, train__packed=packed, **overrides)
     warnings: list[str] = []
-    d = fresh_discriminator(recipe, make_accelerator(recipe), recipe.discriminator.optimiser, warnings.append)
+    d = fresh_discriminator(recipe, make_accelerator(recipe), recipe.discriminator.optimizer, warnings.append)
     with torch.no_grad():  # a head that starts small would hide differences
         d.accelerator.unwrap_model(d.network).head.weight.mul_(20)
     return d, warnings
@@ -60,15 +60,15 @@ def learnt(d: Discriminator, groups: list[Group], monkeypatch: pytest.MonkeyPatc
     """Loss and gradients of an update that is not taken."""
     gradients: dict[str, Tensor] = {}
 
-    def keep(accelerator: Any, optimiser: Any, parameters: Any, limit: float, what: str) -> float:
+    def keep(accelerator: Any, optimizer: Any, parameters: Any, limit: float, what: str) -> float:
         for name, p in accelerator.unwrap_model(d.network).named_parameters():
             if p.requires_grad:
                 gradients[name] = torch.zeros_like(p) if p.grad is None else p.grad.clone()
-        optimiser.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         return 0.0
 
     with monkeypatch.context() as patch:
-        patch.setattr("openril.discriminator.training.take_step", keep)
+        patch.setattr("openril.training.discriminator_update.take_step", keep)
         return d.update(groups)["loss"], gradients
 
 
@@ -92,13 +92,15 @@ def in_double(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("loss", ["bce", "bradley_terry"])
-@pytest.mark.parametrize("sees", ["response", "question", "image"])
+@pytest.mark.parametrize("inputs", ["response", "question", "image"])
 def test_same_logits_and_gradients(
-    sees: str, loss: str, tiny_student: Path, tmp_path: Path, in_double: None, monkeypatch: pytest.MonkeyPatch
+    inputs: str, loss: str, tiny_student: Path, tmp_path: Path, in_double: None, monkeypatch: pytest.MonkeyPatch
 ):
     results = []
     for packed in (True, False):
-        d, warnings = made(tiny_student, tmp_path, packed=packed, discriminator__sees=sees, discriminator__loss=loss)
+        d, warnings = made(
+            tiny_student, tmp_path, packed=packed, discriminator__inputs=inputs, discriminator__loss=loss
+        )
         groups = groups_on(tmp_path)
         results.append((probabilities(d, groups), learnt(d, groups, monkeypatch)))
         assert warnings == [] and d._packed is packed
@@ -120,7 +122,7 @@ def test_same_with_matched_lengths(
             tiny_student,
             tmp_path,
             packed=packed,
-            discriminator__sees="question",
+            discriminator__inputs="question",
             discriminator__loss=loss,
             discriminator__match_length=True,
             discriminator__max_tokens_per_micro_batch=tokens,
@@ -139,7 +141,7 @@ def test_same_with_images_for_every_family_and_all_of_it_training(
     results = []
     for packed in (True, False):
         d, warnings = made(
-            packing_family, tmp_path, packed=packed, discriminator__sees="image", discriminator__freeze=[]
+            packing_family, tmp_path, packed=packed, discriminator__inputs="image", discriminator__freeze=[]
         )
         groups = groups_on(tmp_path)
         results.append((probabilities(d, groups), learnt(d, groups, monkeypatch)))
@@ -149,12 +151,12 @@ def test_same_with_images_for_every_family_and_all_of_it_training(
     assert any(g.abs().max() > 1e-6 for n, g in results[0][1][1].items() if "vision" in n or "visual" in n)
 
 
-@pytest.mark.parametrize("sees", ["response", "image"])
+@pytest.mark.parametrize("inputs", ["response", "image"])
 def test_groups_split_over_micro_batches_teach_the_same(
-    sees: str, tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    inputs: str, tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    whole, _ = made(tiny_student, tmp_path, discriminator__sees=sees)
-    split, _ = made(tiny_student, tmp_path, discriminator__sees=sees, discriminator__max_tokens_per_micro_batch=260)
+    whole, _ = made(tiny_student, tmp_path, discriminator__inputs=inputs)
+    split, _ = made(tiny_student, tmp_path, discriminator__inputs=inputs, discriminator__max_tokens_per_micro_batch=260)
     groups = groups_on(tmp_path)
     assert probabilities(split, groups) == pytest.approx(probabilities(whole, groups), abs=1e-5)
     calls = forwards(split)
@@ -168,7 +170,7 @@ def test_bradley_terry_never_splits_a_group(tiny_qwen: Path, tmp_path: Path, mon
     d, _ = made(
         tiny_qwen,
         tmp_path,
-        discriminator__sees="question",
+        discriminator__inputs="question",
         discriminator__loss="bradley_terry",
         discriminator__max_tokens_per_micro_batch=1,
     )
@@ -179,9 +181,9 @@ def test_bradley_terry_never_splits_a_group(tiny_qwen: Path, tmp_path: Path, mon
     assert [len(rows.last) for rows in calls] == [len(g.rollouts) for g in groups]
 
 
-def forwards(d: Discriminator) -> list[Rows]:
+def forwards(d: Discriminator) -> list[Batch]:
     """The rows of every forward pass from here on."""
-    calls: list[Rows] = []
+    calls: list[Batch] = []
     d.network.register_forward_pre_hook(lambda module, args: calls.append(args[0]))
     return calls
 
@@ -211,9 +213,9 @@ def test_a_response_alone_shares_one_prompt_with_all_questions(tiny_student: Pat
     assert head > 30
 
 
-@pytest.mark.parametrize("sees", ["question", "image"])
-def test_a_question_stands_once_before_its_responses(sees: str, tiny_student: Path, tmp_path: Path):
-    d, _ = made(tiny_student, tmp_path, discriminator__sees=sees)
+@pytest.mark.parametrize("inputs", ["question", "image"])
+def test_a_question_stands_once_before_its_responses(inputs: str, tiny_student: Path, tmp_path: Path):
+    d, _ = made(tiny_student, tmp_path, discriminator__inputs=inputs)
     groups = groups_on(tmp_path)
     probabilities(d, groups)
     calls = forwards(d)
@@ -224,7 +226,7 @@ def test_a_question_stands_once_before_its_responses(sees: str, tiny_student: Pa
 
 def test_images_are_processed_once_a_question(tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The processor, and the frozen tower, over two rounds of learning and scoring."""
-    d, _ = made(tiny_student, tmp_path, discriminator__sees="image")
+    d, _ = made(tiny_student, tmp_path, discriminator__inputs="image")
     groups = groups_on(tmp_path)
     processor = d.encoder.processor.image_processor
     processed: list[None] = []
@@ -248,24 +250,24 @@ def test_images_are_processed_once_a_question(tiny_student: Path, tmp_path: Path
 
 
 def test_a_fixed_discriminator_scores_packed(tiny_qwen: Path, tmp_path: Path):
-    d, _ = made(tiny_qwen, tmp_path, discriminator__sees="image")
+    d, _ = made(tiny_qwen, tmp_path, discriminator__inputs="image")
     fixed = Discriminator(
         copy.deepcopy(d.network).requires_grad_(False),
         d.encoder,
         d.accelerator,
         d.settings,
-        store=FeatureStore(2**24),
+        store=FeatureCache(2**24),
     )
     groups = groups_on(tmp_path)
     assert probabilities(fixed, groups) == pytest.approx(probabilities(d, groups), abs=1e-6)
     assert fixed._packed is True and fixed.store.bytes > 0
 
 
-@pytest.mark.parametrize("sees", ["response", "image"])
-def test_gemma_falls_back_and_says_so(sees: str, tiny_gemma3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("inputs", ["response", "image"])
+def test_gemma_falls_back_and_says_so(inputs: str, tiny_gemma3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     results = []
     for packed in (True, False):
-        d, warnings = made(tiny_gemma3, tmp_path, packed=packed, discriminator__sees=sees)
+        d, warnings = made(tiny_gemma3, tmp_path, packed=packed, discriminator__inputs=inputs)
         groups = groups_on(tmp_path)
         results.append((probabilities(d, groups), learnt(d, groups, monkeypatch)))
         assert d._packed is False
@@ -276,11 +278,11 @@ def test_gemma_falls_back_and_says_so(sees: str, tiny_gemma3: Path, tmp_path: Pa
 
 
 def test_text_alone_proves_nothing_about_images(tiny_gemma3_full_attention: Path, tmp_path: Path):
-    d, warnings = made(tiny_gemma3_full_attention, tmp_path, discriminator__sees="image")
+    d, warnings = made(tiny_gemma3_full_attention, tmp_path, discriminator__inputs="image")
     groups = groups_on(tmp_path)
     probabilities(d, [g for g in groups if not g.question.images])
     assert d._packed is True and warnings == []
     ours = probabilities(d, groups)
     assert d._packed is False and len(warnings) == 1
-    plain, _ = made(tiny_gemma3_full_attention, tmp_path, packed=False, discriminator__sees="image")
+    plain, _ = made(tiny_gemma3_full_attention, tmp_path, packed=False, discriminator__inputs="image")
     assert ours == pytest.approx(probabilities(plain, groups), abs=1e-6)

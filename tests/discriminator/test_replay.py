@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from openril.discriminator.replay import ReplayMemory
-from openril.discriminator.training import Discriminator
 from openril.errors import StateError
 from openril.records import Group, Question, Response, Rollout
-from openril.training.processes import make_accelerator
+from openril.training.discriminator_update import Discriminator
+from openril.training.distributed import make_accelerator
 from openril.training.setup import fresh_discriminator
 from support.loop import tiny_recipe
 
@@ -89,7 +89,7 @@ def test_a_damaged_file_is_an_error(tmp_path: Path):
 
 def made(checkpoint: Path, folder: Path, **overrides: Any) -> Discriminator:
     recipe = tiny_recipe(folder / "run", checkpoint, **overrides)
-    d = fresh_discriminator(recipe, make_accelerator(recipe), recipe.discriminator.optimiser)
+    d = fresh_discriminator(recipe, make_accelerator(recipe), recipe.discriminator.optimizer)
     with torch.no_grad():
         d.accelerator.unwrap_model(d.network).head.weight.mul_(20)
     return d
@@ -99,13 +99,13 @@ def learnt(d: Discriminator, monkeypatch: pytest.MonkeyPatch, *groups: Any) -> t
     """Metrics and the gradient of an update that is not taken."""
     found: list[torch.Tensor] = []
 
-    def keep(accelerator: Any, optimiser: Any, parameters: Any, limit: float, what: str) -> float:
+    def keep(accelerator: Any, optimizer: Any, parameters: Any, limit: float, what: str) -> float:
         found.append(torch.cat([p.grad.flatten().clone() for p in parameters if p.grad is not None]))
-        optimiser.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         return 0.0
 
     with monkeypatch.context() as patch:
-        patch.setattr("openril.discriminator.training.take_step", keep)
+        patch.setattr("openril.training.discriminator_update.take_step", keep)
         return d.update(*groups), found[0]
 
 
@@ -117,7 +117,7 @@ OLD = [group(f"o{i}", [f"red red {i}", "no"], ["I see the square."]) for i in ra
     "overrides",
     [
         {},
-        {"discriminator__loss": "bradley_terry", "discriminator__sees": "question"},
+        {"discriminator__loss": "bradley_terry", "discriminator__inputs": "question"},
         {"discriminator__match_length": True},
         {"discriminator__max_tokens_per_micro_batch": 120},
     ],

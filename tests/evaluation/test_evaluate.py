@@ -9,8 +9,7 @@ from rich.console import Console
 
 from openril.errors import DataError, JudgeError
 from openril.evaluation.evaluate import Journal, evaluate
-from openril.recipe.schema import Evaluation as Settings
-from openril.recipe.schema import Recipe
+from openril.recipe.schema import EvaluationConfig, Recipe
 from openril.records import Question, Response
 from openril.rewards.judge import build_judge_service
 from openril.sampling.transformers_engine import TransformersSampler
@@ -45,7 +44,7 @@ class Scripted:
 
 
 def settings(**values):
-    return Settings(questions_per_batch=2, max_completion_length=7, **values)
+    return EvaluationConfig(questions_per_batch=2, max_completion_length=7, **values)
 
 
 def test_decoding_is_greedy_and_scoring_by_rules():
@@ -58,7 +57,7 @@ def test_decoding_is_greedy_and_scoring_by_rules():
 
 
 def test_an_interrupted_evaluation_goes_on_where_it_was(tmp_path):
-    one_by_one = Settings(questions_per_batch=1)
+    one_by_one = EvaluationConfig(questions_per_batch=1)
 
     def run(sampler, key="key"):
         return evaluate(lambda: sampler, QUESTIONS, one_by_one, journal=Journal(tmp_path / "x.jsonl", key))

@@ -12,8 +12,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from openril.models.freezing import freeze
-from openril.models.group_forward import GroupTokens, Policy, pack
 from openril.models.loading import load_model, load_processor
+from openril.models.packing import GroupTokens, Policy, pack
 from openril.models.prompts import PromptEncoder
 from support.tiny import tiny_questions
 

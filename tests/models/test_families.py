@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from openril.models.dummy_image import dummy_image_prompt
 from openril.models.freezing import module_group
-from openril.models.group_forward import GroupTokens, Policy, lay_out
 from openril.models.loading import load_model, load_processor
+from openril.models.packing import GroupTokens, Policy, pad_rows
 from openril.models.prompts import Prompt, PromptEncoder
-from openril.models.vision_balance import borrowed_prompt
-from openril.models.vision_inputs import join_vision
-from openril.recipe.schema import Sampling
+from openril.models.vision_inputs import collate_vision_inputs
+from openril.recipe.schema import SamplingConfig
 from openril.records import Response
 from openril.sampling.transformers_engine import TransformersSampler
 from support.tiny import teacher_text, unlike_questions
@@ -91,7 +91,7 @@ def test_another_image_gives_other_logprobs(student: Student):
 def test_plain_pass_equals_the_models_own(student: Student, tmp_path: Path, number: int):
     each = group(student, tmp_path, number)
     with torch.no_grad():
-        ours = Policy(student.model)(lay_out([each], student.encoder.pad_token_id))
+        ours = Policy(student.model)(pad_rows([each], student.encoder.pad_token_id))
     for row, ids in enumerate(each.completions):
         expected = own_logprobs(student.model, each.prompt, ids)
         assert ours[row, : len(ids)].tolist() == pytest.approx(expected.tolist(), abs=1e-5)
@@ -99,7 +99,7 @@ def test_plain_pass_equals_the_models_own(student: Student, tmp_path: Path, numb
 
 def test_plain_pass_of_mixed_groups(student: Student, tmp_path: Path):
     groups = [group(student, tmp_path, number) for number in (2, 0, 1, 3, 2)]
-    rows = lay_out(groups, student.encoder.pad_token_id)
+    rows = pad_rows(groups, student.encoder.pad_token_id)
     ours = Policy(student.model)(rows)
     pairs = [(g.prompt, ids) for g in groups for ids in g.completions]
     for row, (prompt, ids) in enumerate(pairs):
@@ -138,10 +138,10 @@ def test_joined_images_give_the_features_of_each(student: Student, tmp_path: Pat
 
     with torch.no_grad():
         alone = torch.cat([features(p.vision) for p in prompts if p.vision])
-        together = features(join_vision(prompts))
+        together = features(collate_vision_inputs(prompts))
     assert together.shape == alone.shape
     assert torch.allclose(together, alone, atol=1e-5)
-    assert join_vision([p for p in prompts if not p.vision]) == {}
+    assert collate_vision_inputs([p for p in prompts if not p.vision]) == {}
 
 
 def test_every_parameter_belongs_to_a_module_group(student: Student):
@@ -166,7 +166,7 @@ def test_responses_hold_no_special_tokens_but_the_end(student: Student):
 def test_sampled_responses_hold_no_special_tokens_but_the_end(student: Student, tmp_path: Path):
     questions = unlike_questions(tmp_path)
     drawn = TransformersSampler(student.model, student.encoder).sample(
-        questions, 2, settings=Sampling(temperature=1.5, top_p=1.0, top_k=0), max_completion_length=6, seed=3
+        questions, 2, settings=SamplingConfig(temperature=1.5, top_p=1.0, top_k=0), max_completion_length=6, seed=3
     )
     for question, responses in zip(questions, drawn, strict=True):
         prompt = student.encoder(question)
@@ -176,13 +176,13 @@ def test_sampled_responses_hold_no_special_tokens_but_the_end(student: Student, 
             banned = student.encoder.special_token_ids - set(student.encoder.eos_token_ids)
             assert not set(ids) & banned
             scaled = Policy(student.model, 1.5)(
-                lay_out([GroupTokens(prompt, [torch.tensor(ids)])], student.encoder.pad_token_id)
+                pad_rows([GroupTokens(prompt, [torch.tensor(ids)])], student.encoder.pad_token_id)
             )
             assert list(response.logprobs) == pytest.approx(scaled[0].tolist(), abs=1e-4)
 
 
 def test_a_borrowed_image_encodes(student: Student):
-    prompt = borrowed_prompt(student.encoder, student.model, num_processes=2)
+    prompt = dummy_image_prompt(student.encoder, student.model, num_processes=2)
     assert prompt is not None and prompt.vision
     with torch.no_grad():
         features = student.model.model.get_image_features(**prompt.vision).pooler_output

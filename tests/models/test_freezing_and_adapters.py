@@ -10,11 +10,11 @@ import torch
 from openril.errors import ModelError
 from openril.models.adapters import add_adapters, without_adapters
 from openril.models.freezing import freeze, module_group
-from openril.models.group_forward import GroupTokens, Policy, lay_out
 from openril.models.loading import load_model, load_processor
+from openril.models.packing import GroupTokens, Policy, pad_rows
 from openril.models.prompts import PromptEncoder
-from openril.recipe.schema import Lora
-from openril.training.saving import merged_state
+from openril.recipe.schema import LoraConfig
+from openril.training.checkpoint import merged_state
 from support.tiny import tiny_questions
 
 GROUPS = [
@@ -72,10 +72,10 @@ def test_adapters_off_is_the_base_and_merging_is_exact(tiny_family: Path, tmp_pa
     base = load_model(str(tiny_family))
     encoder = PromptEncoder(load_processor(str(tiny_family)), base)
     [question] = tiny_questions(tmp_path, 1)
-    rows = lay_out([GroupTokens(encoder(question), [torch.tensor([50, 51, 52])])], encoder.pad_token_id)
+    rows = pad_rows([GroupTokens(encoder(question), [torch.tensor([50, 51, 52])])], encoder.pad_token_id)
     with torch.no_grad():
         before = Policy(base)(rows)
-        model = add_adapters(load_model(str(tiny_family)), Lora(enabled=True, r=4))
+        model = add_adapters(load_model(str(tiny_family)), LoraConfig(enabled=True, r=4))
         for name, parameter in model.named_parameters():
             assert parameter.requires_grad == ("lora_" in name)
             assert "lora_" not in name or module_group(name) in ("attention", "mlp_gate", "mlp_up", "mlp_down")
@@ -94,4 +94,4 @@ def test_adapters_off_is_the_base_and_merging_is_exact(tiny_family: Path, tmp_pa
 
 def test_unknown_target_modules_are_named(tiny_qwen: Path):
     with pytest.raises(ModelError, match="nonsense"):
-        add_adapters(load_model(str(tiny_qwen)), Lora(enabled=True, target_modules=["nonsense"]))
+        add_adapters(load_model(str(tiny_qwen)), LoraConfig(enabled=True, target_modules=["nonsense"]))

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from openril.errors import ModelError
 from openril.models.loading import load_model, load_processor
-from openril.models.tiny import build_tiny_model
+from openril.testing.tiny_models import build_tiny_model
 
 
 def test_missing_folder_is_named():
@@ -75,7 +75,7 @@ def test_tiny_models_can_have_tokenizers_of_another_kind(architecture: str, tmp_
 def test_tiny_models_are_the_same_in_every_process(tokenizer: str, tmp_path: Path):
     texts = [f"Which colour is square {i}? It is {c}." for c in ("red", "blue", "green") for i in range(30)]
     code = (
-        "import sys; from openril.models.tiny import build_tiny_model; "
+        "import sys; from openril.testing.tiny_models import build_tiny_model; "
         f"build_tiny_model(sys.argv[1], 'internvl', texts={texts!r}, tokenizer={tokenizer!r}, hidden_size=32, seed=3)"
     )
     for name, seed in (("a", "1"), ("b", "2")):
@@ -91,7 +91,7 @@ def test_tiny_tokenizers_read_back_any_text(tokenizer: str, tmp_path: Path):
     folder = build_tiny_model(
         tmp_path / "m", "qwen2", tokenizer=tokenizer, texts=["Which colour is it?"], hidden_size=32
     )  # type: ignore[arg-type]
-    from transformers import AutoTokenizer
+    from openril.hf import AutoTokenizer
 
     loaded = AutoTokenizer.from_pretrained(folder)
     for text in ("Which colour is it?", "  two  spaces\nand ünïcödé 你好 🙂", "x" * 50):

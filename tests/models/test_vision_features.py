@@ -13,7 +13,7 @@ from torch import Tensor
 from openril.models.freezing import freeze
 from openril.models.loading import load_model, load_processor
 from openril.models.prompts import Prompt, PromptEncoder
-from openril.models.vision_features import FeatureStore, VisionFeatures
+from openril.models.vision_features import FeatureCache, VisionFeatures
 from openril.records import ImageSource, Question
 from support.tiny import draw_square, unlike_questions
 
@@ -56,7 +56,7 @@ def test_second_time_the_tower_does_not_run(frozen: list[Any], tiny_family: Path
     freeze(model, frozen)
     expected = [fresh(model, p) for p in prompts(tiny_family, tmp_path)]
     calls = tower_calls(model)
-    vision = VisionFeatures(model, FeatureStore(PLENTY))
+    vision = VisionFeatures(model, FeatureCache(PLENTY))
     for _ in range(2):
         for prompt, right in zip(prompts(tiny_family, tmp_path), expected, strict=True):
             assert torch.allclose(flat(vision([prompt])), right, atol=1e-6)
@@ -71,7 +71,7 @@ def test_a_training_projector_gets_its_gradient_from_what_is_kept(tiny_family: P
     [prompt] = prompts(tiny_family, tmp_path, [1])
     weights: Tensor | None = None
     results = []
-    for vision in (None, VisionFeatures(model, FeatureStore(PLENTY))):
+    for vision in (None, VisionFeatures(model, FeatureCache(PLENTY))):
         for _ in range(1 if vision is None else 2):  # made, then kept
             model.zero_grad()
             features = fresh(model, prompt) if vision is None else flat(vision([prompt]))
@@ -91,7 +91,7 @@ def test_the_projector_of_today_is_used(tiny_family: Path, tmp_path: Path):
     model = load_model(str(tiny_family))
     freeze(model, ["vision_tower"])
     [prompt] = prompts(tiny_family, tmp_path, [1])
-    vision = VisionFeatures(model, FeatureStore(PLENTY))
+    vision = VisionFeatures(model, FeatureCache(PLENTY))
     with torch.no_grad():
         before = flat(vision([prompt]))
         for p in model.parameters():
@@ -107,7 +107,7 @@ def test_a_training_tower_keeps_nothing(tiny_family: Path, tmp_path: Path):
     freeze(model, [])
     [prompt] = prompts(tiny_family, tmp_path, [1])
     calls = tower_calls(model)
-    vision = VisionFeatures(model, FeatureStore(PLENTY))
+    vision = VisionFeatures(model, FeatureCache(PLENTY))
     assert vision.keep == "nothing"
     for n in (1, 2):
         model.zero_grad()
@@ -124,17 +124,17 @@ def test_a_store_of_any_size_gives_the_same(keep: Any, tiny_student: Path, tmp_p
     model = load_model(str(tiny_student))
     three = prompts(tiny_student, tmp_path)
     right = [fresh(model, p) for p in three]
-    whole = VisionFeatures(model, FeatureStore(PLENTY), keep)
+    whole = VisionFeatures(model, FeatureCache(PLENTY), keep)
     for p in three:
         whole([p])
     sizes = []
     for p in three:
-        alone = FeatureStore(PLENTY)
+        alone = FeatureCache(PLENTY)
         VisionFeatures(model, alone, keep)([p])
         sizes.append(alone.bytes)
     assert whole.store.bytes == sum(sizes)
     for limit in (0, min(sizes), max(sizes), sum(sizes)):
-        store = FeatureStore(limit)
+        store = FeatureCache(limit)
         vision = VisionFeatures(model, store, keep)
         for _ in range(2):
             for p, expected in zip(three, right, strict=True):
@@ -154,7 +154,7 @@ def test_the_least_recently_used_goes_first():
 
         return now
 
-    store = FeatureStore(250)
+    store = FeatureCache(250)
     for name in "abacab":  # b is dropped for c, although a came first; then c for b
         store.get(name, make(name))
     assert made == ["a", "b", "c", "b"]
@@ -165,7 +165,7 @@ def test_the_least_recently_used_goes_first():
 
 
 def test_what_is_larger_than_the_store_drops_nothing():
-    store = FeatureStore(100)
+    store = FeatureCache(100)
     store.get("small", lambda: torch.zeros(10))
     store.get("large", lambda: torch.zeros(100))
     assert store.bytes == 40
@@ -173,7 +173,7 @@ def test_what_is_larger_than_the_store_drops_nothing():
 
 
 def test_bytes_of_everything_inside_count():
-    store = FeatureStore(1000)
+    store = FeatureCache(1000)
     store.get("a", lambda: {"x": (torch.zeros(2, dtype=torch.float64), [torch.zeros(3)])})
     assert store.bytes == 2 * 8 + 3 * 4
 
@@ -183,7 +183,7 @@ def test_images_without_a_key_are_never_kept(tiny_qwen: Path, tmp_path: Path):
     prompt.images_key = None
     model = load_model(str(tiny_qwen))
     calls = tower_calls(model)
-    vision = VisionFeatures(model, FeatureStore(PLENTY), "features")
+    vision = VisionFeatures(model, FeatureCache(PLENTY), "features")
     vision([prompt])
     vision([prompt])
     assert len(calls) == 2 and vision.store.bytes == 0
@@ -197,7 +197,7 @@ def test_never_another_questions_features(tiny_family: Path, tmp_path: Path):
     as_bytes = ImageSource(data=(tmp_path / "blue.png").read_bytes())
     sets = [(red,), (blue,), (as_bytes,), (red, blue), (blue, red), (red, red)]
     questions = [Question(f"q{i}", "Which colour?", "red", images) for i, images in enumerate(sets)]
-    vision = VisionFeatures(model, FeatureStore(PLENTY), "features")
+    vision = VisionFeatures(model, FeatureCache(PLENTY), "features")
     with torch.no_grad():
         for _ in range(2):
             for question in questions:
@@ -214,7 +214,7 @@ def test_several_prompts_features_stand_in_their_order(tiny_family: Path, tmp_pa
     model = load_model(str(tiny_family))
     three = prompts(tiny_family, tmp_path)
     [text] = prompts(tiny_family, tmp_path, [2])
-    vision = VisionFeatures(model, FeatureStore(PLENTY), "features")
+    vision = VisionFeatures(model, FeatureCache(PLENTY), "features")
     width = model.config.get_text_config().hidden_size
     with torch.no_grad():
         for order in ([0, 1, 2], [2, 0, 0, 1]):
@@ -233,7 +233,7 @@ def test_what_is_kept_cannot_be_changed_by_who_uses_it(tiny_family: Path, tmp_pa
     """Models write into the output objects they are given."""
     model = load_model(str(tiny_family))
     [prompt] = prompts(tiny_family, tmp_path, [1])
-    vision = VisionFeatures(model, FeatureStore(PLENTY), "features")
+    vision = VisionFeatures(model, FeatureCache(PLENTY), "features")
     right = flat(vision([prompt]))
     for _ in range(2):
         given = vision([prompt])
@@ -248,7 +248,7 @@ def test_two_models_share_one_store(tiny_student: Path, tmp_path: Path):
     student, reference = load_model(str(tiny_student)), load_model(str(tiny_student))
     freeze(student, ["vision_tower"])
     reference.requires_grad_(False)
-    store = FeatureStore(PLENTY)
+    store = FeatureCache(PLENTY)
     ours = VisionFeatures(student, store)
     theirs = VisionFeatures(reference, store, ours.keep)
     calls = [tower_calls(m) for m in (student, reference)]

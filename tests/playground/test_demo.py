@@ -10,31 +10,29 @@ from pathlib import Path
 
 import pytest
 
-import openril.models  # noqa: F401  (makes torchvision importable; must come before transformers)
-
 # isort: split
 import torch
 from rich.console import Console
 
 from openril.errors import DataError, ModelError, OpenRILError, RecipeError
-from openril.playground.build import Settings as BuildSettings
-from openril.playground.build import build, file_texts
-from openril.playground.commands import Command, run_lanes, run_queue
-from openril.playground.demo import RECIPES, SOURCES, Settings, prepare, run_demo, write_recipe
-from openril.playground.demo_jobs import Board, Clock, Job, plan
-from openril.playground.demo_report import NOTES, ShownGroup, group_text, page, pick
-from openril.playground.demo_results import (
+from openril.recipe.loading import load_recipe
+from openril.records import ImageSource, Question
+from openril.storage import read_jsonl, write_json, write_jsonl
+from playground.build import Settings as BuildSettings
+from playground.build import build, file_texts
+from playground.commands import Command, run_lanes, run_queue
+from playground.demo import RECIPES, SOURCES, Settings, prepare, run_demo, write_recipe
+from playground.demo_jobs import Board, Clock, Job, plan
+from playground.demo_report import NOTES, ShownGroup, group_text, page, pick
+from playground.demo_results import (
     CONTENDERS,
     derivation_shares,
     own_agreement,
     read_evaluation,
 )
-from openril.playground.models_plan import DIFFICULTY
-from openril.playground.shipped import WEIGHTS, find_models
-from openril.playground.skills import SKILLS
-from openril.recipe.loading import load_recipe
-from openril.records import ImageSource, Question
-from openril.storage import read_jsonl, write_json, write_jsonl
+from playground.models_plan import DIFFICULTY
+from playground.shipped import WEIGHTS, find_models
+from playground.skills import SKILLS
 from support.playground_models import tiny_playground
 
 # Building blocks
@@ -70,7 +68,7 @@ def test_a_queue_starts_what_waits_for_nothing_first(tmp_path):
 def test_no_command_outlives_a_killed_demo(tmp_path):
     script = f"""
 from pathlib import Path
-from openril.playground.commands import Command, run_queue
+from playground.commands import Command, run_queue
 run_queue([Command("sleep", ("asyncio",))], Path({str(tmp_path)!r}), print)
 """
     # `python -m asyncio` waits on its input, a pipe that stays open.
@@ -171,13 +169,13 @@ def test_students_are_found_warm_started_or_as_the_package_has_them(tmp_path, mo
 @pytest.mark.parametrize("student", ["qwen", "internvl"])
 def test_the_package_comes_with_models_that_load(student):
     from openril.models.loading import load_model, load_processor
-    from openril.rewards.greedy import GreedyReader
+    from openril.sampling.greedy_batch import GreedyDecoder
 
     found = find_models(student)
     for name in ("student", "teacher_a", "teacher_b"):
         load_model(str(found[name]), what=name)
         load_processor(str(found[name]), what=name)
-    GreedyReader.from_checkpoint(found["judge"])
+    GreedyDecoder.from_checkpoint(found["judge"])
     assert json.loads((found["judge"] / "agreement.json").read_text())["agreement"] > 0.9
     assert sum(f.stat().st_size for f in WEIGHTS.rglob("*") if f.is_file()) < 12e6
 
@@ -343,7 +341,7 @@ def test_groups_with_the_most_outcomes_are_shown_one_a_skill(tmp_path):
 
 
 def test_words_of_the_texts_are_single_tokens(tmp_path):
-    from transformers import AutoTokenizer
+    from openril.hf import AutoTokenizer
 
     (tmp_path / "questions.jsonl").write_text(
         "".join(json.dumps({"id": str(i), "question": "Which zebra is purple?"}) + "\n" for i in range(20))
@@ -372,7 +370,7 @@ def test_the_whole_demo_killed_once_and_its_first_steps_again(tmp_path, models, 
     out, again = tmp_path / "demo", tmp_path / "again"
     flags = [f"--{k.replace('_', '-')}={v}" for k, v in SMALL.items()]
     arguments = ["--out", str(out), "--models", str(models), *flags, "--overrides", *FEW_STEPS]
-    killed = subprocess.Popen([sys.executable, "-m", "openril.playground.demo", *arguments], stdout=subprocess.DEVNULL)
+    killed = subprocess.Popen([sys.executable, "-m", "playground.demo", *arguments], stdout=subprocess.DEVNULL)
     # In the middle of Dr.GRPO's training.
     _wait_until(lambda: len(read_jsonl(out / "dr_grpo" / "metrics.jsonl")) >= 1, 100, "no training began")
     os.kill(killed.pid, signal.SIGKILL)

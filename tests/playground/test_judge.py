@@ -7,14 +7,14 @@ import urllib.request
 
 import pytest
 
-from openril.models.tiny import build_tiny_model
-from openril.playground.judge import Pair, agreement, exchange_answer, make_pairs
-from openril.playground.serve import start_server
-from openril.playground.world import make_questions
-from openril.recipe.schema import Judge
+from openril.recipe.schema import JudgeConfig
 from openril.records import Question
-from openril.rewards.greedy import GreedyReader
 from openril.rewards.judge_prompt import read_verdict
+from openril.sampling.greedy_batch import GreedyDecoder
+from openril.testing.tiny_models import build_tiny_model
+from playground.judge import Pair, agreement, exchange_answer, make_pairs
+from playground.serve import start_server
+from playground.world import make_questions
 
 WORDS = ["red", "blue", "1", "2", "3"]
 
@@ -63,19 +63,19 @@ def test_exchanged_answer_keeps_the_reasons():
 
 
 def test_replies_do_not_depend_on_the_batch(checkpoint):
-    reader = GreedyReader.from_checkpoint(checkpoint)
+    reader = GreedyDecoder.from_checkpoint(checkpoint)
     chats = [
         [{"role": "system", "content": "You grade answers."}, {"role": "user", "content": text}]
         for text in ("red", "blue and 3", "1 2 3 1 2 3 red blue")
     ]
     together = reader.replies(chats, 12)
-    alone = [GreedyReader.from_checkpoint(checkpoint).replies([chat], 12)[0] for chat in chats]
+    alone = [GreedyDecoder.from_checkpoint(checkpoint).replies([chat], 12)[0] for chat in chats]
     assert together == alone
     assert len(set(together)) > 1
 
 
 def test_replies_are_those_of_transformers_generate(checkpoint):
-    reader = GreedyReader.from_checkpoint(checkpoint)
+    reader = GreedyDecoder.from_checkpoint(checkpoint)
     chat = [{"role": "system", "content": "You grade answers."}, {"role": "user", "content": "blue and 3"}]
     text = reader.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     inputs = reader.tokenizer(text, return_tensors="pt", add_special_tokens=False)
@@ -136,7 +136,7 @@ def test_server_answers_many_at_once_as_one_by_one(server, checkpoint):
         thread.start()
     for thread in threads:
         thread.join(30)
-    assert [got[i] for i in range(len(chats))] == GreedyReader.from_checkpoint(checkpoint).replies(chats, 8)
+    assert [got[i] for i in range(len(chats))] == GreedyDecoder.from_checkpoint(checkpoint).replies(chats, 8)
 
 
 def test_server_refuses_what_is_no_chat(server):
@@ -148,7 +148,7 @@ def test_server_refuses_what_is_no_chat(server):
 def test_the_projects_own_client_can_ask_it(server):
     from openril.endpoints import ChatClient
 
-    client = ChatClient(Judge(base_urls=[server], model="judge"), "judge")
+    client = ChatClient(JudgeConfig(base_urls=[server], model="judge"), "judge")
     try:
         assert client.loop_thread.run(client.probe()) == []
         completion = client.loop_thread.run(client.chat([{"role": "user", "content": "red"}], max_tokens=4))

@@ -11,15 +11,13 @@ from typing import Any
 
 import pytest
 
-import openril.models  # noqa: F401  (makes torchvision importable; must come before transformers)
-
 # isort: split
 import torch
 from safetensors.torch import load_file
 
 from openril.models.loading import load_model, load_processor
-from openril.playground import models, models_plan
-from openril.playground.models_examples import (
+from playground import models, models_plan
+from playground.models_examples import (
     Desk,
     Example,
     Lesson,
@@ -30,12 +28,12 @@ from openril.playground.models_examples import (
     drill,
     image_features,
 )
-from openril.playground.models_plan import MODELS, Schedule
-from openril.playground.models_report import by_skill, measure_student, right, write
-from openril.playground.models_training import Training, equal_pictures_together, losses
-from openril.playground.skills import SKILLS, make_questions
-from openril.playground.skills.scenes import Scene, Thing, render, where
-from openril.playground.skills.world import DESCRIBE, split_of
+from playground.models_plan import MODELS, Schedule
+from playground.models_report import by_skill, measure_student, right, write
+from playground.models_training import Training, equal_pictures_together, losses
+from playground.skills import SKILLS, make_questions
+from playground.skills.scenes import Scene, Thing, render, where
+from playground.skills.world import DESCRIBE, split_of
 
 KINDS = {"qwen": "student_qwen", "internvl": "teacher_b"}
 

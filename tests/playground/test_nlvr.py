@@ -8,10 +8,10 @@ import pytest
 
 from openril.data.reading import read_questions
 from openril.errors import DataError
-from openril.playground.nlvr import Settings, mixed, prepare, statement, topic
-from openril.recipe.schema import Data
+from openril.recipe.schema import DataConfig
 from openril.records import Question
 from openril.rewards import rules
+from playground.nlvr import Settings, mixed, prepare, statement, topic
 
 ROOT = Path(__file__).parents[2]
 NLVR = Path(os.environ.get("OPENRIL_NLVR", ROOT.parent / "shared/data/nlvr"))
@@ -52,7 +52,7 @@ def test_row_with_another_answer_is_refused_by_line(tmp_path):
 @needs_nlvr
 def test_whole_sample_with_rows_without_pictures(tmp_path):
     train, validation = prepare(Settings(NLVR.resolve(), tmp_path / "out", text_rows=20))
-    data = Data(train=[str(train)], validation=[str(validation)])
+    data = DataConfig(train=[str(train)], validation=[str(validation)])
     questions = read_questions(data, "train")
     assert len(questions) == 826 + 20
     assert sum(not q.images for q in questions) == 20

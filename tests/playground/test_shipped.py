@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from openril.errors import DataError, ModelError
-from openril.playground import shipped
-from openril.playground.shipped import CHECKPOINTS, WEIGHTS, take
+from playground import shipped
+from playground.shipped import CHECKPOINTS, WEIGHTS, take
 
 
 def made(folder: Path, text: str) -> Path:

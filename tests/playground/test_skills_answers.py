@@ -5,11 +5,11 @@ from collections import Counter
 
 import pytest
 
-from openril.playground.skills import DIFFICULTIES, SKILLS, STYLES, make_questions, style_of
-from openril.playground.skills.questions import Derivation, listed
 from openril.records import Question
 from openril.rewards import rules
 from openril.rewards.degenerate import is_repetitive
+from playground.skills import DIFFICULTIES, SKILLS, STYLES, make_questions, style_of
+from playground.skills.questions import Derivation, listed
 
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "center", "right")
 STEP = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}

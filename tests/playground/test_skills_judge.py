@@ -2,14 +2,16 @@
 
 import json
 
-import openril.models  # noqa: F401  (makes torchvision importable; must come before transformers)
-
 # isort: split
 import pytest
-from transformers import AutoTokenizer
 
 from openril.errors import DataError
-from openril.playground.judge_material import (
+from openril.hf import AutoTokenizer
+from openril.records import Question
+from openril.rewards import rules
+from openril.rewards.answers import score_answers
+from openril.rewards.judge_prompt import SYSTEM, Prompt, read_verdict
+from playground.judge_material import (
     SORTS,
     Case,
     as_question,
@@ -19,14 +21,10 @@ from openril.playground.judge_material import (
     stated,
     world_questions,
 )
-from openril.playground.judge_model import build_judge
-from openril.playground.shipped import WEIGHTS
-from openril.playground.skills import SKILLS
-from openril.playground.skills_judge import Settings, compare, make_drills, measure, run, train_judge
-from openril.records import Question
-from openril.rewards import rules
-from openril.rewards.answers import score_answers
-from openril.rewards.judge_prompt import SYSTEM, Prompt, read_verdict
+from playground.judge_model import build_judge
+from playground.shipped import WEIGHTS
+from playground.skills import SKILLS
+from playground.skills_judge import Settings, compare, make_drills, measure, run, train_judge
 
 NUMBER = Question("n", "How many?", "7", rule="number")
 CHOICE = Question("c", "How many?", "B", choices=("4", "7"), rule="choice")

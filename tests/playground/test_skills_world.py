@@ -13,13 +13,13 @@ from PIL import Image, ImageChops
 
 from openril.data.reading import read_questions
 from openril.errors import DataError
-from openril.playground.skills import DIFFICULTIES, SKILLS, STYLES, corpus, make_questions, write_skills_world
-from openril.playground.skills.__main__ import Settings, run
-from openril.playground.skills.glyphs import GLYPHS, glyph
-from openril.playground.skills.page import IMAGES, page_text, picture, shown
-from openril.playground.skills.scenes import CELL, COLOURS, NAMES, PIXELS, Scene, Thing, describe, render
-from openril.playground.skills.world import SPLITS, split_of
-from openril.recipe.schema import Data
+from openril.recipe.schema import DataConfig
+from playground.skills import DIFFICULTIES, SKILLS, STYLES, corpus, make_questions, write_skills_world
+from playground.skills.__main__ import Settings, run
+from playground.skills.glyphs import GLYPHS, glyph
+from playground.skills.page import IMAGES, page_text, picture, shown
+from playground.skills.scenes import CELL, COLOURS, NAMES, PIXELS, Scene, Thing, describe, render
+from playground.skills.world import SPLITS, split_of
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = {
@@ -102,11 +102,11 @@ def test_rows_hold_every_column(written):
 
 
 def test_files_are_read_as_questions(written):
-    questions = read_questions(Data(train=[str(written["train"])]), "train")
+    questions = read_questions(DataConfig(train=[str(written["train"])]), "train")
     assert len(questions) == 84
     assert {Image.open(image.path).size for q in questions for image in q.images} == {(PIXELS, PIXELS)}
     assert Counter(len(q.images) for q in questions) == {1: 78, 2: 6}
-    taught = read_questions(Data(train=[str(written["train"])], columns={"answer": "derivation_b"}), "train")
+    taught = read_questions(DataConfig(train=[str(written["train"])], columns={"answer": "derivation_b"}), "train")
     assert taught[0].answer == questions[0].metadata["derivation_b"]
 
 
@@ -274,7 +274,7 @@ def test_a_skill_that_runs_out_says_so(monkeypatch):
 
 def test_command_writes_the_files(tmp_path):
     arguments = ["--out", str(tmp_path / "w"), "--num-train", "14", "--num-validation", "2", "--num-test", "2"]
-    command = [sys.executable, "-m", "openril.playground.skills", *arguments, "--difficulty", "1", "2"]
+    command = [sys.executable, "-m", "playground.skills", *arguments, "--difficulty", "1", "2"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [str(tmp_path / "w" / f"{split}.jsonl") for split in SPLITS]
     assert [len(rows_of(tmp_path / "w" / f"{split}.jsonl")) for split in SPLITS] == [14, 2, 2]
@@ -289,7 +289,7 @@ def test_other_peoples_folders_are_left_alone(tmp_path):
 
 
 def test_docs_page_is_up_to_date():
-    message = "run: python -m openril.playground.skills --page docs/skills.md"
+    message = "run: python -m playground.skills --page docs/skills.md"
     assert (ROOT / "docs" / "skills.md").read_text() == page_text(), message
     sizes = 0
     for skill, question in shown().items():

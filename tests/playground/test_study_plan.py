@@ -3,14 +3,14 @@
 import pytest
 
 from openril.errors import DataError, RecipeError, StateError
-from openril.playground.study.cells import Place, Recipes, put
-from openril.playground.study.command import Settings, check, prepare
-from openril.playground.study.jobs import Plan
-from openril.playground.study.lanes import Lanes, seconds_left
-from openril.playground.study.plan import ABLATIONS, CELLS, COMPUTE, CONTENDERS, MAIN, REFERENCE
 from openril.recipe.checks import cross_check
 from openril.recipe.loading import load_recipe
 from openril.storage import write_json
+from playground.study.cells import Place, Recipes, put
+from playground.study.command import Settings, check, prepare
+from playground.study.jobs import Plan
+from playground.study.lanes import Lanes, seconds_left
+from playground.study.plan import ABLATIONS, CELLS, COMPUTE, CONTENDERS, MAIN, REFERENCE
 from support.finished_study import write_cell
 
 TRAINED = [(g, n) for g in ("contenders", "ablations") for n, c in CELLS[g].items() if c.how != "as_is"]
@@ -104,7 +104,7 @@ def test_a_discriminators_recipe_is_what_its_cells_ask_for(tmp_path):
     made = recipes(tmp_path)
     place = Place("student_qwen", "contenders", "gad_like", 0)
     recipe, cell = made.discriminator("student_qwen", made.variant(place)), made.cell(place)
-    assert (recipe.discriminator.sees, recipe.discriminator.loss) == ("question", "bradley_terry")
+    assert (recipe.discriminator.inputs, recipe.discriminator.loss) == ("question", "bradley_terry")
     assert recipe.teacher_names == cell.teacher_names
     assert recipe.start_student == cell.start_student
     assert recipe.cache_path == cell.cache_path

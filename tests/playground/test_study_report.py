@@ -6,16 +6,16 @@ import re
 import pytest
 
 from openril.errors import DataError
-from openril.playground.study.cells import Place
-from openril.playground.study.figures import ways_figure
-from openril.playground.study.findings import Findings
-from openril.playground.study.measures import agreement, median, on_the_way, seconds_of
-from openril.playground.study.page import PAGE, default_page, replace_blocks, write_report
-from openril.playground.study.plan import ABLATIONS, CONTENDERS, STUDENTS
-from openril.playground.study.scores import read_results
-from openril.playground.study.tables import BLOCKS
 from openril.records import Question
 from openril.storage import write_json, write_jsonl
+from playground.study.cells import Place
+from playground.study.figures import ways_figure
+from playground.study.findings import Findings
+from playground.study.measures import agreement, median, on_the_way, seconds_of
+from playground.study.page import PAGE, default_page, replace_blocks, write_report
+from playground.study.plan import ABLATIONS, CONTENDERS, STUDENTS
+from playground.study.scores import read_results
+from playground.study.tables import BLOCKS
 from support.finished_study import write_cell, write_scores
 
 QWEN = "student_qwen"

@@ -10,10 +10,10 @@ import time
 
 import pytest
 
-from openril.models.tiny import build_tiny_model
-from openril.playground.skills import corpus
-from openril.playground.study.plan import TEACHERS
 from openril.storage import read_jsonl
+from openril.testing.tiny_models import build_tiny_model
+from playground.skills import corpus
+from playground.study.plan import TEACHERS
 
 STEPS = 6
 OVERRIDES = [
@@ -38,7 +38,7 @@ def models(tmp_path_factory):
 
 def command(out, models, *more):
     return [
-        sys.executable, "-m", "openril.playground.study", "--out", str(out), "--models", str(models),
+        sys.executable, "-m", "playground.study", "--out", str(out), "--models", str(models),
         "--students", "student_qwen", "--seeds", "1", "--groups", "contenders", "--only", "dr_grpo", "ril_both",
         "--num-train", "14", "--num-validation", "14", "--num-test", "28", "--resamples", "100", "--lanes", "2",
         *more, "--overrides", *OVERRIDES,

@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 
 from openril.data.reading import read_questions
-from openril.playground.scenes import CELL, COLOURS, SHAPES, SIDE, Thing, render, things
-from openril.playground.world import KINDS, make_questions, write_world
-from openril.recipe.schema import Data
+from openril.recipe.schema import DataConfig
 from openril.records import Question
 from openril.rewards import rules
+from playground.scenes import CELL, COLOURS, SHAPES, SIDE, Thing, render, things
+from playground.world import KINDS, make_questions, write_world
 
 
 @pytest.fixture(scope="module")
@@ -127,10 +127,10 @@ def test_same_seed_same_files(tmp_path):
 
 def test_files_are_read_as_questions(tmp_path):
     train, _ = write_world(tmp_path / "world", 16, 8)
-    questions = read_questions(Data(train=[str(train)]), "train")
+    questions = read_questions(DataConfig(train=[str(train)]), "train")
     assert len(questions) == 16
     with_images = next(q for q in questions if q.images)
     assert Image.open(with_images.images[0].path).size == (84, 84)
-    taught = read_questions(Data(train=[str(train)], columns={"answer": "derivation_b"}), "train")
+    taught = read_questions(DataConfig(train=[str(train)], columns={"answer": "derivation_b"}), "train")
     assert taught[0].answer == questions[0].metadata["derivation_b"]
     assert things(()) == []

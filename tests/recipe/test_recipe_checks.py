@@ -94,8 +94,13 @@ CASES: list[tuple[str, dict[str, Any], str, str]] = [
     ("collect", {"teachers__0__name": ""}, "teachers.0.name", "is empty"),
     ("collect", {"teachers": [], "collect__student": False}, "collect", "add teachers"),
     ("train", {"train__teachers": ["qwen27b"]}, "train.teachers", "did you mean qwen72b?"),
-    ("sft", {"sft__on": "teacher_responses", "sft__sources": ["intern"]}, "sft.sources", "did you mean intern78b?"),
-    ("sft", {"sft__on": "teacher_responses", "cache_dir": "elsewhere"}, "sft.on", "run `ril collect` first"),
+    (
+        "sft",
+        {"sft__targets": "teacher_responses", "sft__sources": ["intern"]},
+        "sft.sources",
+        "did you mean intern78b?",
+    ),
+    ("sft", {"sft__targets": "teacher_responses", "cache_dir": "elsewhere"}, "sft.targets", "run `ril collect` first"),
     ("sft", {"sft__batch_size": 10, "sft__micro_batch_size": 4}, "sft.batch_size", "multiple"),
     ("train", {"train__num_teacher_responses": 0}, "train.num_teacher_responses", "nothing to compare with"),
     ("train", {"train__num_teacher_responses": -1}, "train.num_teacher_responses", "negative"),
@@ -136,7 +141,7 @@ CASES: list[tuple[str, dict[str, Any], str, str]] = [
     ("train", {"run_dir": "fresh", "cache_dir": "run/responses"}, "sft.enabled", "run `ril sft` first"),
     ("run", {"student__min_pixels": 9, "student__max_pixels": 4}, "student.min_pixels", "larger"),
     ("run", {"run_dir": "train.jsonl"}, "run_dir", "is a file"),
-    ("run", {"discriminator__asleep_accuracy": 0.99}, "discriminator.asleep_accuracy", "not below"),
+    ("run", {"discriminator__at_chance_accuracy": 0.99}, "discriminator.at_chance_accuracy", "not below"),
 ]
 
 
@@ -215,7 +220,7 @@ def test_rl_alone_does_not_ask_the_teachers_it_lists(good: Recipe) -> None:
 
 
 def test_collection_for_sft_on_teacher_text_comes_before_sft(good: Recipe) -> None:
-    assert found(change(good, run_dir="fresh", sft__on="teacher_responses"), "collect") == {}
+    assert found(change(good, run_dir="fresh", sft__targets="teacher_responses"), "collect") == {}
 
 
 def test_a_judge_nobody_asks_need_not_exist(good: Recipe) -> None:

@@ -49,7 +49,7 @@ def test_sections_without_content_keep_their_defaults(tmp_path: Path) -> None:
 
 
 def test_the_key_on_is_a_key_and_not_a_truth_value(tmp_path: Path) -> None:
-    assert load_recipe(write(tmp_path, "sft:\n  on: teacher_responses\n")).sft.on == "teacher_responses"
+    assert load_recipe(write(tmp_path, "sft:\n  targets: teacher_responses\n")).sft.targets == "teacher_responses"
 
 
 def test_yes_and_off_are_understood_where_a_switch_is_wanted(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_unknown_key_names_file_line_and_nearest(tmp_path: Path) -> None:
 
 
 def test_right_key_in_the_wrong_section_is_found(tmp_path: Path) -> None:
-    assert "did you mean train.optimiser.learning_rate" in message(tmp_path, "train: {learning_rate: 1e-5}")
+    assert "did you mean train.optimizer.learning_rate" in message(tmp_path, "train: {learning_rate: 1e-5}")
     assert "did you mean train.num_generations?" in message(tmp_path, "num_generations: 8")
 
 
@@ -148,7 +148,7 @@ def test_bases_in_a_circle_are_refused(tmp_path: Path) -> None:
 
 
 def test_saved_recipe_reads_back_equal(tmp_path: Path) -> None:
-    recipe = load_recipe(write(tmp_path, "sft: {on: answers}\ntrain: {beta: 3e-7}\nrun_dir: läufe/é\n" + SERVED))
+    recipe = load_recipe(write(tmp_path, "sft: {targets: answers}\ntrain: {beta: 3e-7}\nrun_dir: läufe/é\n" + SERVED))
     save_recipe(recipe, tmp_path / "saved.yaml")
     assert load_recipe(tmp_path / "saved.yaml") == recipe
     assert "läufe/é" in (tmp_path / "saved.yaml").read_text(encoding="utf-8")

@@ -11,9 +11,9 @@ from openril.recipe.schema import Recipe
 from openril.records import STUDENT, ImageSource, Question, Response
 from openril.responses import collection
 from openril.responses.cache import ResponseCache
+from openril.responses.chat_requests import chat_messages
 from openril.responses.collection import Collected, collect, runs
-from openril.responses.identity import weights_fingerprint
-from openril.responses.requests import chat_messages
+from openril.storage import weights_fingerprint
 from support.misbehaving_server import Drop, Garbage, MisbehavingServer, Refuse, Say, Status
 
 QUESTIONS = [Question(id=f"q{i}", question=f"What is {i}?") for i in range(6)]
@@ -319,8 +319,8 @@ def test_gaps_are_filled_and_nothing_else(recipe, cache):
 
 
 def student_entry(recipe):
-    from openril.responses.identity import model_identity
-    from openril.responses.requests import sampling_record
+    from openril.responses.chat_requests import sampling_record
+    from openril.responses.fingerprint import model_identity
 
     model, revision = model_identity(recipe, None)
     return {"model": model, "revision": revision, "sampling": sampling_record(recipe, None)}
@@ -417,11 +417,11 @@ def test_failures_are_grouped_by_cause():
 def test_sft_on_cached_text_collects_from_the_student_as_it_is(tmp_path):
     """The SFT student cannot answer before it has been made from those very answers."""
     from openril.recipe.schema import Recipe
-    from openril.responses.identity import model_identity
+    from openril.responses.fingerprint import model_identity
 
     recipe = Recipe.model_validate({"run_dir": str(tmp_path), "student": {"model": "a/student"}})
-    recipe.sft.on = "teacher_responses"
+    recipe.sft.targets = "teacher_responses"
     assert model_identity(recipe, None)[0] == "a/student"
-    recipe.sft.on = "answers"
+    recipe.sft.targets = "answers"
     with pytest.raises(ModelError, match="ril sft"):
         model_identity(recipe, None)

@@ -7,7 +7,7 @@ import yaml
 
 from openril.recipe.schema import Recipe
 from openril.records import Group, Question, Response, Rollout
-from openril.rewards.total import RewardSystem
+from openril.rewards.combine import RewardSystem
 
 DOCS = Path(__file__).parents[2] / "docs" / "rewards.md"
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from openril.errors import RecipeError
-from openril.recipe.schema import RewardFunction
+from openril.recipe.schema import RewardFunctionConfig
 from openril.records import Group, Question, Response, Rollout
 from openril.rewards.functions import FunctionRewards, LoadedFunction, check_rewards, load_callable, load_functions
 
@@ -54,7 +54,7 @@ def test_messages_form_gives_what_trl_gives_for_chats():
 
 
 def test_one_of_trls_own_rewards_runs():
-    [function] = load_functions([RewardFunction(function="trl.rewards:think_format_reward", form="messages")])
+    [function] = load_functions([RewardFunctionConfig(function="trl.rewards:think_format_reward", form="messages")])
     assert FunctionRewards([function]).score(groups()) == {"think_format_reward": [0.0, 0.0, 0.0]}
 
 
@@ -154,7 +154,7 @@ def test_a_file_is_loaded_once(tmp_path):
 )
 def test_what_cannot_be_loaded_says_why(spec, message):
     with pytest.raises(RecipeError, match=message):
-        load_functions([RewardFunction(function=spec)])
+        load_functions([RewardFunctionConfig(function=spec)])
 
 
 def test_an_error_inside_the_users_module_is_their_own(tmp_path):
@@ -167,7 +167,7 @@ def test_names_are_unique_and_never_a_built_in_one(tmp_path):
     for name in ("one", "two"):
         (tmp_path / f"{name}.py").write_text("def answer(**k):\n    return []\ndef length(**k):\n    return []\n")
     specs = [f"{tmp_path}/one.py:answer", f"{tmp_path}/one.py:length", f"{tmp_path}/two.py:length"]
-    names = [f.name for f in load_functions([RewardFunction(function=s) for s in specs])]
+    names = [f.name for f in load_functions([RewardFunctionConfig(function=s) for s in specs])]
     assert names == [specs[0], "length", specs[2]]
     with pytest.raises(RecipeError, match="listed twice"):
-        load_functions([RewardFunction(function=specs[1])] * 3)
+        load_functions([RewardFunctionConfig(function=specs[1])] * 3)

@@ -7,9 +7,9 @@ import time
 import pytest
 
 from openril.errors import EndpointError, JudgeError, RecipeError
-from openril.recipe.schema import Judge as JudgeSettings
+from openril.recipe.schema import JudgeConfig
 from openril.rewards.judge import JudgeItem, JudgeService, make_judge
-from openril.rewards.verdicts import UnknownBudget, VerdictStore
+from openril.rewards.verdict_store import UnknownBudget, VerdictStore
 from openril.storage import read_jsonl
 from support.misbehaving_server import Drop, EmptyChoices, Garbage, Hang, MisbehavingServer, Refuse, Say, Status
 
@@ -20,7 +20,7 @@ ITEM = ("Which colour?", "red", "It is red.")
 
 def service_for(server, tmp_path, read_dirs=(), shared_file=None, **settings):
     settings = {"timeout": 5.0, "max_retries": 0, **settings}
-    judge = JudgeSettings(base_urls=[server.url], model="fake", **settings)
+    judge = JudgeConfig(base_urls=[server.url], model="fake", **settings)
     return JudgeService(judge, VerdictStore(tmp_path / "verdicts" / "rank0.jsonl", read_dirs, shared_file))
 
 
@@ -218,7 +218,7 @@ def test_unknown_verdicts_are_asked_for_again_in_the_same_process(tmp_path):
 def test_another_judge_judges_anew(tmp_path):
     with MisbehavingServer(then=RIGHT) as one, MisbehavingServer(then=WRONG, model="other") as two:
         service_for(one, tmp_path).judge([ITEM])
-        settings = JudgeSettings(base_urls=[two.url], model="other")
+        settings = JudgeConfig(base_urls=[two.url], model="other")
         other = JudgeService(settings, VerdictStore(tmp_path / "verdicts" / "rank0.jsonl"))
         assert other.judge([ITEM])[0].score == 0.0
 
@@ -302,13 +302,13 @@ def test_broken_code_is_no_unknown_verdict(tmp_path):
 
 def test_no_judge_in_the_recipe_is_an_error():
     with pytest.raises(RecipeError, match=r"judge.base_urls and judge.model, or judge.model_path"):
-        make_judge(JudgeSettings())
+        make_judge(JudgeConfig())
 
 
 def test_a_missing_key_names_its_variable(monkeypatch):
     monkeypatch.delenv("JUDGE_KEY", raising=False)
     with pytest.raises(EndpointError, match="JUDGE_KEY is not set"):
-        make_judge(JudgeSettings(base_urls=["http://127.0.0.1:9/v1"], model="m", api_key_env="JUDGE_KEY"))
+        make_judge(JudgeConfig(base_urls=["http://127.0.0.1:9/v1"], model="m", api_key_env="JUDGE_KEY"))
 
 
 def test_the_budget_allows_its_share_and_no_more():

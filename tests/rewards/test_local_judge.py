@@ -2,21 +2,19 @@
 
 import shutil
 
-import openril.models  # noqa: F401  (makes torchvision importable; must come before transformers)
-
 # isort: split
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from openril.errors import ModelError
-from openril.models.tiny import build_tiny_model
-from openril.recipe.schema import Judge as JudgeSettings
+from openril.hf import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from openril.recipe.schema import JudgeConfig
 from openril.rewards.judge import JudgeService, make_judge
 from openril.rewards.judge_prompt import SYSTEM, Prompt
 from openril.rewards.local_judge import LocalJudge
-from openril.rewards.verdicts import VerdictStore
+from openril.rewards.verdict_store import VerdictStore
+from openril.testing.tiny_models import build_tiny_model
 
 WITH_SYSTEM = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -62,7 +60,7 @@ def checkpoint(tmp_path_factory):
 
 
 def settings_for(folder, **more):
-    return JudgeSettings(model_path=str(folder), max_tokens=12, bad_verdict_retries=1, **more)
+    return JudgeConfig(model_path=str(folder), max_tokens=12, bad_verdict_retries=1, **more)
 
 
 def service_for(folder, path, **more):

@@ -12,7 +12,7 @@ import torch
 
 from openril.models.loading import load_model, load_processor
 from openril.models.prompts import PromptEncoder
-from openril.recipe.schema import Sampling
+from openril.recipe.schema import SamplingConfig
 from openril.sampling.transformers_engine import TransformersSampler
 from support.tiny import tiny_questions
 
@@ -28,7 +28,7 @@ SETTINGS = {
 }
 
 
-def exact(logits: list[float], allowed: list[int], seen: set[int], settings: Sampling) -> dict[int, float]:
+def exact(logits: list[float], allowed: list[int], seen: set[int], settings: SamplingConfig) -> dict[int, float]:
     """The definition: penalty, temperature, the k best, then the fewest that sum to top_p."""
     scores = {}
     for i in allowed:
@@ -63,7 +63,7 @@ def chance(expected: dict[tuple[int, ...], float], drawn: Counter[tuple[int, ...
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_two_tokens_in_a_row_follow_the_exact_distribution(name: str, tiny_qwen: Path, tmp_path: Path):
-    settings = Sampling.model_validate(NEUTRAL | SETTINGS[name])
+    settings = SamplingConfig.model_validate(NEUTRAL | SETTINGS[name])
     model = load_model(str(tiny_qwen))
     torch.manual_seed(0)
     model.lm_head.weight.data.normal_(0, 0.25)  # scores of both signs, probabilities far from uniform
@@ -107,7 +107,7 @@ def test_two_tokens_in_a_row_follow_the_exact_distribution(name: str, tiny_qwen:
     # The test would notice: without this setting the same draws are impossible.
     if name != "none":
         other = {}
-        neutral = Sampling.model_validate(NEUTRAL)
+        neutral = SamplingConfig.model_validate(NEUTRAL)
         first_p = exact(logits[0][0], allowed, seen, neutral)
         for first, second in product(allowed, allowed):
             if first == end:

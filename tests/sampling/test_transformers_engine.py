@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from openril.models.group_forward import GroupTokens, Policy, lay_out
 from openril.models.loading import load_model, load_processor
+from openril.models.packing import GroupTokens, Policy, pad_rows
 from openril.models.prompts import PromptEncoder
-from openril.recipe.schema import Sampling
+from openril.recipe.schema import SamplingConfig
 from openril.sampling.transformers_engine import TransformersSampler
 from support.tiny import tiny_questions
 
-SETTINGS = Sampling()
+SETTINGS = SamplingConfig()
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_logprobs_are_the_trainers(sampler: TransformersSampler, tmp_path: Path)
         for q, rs in zip(questions, drawn, strict=True)
     ]
     with torch.no_grad():
-        logprobs = Policy(sampler.model)(lay_out(groups, sampler.encoder.pad_token_id))
+        logprobs = Policy(sampler.model)(pad_rows(groups, sampler.encoder.pad_token_id))
     for row, response in zip(logprobs, [r for rs in drawn for r in rs], strict=True):
         assert response.logprobs is not None
         assert row[: len(response.logprobs)].tolist() == pytest.approx(list(response.logprobs), abs=1e-4)
@@ -61,7 +61,9 @@ def test_logprobs_are_the_trainers(sampler: TransformersSampler, tmp_path: Path)
 
 def test_special_tokens_are_never_drawn(sampler: TransformersSampler, tmp_path: Path):
     [question] = tiny_questions(tmp_path, 1)
-    hot = Sampling(temperature=50.0, top_p=1.0, top_k=0, repetition_penalty=1.0)  # near uniform over the vocabulary
+    hot = SamplingConfig(
+        temperature=50.0, top_p=1.0, top_k=0, repetition_penalty=1.0
+    )  # near uniform over the vocabulary
     [out] = sampler.sample([question], 20, settings=hot, max_completion_length=40, seed=0)
     banned = sampler.encoder.special_token_ids - set(sampler.encoder.eos_token_ids)
     drawn = {i for r in out for i in r.token_ids or ()}
@@ -74,7 +76,7 @@ def test_special_tokens_are_never_drawn(sampler: TransformersSampler, tmp_path: 
 
 def test_greedy_is_transformers_generate(sampler: TransformersSampler, tmp_path: Path):
     for question in tiny_questions(tmp_path, 3):
-        greedy = Sampling(temperature=0.0, repetition_penalty=1.0)
+        greedy = SamplingConfig(temperature=0.0, repetition_penalty=1.0)
         [[ours]] = sampler.sample([question], 1, settings=greedy, max_completion_length=10, seed=0)
         prompt = sampler.encoder(question)
         inputs = {"input_ids": prompt.input_ids[None], **prompt.vision}

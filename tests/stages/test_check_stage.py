@@ -87,7 +87,7 @@ def test_servers_are_asked_for_their_models(tmp_path: Path, tiny_qwen: Path) -> 
 
 
 def test_text_only_checkpoints_are_no_students(tmp_path: Path) -> None:
-    from openril.models.tiny import build_tiny_model
+    from openril.testing.tiny_models import build_tiny_model
 
     text_only = build_tiny_model(tmp_path / "text", "qwen2", hidden_size=32)
     code, page = check(recipe_for(tmp_path, text_only))

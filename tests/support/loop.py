@@ -8,10 +8,10 @@ from typing import Any
 
 from openril.recipe.schema import Recipe
 from openril.records import Group, Question, Response
+from openril.training.distributed import make_accelerator
 from openril.training.loop import RILTrainer
-from openril.training.processes import make_accelerator
 from openril.training.run_folder import RunFolder
-from openril.training.setup import Parts
+from openril.training.setup import TrainingComponents
 from support.tiny import teacher_text, tiny_questions
 
 
@@ -44,14 +44,14 @@ def tiny_recipe(run_dir: Path, checkpoint: Path, **overrides: Any) -> Recipe:
         "student": {"model": str(checkpoint), "dtype": "float32", "freeze": ["vision_tower"]},
         "teachers": [{"name": "a", "model_path": "unused"}, {"name": "b", "model_path": "unused"}],
         "sft": {"enabled": False},
-        "discriminator": {"pretraining": {"enabled": False}, "optimiser": {"learning_rate": 1e-3}},
+        "discriminator": {"pretraining": {"enabled": False}, "optimizer": {"learning_rate": 1e-3}},
         "train": {
             "num_generations": 2,
             "questions_per_step": 4,
             "max_steps": 3,
             "max_completion_length": 8,
             "precision": "float32",
-            "optimiser": {"learning_rate": 1e-3},
+            "optimizer": {"learning_rate": 1e-3},
             "save_every": 0,
         },
     }
@@ -67,14 +67,14 @@ def tiny_recipe(run_dir: Path, checkpoint: Path, **overrides: Any) -> Recipe:
 def made_up_teachers(recipe: Recipe) -> Callable[[Question, int], list[Response]]:
     """Teacher responses without a cache: each teacher gives its share, other texts at each visit."""
 
-    def responses(question: Question, visit: int) -> list[Response]:
+    def responses(question: Question, epoch: int) -> list[Response]:
         count = recipe.teacher_responses_per_question
         names = recipe.teacher_names
         out = []
         for n, name in enumerate(names):
             share = count // len(names) + (n < count % len(names))
             for i in range(share):
-                out.append(Response(question.id, name, i, teacher_text(question, name, visit + i)))
+                out.append(Response(question.id, name, i, teacher_text(question, name, epoch + i)))
         return out
 
     return responses
@@ -84,7 +84,7 @@ def make_trainer(recipe: Recipe, data: Path, rewards: Any = None, count: int = 8
     """A trainer on tiny questions; continues the recipe's run folder if it holds a checkpoint."""
     accelerator = make_accelerator(recipe)
     folder = RunFolder(recipe.run_path)
-    parts = Parts(recipe, accelerator, folder.checkpoints_path)
+    parts = TrainingComponents(recipe, accelerator, folder.checkpoints_path)
     folder.cut_after(parts.step)
     return RILTrainer(
         recipe,

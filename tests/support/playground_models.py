@@ -6,16 +6,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import openril.models  # noqa: F401  (makes torchvision importable; must come before transformers)
-
 # isort: split
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from openril.models.tiny import build_tiny_model
-from openril.playground.judge_model import build_judge
-from openril.playground.skills import corpus
+from openril.hf import AutoModelForCausalLM, AutoTokenizer
 from openril.storage import write_json
+from openril.testing.tiny_models import build_tiny_model
+from playground.judge_model import build_judge
+from playground.skills import corpus
 
 REPLY = "yes. <answer>1</answer>"
 

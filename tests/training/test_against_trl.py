@@ -11,10 +11,10 @@ from PIL import Image
 
 from openril.algorithm.advantages import group_advantages
 from openril.algorithm.objective import response_weights, token_loss
-from openril.models.group_forward import GroupTokens, Policy, lay_out
 from openril.models.loading import load_model, load_processor
+from openril.models.packing import GroupTokens, Policy, pad_rows
 from openril.models.prompts import PromptEncoder
-from openril.training.processes import AcceleratorState
+from openril.training.distributed import AcceleratorState
 from support.tiny import tiny_questions
 
 EPSILON, BETA, LIMIT, GENERATIONS = 0.1, 0.3, 10, 4
@@ -30,7 +30,8 @@ def disturb(model: torch.nn.Module, seed: int, size: float) -> None:
 @pytest.mark.parametrize("loss_type", ["dr_grpo", "grpo"])
 def test_same_loss_and_gradients_as_trl(loss_type: str, tiny_qwen: Path, tmp_path: Path):
     from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer
+
+    from openril.hf import GRPOConfig, GRPOTrainer
 
     AcceleratorState._reset_state(reset_partial_state=True)
     questions = [tiny_questions(tmp_path / "data", 4)[i] for i in (0, 3)]  # one image each, as TRL needs
@@ -84,7 +85,7 @@ def test_same_loss_and_gradients_as_trl(loss_type: str, tiny_qwen: Path, tmp_pat
         ids[mask.bool()] for ids, mask in zip(batch["completion_ids"], batch["completion_mask"], strict=True)
     ]
     groups = [GroupTokens(p, completions[i * GENERATIONS : (i + 1) * GENERATIONS]) for i, p in enumerate(prompts)]
-    layout = lay_out(groups, encoder.pad_token_id)
+    layout = pad_rows(groups, encoder.pad_token_id)
     policy, reference = Policy(model), Policy(load_model(str(tiny_qwen)))
     advantages = group_advantages(torch.tensor(rewards).view(2, GENERATIONS), scale_by_std=loss_type == "grpo").view(-1)
     assert torch.allclose(batch["advantages"], advantages, atol=1e-6)

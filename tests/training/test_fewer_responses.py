@@ -54,11 +54,11 @@ def test_the_first_n_are_used_and_all_of_them(
     )
     drawn = cached_teacher_responses(recipe, questions)
     for question in questions:
-        visits = [drawn(question, v) for v in range(4)]
-        for group in visits:
+        epochs = [drawn(question, v) for v in range(4)]
+        for group in epochs:
             assert [r.source for r in group] == ["a", "a", "b", "b"]
             assert len({r.index for r in group if r.source == "a"}) == in_a_group
-        indices = [r.index for group in visits for r in group if r.source == "a"]
+        indices = [r.index for group in epochs for r in group if r.source == "a"]
         assert len(set(indices)) == over_visits and max(indices) < cached
         assert max(indices.count(i) for i in set(indices)) - min(indices.count(i) for i in set(indices)) == 0
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from openril.errors import StateError
-from openril.models.group_forward import GroupTokens, lay_out
+from openril.models.packing import GroupTokens, pad_rows
 from openril.records import Question
 from openril.training.loop import permutation, total_steps
 from support.loop import SubstringRewards, make_trainer, tiny_recipe
@@ -60,7 +60,7 @@ def test_discriminator_learns_before_it_rewards(tiny_qwen: Path, tmp_path: Path)
 def test_rewards_come_from_the_updated_discriminator(tiny_qwen: Path, tmp_path: Path):
     """student_prob in the rollouts is what the discriminator says after its update, not before."""
     trainer = make_trainer(
-        tiny_recipe(tmp_path / "run", tiny_qwen, discriminator__optimiser={"learning_rate": 0.01}), tmp_path / "data"
+        tiny_recipe(tmp_path / "run", tiny_qwen, discriminator__optimizer={"learning_rate": 0.01}), tmp_path / "data"
     )
     assert trainer.discriminator is not None
     stale = copy.deepcopy(trainer.discriminator.network)
@@ -77,7 +77,7 @@ def test_teacher_rows_use_the_students_pi_old(tiny_qwen: Path, tmp_path: Path):
     """With mu = 2 and KL off, the loss after the first step is Eq. 2 by hand with the student's first log-probabilities
     as pi_old for teacher rows too."""
     recipe = tiny_recipe(tmp_path / "run", tiny_qwen, train__num_iterations=2, train__beta=0.0, train__epsilon=0.05)
-    recipe.train.optimiser.max_grad_norm = 0.0
+    recipe.train.optimizer.max_grad_norm = 0.0
     trainer = make_trainer(recipe, tmp_path / "data")
     batch = trainer.batch_at(0)
     groups = trainer.sample_groups(batch)
@@ -94,7 +94,7 @@ def test_teacher_rows_use_the_students_pi_old(tiny_qwen: Path, tmp_path: Path):
                 tokens = GroupTokens(
                     encoder(g.question), [encoder.completion_ids(r.response, limit) for r in g.rollouts]
                 )
-                rows = lay_out([tokens], encoder.pad_token_id)
+                rows = pad_rows([tokens], encoder.pad_token_id)
                 out += [lp[m] for lp, m in zip(trainer.policy.policy(rows), rows.mask, strict=True)]
         return out
 
@@ -104,7 +104,7 @@ def test_teacher_rows_use_the_students_pi_old(tiny_qwen: Path, tmp_path: Path):
     trainer.policy.update(groups, 0)
     between = logprobs()
     trainer.policy.unwrapped.load_state_dict(first)
-    trainer.policy.optimiser.state.clear()
+    trainer.policy.optimizer.state.clear()
     trainer.policy.settings.num_iterations = 2
     metrics = trainer.policy.update(groups, 0)
     expected = 0.0
@@ -150,8 +150,8 @@ def test_unknown_rewards_do_not_teach(tiny_qwen: Path, tmp_path: Path):
         {"train__algorithm": "gail"},
         {"discriminator__mode": "fixed"},
         {"discriminator__mode": "none"},
-        {"discriminator__sees": "question"},
-        {"discriminator__sees": "image", "discriminator__loss": "bradley_terry"},
+        {"discriminator__inputs": "question"},
+        {"discriminator__inputs": "image", "discriminator__loss": "bradley_terry"},
         {"student__gradient_checkpointing": True},
         {"train__precision": "bfloat16"},
         {"train__precision": "pure_bf16"},
@@ -211,8 +211,8 @@ def test_accumulation_is_the_whole_batch_at_once(tiny_student: Path, tmp_path: P
 def test_batches_are_permutations_one_after_the_other(tiny_qwen: Path, tmp_path: Path):
     trainer = make_trainer(tiny_recipe(tmp_path / "run", tiny_qwen), tmp_path / "data", count=6)
     drawn: list[tuple[Question, int]] = [pair for step in range(3) for pair in trainer.batch_at(step)]
-    assert [visit for _, visit in drawn] == [0] * 6 + [1] * 6
-    assert len({q.id for q, visit in drawn if visit == 0}) == 6
+    assert [epoch for _, epoch in drawn] == [0] * 6 + [1] * 6
+    assert len({q.id for q, epoch in drawn if epoch == 0}) == 6
     assert permutation(6, 0, 0) != permutation(6, 0, 1) or permutation(6, 0, 0) != permutation(6, 0, 2)
 
 
@@ -245,7 +245,7 @@ def test_a_question_that_comes_up_twice_in_a_step_is_sampled_twice(tiny_qwen: Pa
     recipe = tiny_recipe(tmp_path / "run", tiny_qwen, train__questions_per_step=4)
     trainer = make_trainer(recipe, tmp_path / "data", count=3)
     batch = trainer.batch_at(0)
-    assert [visit for _, visit in batch] == [0, 0, 0, 1]
+    assert [epoch for _, epoch in batch] == [0, 0, 0, 1]
     groups = trainer.sample_groups(batch)
     [twin] = [g for g in groups[:3] if g.question.id == groups[3].question.id]
     assert [r.response.token_ids for r in twin.students] != [r.response.token_ids for r in groups[3].students]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from openril.models.group_attention import GroupLayout
-from openril.models.group_forward import Policy
+from openril.models.packing import Policy
 from openril.models.vision_features import VisionFeatures
 from openril.records import Group, Rollout
 from openril.storage import read_jsonl
@@ -69,8 +69,8 @@ CURVES: dict[str, tuple[list[str], dict[str, Any]]] = {
     "dr_grpo": (QWEN, {"train__algorithm": "dr_grpo", "train__num_generations": 4}),
     "grpo": (INTERN, {"train__algorithm": "grpo", "train__num_generations": 4}),
     "beta 0 in micro-batches": (QWEN, {"train__beta": 0.0, "train__max_tokens_per_micro_batch": 150}),
-    "all trains": (INTERN, {"student__freeze": [], "discriminator__sees": "image", "discriminator__freeze": []}),
-    "projector frozen": (QWEN, {"student__freeze": ["vision_tower", "projector"], "discriminator__sees": "question"}),
+    "all trains": (INTERN, {"student__freeze": [], "discriminator__inputs": "image", "discriminator__freeze": []}),
+    "projector frozen": (QWEN, {"student__freeze": ["vision_tower", "projector"], "discriminator__inputs": "question"}),
     "lora": (QWEN, {"student__lora": {"enabled": True, "r": 2}}),
 }
 

@@ -27,7 +27,7 @@ class Noting(SubstringRewards):
 @pytest.mark.parametrize(
     "overrides",
     [
-        {"discriminator__sees": "image"},
+        {"discriminator__inputs": "image"},
         {"discriminator__loss": "bradley_terry", "discriminator__match_length": True},
     ],
     ids=["bce", "bradley_terry"],

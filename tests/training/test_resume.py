@@ -1,4 +1,4 @@
-"""Stopping and continuing is the same run, bit for bit: weights, optimisers, random states, metrics, rollouts."""
+"""Stopping and continuing is the same run, bit for bit: weights, optimizers, random states, metrics, rollouts."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from openril.errors import StateError
 from openril.models.loading import load_processor
 from openril.storage import write_json
+from openril.training.checkpoint import write_checkpoint
+from openril.training.distributed import make_accelerator
 from openril.training.loop import Interrupted
-from openril.training.processes import make_accelerator
-from openril.training.saving import write_checkpoint
-from openril.training.setup import Parts, check_pretrained, pretraining_settings, pretraining_settings_file
+from openril.training.setup import TrainingComponents, check_pretrained, pretraining_settings, pretraining_settings_file
 from support.loop import make_trainer, tiny_recipe
 
 TIMES = ("time/", "memory/")
@@ -39,7 +39,7 @@ def files(folder: Path) -> dict[str, Any]:
 def assert_same(a: Path, b: Path) -> None:
     left, right = files(a), files(b)
     assert left.keys() == right.keys()
-    assert any("optimiser_student" in k for k in left) and any(k.startswith("discriminator/") for k in left)
+    assert any("optimizer_student" in k for k in left) and any(k.startswith("discriminator/") for k in left)
     for key, value in left.items():
         same = torch.equal(value, right[key]) if isinstance(value, torch.Tensor) else value == right[key]
         assert same, key
@@ -117,26 +117,26 @@ def test_another_recipe_is_not_continued(tiny_qwen: Path, tmp_path: Path):
 
 
 def test_other_questions_or_another_start_are_not_continued(tiny_qwen: Path, tiny_internvl: Path, tmp_path: Path):
-    from openril.training.saving import run_fingerprint
+    from openril.training.checkpoint import run_fingerprint
     from support.tiny import tiny_questions
 
     recipe = tiny_recipe(tmp_path / "run", tiny_qwen, train__max_steps=1)
     questions = tiny_questions(tmp_path / "data", 8)
     accelerator = make_accelerator(recipe)
     folder = tmp_path / "run/checkpoints"
-    Parts(recipe, accelerator, folder, questions).saver.save(1)
-    again = Parts(recipe, accelerator, folder, questions)
+    TrainingComponents(recipe, accelerator, folder, questions).saver.save(1)
+    again = TrainingComponents(recipe, accelerator, folder, questions)
     assert again.step == 1
     with pytest.raises(StateError, match="questions"):
-        Parts(recipe, accelerator, folder, questions[1:])
+        TrainingComponents(recipe, accelerator, folder, questions[1:])
     other = recipe.model_copy(deep=True)
     other.student.model = str(tiny_internvl)
     assert run_fingerprint(other, questions) != run_fingerprint(recipe, questions)
     with pytest.raises(StateError, match="starting student"):
-        Parts(other, accelerator, folder, questions)
+        TrainingComponents(other, accelerator, folder, questions)
     smaller = recipe.model_copy(deep=True)
     smaller.train.max_tokens_per_micro_batch = 200  # out of memory: a person may change this and go on
-    assert Parts(smaller, accelerator, folder, questions).step == 1
+    assert TrainingComponents(smaller, accelerator, folder, questions).step == 1
 
 
 def test_a_checkpoint_without_what_it_replays_is_refused(tiny_qwen: Path, tmp_path: Path):
@@ -161,7 +161,7 @@ def test_old_checkpoints_are_removed(tiny_qwen: Path, tmp_path: Path):
 
 
 def test_a_checkpoint_is_an_ordinary_model(tiny_student: Path, tmp_path: Path):
-    from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
+    from openril.hf import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
     make_trainer(tiny_recipe(tmp_path / "run", tiny_student, train__max_steps=1), tmp_path / "data").train()
     folder = tmp_path / "run/checkpoints/step_000001"
@@ -174,7 +174,7 @@ def test_a_checkpoint_is_an_ordinary_model(tiny_student: Path, tmp_path: Path):
 
 
 def test_the_final_student_has_the_type_the_recipe_names(tiny_student: Path, tmp_path: Path):
-    from transformers import AutoModelForImageTextToText
+    from openril.hf import AutoModelForImageTextToText
 
     trainer = make_trainer(tiny_recipe(tmp_path / "run", tiny_student), tmp_path / "data")
     parts_model = trainer.policy.unwrapped.model
@@ -189,7 +189,7 @@ def test_the_final_student_has_the_type_the_recipe_names(tiny_student: Path, tmp
 
 
 def test_tied_weights_stay_tied(tiny_qwen: Path, tmp_path: Path):
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from openril.hf import AutoConfig, AutoModelForImageTextToText
 
     config = AutoConfig.from_pretrained(tiny_qwen)
     config.tie_word_embeddings = config.text_config.tie_word_embeddings = True
@@ -210,6 +210,6 @@ def test_a_discriminator_pretrained_for_something_else_is_refused(tiny_qwen: Pat
     with pytest.raises(StateError, match=r"discriminator\.match_length"):
         check_pretrained(recipe)
     recipe.discriminator.match_length = False
-    recipe.discriminator.sees = "image"
+    recipe.discriminator.inputs = "image"
     with pytest.raises(StateError, match=r"discriminator\.sees"):
         check_pretrained(recipe)

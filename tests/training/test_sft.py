@@ -44,7 +44,7 @@ def data(tmp_path_factory):
 
 
 def make_recipe(run_dir, model, data, *, precision="float32", student=None, **sft):
-    optimiser = {"learning_rate": 1e-3, "schedule": "linear", "final_learning_rate": 1e-4}
+    optimizer = {"learning_rate": 1e-3, "schedule": "linear", "final_learning_rate": 1e-4}
     return Recipe.model_validate(
         {
             "run_dir": str(run_dir),
@@ -56,7 +56,7 @@ def make_recipe(run_dir, model, data, *, precision="float32", student=None, **sf
                 "micro_batch_size": 2,
                 "save_every": 2,
                 "epochs": 2,
-                "optimiser": optimiser,
+                "optimizer": optimizer,
                 **sft,
             },
         }
@@ -177,8 +177,8 @@ def test_continuing_with_other_settings_is_refused(tmp_path, tiny_qwen, data):
     examples = sft_examples(recipe, read_questions(recipe.data))
     with pytest.raises(Interrupted):
         train_sft(recipe, examples, report=stop_at(1))
-    recipe.sft.optimiser.learning_rate = 1e-2
-    with pytest.raises(StateError, match=r"sft\.optimiser\.learning_rate"):
+    recipe.sft.optimizer.learning_rate = 1e-2
+    with pytest.raises(StateError, match=r"sft\.optimizer\.learning_rate"):
         train_sft(recipe, examples)
 
 

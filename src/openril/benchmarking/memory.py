@@ -50,7 +50,7 @@ class PeakMemory:
 
     @property
     def held(self) -> int | None:
-        """Bytes at ``start``: models, optimiser states and (on a CPU) the libraries."""
+        """Bytes at ``start``: models, optimizer states and (on a CPU) the libraries."""
         return self._held or None
 
 

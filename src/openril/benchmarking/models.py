@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import openril.models  # noqa: F401  (makes torchvision importable, before anything here imports transformers)
-
 # isort: split
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from openril.benchmarking.questions import TEXT
 from openril.benchmarking.shapes import ModelSize
 from openril.discriminator.prompt import SYSTEM, USER
-from openril.models.tiny import build_tiny_model
+from openril.hf import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from openril.testing.tiny_models import build_tiny_model
 
 _CONSONANTS, _VOWELS = "bcdfghjklmnpqrstvwyz", "aeiou"
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import openril.models  # noqa: F401  (makes torchvision importable, before anything here imports transformers)
-
 # isort: split
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,14 +28,14 @@ from openril.benchmarking.contender import (
 from openril.benchmarking.memory import PeakMemory, give_back
 from openril.benchmarking.questions import fixed_completions, questions_of
 from openril.benchmarking.shapes import QUESTIONS
-from openril.recipe.schema import Recipe, Train
+from openril.recipe.schema import Recipe, TrainConfig
 from openril.records import STUDENT, Group, Question, Response, Rollout
-from openril.rewards.total import RewardSystem
+from openril.rewards.combine import RewardSystem
 from openril.storage import stable_hash
+from openril.training.distributed import make_accelerator
 from openril.training.loop import RILTrainer
-from openril.training.processes import make_accelerator
 from openril.training.run_folder import RunFolder
-from openril.training.setup import Parts
+from openril.training.setup import TrainingComponents
 
 NO_TOKEN = -1
 """The only id that ends a response here. No token has it, so every response reaches the full length; the real
@@ -65,7 +63,7 @@ def bench_recipe(spec: Spec) -> Recipe:
         "beta": BETA,
         "epsilon": EPSILON,
         "precision": spec.precision,
-        "optimiser": adam,
+        "optimizer": adam,
         "save_every": 0,
         "sampling": {
             "temperature": TEMPERATURE,
@@ -74,7 +72,7 @@ def bench_recipe(spec: Spec) -> Recipe:
             "repetition_penalty": REPETITION_PENALTY,
         },
     }
-    if "packed" in Train.model_fields:
+    if "packed" in TrainConfig.model_fields:
         train["packed"] = spec.name == "ours"
     whole = bool({"step", "memory"} & set(spec.parts))
     return Recipe.model_validate(
@@ -87,7 +85,7 @@ def bench_recipe(spec: Spec) -> Recipe:
             "discriminator": {
                 "mode": "updated" if whole else "none",
                 "pretraining": {"enabled": False},
-                "optimiser": adam,
+                "optimizer": adam,
             },
             "rewards": {"answer": {"kind": "rules", "rule": "contains"}},
             "train": train,
@@ -107,7 +105,7 @@ class OurStep:
         self.memory = PeakMemory(spec.device)
         accelerator = make_accelerator(self.recipe)
         folder = RunFolder(self.recipe.run_path)
-        self.built = Parts(self.recipe, accelerator, folder.checkpoints_path)
+        self.built = TrainingComponents(self.recipe, accelerator, folder.checkpoints_path)
         self.encoder = self.built.encoder
         self.encoder.eos_token_ids = [NO_TOKEN]
         self.trainer = RILTrainer(
@@ -117,13 +115,13 @@ class OurStep:
             sampler=self.built.sampler,
             policy=self.built.policy_update,
             discriminator=self.built.discriminator,
-            teacher_responses=lambda question, visit: self._teachers[question.id],
+            teacher_responses=lambda question, epoch: self._teachers[question.id],
             rewards=RewardSystem(self.recipe, None),
             folder=folder,
             save=lambda step: None,
         )
         update = self.built.policy_update
-        self.watch.watch_optimiser("optimiser", update.optimiser)
+        self.watch.watch_optimizer("optimizer", update.optimizer)
         assert update.reference is not None
         self.watch.watch_module("reference", update.reference)
         self._call = 0
@@ -138,9 +136,9 @@ class OurStep:
             "threads": torch.get_num_threads(),
             "memory_source": self.memory.source,
             "settings": {
-                "packed": self.recipe.train.packed if "packed" in Train.model_fields else False,
+                "packed": self.recipe.train.packed if "packed" in TrainConfig.model_fields else False,
                 "precision": self.spec.precision,
-                "optimiser": type(getattr(self.built.optimiser, "optimizer", self.built.optimiser)).__name__,
+                "optimizer": type(getattr(self.built.optimizer, "optimizer", self.built.optimizer)).__name__,
                 "discriminator": self.recipe.discriminator.mode,
                 "train": self.recipe.train.model_dump(mode="json"),
             },

@@ -1,8 +1,8 @@
-"""The peer: TRL's GRPOTrainer as it is, run by its own ``train()``, one optimiser step a command.
+"""The peer: TRL's GRPOTrainer as it is, run by its own ``train()``, one optimizer step a command.
 
 A callback holds the trainer at the beginning of every step until the next command comes. What a step consists of is
 timed around TRL's own methods. For ``update`` alone, TRL's generation is replaced by given token ids; everything behind
-it (image processing for the passes, padding, reference, loss, backward, optimiser) is TRL's.
+it (image processing for the passes, padding, reference, loss, backward, optimizer) is TRL's.
 
 Settings that favour it: no logging, no evaluation, no saving, no gradient checkpointing, its default fused AdamW, its
 fused LM head (logits at response positions only), no pass for pi_old (one step a generation), and the special tokens
@@ -11,8 +11,6 @@ suppressed by one list, as ours are.
 
 from __future__ import annotations
 
-import openril.models  # noqa: F401  (makes torchvision importable, before anything here imports transformers)
-
 # isort: split
 import os
 from contextlib import ExitStack
@@ -20,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
 
 from openril.benchmarking.clock import Clock, Elapsed, Stopwatch
 from openril.benchmarking.contender import (
@@ -41,6 +38,7 @@ from openril.benchmarking.contender import (
 from openril.benchmarking.memory import PeakMemory, give_back
 from openril.benchmarking.questions import fixed_completions, questions_of
 from openril.benchmarking.shapes import QUESTIONS
+from openril.hf import TrainerCallback
 from openril.models.freezing import freeze
 from openril.models.loading import load_model, load_processor
 from openril.models.prompts import special_token_ids
@@ -97,7 +95,8 @@ class TRLStep:
     def __init__(self, spec: Spec, connection: Connection) -> None:
         from datasets import Dataset
         from PIL import Image
-        from trl import GRPOConfig, GRPOTrainer
+
+        from openril.hf import GRPOConfig, GRPOTrainer
 
         self.spec, self.shape, self.connection = spec, spec.shape, connection
         self.clock = Clock(spec.device)
@@ -109,7 +108,7 @@ class TRLStep:
         self._announced = False
         self._owed: Measurement | None = None
         dtype = torch.bfloat16 if spec.precision == "pure_bf16" else torch.float32
-        # The model as an object, so that the same parts are frozen before TRL builds its optimiser.
+        # The model as an object, so that the same parts are frozen before TRL builds its optimizer.
         model: Any = load_model(spec.checkpoint, what="TRL's model", dtype=dtype)
         freeze(model, ["vision_tower"])
         processor = load_processor(spec.checkpoint, what="TRL's model")
@@ -158,7 +157,7 @@ class TRLStep:
 
     # ---- what the callback calls ------------------------------------------------------------------------------------
 
-    def begin(self, optimiser: Any) -> None:
+    def begin(self, optimizer: Any) -> None:
         """Answer for the step before, then wait for a command; returns when it needs a step of the trainer.
 
         Not at that step's end: what the trainer does between steps (it loads the next batch) would run while another
@@ -166,8 +165,8 @@ class TRLStep:
         """
         if not self._announced:
             self._announced = True
-            self.watch.watch_optimiser("optimiser", optimiser)
-            self.connection.ready(self._about(optimiser))
+            self.watch.watch_optimizer("optimizer", optimizer)
+            self.connection.ready(self._about(optimizer))
         if self._owed is not None:
             self.connection.reply(self._owed)
             self._owed = None
@@ -206,7 +205,7 @@ class TRLStep:
             give_back()
         self._owed = measurement
 
-    def _about(self, optimiser: Any) -> dict[str, Any]:
+    def _about(self, optimizer: Any) -> dict[str, Any]:
         trainable = sum(p.numel() for p in self.trainer.model.parameters() if p.requires_grad)
         ids, _, _ = self.trainer._tokenize_prompts(self._prompts(0)[:1])
         return {
@@ -217,7 +216,7 @@ class TRLStep:
             "settings": {
                 **self.config,
                 "precision": self.spec.precision,
-                "optimiser": type(getattr(optimiser, "optimizer", optimiser)).__name__,
+                "optimizer": type(getattr(optimizer, "optimizer", optimizer)).__name__,
                 "optim": str(self.trainer.args.optim),
                 "suppress_tokens": self.banned,
             },

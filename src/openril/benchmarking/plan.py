@@ -37,9 +37,9 @@ class Cell:
         return tuple(p for p in self.parts if p not in left_to_ours)
 
     def warm_up(self, contender: str) -> tuple[Part, ...]:
-        """What it runs once before anything counts, so that optimiser states exist and libraries are warm."""
+        """What it runs once before anything counts, so that optimizer states exist and libraries are warm."""
         parts = self.parts_of(contender)
-        whole = contender != "trl" and self.memory  # our step's own optimiser is the discriminator's
+        whole = contender != "trl" and self.memory  # our step's own optimizer is the discriminator's
         return ("step",) if "step" in parts or whole else parts
 
     @property

@@ -98,8 +98,8 @@ def part_figures(entries: Entries, unique_tokens: int) -> dict[str, Any]:
 def matmul_share(result: CellResult) -> dict[str, Any] | None:
     """Operations of the unique tokens over what the machine's fastest matrix products would have done meanwhile.
 
-    share: operations / (our update's seconds without the optimiser's step) / the best peak of the cell's rounds (a peak
-    measured while the machine was busy is none). share_of_cpu_time: the same in processor time, the optimiser's step
+    share: operations / (our update's seconds without the optimizer's step) / the best peak of the cell's rounds (a peak
+    measured while the machine was busy is none). share_of_cpu_time: the same in processor time, the optimizer's step
     included, which other work on the machine does not distort; None on a GPU.
     """
     entries = result.measurements.get("ours", {}).get("update", [])
@@ -115,7 +115,7 @@ def matmul_share(result: CellResult) -> dict[str, Any] | None:
         "shape": shape.name,
         "unique_flops": flops,
         "peak_flops": peak,
-        "share": spread([flops / (m.seconds - m.parts.get("optimiser", 0.0)) / peak for m in known]),
+        "share": spread([flops / (m.seconds - m.parts.get("optimizer", 0.0)) / peak for m in known]),
         "share_of_cpu_time": spread(cpu) if result.on_cpu else None,
     }
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 _COLUMNS = ("update", "ref", "fwd+bwd", "optim", "sampling", "D", "step", "MiB", "tok/s")
-"""Seconds: the update and of it reference pass, forward and backward, optimiser; sampling; discriminator; whole step.
+"""Seconds: the update and of it reference pass, forward and backward, optimizer; sampling; discriminator; whole step.
 MiB: peak of the step above what was held before. tok/s: response tokens of the update."""
 
 
@@ -95,7 +95,7 @@ def _row(measured: dict[str, Any]) -> list[str]:
         _median(update.get("seconds")),
         _number(parts.get("reference")),
         _number(parts.get("forward_backward")),
-        _number(parts.get("optimiser")),
+        _number(parts.get("optimizer")),
         _median(measured.get("sampling", {}).get("seconds")),
         _number(step.get("parts", {}).get("discriminator")),
         _median(step.get("seconds")),

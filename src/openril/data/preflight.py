@@ -15,7 +15,7 @@ from openril.data.images import load_image, read_bytes
 from openril.data.reading import RowProblem, read_questions
 from openril.errors import DataError
 from openril.recipe.checks import ANSWER_RULES
-from openril.recipe.schema import Data
+from openril.recipe.schema import DataConfig
 from openril.records import ImageSource, Question
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class Report:
 
 
 def preflight(
-    data: Data,
+    data: DataConfig,
     which: Literal["train", "validation"] = "train",
     count_tokens: CountTokens | None = None,
     *,
@@ -193,7 +193,7 @@ def preflight(
     return report
 
 
-def _open(source: ImageSource, data: Data) -> tuple[Size, str] | str:
+def _open(source: ImageSource, data: DataConfig) -> tuple[Size, str] | str:
     """(size, digest of the content), or why the image cannot be used."""
     try:
         content = read_bytes(source, data.allow_urls)

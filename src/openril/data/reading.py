@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from openril.data.forms import to_question
+from openril.data.formats import to_question
 from openril.errors import DataError
-from openril.recipe.schema import Data
+from openril.recipe.schema import DataConfig
 from openril.records import Question
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -34,7 +34,7 @@ class RowProblem:
 
 
 def read_questions(
-    data: Data, which: Literal["train", "validation"] = "train", problems: list[RowProblem] | None = None
+    data: DataConfig, which: Literal["train", "validation"] = "train", problems: list[RowProblem] | None = None
 ) -> list[Question]:
     """All questions of ``data.train`` or ``data.validation``, in order, ids unique (``data.limit`` cuts train).
 

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from openril import storage
 from openril.errors import DataError
-from openril.recipe.schema import Selection as SelectionConfig
+from openril.recipe.schema import SelectionConfig
 from openril.records import Question, Response
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from openril.algorithm.discrimination import length_only_accuracy
+from openril.discriminator.losses import length_only_accuracy
 from openril.records import STUDENT
 
 
@@ -70,10 +70,10 @@ class HealthWatch:
         if state == "asleep":
             return (
                 f"the discriminator is asleep: accuracy {mean:.3f} over {len(self.recent)} steps is near chance, so the"
-                " similarity reward is noise; raise discriminator.optimiser.learning_rate or pre-train longer"
+                " similarity reward is noise; raise discriminator.optimizer.learning_rate or pre-train longer"
             )
         return (
             f"the discriminator has won: accuracy {mean:.3f} over {len(self.recent)} steps leaves no similarity reward"
-            " to earn; lower discriminator.optimiser.learning_rate, or see length_only_accuracy: it may just read length"
+            " to earn; lower discriminator.optimizer.learning_rate, or see length_only_accuracy: it may just read length"
             " (discriminator.match_length)"
         )

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from openril.data.images import load_image
-from openril.data.wording import question_text
+from openril.data.question_text import question_text
 from openril.models.prompts import Prompt, PromptEncoder
 from openril.records import IMAGE_MARKER, Question
 
@@ -43,7 +43,7 @@ def strip_own_tags(text: str) -> str:
 class DiscriminatorPrompts:
     """Prompts of a discriminator in two parts: what all responses to a question share, encoded once, and the rest.
 
-    sees: the response alone (paper), with the question's text, or with its images too. A response longer than
+    inputs: the response alone (paper), with the question's text, or with its images too. A response longer than
     max_response_tokens keeps its first and last halves of that many tokens.
     """
 
@@ -51,12 +51,12 @@ class DiscriminatorPrompts:
         self,
         encoder: PromptEncoder,
         *,
-        sees: Literal["response", "question", "image"] = "response",
+        inputs: Literal["response", "question", "image"] = "response",
         max_response_tokens: int = 1024,
         keep: int = 64,
     ) -> None:
         self.encoder = encoder
-        self.sees = sees
+        self.inputs = inputs
         self.max_response_tokens = max_response_tokens
         self._keep = keep
         self._heads: OrderedDict[Question | None, tuple[Prompt, str]] = OrderedDict()
@@ -66,9 +66,9 @@ class DiscriminatorPrompts:
     def head(self, question: Question) -> tuple[Prompt, str]:
         """The prompt up to the response, images included, and the text that follows the response.
 
-        With sees = response it is one and the same object for all questions. Raises DataError for an unusable image.
+        With inputs = response it is one and the same object for all questions. Raises DataError for an unusable image.
         """
-        key = None if self.sees == "response" else question
+        key = None if self.inputs == "response" else question
         if key not in self._heads:
             self._heads[key] = self._encode_head(question)
             if len(self._heads) > self._keep:
@@ -78,10 +78,10 @@ class DiscriminatorPrompts:
 
     def _encode_head(self, question: Question) -> tuple[Prompt, str]:
         encoder, asked = self.encoder, ""
-        if self.sees != "response":
+        if self.inputs != "response":
             plain = question_text(question).replace(IMAGE_MARKER, "")
             asked = QUESTION.format(question=strip_own_tags(encoder.clean(plain)).replace(_PLACE, ""))
-        images = load_question_images(encoder, question) if self.sees == "image" else []
+        images = load_question_images(encoder, question) if self.inputs == "image" else []
         content: list[dict[str, Any]] = [{"type": "image"} for _ in images]
         content.append({"type": "text", "text": USER.format(question=asked, response=_PLACE)})
         messages = [

@@ -9,16 +9,15 @@ from typing import Any
 
 from openril.errors import DataError
 from openril.evaluation.summary import Evaluation, Row, build_evaluation, groups_of
-from openril.recipe.schema import Evaluation as EvaluationSettings
-from openril.recipe.schema import Sampling
+from openril.recipe.schema import EvaluationConfig, SamplingConfig
 from openril.records import Question, Response
 from openril.rewards.answers import AnswersHandle, submit_answers
 from openril.rewards.judge import JudgeService
-from openril.rewards.verdicts import UnknownBudget
+from openril.rewards.verdict_store import UnknownBudget
 from openril.sampling.protocol import Sampler
 from openril.storage import append_jsonl, read_jsonl, write_jsonl
 
-GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, repetition_penalty=1.0)
+GREEDY = SamplingConfig(temperature=0.0, top_p=1.0, top_k=0, repetition_penalty=1.0)
 JUDGED_BEFORE_STOPPING = 16
 """Verdicts asked for before a large share of unknown ones stops the evaluation."""
 
@@ -51,7 +50,7 @@ class Journal:
 def evaluate(
     make_sampler: Callable[[], Sampler],
     questions: Sequence[Question],
-    settings: EvaluationSettings,
+    settings: EvaluationConfig,
     judge: JudgeService | None = None,
     *,
     name: str = "student",
@@ -94,7 +93,7 @@ class _Run:
     def __init__(
         self,
         questions: Sequence[Question],
-        settings: EvaluationSettings,
+        settings: EvaluationConfig,
         judge: JudgeService | None,
         journal: Journal | None,
         budget: UnknownBudget,

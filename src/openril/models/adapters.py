@@ -10,10 +10,10 @@ from torch import nn
 
 from openril.errors import ModelError
 from openril.models.freezing import module_group
-from openril.recipe.schema import Lora
+from openril.recipe.schema import LoraConfig
 
 
-def add_adapters(model: nn.Module, lora: Lora) -> nn.Module:
+def add_adapters(model: nn.Module, lora: LoraConfig) -> nn.Module:
     """Wrap ``model`` with LoRA on the named linear layers outside the vision side; all else is frozen.
 
     Raises ModelError if no layer has one of the names.

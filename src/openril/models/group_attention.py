@@ -18,7 +18,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.utils._triton import has_triton
-from transformers import AttentionInterface, AttentionMaskInterface
+
+from openril.hf import AttentionInterface, AttentionMaskInterface
 
 _PREFIX = "groups_over_"
 # Prompts whose lengths differ by less than this factor are padded to one length and attend in one call.

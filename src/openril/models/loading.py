@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
-from transformers.utils import logging as transformers_logging
 
 from openril.errors import ModelError
-from openril.recipe.schema import Student
+from openril.hf import AutoConfig, AutoModelForImageTextToText, AutoProcessor, transformers_logging
+from openril.recipe.schema import StudentConfig
 
 # A bar for every load of a model drowns our own progress display.
 transformers_logging.disable_progress_bar()
@@ -97,7 +96,7 @@ def load_processor(
     return processor
 
 
-def load_student(student: Student, checkpoint: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
+def load_student(student: StudentConfig, checkpoint: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
     """Model and processor of the recipe's student from ``checkpoint`` (its SFT version or student.model)."""
     remote = student.trust_remote_code
     revision = student.revision if checkpoint == student.model else None

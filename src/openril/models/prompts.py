@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from openril.data.images import load_image
-from openril.data.text import strip_special
-from openril.data.wording import question_text
+from openril.data.question_text import question_text
+from openril.data.sanitize import strip_special
 from openril.errors import DataError, ModelError
 from openril.records import IMAGE_MARKER, Question, Response
 

@@ -23,7 +23,7 @@ from openril.models.prompts import Prompt
 Kept = Literal["features", "tower", "nothing"]
 
 
-class FeatureStore:
+class FeatureCache:
     """Outputs by key, the least recently used dropped first when they fill ``max_bytes``.
 
     Kept on the CPU, so that they cost no memory of the device; several models may share one, if their frozen parts have
@@ -62,10 +62,10 @@ class VisionFeatures:
     is kept; None decides by what of the model trains. A model that shares another's store must keep the same.
     """
 
-    def __init__(self, model: Any, store: FeatureStore | None = None, keep: Kept | None = None) -> None:
+    def __init__(self, model: Any, store: FeatureCache | None = None, keep: Kept | None = None) -> None:
         self.model = model
         self.base = getattr(model, "model", model)
-        self.store = store if store is not None else FeatureStore(0)
+        self.store = store if store is not None else FeatureCache(0)
         self._parameters: Sequence[str] = ()
         if hasattr(self.base, "get_image_features") and "mm_encoder_outputs" in _arguments(model.forward):
             self._parameters = _arguments(self.base.get_image_features)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from openril.models.prompts import Prompt
 
 
-def join_vision(prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+def collate_vision_inputs(prompts: Sequence[Prompt]) -> dict[str, Tensor]:
     """What the model's own processor would return for all of these prompts' images, in order; {} without images.
 
     Tensors are concatenated along dim 0. Where prompts have unlike sizes behind it, zeros are added at the end: the

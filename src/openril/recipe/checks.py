@@ -15,7 +15,7 @@ from typing import Literal, get_args
 
 from openril.errors import RecipeError
 from openril.recipe.loading import nearest
-from openril.recipe.schema import Endpoint, ModuleGroup, Optimiser, Recipe
+from openril.recipe.schema import EndpointConfig, ModuleGroup, OptimizerConfig, Recipe
 from openril.records import STUDENT
 
 Stage = Literal["sft", "collect", "select", "discriminator", "train", "eval", "run"]
@@ -38,11 +38,11 @@ class Problem:
 
     key: str
     reason: str
-    cure: str
+    fix: str
     level: Literal["error", "warning"] = "error"
 
     def __str__(self) -> str:
-        return f"{self.key}: {self.reason}; {self.cure}"
+        return f"{self.key}: {self.reason}; {self.fix}"
 
 
 def cross_check(recipe: Recipe, stage: str, world_size: int = 1) -> list[Problem]:
@@ -73,7 +73,7 @@ def _loop_in(stage: str) -> bool:
 def _collects(recipe: Recipe) -> bool:
     """Whether ``ril run`` needs responses in the cache."""
     pretrains = recipe.uses_discriminator and recipe.discriminator.pretraining.enabled
-    learns_text = recipe.sft.enabled and recipe.sft.on != "answers"
+    learns_text = recipe.sft.enabled and recipe.sft.targets != "answers"
     filters = recipe.data.selection.enabled and recipe.data.selection.drop_overlong
     return bool(recipe.teacher_responses_per_question) or pretrains or learns_text or filters
 
@@ -114,8 +114,8 @@ def _data(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
     if data.split != data.validation_split:  # then folders and hub names stand for two different things
         both = {n for n in both if Path(n).suffix in DATA_SUFFIXES}
     if both:
-        cure = "keep validation questions out of training, or the score says nothing"
-        yield Problem("data.validation", f"also in data.train: {', '.join(sorted(both))}", cure, "warning")
+        fix = "keep validation questions out of training, or the score says nothing"
+        yield Problem("data.validation", f"also in data.train: {', '.join(sorted(both))}", fix, "warning")
     for field in data.columns:
         if field not in QUESTION_FIELDS:
             yield Problem(f"data.columns.{field}", "is no field of a question", _suggest(field, QUESTION_FIELDS))
@@ -138,8 +138,8 @@ def _data(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
                 "warning",
             )
         if data.selection.reference and data.selection.reference in (recipe.student.model, recipe.start_student):
-            cure = "name a larger model, or leave it empty to use the student alone"
-            yield Problem("data.selection.reference", "is the student itself, so every score is 0", cure)
+            fix = "name a larger model, or leave it empty to use the student alone"
+            yield Problem("data.selection.reference", "is the student itself, so every score is 0", fix)
 
 
 def _missing_checkpoint(name: str) -> str | None:
@@ -161,7 +161,7 @@ def _student(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
     elif uses and (why := _missing_checkpoint(student.model)):
         yield Problem("student.model", why, "correct the path (it counts from the current directory)")
     # SFT on cached text comes after the collection, which then uses the student as it is.
-    after_sft = ("select", "discriminator", "train", *(["collect"] if recipe.sft.on == "answers" else []))
+    after_sft = ("select", "discriminator", "train", *(["collect"] if recipe.sft.targets == "answers" else []))
     if recipe.sft.enabled and uses and stage in after_sft:
         why = _missing_checkpoint(str(recipe.sft_student_path))
         if why:
@@ -179,7 +179,7 @@ def _student(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
             yield Problem("student.freeze", "names every part, so nothing would train", "leave some part out")
 
 
-def _endpoint(endpoint: Endpoint, key: str, calls: bool) -> Iterator[Problem]:
+def _endpoint(endpoint: EndpointConfig, key: str, calls: bool) -> Iterator[Problem]:
     """calls: this stage asks the endpoint something, so it has to be set."""
     if endpoint.base_urls and endpoint.model_path:
         yield Problem(f"{key}.model_path", "is set beside base_urls", "keep one: servers, or a local checkpoint")
@@ -232,8 +232,8 @@ def _judge(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
     elif stage in ("collect", "run") and recipe.collect.judge_responses:
         wanted_by = "collect.judge_responses is on" if recipe.answer_kind in ("judge", "rules_then_judge") else ""
     if wanted_by and not recipe.judge.base_urls and not recipe.judge.model_path:
-        cure = "set judge.base_urls and judge.model, or judge.model_path, or use rules"
-        yield Problem("judge", f"{wanted_by}, but the judge has neither base_urls nor model_path", cure)
+        fix = "set judge.base_urls and judge.model, or judge.model_path, or use rules"
+        yield Problem("judge", f"{wanted_by}, but the judge has neither base_urls nor model_path", fix)
     else:
         yield from _endpoint(recipe.judge, "judge", calls=bool(wanted_by))
 
@@ -246,27 +246,31 @@ def _sft(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
     sft = recipe.sft
     if not (stage == "sft" or (stage == "run" and sft.enabled)):
         return
-    if sft.on != "answers":
+    if sft.targets != "answers":
         if not recipe.teachers and STUDENT not in sft.sources:
             yield Problem(
-                "sft.on", f"is {sft.on}, but the recipe has no teachers", "add teachers, or set sft.on to answers"
+                "sft.targets",
+                f"is {sft.targets}, but the recipe has no teachers",
+                "add teachers, or set sft.targets to answers",
             )
         if stage == "sft" and not _cached(recipe):
             yield Problem(
-                "sft.on", f"is {sft.on}, but {recipe.cache_path} holds no responses", "run `ril collect` first"
+                "sft.targets",
+                f"is {sft.targets}, but {recipe.cache_path} holds no responses",
+                "run `ril collect` first",
             )
-        if sft.on == "judged_responses" and recipe.rewards.answer.kind == "none":
-            cure = "set it to judge, rules or rules_then_judge"
-            yield Problem("rewards.answer.kind", "is none, so no response can be judged right", cure)
+        if sft.targets == "judged_responses" and recipe.rewards.answer.kind == "none":
+            fix = "set it to judge, rules or rules_then_judge"
+            yield Problem("rewards.answer.kind", "is none, so no response can be judged right", fix)
     share, rest = divmod(sft.batch_size, world_size)
     if rest or share % min(sft.micro_batch_size, share):
-        cure = f"make it a multiple of micro_batch_size ({sft.micro_batch_size}) x processes ({world_size})"
-        yield Problem("sft.batch_size", f"{sft.batch_size} cannot be divided over processes and micro batches", cure)
-    yield from _schedule(sft.optimiser, "sft.optimiser")
+        fix = f"make it a multiple of micro_batch_size ({sft.micro_batch_size}) x processes ({world_size})"
+        yield Problem("sft.batch_size", f"{sft.batch_size} cannot be divided over processes and micro batches", fix)
+    yield from _schedule(sft.optimizer, "sft.optimizer")
 
 
-def _schedule(optimiser: Optimiser, key: str) -> Iterator[Problem]:
-    if optimiser.schedule != "constant" and optimiser.final_learning_rate > optimiser.learning_rate:
+def _schedule(optimizer: OptimizerConfig, key: str) -> Iterator[Problem]:
+    if optimizer.schedule != "constant" and optimizer.final_learning_rate > optimizer.learning_rate:
         yield Problem(
             f"{key}.final_learning_rate", "is above learning_rate", "the rate would rise; lower it", "warning"
         )
@@ -288,8 +292,10 @@ def _discriminator(recipe: Recipe, stage: str, world_size: int) -> Iterator[Prob
         yield Problem(
             "teachers", "the discriminator needs teacher responses, and there are no teachers", "add teachers"
         )
-    if d.asleep_accuracy >= d.won_accuracy:
-        yield Problem("discriminator.asleep_accuracy", "is not below won_accuracy", "for instance 0.55 and 0.98")
+    if d.at_chance_accuracy >= d.saturated_accuracy:
+        yield Problem(
+            "discriminator.at_chance_accuracy", "is not below saturated_accuracy", "for instance 0.55 and 0.98"
+        )
     if d.replay and d.mode == "fixed":
         reason = "is set, but a fixed discriminator does not learn in the loop"
         yield Problem("discriminator.replay", reason, "set it to 0, or discriminator.mode to updated", "warning")
@@ -309,9 +315,9 @@ def _discriminator(recipe: Recipe, stage: str, world_size: int) -> Iterator[Prob
                 "warning" if stage == "discriminator" and _cached(recipe) else "error",
             )
         if d.pretraining.responses_per_question > n:
-            cure = "lower it, or raise collect.num_responses"
+            fix = "lower it, or raise collect.num_responses"
             key = "discriminator.pretraining.responses_per_question"
-            yield Problem(key, f"{d.pretraining.responses_per_question} are wanted of {n} collected", cure)
+            yield Problem(key, f"{d.pretraining.responses_per_question} are wanted of {n} collected", fix)
         if recipe.train.num_generations > n and stage == "run":
             yield Problem(
                 "collect.num_responses",
@@ -326,12 +332,12 @@ def _discriminator(recipe: Recipe, stage: str, world_size: int) -> Iterator[Prob
                 f"{d.pretraining.questions_per_step} questions cannot be shared by {world_size} processes",
                 "make it a multiple of their number",
             )
-        yield from _schedule(d.pretraining.optimiser, "discriminator.pretraining.optimiser")
+        yield from _schedule(d.pretraining.optimizer, "discriminator.pretraining.optimizer")
     if stage == "discriminator" and not _cached(recipe):
         yield Problem("cache_dir", f"{recipe.cache_path} holds no responses", "run `ril collect` first")
     if _loop_in(stage) and not enabled and d.mode == "fixed":
-        cure = "turn it on, or set discriminator.mode to updated"
-        yield Problem("discriminator.pretraining.enabled", "is off, so a fixed discriminator would know nothing", cure)
+        fix = "turn it on, or set discriminator.mode to updated"
+        yield Problem("discriminator.pretraining.enabled", "is off, so a fixed discriminator would know nothing", fix)
     if stage == "train" and enabled and (why := _missing_checkpoint(str(recipe.discriminator_path))):
         yield Problem("discriminator.mode", f"is {d.mode}, but {why}", "run `ril discriminator` first")
 
@@ -347,8 +353,8 @@ def _rewards(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
     rewards, algorithm = recipe.rewards, recipe.train.algorithm
     wants_similarity = algorithm in ("ril", "gail") and rewards.similarity.weight != 0
     if wants_similarity and recipe.discriminator.mode == "none":
-        cure = "set it to updated or fixed" + ("" if algorithm == "gail" else ", or rewards.similarity.weight to 0")
-        yield Problem("discriminator.mode", "is none, but the similarity reward comes from the discriminator", cure)
+        fix = "set it to updated or fixed" + ("" if algorithm == "gail" else ", or rewards.similarity.weight to 0")
+        yield Problem("discriminator.mode", "is none, but the similarity reward comes from the discriminator", fix)
     earned = [recipe.uses_discriminator and rewards.similarity.weight != 0]
     earned += [recipe.answer_kind != "none" and rewards.answer.weight != 0]
     earned += [f.weight != 0 for f in rewards.functions]
@@ -371,18 +377,18 @@ def _groups(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
         return
     train, names = recipe.train, recipe.teacher_names
     if train.sampler.engine == "vllm" and not train.sampler.base_urls:
-        cure = "start `vllm serve` for the student (docs/vllm.md) and name it there, or use engine: transformers"
-        yield Problem("train.sampler.base_urls", "the engine is vllm, but no server is named", cure)
+        fix = "start `vllm serve` for the student (docs/vllm.md) and name it there, or use engine: transformers"
+        yield Problem("train.sampler.base_urls", "the engine is vllm, but no server is named", fix)
     if train.num_teacher_responses is not None and train.num_teacher_responses < 0:
         yield Problem("train.num_teacher_responses", "is negative", "use 0 or more, or leave it out for G")
         return
     wanted = recipe.teacher_responses_per_question
     if train.algorithm == "ril" and not names and not recipe.uses_discriminator:
-        cure = "add teachers, or set train.algorithm to dr_grpo or grpo"
-        yield Problem("teachers", "ril puts teacher responses into every group, and there are no teachers", cure)
+        fix = "add teachers, or set train.algorithm to dr_grpo or grpo"
+        yield Problem("teachers", "ril puts teacher responses into every group, and there are no teachers", fix)
     if recipe.uses_discriminator and names and wanted == 0:
-        cure = "raise it, or use the algorithms dr_grpo or grpo"
-        yield Problem("train.num_teacher_responses", "is 0, so the discriminator has nothing to compare with", cure)
+        fix = "raise it, or use the algorithms dr_grpo or grpo"
+        yield Problem("train.num_teacher_responses", "is 0, so the discriminator has nothing to compare with", fix)
     if names and wanted:
         each = -(-wanted // len(names))  # balanced to within one, so the fullest share rounds up
         if each > recipe.collect.num_responses:
@@ -394,9 +400,9 @@ def _groups(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
                 "warning",
             )
         if train.num_teacher_responses is not None and not train.per_teacher and wanted < len(names):
-            cure = "raise it, or turn on train.per_teacher"
+            fix = "raise it, or turn on train.per_teacher"
             reason = f"{wanted} responses a group for {len(names)} teachers: some are absent from every group"
-            yield Problem("train.num_teacher_responses", reason, cure, "warning")
+            yield Problem("train.num_teacher_responses", reason, fix, "warning")
         if stage == "train" and not _cached(recipe):
             reason = f"teacher responses are wanted, but {recipe.cache_path} holds none"
             yield Problem("cache_dir", reason, "run `ril collect` first")
@@ -426,7 +432,7 @@ def _loop(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
     if train.beta == 0 and train.algorithm in ("ril", "gail"):
         reason = "is 0: nothing holds the student near its start (the paper's runs collapse, Table 5)"
         yield Problem("train.beta", reason, "0.01 is the paper's", "warning")
-    if train.precision == "pure_bf16" and train.optimiser.learning_rate < 1e-5 and not recipe.student.lora.enabled:
+    if train.precision == "pure_bf16" and train.optimizer.learning_rate < 1e-5 and not recipe.student.lora.enabled:
         reason = "bfloat16 weights round away steps as small as this learning rate makes"
         yield Problem("train.precision", reason, "use bfloat16, which keeps float32 weights", "warning")
-    yield from _schedule(train.optimiser, "train.optimiser")
+    yield from _schedule(train.optimizer, "train.optimizer")

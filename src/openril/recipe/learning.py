@@ -13,22 +13,22 @@ from openril.recipe.sources import (
     ModuleGroup,
     NonNegative,
     NonNegativeInt,
-    Optimiser,
+    OptimizerConfig,
     Positive,
     PositiveInt,
-    Sampling,
+    SamplingConfig,
     Section,
     Share,
     vision_tower,
 )
 
 
-class SFT(Section):
+class SFTConfig(Section):
     """Supervised warm start, also of teachers; and the imitation baselines on cached text."""
 
     enabled: bool = True
     """Run this stage in `ril run`; off starts from student.model as it is."""
-    on: Literal["answers", "teacher_responses", "judged_responses"] = "answers"
+    targets: Literal["answers", "teacher_responses", "judged_responses"] = "answers"
     """What the model learns to say: the data's own answers; all cached teacher text (sequence-level distillation); or
     cached responses judged right (rejection sampling)."""
     sources: list[str] = Field(default_factory=list)
@@ -38,20 +38,20 @@ class SFT(Section):
     epochs: Positive = 1.0
     """Passes over the data."""
     max_steps: NonNegativeInt = 0
-    """Stop after this many optimiser steps; 0 follows `epochs`."""
+    """Stop after this many optimizer steps; 0 follows `epochs`."""
     batch_size: PositiveInt = 128
-    """Examples per optimiser step, over all processes."""
+    """Examples per optimizer step, over all processes."""
     micro_batch_size: PositiveInt = 4
     """Examples per forward pass on one device."""
-    optimiser: Optimiser = Field(
-        default_factory=lambda: Optimiser(learning_rate=1e-5, schedule="linear", final_learning_rate=1e-6)
+    optimizer: OptimizerConfig = Field(
+        default_factory=lambda: OptimizerConfig(learning_rate=1e-5, schedule="linear", final_learning_rate=1e-6)
     )
     """Paper: 1e-5, linear to 1e-6."""
     save_every: NonNegativeInt = 500
     """Steps between checkpoints; 0 saves only at the end and on interrupts."""
 
 
-class Pretraining(Section):
+class PretrainingConfig(Section):
     """Discriminator pre-training on the response cache."""
 
     enabled: bool = True
@@ -59,25 +59,25 @@ class Pretraining(Section):
     epochs: Positive = 1.0
     """Passes over the questions."""
     questions_per_step: PositiveInt = 16
-    """Questions per optimiser step, over all processes."""
+    """Questions per optimizer step, over all processes."""
     responses_per_question: NonNegativeInt = 0
     """Responses of each side per question and step; 0 uses all N."""
     held_out_share: Share = 0.1
     """Share of questions kept for measuring the discriminator."""
-    optimiser: Optimiser = Field(
-        default_factory=lambda: Optimiser(learning_rate=1e-5, schedule="linear", final_learning_rate=1e-6)
+    optimizer: OptimizerConfig = Field(
+        default_factory=lambda: OptimizerConfig(learning_rate=1e-5, schedule="linear", final_learning_rate=1e-6)
     )
     """Paper: 1e-5, linear to 1e-6."""
     save_every: NonNegativeInt = 200
     """Steps between checkpoints; 0 saves only at the end and on interrupts."""
 
 
-class Discriminator(Section):
+class DiscriminatorConfig(Section):
     """The discriminator: the student's architecture and weights with a scalar head (paper, section 3)."""
 
     mode: Literal["updated", "fixed", "none"] = "updated"
     """Trained in the loop (paper), frozen after pre-training, or left out (paper, Table 5a)."""
-    sees: Literal["response", "question", "image"] = "response"
+    inputs: Literal["response", "question", "image"] = "response"
     """What the prompt shows: the response alone (paper), with the question, or with question and images."""
     loss: Literal["bce", "bradley_terry"] = "bce"
     """Eq. 1 (paper), or pairs of a teacher's and a student's response to the same question (GAD, arXiv 2511.10643)."""
@@ -89,9 +89,9 @@ class Discriminator(Section):
     """Longer responses keep their first and last halves of this many tokens."""
     max_tokens_per_micro_batch: PositiveInt = 8192
     """Tokens in one forward and backward pass on one device; what responses share counts once."""
-    pretraining: Pretraining = Field(default_factory=Pretraining)
+    pretraining: PretrainingConfig = Field(default_factory=PretrainingConfig)
     """Training on the cache before the loop."""
-    optimiser: Optimiser = Field(default_factory=Optimiser)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     """In the loop (paper: 1e-6 constant)."""
     replay: Annotated[float, Field(ge=0.0, le=0.9)] = 0.0
     """In the loop, this share of its update is about groups of earlier steps: the student as it was, against the same
@@ -101,15 +101,15 @@ class Discriminator(Section):
     match_length: bool = False
     """Compare beginnings of equal length: student and teacher responses are paired by length and cut to the same number
     of tokens, in training and in scoring, so that length tells it nothing."""
-    asleep_accuracy: Share = 0.55
+    at_chance_accuracy: Share = 0.55
     """Warn when accuracy stays below this: the similarity reward is noise."""
-    won_accuracy: Share = 0.98
+    saturated_accuracy: Share = 0.98
     """Warn when accuracy stays above this: the similarity reward is constant."""
     health_window: PositiveInt = 20
     """Steps over which those accuracies are averaged."""
 
 
-class Similarity(Section):
+class SimilarityConfig(Section):
     """Similarity reward from the discriminator."""
 
     kind: Literal["binary", "continuous", "levels"] = "binary"
@@ -120,7 +120,7 @@ class Similarity(Section):
     """Factor in the sum; 0 logs only."""
 
 
-class AnswerReward(Section):
+class AnswerRewardConfig(Section):
     """Answer reward."""
 
     kind: Literal["judge", "rules", "rules_then_judge", "none"] = "judge"
@@ -132,7 +132,7 @@ class AnswerReward(Section):
     """Factor in the sum; 0 logs only."""
 
 
-class RewardFunction(Section):
+class RewardFunctionConfig(Section):
     """A reward of your own, with TRL's signature (prompts, completions, **columns) -> list[float | None]."""
 
     function: str = ""
@@ -143,18 +143,18 @@ class RewardFunction(Section):
     """Factor in the sum; 0 logs only."""
 
 
-class Rewards(Section):
+class RewardsConfig(Section):
     """What a response earns: the weighted sum of these."""
 
-    similarity: Similarity = Field(default_factory=Similarity)
+    similarity: SimilarityConfig = Field(default_factory=SimilarityConfig)
     """From the discriminator."""
-    answer: AnswerReward = Field(default_factory=AnswerReward)
+    answer: AnswerRewardConfig = Field(default_factory=AnswerRewardConfig)
     """From the judge or from rules."""
-    functions: list[RewardFunction] = Field(default_factory=list)
+    functions: list[RewardFunctionConfig] = Field(default_factory=list)
     """Your own."""
 
 
-class Rollouts(Section):
+class SamplerConfig(Section):
     """What draws the student's samples in the loop."""
 
     engine: Literal["transformers", "vllm"] = "transformers"
@@ -176,7 +176,7 @@ class Rollouts(Section):
     """vllm: a sync fails when server and trainer differ by more on a probe (mean over its tokens, nats)."""
 
 
-class Train(Section):
+class TrainConfig(Section):
     """The RIL loop (Algorithm 2)."""
 
     algorithm: Literal["ril", "dr_grpo", "grpo", "gail"] = "ril"
@@ -199,7 +199,7 @@ class Train(Section):
     beta: NonNegative = 0.01
     """Weight of the KL term (k3 estimator) to the SFT student."""
     questions_per_step: PositiveInt = 36
-    """Questions per optimiser step, over all processes (paper: 144 responses of 4 each)."""
+    """Questions per optimizer step, over all processes (paper: 144 responses of 4 each)."""
     max_tokens_per_micro_batch: PositiveInt = 8192
     """Tokens in one forward and backward pass on one device; a group's prompt counts once. A longer group runs alone."""
     packed: bool = True
@@ -214,11 +214,11 @@ class Train(Section):
     """Passes over the questions."""
     max_completion_length: PositiveInt = 512
     """Longest sample in tokens; also the constant in Dr.GRPO's denominator."""
-    sampling: Sampling = Field(default_factory=Sampling)
+    sampling: SamplingConfig = Field(default_factory=SamplingConfig)
     """How the student's samples are drawn."""
-    sampler: Rollouts = Field(default_factory=Rollouts)
+    sampler: SamplerConfig = Field(default_factory=SamplerConfig)
     """What draws them."""
-    optimiser: Optimiser = Field(default_factory=Optimiser)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     """Paper: AdamW, 1e-6 constant."""
     precision: Literal["float32", "bfloat16", "pure_bf16"] = "bfloat16"
     """float32; bfloat16 autocast over float32 weights; or bfloat16 weights (least memory; small updates are lost)."""
@@ -234,7 +234,7 @@ class Train(Section):
     """Steps between files of every response in rollouts/."""
 
 
-class Evaluation(Section):
+class EvaluationConfig(Section):
     """`ril eval`: greedy answers, scored by the same rules and judge as training."""
 
     score: Literal["rules", "judge", "rules_then_judge"] = "rules"

@@ -19,7 +19,7 @@ from openril import storage
 from openril.errors import RecipeError
 from openril.recipe.overrides import override
 from openril.recipe.schema import Recipe
-from openril.recipe.validation import KeyPath, describe, nearest, setting_names, validate
+from openril.recipe.validation import RENAMED_KEYS, KeyPath, describe, nearest, setting_names, validate
 
 BASE = "base"
 """Key of a recipe file that names the file it starts from; not part of the resolved recipe."""
@@ -45,6 +45,24 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), prog: str = "ri
     return recipe
 
 
+def load_saved_recipe(path: str | Path) -> Recipe:
+    """Read a recipe that a run saved in its own folder, also one whose settings had earlier names.
+
+    Raises:
+        RecipeError: As for ``load_recipe``.
+    """
+    path = Path(path)
+    values, lines = _read(path, ())
+    for old, new in RENAMED_KEYS.items():
+        *sections, last = old.split(".")
+        section: Any = values
+        for name in sections:
+            section = section.get(name) if isinstance(section, dict) else None
+        if isinstance(section, dict) and last in section:
+            section[new.rsplit(".", 1)[-1]] = section.pop(last)
+    return validate(values, str(path), {key: f"{file}:{line}" for key, (file, line) in lines.items()})
+
+
 def save_recipe(recipe: Recipe, path: str | Path) -> None:
     """Write the resolved recipe, every setting spelled out; ``load_recipe`` reads back an equal one.
 
@@ -59,7 +77,7 @@ def save_recipe(recipe: Recipe, path: str | Path) -> None:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with 1.2's plain words: only true and false are booleans (``sft.on`` stays a key), and 1e-6 is a number."""
+    """YAML with 1.2's plain words: only true and false are booleans (``sft.targets`` stays a key), and 1e-6 is a number."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -186,4 +204,4 @@ def _refuse_secrets(recipe: Recipe, file: str) -> None:
                 )
 
 
-__all__ = ["load_recipe", "nearest", "save_recipe", "setting_names"]
+__all__ = ["load_recipe", "load_saved_recipe", "nearest", "save_recipe", "setting_names"]

@@ -12,31 +12,31 @@ from typing import Literal
 from pydantic import Field
 
 from openril.recipe.learning import (
-    SFT,
-    AnswerReward,
-    Discriminator,
-    Evaluation,
-    Pretraining,
-    RewardFunction,
-    Rewards,
-    Rollouts,
-    Similarity,
-    Train,
+    AnswerRewardConfig,
+    DiscriminatorConfig,
+    EvaluationConfig,
+    PretrainingConfig,
+    RewardFunctionConfig,
+    RewardsConfig,
+    SamplerConfig,
+    SFTConfig,
+    SimilarityConfig,
+    TrainConfig,
 )
 from openril.recipe.sources import (
-    Collect,
-    Data,
-    Endpoint,
-    Judge,
-    Lora,
+    CollectConfig,
+    DataConfig,
+    EndpointConfig,
+    JudgeConfig,
+    LoraConfig,
     ModuleGroup,
     NonNegativeInt,
-    Optimiser,
-    Sampling,
+    OptimizerConfig,
+    SamplingConfig,
     Section,
-    Selection,
-    Student,
-    Teacher,
+    SelectionConfig,
+    StudentConfig,
+    TeacherConfig,
 )
 
 
@@ -49,25 +49,25 @@ class Recipe(Section):
     """Response cache; "" means `responses` inside run_dir. Recipes may share one."""
     seed: NonNegativeInt = 0
     """Everything random follows from it."""
-    data: Data = Field(default_factory=Data)
+    data: DataConfig = Field(default_factory=DataConfig)
     """Questions."""
-    student: Student = Field(default_factory=Student)
+    student: StudentConfig = Field(default_factory=StudentConfig)
     """The model to lift."""
-    teachers: list[Teacher] = Field(default_factory=list)
+    teachers: list[TeacherConfig] = Field(default_factory=list)
     """Where teacher responses come from."""
-    collect: Collect = Field(default_factory=Collect)
+    collect: CollectConfig = Field(default_factory=CollectConfig)
     """Response collection."""
-    judge: Judge = Field(default_factory=Judge)
+    judge: JudgeConfig = Field(default_factory=JudgeConfig)
     """The LLM judge."""
-    sft: SFT = Field(default_factory=SFT)
+    sft: SFTConfig = Field(default_factory=SFTConfig)
     """Supervised warm start."""
-    discriminator: Discriminator = Field(default_factory=Discriminator)
+    discriminator: DiscriminatorConfig = Field(default_factory=DiscriminatorConfig)
     """The discriminator."""
-    rewards: Rewards = Field(default_factory=Rewards)
+    rewards: RewardsConfig = Field(default_factory=RewardsConfig)
     """What responses earn."""
-    train: Train = Field(default_factory=Train)
+    train: TrainConfig = Field(default_factory=TrainConfig)
     """The RIL loop."""
-    eval: Evaluation = Field(default_factory=Evaluation)
+    eval: EvaluationConfig = Field(default_factory=EvaluationConfig)
     """Evaluation."""
 
     # Derived values, in one place so that no two rooms disagree about them.
@@ -93,7 +93,7 @@ class Recipe(Section):
     @property
     def collected_student(self) -> str:
         """Checkpoint whose responses are collected: the SFT student, unless SFT itself learns from the cache."""
-        return self.student.model if self.sft.on != "answers" else self.start_student
+        return self.student.model if self.sft.targets != "answers" else self.start_student
 
     @property
     def discriminator_path(self) -> Path:
@@ -130,8 +130,31 @@ class Recipe(Section):
         return "none" if self.train.algorithm == "gail" else self.rewards.answer.kind
 
 
+Sampling = SamplingConfig
+"""The name under which ``openril.Sampling`` is public."""
+
 __all__ = [
-    "SFT", "AnswerReward", "Collect", "Data", "Discriminator", "Endpoint", "Evaluation", "Judge", "Lora", "ModuleGroup",
-    "Optimiser", "Pretraining", "Recipe", "RewardFunction", "Rewards", "Rollouts", "Sampling", "Section", "Selection",
-    "Similarity", "Student", "Teacher", "Train",
+    "AnswerRewardConfig",
+    "CollectConfig",
+    "DataConfig",
+    "DiscriminatorConfig",
+    "EndpointConfig",
+    "EvaluationConfig",
+    "JudgeConfig",
+    "LoraConfig",
+    "ModuleGroup",
+    "OptimizerConfig",
+    "PretrainingConfig",
+    "Recipe",
+    "RewardFunctionConfig",
+    "RewardsConfig",
+    "SFTConfig",
+    "SamplerConfig",
+    "Sampling", "SamplingConfig",
+    "Section",
+    "SelectionConfig",
+    "SimilarityConfig",
+    "StudentConfig",
+    "TeacherConfig",
+    "TrainConfig",
 ]  # fmt: skip

@@ -39,7 +39,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_assignment=True)
 
 
-class Sampling(Section):
+class SamplingConfig(Section):
     """How responses are drawn. The paper's values (its Appendix lists temperature, top-p, top-k and penalty)."""
 
     temperature: NonNegative = 1.0
@@ -52,7 +52,7 @@ class Sampling(Section):
     """Divide the scores of tokens already seen (prompt included) by this; 1 is off."""
 
 
-class Optimiser(Section):
+class OptimizerConfig(Section):
     """AdamW and its schedule."""
 
     learning_rate: Positive = 1e-6
@@ -71,7 +71,7 @@ class Optimiser(Section):
     """Clip the gradient's global norm at this; 0 is off."""
 
 
-class Data(Section):
+class DataConfig(Section):
     """Questions."""
 
     train: list[str] = Field(default_factory=list)
@@ -92,11 +92,11 @@ class Data(Section):
     """Larger images are refused as decompression bombs."""
     allow_urls: bool = False
     """Fetch images by http(s). Off: a question file cannot make this machine call out."""
-    selection: Selection = Field(default_factory=lambda: Selection())
+    selection: SelectionConfig = Field(default_factory=lambda: SelectionConfig())
     """Which training questions the loop uses."""
 
 
-class Selection(Section):
+class SelectionConfig(Section):
     """Choice of the questions for the loop (paper, section 4: log-probability sampling of NVILA, overlong filter of DAPO)."""
 
     enabled: bool = False
@@ -111,7 +111,7 @@ class Selection(Section):
     """A question with a larger share of cut responses is left out."""
 
 
-class Student(Section):
+class StudentConfig(Section):
     """The model to lift."""
 
     model: str = ""
@@ -134,11 +134,11 @@ class Student(Section):
     """Parts that do not train."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
-    lora: Lora = Field(default_factory=lambda: Lora())
+    lora: LoraConfig = Field(default_factory=lambda: LoraConfig())
     """Low-rank adapters instead of full training."""
 
 
-class Lora(Section):
+class LoraConfig(Section):
     """Low-rank adapters (peft). The reference model is then the base without them, at no extra memory."""
 
     enabled: bool = False
@@ -155,7 +155,7 @@ class Lora(Section):
     """Names of linear layers of the language model that get adapters."""
 
 
-class Endpoint(Section):
+class EndpointConfig(Section):
     """An OpenAI-compatible server or a local checkpoint; exactly one of `base_urls` and `model_path` is used."""
 
     base_urls: list[str] = Field(default_factory=list)
@@ -189,7 +189,7 @@ class Endpoint(Section):
         return {k: json.dumps(v, ensure_ascii=False) if isinstance(v, dict | list) else v for k, v in value.items()}
 
 
-class Teacher(Endpoint):
+class TeacherConfig(EndpointConfig):
     """One teacher."""
 
     name: str = ""
@@ -200,7 +200,7 @@ class Teacher(Endpoint):
     """Send top_k and repetition_penalty, which vLLM and SGLang take. Off for APIs that know only OpenAI's fields."""
 
 
-class Collect(Section):
+class CollectConfig(Section):
     """Response collection (paper: N = 16 responses a question from each teacher and from the student)."""
 
     num_responses: PositiveInt = 16
@@ -209,7 +209,7 @@ class Collect(Section):
     """Collect from the student too: the discriminator's pre-training needs its responses."""
     max_completion_length: PositiveInt = 512
     """Longest response in tokens."""
-    sampling: Sampling = Field(default_factory=Sampling)
+    sampling: SamplingConfig = Field(default_factory=SamplingConfig)
     """How teacher and student responses are drawn."""
     judge_responses: bool = False
     """Judge the collected responses at once, for instance for rejection sampling."""
@@ -219,7 +219,7 @@ class Collect(Section):
     """Responses a full Parquet shard holds. It does not matter for kills: every finished response is on disk at once."""
 
 
-class Judge(Endpoint):
+class JudgeConfig(EndpointConfig):
     """The judge that compares a response with the ground truth (paper: Qwen2.5-32B-Instruct, text only)."""
 
     max_tokens: PositiveInt = 256
@@ -236,5 +236,5 @@ class Judge(Endpoint):
     """Prompts that a model in this process (``model_path``) answers at once; above 1: text models, temperature 0."""
 
 
-for _model in (Data, Student):
+for _model in (DataConfig, StudentConfig):
     _model.model_rebuild()

@@ -16,9 +16,22 @@ from openril.recipe.schema import Recipe, Section
 
 KeyPath = tuple[str | int, ...]
 
+RENAMED_KEYS = {
+    "sft.on": "sft.targets",
+    "sft.optimiser": "sft.optimizer",
+    "train.optimiser": "train.optimizer",
+    "discriminator.optimiser": "discriminator.optimizer",
+    "discriminator.pretraining.optimiser": "discriminator.pretraining.optimizer",
+    "discriminator.sees": "discriminator.inputs",
+    "discriminator.asleep_accuracy": "discriminator.at_chance_accuracy",
+    "discriminator.won_accuracy": "discriminator.saturated_accuracy",
+}
+"""Earlier names of settings. A user's recipe that has one gets the new name in the message; a recipe that a run saved
+itself is read with the new name (``loading.load_saved_recipe``)."""
+
 
 def setting_names(recipe: Recipe | None = None) -> list[str]:
-    """Dotted names of all settings, for instance ``train.optimiser.learning_rate``; list entries as in ``recipe``."""
+    """Dotted names of all settings, for instance ``train.optimizer.learning_rate``; list entries as in ``recipe``."""
     return [".".join(map(str, key)) for key, _ in settings(recipe or Recipe(), ())]
 
 
@@ -127,6 +140,9 @@ def _did_you_mean_key(key: KeyPath) -> str:
     siblings = list(section.model_fields)
     here = ".".join(map(str, key[:-1]))
     prefix = f"{here}." if here else ""
+    renamed = RENAMED_KEYS.get(f"{prefix}{word}")
+    if renamed:
+        return f"; it is now called {renamed}"
     match = nearest(word, siblings)
     if match:
         return f"; did you mean {prefix}{match}?"

@@ -10,12 +10,12 @@ from typing import Any, Protocol
 
 from openril.endpoints import ChatClient, RequestRefusedError
 from openril.errors import DataError, EndpointError, RecipeError
-from openril.recipe.schema import Recipe, Teacher
+from openril.recipe.schema import Recipe, TeacherConfig
 from openril.records import STUDENT, Question, Response
 from openril.responses.cache import ResponseCache
-from openril.responses.claims import Claims, Work
-from openril.responses.identity import model_identity
-from openril.responses.requests import chat_messages, request_settings, response_seed, sampling_record
+from openril.responses.chat_requests import chat_messages, request_settings, response_seed, sampling_record
+from openril.responses.fingerprint import model_identity
+from openril.responses.work_queue import Claims, Work
 from openril.responses.writer import Writer
 from openril.sampling.protocol import Sampler
 from openril.storage import stable_hash
@@ -126,7 +126,7 @@ def collect(
     return result
 
 
-def teacher_of(recipe: Recipe, source: str) -> Teacher | None:
+def teacher_of(recipe: Recipe, source: str) -> TeacherConfig | None:
     """The recipe's teacher of that name; None for the student. Raises RecipeError for an unknown name."""
     if source == STUDENT:
         return None
@@ -161,7 +161,7 @@ class _Served:
     def __init__(
         self,
         recipe: Recipe,
-        teacher: Teacher,
+        teacher: TeacherConfig,
         client: ChatClient,
         claims: Claims,
         writer: Writer,
@@ -240,8 +240,8 @@ class _Served:
         except EndpointError as e:
             self.result.fail(question.id, str(e))
             self.failures_in_a_row += 1
-            if isinstance(e, RequestRefusedError) and (e.concerns_every_request or self.cure(e)):
-                self.end(EndpointError(f"{e}{self.cure(e)}"))
+            if isinstance(e, RequestRefusedError) and (e.concerns_every_request or self.fix(e)):
+                self.end(EndpointError(f"{e}{self.fix(e)}"))
             elif self.failures_in_a_row >= max(20, 2 * self.teacher.concurrency):
                 self.end(EndpointError(f"{e}. Stopped after {self.failures_in_a_row} failures in a row"))
         except Exception as e:  # passed on by run()
@@ -255,7 +255,7 @@ class _Served:
         self.fatal = self.fatal or error
         self.stop.set()
 
-    def cure(self, error: RequestRefusedError) -> str:
+    def fix(self, error: RequestRefusedError) -> str:
         """What to set when the server does not know a field we send; "" when it is something else."""
         message = str(error)
         if error.status not in (400, 422):

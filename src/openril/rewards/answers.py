@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from openril.data.wording import choice_letter, question_text
+from openril.data.question_text import choice_letter, question_text
 from openril.errors import DataError, RecipeError
 from openril.records import Question
 from openril.rewards import rules
 from openril.rewards.choices import truth_index
 from openril.rewards.degenerate import is_empty, is_repetitive
 from openril.rewards.judge import JudgeHandle, JudgeItem, JudgeService
-from openril.rewards.verdicts import Verdict
+from openril.rewards.verdict_store import Verdict
 
 AnswerKind = Literal["judge", "rules", "rules_then_judge", "none"]
 

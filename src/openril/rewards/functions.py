@@ -17,10 +17,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from openril.data.wording import question_text
+from openril.data.question_text import question_text
 from openril.endpoints import EventLoopThread
 from openril.errors import RecipeError
-from openril.recipe.schema import RewardFunction
+from openril.recipe.schema import RewardFunctionConfig
 from openril.records import Group, Question, Rollout
 
 BUILT_IN = ("similarity", "answer")
@@ -38,7 +38,7 @@ class LoadedFunction:
     call: Callable[..., Any]
 
 
-def load_functions(settings: Sequence[RewardFunction]) -> list[LoadedFunction]:
+def load_functions(settings: Sequence[RewardFunctionConfig]) -> list[LoadedFunction]:
     """Import every function of a recipe. Raises RecipeError where one cannot be found or is not callable."""
     loaded: list[LoadedFunction] = []
     for i, function in enumerate(settings):

@@ -13,11 +13,10 @@ from typing import Any, NamedTuple, Protocol
 
 from openril.endpoints import ChatClient
 from openril.errors import EndpointError, RecipeError
-from openril.recipe.schema import Judge as JudgeSettings
-from openril.recipe.schema import Recipe
+from openril.recipe.schema import JudgeConfig, Recipe
 from openril.rewards.degenerate import is_repetitive
 from openril.rewards.judge_prompt import Prompt, read_verdict
-from openril.rewards.verdicts import Verdict, VerdictStore, open_verdict_store, verdict_key
+from openril.rewards.verdict_store import Verdict, VerdictStore, open_verdict_store, verdict_key
 from openril.storage import stable_hash
 
 Settle = Callable[[], Coroutine[Any, Any, Verdict]]
@@ -50,7 +49,7 @@ class Judge(Protocol):
 class EndpointJudge:
     """A judge behind OpenAI-compatible servers. Requests run while the caller does something else."""
 
-    def __init__(self, settings: JudgeSettings) -> None:
+    def __init__(self, settings: JudgeConfig) -> None:
         self.settings = settings
         self.client = ChatClient(settings, "judge")
         self.name = settings.model + (f"@{settings.revision}" if settings.revision else "")
@@ -107,7 +106,7 @@ class JudgeService:
     A reply that cannot be read is asked for again, ``bad_verdict_retries`` times, with another wording and seed.
     """
 
-    def __init__(self, settings: JudgeSettings, store: VerdictStore, judge: Judge | None = None) -> None:
+    def __init__(self, settings: JudgeConfig, store: VerdictStore, judge: Judge | None = None) -> None:
         self.settings = settings
         self.store = store
         self.judge_model = make_judge(settings) if judge is None else judge
@@ -169,7 +168,7 @@ class JudgeService:
         self.judge_model.close()
 
 
-def make_judge(settings: JudgeSettings) -> Judge:
+def make_judge(settings: JudgeConfig) -> Judge:
     """The judge a recipe describes: servers, or a local checkpoint."""
     if settings.base_urls:
         return EndpointJudge(settings)

@@ -11,7 +11,7 @@ import re
 import unicodedata
 from dataclasses import dataclass
 
-from openril.data.text import strip_special
+from openril.data.sanitize import strip_special
 
 PROMPT_VERSION = "1"
 """Part of every verdict's key: change it with anything here that could change a verdict."""

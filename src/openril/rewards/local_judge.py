@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-import openril.models  # noqa: F401  (makes torchvision importable; must come before transformers)
-
 # isort: split
 import torch
 from jinja2 import TemplateError
-from transformers import (
+
+from openril.data.sanitize import strip_special
+from openril.endpoints import EventLoopThread
+from openril.errors import ModelError
+from openril.hf import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -18,15 +21,10 @@ from transformers import (
     AutoTokenizer,
     GenerationConfig,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-
-from openril.data.text import strip_special
-from openril.endpoints import EventLoopThread
-from openril.errors import ModelError
-from openril.recipe.schema import Judge as JudgeSettings
-from openril.rewards.greedy import GreedyReader
+from openril.recipe.schema import JudgeConfig
 from openril.rewards.judge import Settle
-from openril.rewards.verdicts import Verdict
+from openril.rewards.verdict_store import Verdict
+from openril.sampling.greedy_batch import GreedyDecoder
 
 
 class LocalJudge:
@@ -42,7 +40,7 @@ class LocalJudge:
     the temperature allows none.
     """
 
-    def __init__(self, settings: JudgeSettings, device: str | None = None) -> None:
+    def __init__(self, settings: JudgeConfig, device: str | None = None) -> None:
         self.settings = settings
         self.name = settings.model_path + (f"@{settings.revision}" if settings.revision else "")
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -71,7 +69,7 @@ class LocalJudge:
         self._asked: list[tuple[list[dict[str, str]], asyncio.Future[str]]] = []
         self._loop = EventLoopThread()
 
-    def _batch_reader(self, vision: bool) -> GreedyReader:
+    def _batch_reader(self, vision: bool) -> GreedyDecoder:
         if vision or self.settings.temperature > 0:
             cause = "a vision-language model" if vision else f"temperature {self.settings.temperature}"
             raise ModelError(
@@ -79,7 +77,7 @@ class LocalJudge:
                 f" this is {cause}; set judge.batch_size 1, or serve the model and set judge.base_urls"
             )
         try:
-            return GreedyReader(self.model, self.tokenizer, self._end_ids())
+            return GreedyDecoder(self.model, self.tokenizer, self._end_ids())
         except ModelError as e:
             raise ModelError(f"judge.batch_size: {e}; set it to 1") from e
 

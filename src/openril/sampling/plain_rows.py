@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from openril.errors import ModelError
+from openril.hf import DynamicCache
 from openril.models.adapters import base_model
 from openril.models.prompts import Prompt
 

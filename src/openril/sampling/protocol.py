@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from openril.recipe.schema import Sampling
+from openril.recipe.schema import SamplingConfig
 from openril.records import STUDENT, Question, Response
 
 
@@ -17,7 +17,7 @@ class Sampler(Protocol):
         questions: Sequence[Question],
         num_generations: int,
         *,
-        settings: Sampling,
+        settings: SamplingConfig,
         max_completion_length: int,
         seed: int,
         first_index: int = 0,

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from openril.errors import EndpointError
-from openril.recipe.schema import Sampling
+from openril.recipe.schema import SamplingConfig
 from openril.records import STUDENT, Question, Response
 from openril.sampling.vllm_engine import VLLMSampler
 
@@ -49,7 +49,7 @@ class SyncedSampler:
         questions: Sequence[Question],
         num_generations: int,
         *,
-        settings: Sampling,
+        settings: SamplingConfig,
         max_completion_length: int,
         seed: int,
         first_index: int = 0,

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from openril.models.adapters import base_model
 from openril.models.group_attention import CannotPack
 from openril.models.prompts import Prompt, PromptEncoder
-from openril.models.vision_features import FeatureStore, VisionFeatures
-from openril.recipe.schema import Sampling, Student
+from openril.models.vision_features import FeatureCache, VisionFeatures
+from openril.recipe.schema import SamplingConfig, StudentConfig
 from openril.records import STUDENT, Question, Response
-from openril.sampling.branched_rows import BranchedRows, Vision, check_branching
-from openril.sampling.filtering import draw, penalise_repetition
+from openril.sampling.logits_processors import draw, penalise_repetition
 from openril.sampling.plain_rows import PlainRows
+from openril.sampling.shared_prefix_rows import BranchedRows, Vision, check_branching
 from openril.storage import stable_hash
 
 
@@ -46,7 +46,7 @@ class TransformersSampler:
         self.questions_per_batch = questions_per_batch
         self.warn = warn or logging.getLogger(__name__).warning
         if vision is None:
-            features = VisionFeatures(base_model(model), FeatureStore(0))
+            features = VisionFeatures(base_model(model), FeatureCache(0))
             vision = features if features.available else None
         self.vision = vision
         self.branches: bool | None = None  # unknown before the first call
@@ -56,7 +56,7 @@ class TransformersSampler:
     def from_checkpoint(
         cls,
         checkpoint: str,
-        student: Student | None = None,
+        student: StudentConfig | None = None,
         *,
         max_prompt_length: int = 4096,
         max_image_pixels: int = 50_000_000,
@@ -68,7 +68,9 @@ class TransformersSampler:
         """A sampler of its own model, on the GPU if there is one. student: processor bounds and attention settings."""
         from openril.models.loading import load_student, torch_dtype
 
-        student = student or Student(model=checkpoint, trust_remote_code=trust_remote_code, system_prompt=system_prompt)
+        student = student or StudentConfig(
+            model=checkpoint, trust_remote_code=trust_remote_code, system_prompt=system_prompt
+        )
         cuda = torch.cuda.is_available()
         model, processor = load_student(student, checkpoint, torch_dtype(student.dtype) if cuda else torch.float32)
         model.to("cuda" if cuda else "cpu")
@@ -88,7 +90,7 @@ class TransformersSampler:
         questions: Sequence[Question],
         num_generations: int,
         *,
-        settings: Sampling,
+        settings: SamplingConfig,
         max_completion_length: int,
         seed: int,
         first_index: int = 0,
@@ -131,7 +133,7 @@ class TransformersSampler:
         return sorted(self.encoder.special_token_ids - set(self.encoder.eos_token_ids))
 
     def _decode(
-        self, prompts: list[Prompt], num_generations: int, settings: Sampling, uniforms: Tensor
+        self, prompts: list[Prompt], num_generations: int, settings: SamplingConfig, uniforms: Tensor
     ) -> list[tuple[list[int], list[float]]]:
         """Token ids and log-probabilities of each row; rows are prompts x num_generations. uniforms: [R, max tokens]."""
         rows = self._start(prompts, num_generations, uniforms.shape[1])
@@ -144,7 +146,7 @@ class TransformersSampler:
         rows: BranchedRows | PlainRows,
         prompts: list[Prompt],
         num_generations: int,
-        settings: Sampling,
+        settings: SamplingConfig,
         uniforms: Tensor,
     ) -> list[tuple[list[int], list[float]]]:
         device = rows.logits.device
@@ -211,7 +213,9 @@ class TransformersSampler:
         return True
 
 
-def _draw(logits: Tensor, settings: Sampling, seen: Tensor, banned: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+def _draw(
+    logits: Tensor, settings: SamplingConfig, seen: Tensor, banned: Tensor, uniform: Tensor
+) -> tuple[Tensor, Tensor]:
     """Tokens int64 [N] and their log-probabilities [N], from logits [N, V]. seen: int64 [N, S] ids."""
     logits = logits.float()
     # Under the policy itself, before bans, penalties and truncation: what the trainer computes too.

@@ -24,9 +24,9 @@ from torch import Tensor
 from openril.data.images import to_data_url
 from openril.endpoints import ChatClient, Completion
 from openril.errors import DataError, EndpointError
-from openril.models.group_forward import GroupTokens, lay_out
+from openril.models.packing import GroupTokens, pad_rows
 from openril.models.prompts import Prompt, PromptEncoder, question_messages
-from openril.recipe.schema import Endpoint, Rollouts, Sampling
+from openril.recipe.schema import EndpointConfig, SamplerConfig, SamplingConfig
 from openril.records import STUDENT, Question, Response
 from openril.storage import stable_hash
 
@@ -47,11 +47,11 @@ class VLLMSampler:
     settings: ``train.sampler``. encoder: of the trainer. Raises EndpointError when the settings name no server.
     """
 
-    def __init__(self, settings: Rollouts, encoder: PromptEncoder) -> None:
+    def __init__(self, settings: SamplerConfig, encoder: PromptEncoder) -> None:
         self.settings = settings
         self.encoder = encoder
         self.client = ChatClient(
-            Endpoint(
+            EndpointConfig(
                 base_urls=settings.base_urls,
                 model=settings.model,
                 api_key_env=settings.api_key_env,
@@ -70,7 +70,7 @@ class VLLMSampler:
         questions: Sequence[Question],
         num_generations: int,
         *,
-        settings: Sampling,
+        settings: SamplingConfig,
         max_completion_length: int,
         seed: int,
         first_index: int = 0,
@@ -124,7 +124,7 @@ class VLLMSampler:
             )
         return out
 
-    def _request(self, settings: Sampling, max_completion_length: int) -> dict[str, Any]:
+    def _request(self, settings: SamplingConfig, max_completion_length: int) -> dict[str, Any]:
         """Fields of every request; also those left alone, since a server may have defaults of its own for them."""
         extra = {
             "top_k": settings.top_k or -1,  # vLLM's word for all
@@ -180,13 +180,13 @@ class VLLMSampler:
             (i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), min(len(theirs), len(ours))
         )
         shown = [self.encoder.tokenizer.decode(ids[max(0, place - 4) : place + 4]) for ids in (theirs, ours)]
-        cure = "Serve the checkpoint that the run starts from, with its own chat template and processor"
+        fix = "Serve the checkpoint that the run starts from, with its own chat template and processor"
         size = getattr(getattr(self.encoder.processor, "image_processor", None), "size", None)
         if question.images and size:
-            cure += f", and start it with --mm-processor-kwargs '{json.dumps({'size': dict(size)})}'"
+            fix += f", and start it with --mm-processor-kwargs '{json.dumps({'size': dict(size)})}'"
         raise EndpointError(
             f"{_WHAT}: question {question.id!r}: the server reads the prompt as {len(theirs)} tokens, the trainer as"
-            f" {len(ours)}; they differ from token {place} on ({shown[0]!r} there, {shown[1]!r} here). {cure}"
+            f" {len(ours)}; they differ from token {place} on ({shown[0]!r} there, {shown[1]!r} here). {fix}"
         )
 
     def _read(self, choice: Any, with_logprobs: bool) -> tuple[tuple[int, ...], tuple[float, ...] | None, str]:
@@ -282,7 +282,7 @@ class VLLMSampler:
         """
         kinds = {bool(q.images): q for q in reversed(questions)}
         probes = list(kinds.values())
-        neutral = Sampling(temperature=1.0, top_p=1.0, top_k=0, repetition_penalty=1.0)
+        neutral = SamplingConfig(temperature=1.0, top_p=1.0, top_k=0, repetition_penalty=1.0)
         # A prompt that the server has seen before is answered from its prefix cache, which sync must have emptied.
         sampled = self.sample(probes, 1, settings=neutral, max_completion_length=PROBE_TOKENS, seed=0)
         worst = 0.0
@@ -318,7 +318,7 @@ def policy_logprobs(policy: Any, encoder: PromptEncoder, question: Question, res
     policy.eval()
     try:
         with _at_temperature_1(policy):
-            return policy(lay_out([tokens], encoder.pad_token_id).to(device))[0].float().cpu()
+            return policy(pad_rows([tokens], encoder.pad_token_id).to(device))[0].float().cpu()
     finally:
         policy.train(training)
 

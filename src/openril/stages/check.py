@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 
 from openril.data.preflight import CountTokens, Report, Size, preflight
-from openril.data.text import strip_special
+from openril.data.sanitize import strip_special
 from openril.endpoints import ChatClient
 from openril.errors import ModelError, OpenRILError
+from openril.models import memory_estimate as estimate
 from openril.models.loading import load_config, load_processor
 from openril.models.prompts import question_messages
 from openril.recipe.checks import cross_check
-from openril.recipe.schema import Endpoint, Recipe
+from openril.recipe.schema import EndpointConfig, Recipe
 from openril.records import Question
-from openril.stages import estimate
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -92,9 +92,9 @@ def run_check(recipe: Recipe, console: Console, world_size: int | None = None) -
     return 0
 
 
-def _endpoints(recipe: Recipe) -> list[tuple[str, Endpoint]]:
+def _endpoints(recipe: Recipe) -> list[tuple[str, EndpointConfig]]:
     """Teachers, and the judge where something asks it."""
-    found: list[tuple[str, Endpoint]] = [(f"teacher {t.name}", t) for t in recipe.teachers]
+    found: list[tuple[str, EndpointConfig]] = [(f"teacher {t.name}", t) for t in recipe.teachers]
     asked = [recipe.answer_kind, recipe.eval.score if recipe.data.validation else "rules"]
     if any(kind in ("judge", "rules_then_judge") for kind in asked):
         found.append(("judge", recipe.judge))
@@ -138,7 +138,7 @@ def _check_student(recipe: Recipe, page: _Page) -> tuple[estimate.Shape | None, 
 
 
 def _require_image_text_to_text(config: Any, model: str) -> None:
-    from transformers import AutoModelForImageTextToText
+    from openril.hf import AutoModelForImageTextToText
 
     if type(config) not in AutoModelForImageTextToText._model_mapping and not getattr(config, "auto_map", None):
         raise ModelError(
@@ -165,7 +165,7 @@ def _parameters(model: str, revision: str | None) -> dict[str, int] | None:
     return estimate.by_group(tensors)
 
 
-def _check_local(endpoint: Endpoint, what: str, page: _Page) -> None:
+def _check_local(endpoint: EndpointConfig, what: str, page: _Page) -> None:
     try:
         config = load_config(endpoint.model_path, what=what, trust_remote_code=endpoint.trust_remote_code)
         parameters = _parameters(endpoint.model_path, endpoint.revision)
@@ -242,7 +242,7 @@ def _check_data(recipe: Recipe, which: Any, count_tokens: CountTokens | None, pa
         return None
     from rich.progress import Progress
 
-    needed = recipe.answer_kind != "none" or (recipe.sft.enabled and recipe.sft.on == "answers")
+    needed = recipe.answer_kind != "none" or (recipe.sft.enabled and recipe.sft.targets == "answers")
     try:
         with Progress(console=page.console, transient=True) as bar:
             task = bar.add_task(f"reading data.{which}", total=None)

@@ -108,10 +108,10 @@ def drop_unfitting(
     recipe: Recipe, cache: ResponseCache, questions: Sequence[Question], source: str, console: Console
 ) -> None:
     """Remove a source's responses that other settings, another model or older questions produced."""
+    from openril.responses.chat_requests import sampling_record
     from openril.responses.collection import teacher_of
-    from openril.responses.identity import model_identity
+    from openril.responses.fingerprint import model_identity
     from openril.responses.manifest import differences
-    from openril.responses.requests import sampling_record
 
     old = cache.manifest()["sources"].get(source)
     if old is None:

@@ -7,8 +7,8 @@ from pathlib import Path
 from rich.console import Console
 
 from openril.data.reading import read_questions
-from openril.discriminator.head import DiscriminatorModel, load_discriminator_processor
-from openril.errors import DataError, StateError
+from openril.discriminator.network import DiscriminatorModel, load_discriminator_processor
+from openril.errors import DataError
 from openril.recipe.checks import require
 from openril.recipe.loading import save_recipe
 from openril.recipe.schema import Recipe
@@ -16,10 +16,10 @@ from openril.records import STUDENT
 from openril.report.progress import StageProgress
 from openril.responses.cache import ResponseCache
 from openril.storage import write_json
+from openril.training.checkpoint import Checkpoints, Saver, read_progress, refuse_changed_recipe
+from openril.training.distributed import make_accelerator, master_dtype
 from openril.training.pretraining import DiscriminatorPretraining
-from openril.training.processes import make_accelerator, master_dtype
 from openril.training.run_folder import RunFolder
-from openril.training.saving import Saver, changed_settings
 from openril.training.setup import (
     check_pretrained,
     fresh_discriminator,
@@ -28,7 +28,6 @@ from openril.training.setup import (
     refuse_sharding,
     wrap_discriminator,
 )
-from openril.training.state import Checkpoints, read_progress
 
 
 def run_discriminator(recipe: Recipe, console: Console) -> Path:
@@ -54,27 +53,24 @@ def run_discriminator(recipe: Recipe, console: Console) -> Path:
     if accelerator.is_main_process:
         checkpoints.sweep()
         save_recipe(recipe, recipe.run_path / "recipe.yaml")
-    optimiser = recipe.discriminator.pretraining.optimiser
+    optimizer = recipe.discriminator.pretraining.optimizer
     if latest is None:
-        discriminator = fresh_discriminator(recipe, accelerator, optimiser)
+        discriminator = fresh_discriminator(recipe, accelerator, optimizer)
     else:
-        if changed := changed_settings(latest / "recipe.yaml", recipe):
-            raise StateError(
-                f"{latest} was made with other values of {', '.join(changed[:6])}; restore them, or remove {folder.path}"
-            )
+        refuse_changed_recipe(latest, latest / "recipe.yaml", recipe, fix=f"remove {folder.path}")
         step = int(read_progress(latest)["step"])
         network = DiscriminatorModel.from_checkpoint(
             latest / "discriminator", recipe.student, dtype=master_dtype(recipe)
         )
         processor = load_discriminator_processor(latest / "discriminator", recipe.student)
-        discriminator = wrap_discriminator(recipe, accelerator, network, processor, optimiser)
+        discriminator = wrap_discriminator(recipe, accelerator, network, processor, optimizer)
     saver = Saver(
         checkpoints,
         accelerator,
         recipe,
         network=discriminator.network,
         discriminator_processor=discriminator.encoder.processor,
-        optimisers={"discriminator": discriminator.optimiser},
+        optimizers={"discriminator": discriminator.optimizer},
     )
     if latest is not None:
         saver.restore(latest)

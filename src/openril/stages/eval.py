@@ -147,7 +147,7 @@ def settings_of(recipe: Recipe, questions: list[Question]) -> dict[str, Any]:
 
 def identity_of(checkpoint: str, recipe: Recipe) -> str:
     """Fingerprint of a folder's weights, or the name and revision of a checkpoint on the hub."""
-    from openril.responses.identity import weights_fingerprint
+    from openril.storage import weights_fingerprint
 
     revision = recipe.student.revision if checkpoint == recipe.student.model else None
     return weights_fingerprint(Path(checkpoint).expanduser()) or f"{checkpoint}@{revision or 'main'}"
@@ -183,9 +183,9 @@ def _evaluate(
     make_sampler: Callable[[Recipe, str], Sampler],
 ) -> Evaluation:
     import torch
-    import transformers
 
     from openril.evaluation.evaluate import Journal, evaluate
+    from openril.hf import transformers
 
     folder = recipe.run_path / "eval"
     journal: Journal = Journal(folder / f"{target.name}.jsonl", f"{stable_hash(settings, identity):016x}")

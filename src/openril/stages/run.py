@@ -9,7 +9,7 @@ from rich.console import Console
 
 from openril.recipe.checks import require
 from openril.recipe.schema import Recipe
-from openril.training.processes import one_process, release_memory
+from openril.training.distributed import one_process, release_memory
 
 
 def stages(recipe: Recipe) -> list[tuple[str, str, str]]:
@@ -20,13 +20,13 @@ def stages(recipe: Recipe) -> list[tuple[str, str, str]]:
     selection = recipe.data.selection
     needs_cache = (
         recipe.teacher_responses_per_question > 0
-        or (recipe.sft.enabled and recipe.sft.on != "answers")
+        or (recipe.sft.enabled and recipe.sft.targets != "answers")
         or (selection.enabled and selection.drop_overlong)
     )
     needs_discriminator = recipe.uses_discriminator and recipe.discriminator.pretraining.enabled
     collect = [("collect", "collect", "run_collect")] if needs_cache or needs_discriminator else []
     sft = [("sft", "sft", "run_sft")] if recipe.sft.enabled else []
-    first = [*collect, *sft] if recipe.sft.enabled and recipe.sft.on != "answers" else [*sft, *collect]
+    first = [*collect, *sft] if recipe.sft.enabled and recipe.sft.targets != "answers" else [*sft, *collect]
     select = [("select", "select", "run_select")] if selection.enabled else []
     pretrain = [("discriminator", "discriminator", "run_discriminator")] if needs_discriminator else []
     evaluate = [("eval", "eval", "run_eval")] if recipe.data.validation else []

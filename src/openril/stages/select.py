@@ -13,16 +13,15 @@ from torch import Tensor
 
 from openril.data.reading import read_questions
 from openril.data.selection import select, write_selection
-from openril.models.group_forward import GroupTokens, Policy, lay_out
 from openril.models.loading import load_student
+from openril.models.packing import GroupTokens, Policy, pad_rows
 from openril.recipe.checks import require
 from openril.recipe.schema import Recipe
 from openril.records import STUDENT, Question, Response
 from openril.report.progress import StageProgress
 from openril.responses.cache import ResponseCache
-from openril.responses.identity import weights_fingerprint
-from openril.storage import append_jsonl, read_jsonl, remove, write_json
-from openril.training.processes import one_process
+from openril.storage import append_jsonl, read_jsonl, remove, weights_fingerprint, write_json
+from openril.training.distributed import one_process
 from openril.training.setup import make_encoder
 
 
@@ -91,7 +90,7 @@ def answer_logprobs(
     with StageProgress(console, f"select ({name})") as progress:
         for number, q in enumerate(todo, start=1):
             ids = encoder.completion_ids(Response(q.id, name, 0, q.answer), recipe.train.max_completion_length)
-            rows = lay_out([GroupTokens(encoder(q), [ids])], encoder.pad_token_id).to(device)
+            rows = pad_rows([GroupTokens(encoder(q), [ids])], encoder.pad_token_id).to(device)
             logprobs: Tensor = policy(rows)[0]
             done[q.id] = float(logprobs.mean())
             append_jsonl(path, {"id": q.id, "logprob": done[q.id]})

@@ -34,6 +34,6 @@ def run_sft(recipe: Recipe, console: Console) -> Path:
     examples = sft_examples(recipe, read_questions(recipe.data, "train"))
     if rank == 0:
         save_recipe(recipe, recipe.run_path / "recipe.yaml")
-        console.print(f"sft: {len(examples)} examples ({recipe.sft.on})", highlight=False)
+        console.print(f"sft: {len(examples)} examples ({recipe.sft.targets})", highlight=False)
     with StageProgress(console, "sft", enabled=rank == 0) as progress:
         return train_sft(recipe, examples, report=progress.report, warn=progress.warn)

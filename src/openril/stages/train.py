@@ -12,7 +12,7 @@ from rich.console import Console
 
 from openril.data.reading import read_questions
 from openril.data.selection import read_selection
-from openril.errors import DataError, StateError
+from openril.errors import DataError
 from openril.evaluation.evaluate import GREEDY
 from openril.models.loading import torch_dtype
 from openril.recipe.checks import require
@@ -22,18 +22,17 @@ from openril.records import Question, Response
 from openril.report.curves import draw_curves
 from openril.report.progress import StageProgress
 from openril.responses.cache import ResponseCache
-from openril.responses.drawing import draw
+from openril.responses.teacher_sampling import draw
 from openril.rewards.answers import score_answers
+from openril.rewards.combine import RewardSystem
 from openril.rewards.judge import JudgeService, build_judge_service
-from openril.rewards.total import RewardSystem
 from openril.stages.select import selection_file
 from openril.storage import write_json
+from openril.training.checkpoint import Checkpoints, refuse_changed_recipe
+from openril.training.distributed import make_accelerator, start_trackers
 from openril.training.loop import RILTrainer, TeacherResponses, total_steps
-from openril.training.processes import make_accelerator, start_trackers
 from openril.training.run_folder import RunFolder
-from openril.training.saving import changed_settings
-from openril.training.setup import Parts
-from openril.training.state import Checkpoints
+from openril.training.setup import TrainingComponents
 
 
 def run_train(recipe: Recipe, console: Console) -> Path:
@@ -88,7 +87,7 @@ def open_trainer(recipe: Recipe, console: Console | None = None) -> Iterator[RIL
             if console is not None and accelerator.is_main_process:
                 console.print(f"train: {message}")
 
-        parts = Parts(recipe, accelerator, folder.checkpoints_path, questions, probes(questions), warn)
+        parts = TrainingComponents(recipe, accelerator, folder.checkpoints_path, questions, probes(questions), warn)
         if accelerator.is_main_process:
             save_recipe(recipe, recipe.run_path / "recipe.yaml")
             folder.cut_after(parts.step)
@@ -149,13 +148,13 @@ def cached_teacher_responses(recipe: Recipe, questions: list[Question], *, check
     """
     count = recipe.teacher_responses_per_question
     if not count:
-        return lambda question, visit: []
+        return lambda question, epoch: []
     cache = ResponseCache.open(recipe.cache_path).load(
         questions, recipe.teacher_names, recipe.collect.num_responses, check_hashes=check
     )
     per_teacher = recipe.train.num_teacher_responses if recipe.train.per_teacher else None
 
-    def responses(question: Question, visit: int) -> list[Response]:
+    def responses(question: Question, epoch: int) -> list[Response]:
         return draw(
             cache,
             question.id,
@@ -165,7 +164,7 @@ def cached_teacher_responses(recipe: Recipe, questions: list[Question], *, check
             if recipe.train.per_teacher
             else None,
             seed=recipe.seed,
-            visit=visit,
+            epoch=epoch,
         )
 
     return responses
@@ -177,16 +176,15 @@ def _finished(recipe: Recipe, folder: RunFolder) -> bool:
     if not (marker.exists() and folder.student_path.is_dir()):
         return False
     latest = Checkpoints(folder.checkpoints_path).latest()
-    if latest is not None and (changed := changed_settings(latest / "recipe.yaml", recipe)):
-        raise StateError(
-            f"{folder.path} holds a finished run with other values of {', '.join(changed[:6])}; restore them, or set another"
-            " run_dir for a new run"
-        )
+    if latest is not None:
+        refuse_changed_recipe(folder.path, latest / "recipe.yaml", recipe, fix="set another run_dir for a new run")
     steps = recipe.train.max_steps or total_steps(recipe, len(training_questions(recipe)))
     return int(json.loads(marker.read_text())["step"]) >= steps
 
 
-def _evaluation(recipe: Recipe, parts: Parts, judge: JudgeService | None) -> Callable[[], dict[str, float]]:
+def _evaluation(
+    recipe: Recipe, parts: TrainingComponents, judge: JudgeService | None
+) -> Callable[[], dict[str, float]]:
     """Greedy answers of the current student to the validation questions, shared over the processes."""
     questions = read_questions(recipe.data, "validation")
     questions = questions[: recipe.eval.limit] if recipe.eval.limit else questions

@@ -9,13 +9,11 @@ Where it departs from the paper's text (docs/algorithm.md has the whole list):
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -24,13 +22,14 @@ from accelerate.utils import gather_object
 
 from openril.algorithm.advantages import group_advantages
 from openril.discriminator.health import HealthWatch
-from openril.discriminator.training import Discriminator
 from openril.recipe.schema import Recipe
 from openril.records import Group, ImageSource, Question, Response, Rollout
 from openril.sampling.protocol import Sampler
 from openril.storage import stable_hash
+from openril.training.discriminator_update import Discriminator
+from openril.training.interrupts import Interrupted, stop_requests
 from openril.training.metrics import reward_metrics
-from openril.training.optimisation import learning_rate, set_learning_rate
+from openril.training.optimization import learning_rate, set_learning_rate
 from openril.training.policy_update import PolicyUpdate
 from openril.training.run_folder import RunFolder
 
@@ -45,10 +44,6 @@ class RewardModel(Protocol):
         """Start what needs no discriminator: the judge's requests run while the discriminator trains."""
 
     def score(self, groups: Sequence[Group]) -> dict[str, float]: ...
-
-
-class Interrupted(KeyboardInterrupt):
-    """The run was asked to stop, and has saved its state."""
 
 
 class RILTrainer:
@@ -95,7 +90,7 @@ class RILTrainer:
         self.report = report
         self.warn = warn
         d = recipe.discriminator
-        self.watch = HealthWatch(d.health_window, d.asleep_accuracy, d.won_accuracy)
+        self.watch = HealthWatch(d.health_window, d.at_chance_accuracy, d.saturated_accuracy)
         self.seconds: dict[str, float] = {}
 
     # ---- Algorithm 2 ------------------------------------------------------------------------------------------------
@@ -127,20 +122,20 @@ class RILTrainer:
         train = self.recipe.train
         samples: dict[tuple[str, int], list[Response]] = {}
         # Where one pass over the questions ends and the next begins, a question may come up twice: draw it anew.
-        for visit in sorted({visit for _, visit in batch}):
-            questions = [q for q, v in batch if v == visit]
+        for epoch in sorted({epoch for _, epoch in batch}):
+            questions = [q for q, v in batch if v == epoch]
             with self.accelerator.autocast():
                 drawn = self.sampler.sample(
                     questions,
                     train.num_generations,
                     settings=train.sampling,
                     max_completion_length=train.max_completion_length,
-                    seed=stable_hash(self.recipe.seed, "sample", self.step_number, visit),
+                    seed=stable_hash(self.recipe.seed, "sample", self.step_number, epoch),
                 )
-            samples |= {(q.id, visit): mine for q, mine in zip(questions, drawn, strict=True)}
+            samples |= {(q.id, epoch): mine for q, mine in zip(questions, drawn, strict=True)}
         return [
-            Group(q, [Rollout(r) for r in [*samples[q.id, visit], *self.teacher_responses(q, visit)]])
-            for q, visit in batch
+            Group(q, [Rollout(r) for r in [*samples[q.id, epoch], *self.teacher_responses(q, epoch)]])
+            for q, epoch in batch
         ]
 
     def replayed_groups(self, iteration: int) -> list[Group]:
@@ -151,8 +146,8 @@ class RILTrainer:
         drawn = self.discriminator.replay.draw(self.recipe.train.questions_per_step, seed)
         groups = []
         for position, students in drawn[self.accelerator.process_index :: self.accelerator.num_processes]:
-            question, visit = self.question_at(position)
-            groups.append(Group(question, [Rollout(r) for r in [*students, *self.teacher_responses(question, visit)]]))
+            question, epoch = self.question_at(position)
+            groups.append(Group(question, [Rollout(r) for r in [*students, *self.teacher_responses(question, epoch)]]))
         return groups
 
     def set_advantages(self, groups: Sequence[Group]) -> None:
@@ -183,8 +178,8 @@ class RILTrainer:
     def question_at(self, position: int) -> tuple[Question, int]:
         """The question at a place of the endless row, and its visit."""
         n = len(self.questions)
-        visit, place = divmod(position, n)
-        return self.questions[permutation(n, self.recipe.seed, visit)[place]], visit
+        epoch, place = divmod(position, n)
+        return self.questions[permutation(n, self.recipe.seed, epoch)[place]], epoch
 
     def train(self) -> None:
         """Run to the last step, from where the run is. Raises Interrupted after saving when asked to stop."""
@@ -194,12 +189,12 @@ class RILTrainer:
             while self.step_number < self.total_steps:
                 started = time.perf_counter()
                 self.seconds = {}
-                rate = learning_rate(train.optimiser, self.step_number, self.total_steps)
-                set_learning_rate(self.policy.optimiser, rate)
-                if self.discriminator is not None and self.discriminator.optimiser is not None:
-                    d_settings = self.recipe.discriminator.optimiser
+                rate = learning_rate(train.optimizer, self.step_number, self.total_steps)
+                set_learning_rate(self.policy.optimizer, rate)
+                if self.discriminator is not None and self.discriminator.optimizer is not None:
+                    d_settings = self.recipe.discriminator.optimizer
                     d_rate = learning_rate(d_settings, self.step_number, self.total_steps)
-                    set_learning_rate(self.discriminator.optimiser, d_rate)
+                    set_learning_rate(self.discriminator.optimizer, d_rate)
                 if self.step_number + 1 < self.total_steps:  # images of the next step are made ready during this one
                     self.policy.encoder.prefetch(q for q, _ in self.batch_at(self.step_number + 1))
                 groups, metrics = self.step(self.batch_at(self.step_number))
@@ -264,13 +259,13 @@ def total_steps(recipe: Recipe, num_questions: int) -> int:
 _permutations: dict[tuple[int, int, int], list[int]] = {}
 
 
-def permutation(n: int, seed: int, visit: int) -> list[int]:
+def permutation(n: int, seed: int, epoch: int) -> list[int]:
     """Order of the questions in pass ``visit``."""
-    key = (n, seed, visit)
+    key = (n, seed, epoch)
     if key not in _permutations:
         if len(_permutations) > 4:
             _permutations.clear()
-        generator = torch.Generator().manual_seed(stable_hash(seed, "order", visit))
+        generator = torch.Generator().manual_seed(stable_hash(seed, "order", epoch))
         _permutations[key] = torch.randperm(n, generator=generator).tolist()
     return _permutations[key]
 
@@ -292,25 +287,3 @@ def memory_metrics() -> dict[str, float]:
     if torch.cuda.is_available():
         out["memory/peak_device_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return out
-
-
-@contextmanager
-def stop_requests() -> Iterator[list[int]]:
-    """A list that is empty until SIGINT or SIGTERM arrives. The second SIGINT interrupts at once."""
-    received: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    try:
-        before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: whoever runs us there handles signals
-        yield received
-        return
-    try:
-        yield received
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)

@@ -1,4 +1,4 @@
-"""The student learns from groups: Eq. 2, in micro-batches of whole groups, one optimiser step an update."""
+"""The student learns from groups: Eq. 2, in micro-batches of whole groups, one optimizer step an update."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from torch import Tensor
 
 from openril.algorithm.objective import objective_stats, response_weights, token_loss
 from openril.models.adapters import base_model, without_adapters
+from openril.models.dummy_image import dummy_image_prompt, has_images
 from openril.models.group_attention import CannotPack
-from openril.models.group_forward import (
+from openril.models.optimizer_step import take_step
+from openril.models.packing import (
+    Batch,
     GroupTokens,
     Policy,
-    Rows,
-    lay_out,
+    batch_by_tokens,
     pack,
     packing_difference,
+    pad_rows,
     probe,
-    rounding,
     split_to,
-    within_budget,
+    tolerance,
 )
-from openril.models.optimiser_step import take_step
 from openril.models.prompts import PromptEncoder
-from openril.models.vision_balance import borrowed_prompt, has_images
-from openril.recipe.schema import Train
+from openril.recipe.schema import TrainConfig
 from openril.records import Group, Rollout
 from openril.storage import stable_hash
 
@@ -47,26 +47,26 @@ class PolicyUpdate:
         self,
         policy: Any,
         reference: Any | None,
-        optimiser: Any,
+        optimizer: Any,
         encoder: PromptEncoder,
         accelerator: Accelerator,
-        settings: Train,
+        settings: TrainConfig,
         *,
         seed: int = 0,
         warn: Callable[[str], None] = lambda message: None,
     ) -> None:
         self.policy = policy
         self.reference = reference
-        self.optimiser = optimiser
+        self.optimizer = optimizer
         self.encoder = encoder
         self.accelerator = accelerator
         self.settings = settings
         self.seed = seed
         self.unwrapped: Policy = accelerator.unwrap_model(policy)
         self.trainable = [p for p in self.unwrapped.parameters() if p.requires_grad]
-        self.updates = 0  # optimiser steps taken by this object: tells samplers elsewhere that weights have changed
+        self.updates = 0  # optimizer steps taken by this object: tells samplers elsewhere that weights have changed
         self.warn = warn
-        self._borrowed = borrowed_prompt(encoder, self.unwrapped, accelerator.num_processes)
+        self._borrowed = dummy_image_prompt(encoder, self.unwrapped, accelerator.num_processes)
         self._packed: bool | None = None if settings.packed else False
         self._tried_images = False  # whether packing was tried on a prompt with images
 
@@ -75,7 +75,7 @@ class PolicyUpdate:
         return group.rollouts if self.settings.teacher_responses_in_update else group.students
 
     def update(self, groups: Sequence[Group], step: int) -> dict[str, float]:
-        """mu optimiser steps on the groups of one batch, whose advantages are set; returns metrics.
+        """mu optimizer steps on the groups of one batch, whose advantages are set; returns metrics.
 
         Raises StateError, with the weights as they were, when a gradient is not finite.
 
@@ -129,8 +129,8 @@ class PolicyUpdate:
                     ref_logprobs=reference[number],
                 )
                 sums += torch.tensor([float(loss.detach()), *astuple(stats)], dtype=torch.float64)
-            limit = self.settings.optimiser.max_grad_norm
-            norm = take_step(self.accelerator, self.optimiser, self.trainable, limit, f"student, step {step + 1}")
+            limit = self.settings.optimizer.max_grad_norm
+            norm = take_step(self.accelerator, self.optimizer, self.trainable, limit, f"student, step {step + 1}")
             self.updates += 1
             gathered = torch.tensor(gather_object([sums.tolist()]), dtype=torch.float64)
             loss_mean, totals = float(gathered[:, 0].mean()), gathered[:, 1:].sum(0)
@@ -156,7 +156,7 @@ class PolicyUpdate:
     def _micro_batches(self, tokens: Sequence[GroupTokens]) -> list[range]:
         """Groups in a row within the budget of tokens, at least one a micro-batch; as many on every process."""
         lengths = [t.packed_length() if self._packed else t.plain_length() for t in tokens]
-        batches = within_budget(lengths, self.settings.max_tokens_per_micro_batch)
+        batches = batch_by_tokens(lengths, self.settings.max_tokens_per_micro_batch)
         return split_to(batches, max(gather_object([len(batches)])))
 
     def _can_pack(self, tokens: Sequence[GroupTokens]) -> bool:
@@ -174,7 +174,7 @@ class PolicyUpdate:
         except CannotPack as e:
             reason = str(e)
         self.policy.train()
-        limit = rounding(next(self.unwrapped.parameters()).dtype)
+        limit = tolerance(next(self.unwrapped.parameters()).dtype)
         if not difference <= limit:
             reason = f"its log-probabilities would be off by {difference:.2g} nats a token"
         reason = next(filter(None, gather_object([reason])), "")
@@ -191,7 +191,7 @@ class PolicyUpdate:
             return list(tokens)
         return [*tokens, GroupTokens(self._borrowed, [torch.tensor([self.encoder.eos_token_ids[0]])])]
 
-    def _rows(self, groups: Sequence[Group], tokens: Sequence[GroupTokens]) -> tuple[Rows, Tensor, Tensor]:
+    def _rows(self, groups: Sequence[Group], tokens: Sequence[GroupTokens]) -> tuple[Batch, Tensor, Tensor]:
         """A micro-batch: its rows, advantages [R] and weights [R] of the responses in the loss (0 for a borrowed row)."""
         advantages = [r.advantage for g in groups for r in self.members(g)]
         sizes = [len(self.members(g)) for g in groups for _ in self.members(g)]
@@ -200,7 +200,7 @@ class PolicyUpdate:
             advantages.append(0.0)
             sizes.append(0)
         tokens = extended
-        rows = (pack if self._packed else lay_out)(tokens, self.encoder.pad_token_id)
+        rows = (pack if self._packed else pad_rows)(tokens, self.encoder.pad_token_id)
         group_sizes = torch.tensor(sizes)
         weights = response_weights(
             rows.mask,
@@ -211,7 +211,7 @@ class PolicyUpdate:
         return rows, torch.tensor(advantages), torch.where(group_sizes > 0, weights, 0.0)
 
     @torch.no_grad()
-    def _reference_logprobs(self, rows: Rows) -> Tensor | None:
+    def _reference_logprobs(self, rows: Batch) -> Tensor | None:
         if not self.settings.beta:
             return None
         with self.accelerator.autocast():

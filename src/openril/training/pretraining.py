@@ -9,15 +9,16 @@ from typing import Any
 from accelerate.utils import gather_object
 
 from openril.discriminator.health import HealthWatch, Scored, health
-from openril.discriminator.training import Discriminator
 from openril.recipe.schema import Recipe
 from openril.records import STUDENT, Group, Question, Response, Rollout
 from openril.responses.loaded import LoadedResponses
 from openril.storage import stable_hash
-from openril.training.loop import Interrupted, permutation, prefixed, stop_requests
-from openril.training.optimisation import learning_rate, set_learning_rate
+from openril.training.checkpoint import Saver
+from openril.training.discriminator_update import Discriminator
+from openril.training.interrupts import Interrupted, stop_requests
+from openril.training.loop import permutation, prefixed
+from openril.training.optimization import learning_rate, set_learning_rate
 from openril.training.run_folder import RunFolder
-from openril.training.saving import Saver
 
 
 def split_held_out(questions: Sequence[Question], share: float, seed: int) -> tuple[list[Question], list[Question]]:
@@ -34,7 +35,7 @@ def split_held_out(questions: Sequence[Question], share: float, seed: int) -> tu
 
 
 def pretraining_steps(recipe: Recipe, num_questions: int) -> int:
-    """Optimiser steps of pre-training over ``num_questions`` training questions."""
+    """Optimizer steps of pre-training over ``num_questions`` training questions."""
     settings = recipe.discriminator.pretraining
     return max(1, -int(-settings.epochs * num_questions // settings.questions_per_step))
 
@@ -67,14 +68,14 @@ class DiscriminatorPretraining:
         self.warn = warn
         d = recipe.discriminator
         # A discriminator that has won is what pre-training is for; one that stays asleep has learnt nothing.
-        self.watch = HealthWatch(d.health_window, d.asleep_accuracy, won=1.0)
+        self.watch = HealthWatch(d.health_window, d.at_chance_accuracy, won=1.0)
         self.questions, self.held_out = split_held_out(questions, self.settings.held_out_share, recipe.seed)
 
     @property
     def total_steps(self) -> int:
         return pretraining_steps(self.recipe, len(self.questions))
 
-    def group(self, question: Question, visit: int) -> Group:
+    def group(self, question: Question, epoch: int) -> Group:
         """The question with cached responses of both sides: all, or a seeded choice of responses_per_question each."""
         students = self.responses.responses_for(question.id, STUDENT)
         teachers: list[Response] = []
@@ -82,17 +83,17 @@ class DiscriminatorPretraining:
         names = self.recipe.teacher_names
         for number, name in enumerate(names):
             per_teacher = (limit + len(names) - 1 - number) // len(names) if limit else 0
-            teachers += self._choose(self.responses.responses_for(question.id, name), per_teacher, visit, limit > 0)
-        students = self._choose(students, limit, visit, limit > 0)
+            teachers += self._choose(self.responses.responses_for(question.id, name), per_teacher, epoch, limit > 0)
+        students = self._choose(students, limit, epoch, limit > 0)
         return Group(question, [Rollout(r) for r in [*students, *teachers]])
 
-    def _choose(self, responses: list[Response], count: int, visit: int, choose: bool) -> list[Response]:
+    def _choose(self, responses: list[Response], count: int, epoch: int, choose: bool) -> list[Response]:
         if not choose or count >= len(responses):
             return responses
         if count == 0:
             return []
         first = responses[0]
-        rng = random.Random(stable_hash(self.recipe.seed, "pretraining", first.question_id, first.source, visit))
+        rng = random.Random(stable_hash(self.recipe.seed, "pretraining", first.question_id, first.source, epoch))
         return sorted(rng.sample(responses, count), key=lambda r: r.index)
 
     def batch_at(self, step: int) -> list[Group]:
@@ -102,18 +103,18 @@ class DiscriminatorPretraining:
         groups = []
         first = step * size + share * self.accelerator.process_index
         for position in range(first, first + share):
-            visit, place = divmod(position, n)
-            question = self.questions[permutation(n, stable_hash(self.recipe.seed, "pretraining"), visit)[place]]
-            groups.append(self.group(question, visit))
+            epoch, place = divmod(position, n)
+            question = self.questions[permutation(n, stable_hash(self.recipe.seed, "pretraining"), epoch)[place]]
+            groups.append(self.group(question, epoch))
         return groups
 
     def train(self) -> dict[str, float]:
         """Run to the end from where it is; returns the held-out measurement. Raises Interrupted after saving."""
-        optimiser = self.settings.optimiser
+        optimizer = self.settings.optimizer
         with stop_requests() as stop:
             while self.step_number < self.total_steps:
-                rate = learning_rate(optimiser, self.step_number, self.total_steps)
-                set_learning_rate(self.discriminator.optimiser, rate)
+                rate = learning_rate(optimizer, self.step_number, self.total_steps)
+                set_learning_rate(self.discriminator.optimizer, rate)
                 metrics = self.discriminator.update(self.batch_at(self.step_number))
                 self.step_number += 1
                 step = self.step_number

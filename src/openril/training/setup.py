@@ -1,4 +1,4 @@
-"""From a recipe to the parts of a run: models, optimisers, wrapping, restoring. Nothing here is part of the method."""
+"""From a recipe to the parts of a run: models, optimizers, wrapping, restoring. Nothing here is part of the method."""
 
 from __future__ import annotations
 
@@ -11,33 +11,35 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from openril.discriminator.head import DiscriminatorModel, load_discriminator_processor
-from openril.discriminator.training import Discriminator
-from openril.errors import ModelError, RecipeError, StateError
+from openril.discriminator.network import DiscriminatorModel, load_discriminator_processor
+from openril.errors import ModelError, RecipeError
 from openril.models.adapters import add_adapters, base_model
 from openril.models.freezing import freeze
-from openril.models.group_forward import Policy
 from openril.models.loading import load_student, torch_dtype
+from openril.models.packing import Policy
 from openril.models.prompts import PromptEncoder
-from openril.models.vision_features import FeatureStore, VisionFeatures
-from openril.recipe.schema import Optimiser, Recipe
+from openril.models.vision_features import FeatureCache, VisionFeatures
+from openril.recipe.schema import OptimizerConfig, Recipe
+from openril.recipe.validation import RENAMED_KEYS
 from openril.records import Question
-from openril.responses.identity import weights_fingerprint
 from openril.sampling.synced import SyncedSampler
 from openril.sampling.transformers_engine import TransformersSampler
 from openril.sampling.vllm_engine import VLLMSampler
-from openril.training.optimisation import build_optimiser
+from openril.storage import refuse_changed, weights_fingerprint
+from openril.training.checkpoint import Checkpoints, Saver, read_progress, refuse_changed_recipe, run_fingerprint
+from openril.training.discriminator_update import Discriminator
+from openril.training.distributed import is_sharded, master_dtype
+from openril.training.optimization import build_optimizer
 from openril.training.policy_update import PolicyUpdate
-from openril.training.processes import is_sharded, master_dtype
-from openril.training.saving import Saver, changed_settings, run_fingerprint
-from openril.training.state import Checkpoints, read_progress
+
+_NEW_RUN = "set another run_dir for a new run"
 
 
-class Parts:
+class TrainingComponents:
     """The models of a run, wrapped and (when it is continued) restored.
 
     questions: the loop's; a continued run must have the same. probes: questions that new weights on vLLM servers are
-    verified with. warn: told what a person should know. step: optimiser steps already done. resumed_from: the
+    verified with. warn: told what a person should know. step: optimizer steps already done. resumed_from: the
     checkpoint folder, or None.
     """
 
@@ -60,27 +62,18 @@ class Parts:
         self.resumed_from = self.checkpoints.latest()
         self.step = 0
         if self.resumed_from is not None:
-            if changed := changed_settings(self.resumed_from / "recipe.yaml", recipe):
-                raise StateError(
-                    f"{self.resumed_from} was made with other values of {', '.join(changed[:6])}; restore them, or set"
-                    " another run_dir for a new run"
-                )
+            refuse_changed_recipe(self.resumed_from, self.resumed_from / "recipe.yaml", recipe, fix=_NEW_RUN)
             progress = read_progress(self.resumed_from)
             self.step = int(progress["step"])
         fingerprint = run_fingerprint(recipe, questions)
         if self.resumed_from is not None:
-            was = progress["fingerprint"]
-            if moved := [name for name, value in fingerprint.items() if was.get(name) != value]:
-                raise StateError(
-                    f"{self.resumed_from} was made with other {' and '.join(moved)}; restore them, or set another run_dir"
-                    " for a new run"
-                )
-        optimisers: dict[str, Any] = {}
+            refuse_changed(self.resumed_from, progress["fingerprint"], fingerprint, fix=_NEW_RUN)
+        optimizers: dict[str, Any] = {}
         self._build_student()
-        optimisers["student"] = self.optimiser
+        optimizers["student"] = self.optimizer
         self.discriminator = self._build_discriminator() if recipe.uses_discriminator else None
-        if self.discriminator is not None and self.discriminator.optimiser is not None:
-            optimisers["discriminator"] = self.discriminator.optimiser
+        if self.discriminator is not None and self.discriminator.optimizer is not None:
+            optimizers["discriminator"] = self.discriminator.optimizer
         self.saver = Saver(
             self.checkpoints,
             accelerator,
@@ -89,7 +82,7 @@ class Parts:
             processor=self.encoder.processor,
             network=self.discriminator.network if self.discriminator else None,
             discriminator_processor=self.discriminator.encoder.processor if self.discriminator else None,
-            optimisers=optimisers,
+            optimizers=optimizers,
             fingerprint=fingerprint,
             replay=self.discriminator.replay if self.discriminator is not None and recipe.uses_replay else None,
         )
@@ -128,9 +121,9 @@ class Parts:
             reference = Policy(reference_model, train.sampling.temperature, vision)
             reference.to(accelerator.device)
         policy.to(accelerator.device)
-        self.policy, self.optimiser = accelerator.prepare(policy, build_optimiser(policy.parameters(), train.optimiser))
+        self.policy, self.optimizer = accelerator.prepare(policy, build_optimizer(policy.parameters(), train.optimizer))
         self.policy_update = PolicyUpdate(
-            self.policy, reference, self.optimiser, self.encoder, accelerator, train, seed=recipe.seed, warn=self.warn
+            self.policy, reference, self.optimizer, self.encoder, accelerator, train, seed=recipe.seed, warn=self.warn
         )
 
     def _build_sampler(self, probes: Sequence[Question]) -> TransformersSampler | SyncedSampler:
@@ -162,30 +155,30 @@ class Parts:
         recipe = self.recipe
         folder = self.resumed_from / "discriminator" if self.resumed_from is not None else recipe.discriminator_path
         if self.resumed_from is None and not recipe.discriminator.pretraining.enabled:
-            return fresh_discriminator(recipe, self.accelerator, recipe.discriminator.optimiser, self.warn)
+            return fresh_discriminator(recipe, self.accelerator, recipe.discriminator.optimizer, self.warn)
         if self.resumed_from is None:
             check_pretrained(recipe)
         network = DiscriminatorModel.from_checkpoint(folder, recipe.student, dtype=master_dtype(recipe))
-        optimiser = recipe.discriminator.optimiser if recipe.discriminator.mode == "updated" else None
+        optimizer = recipe.discriminator.optimizer if recipe.discriminator.mode == "updated" else None
         processor = load_discriminator_processor(folder, recipe.student)
-        return wrap_discriminator(recipe, self.accelerator, network, processor, optimiser, self.warn)
+        return wrap_discriminator(recipe, self.accelerator, network, processor, optimizer, self.warn)
 
 
-def feature_store(recipe: Recipe) -> FeatureStore:
-    return FeatureStore(int(recipe.train.vision_cache_gib * 2**30))
+def feature_store(recipe: Recipe) -> FeatureCache:
+    return FeatureCache(int(recipe.train.vision_cache_gib * 2**30))
 
 
 def fresh_discriminator(
     recipe: Recipe,
     accelerator: Accelerator,
-    optimiser: Optimiser,
+    optimizer: OptimizerConfig,
     warn: Callable[[str], None] = lambda message: None,
 ) -> Discriminator:
     """A discriminator with the SFT student's weights (or discriminator.init's) and a new head."""
     start = recipe.discriminator.init or recipe.start_student
     network = DiscriminatorModel.from_student(start, recipe.student, seed=recipe.seed, dtype=master_dtype(recipe))
     return wrap_discriminator(
-        recipe, accelerator, network, load_discriminator_processor(start, recipe.student), optimiser, warn
+        recipe, accelerator, network, load_discriminator_processor(start, recipe.student), optimizer, warn
     )
 
 
@@ -194,28 +187,28 @@ def wrap_discriminator(
     accelerator: Accelerator,
     network: DiscriminatorModel,
     processor: Any,
-    optimiser: Optimiser | None,
+    optimizer: OptimizerConfig | None,
     warn: Callable[[str], None] = lambda message: None,
 ) -> Discriminator:
-    """Freeze, place and wrap; optimiser None makes a fixed discriminator."""
+    """Freeze, place and wrap; optimizer None makes a fixed discriminator."""
     settings = recipe.discriminator
-    if recipe.student.gradient_checkpointing and optimiser is not None:
+    if recipe.student.gradient_checkpointing and optimizer is not None:
         enable_checkpointing(network.backbone)
     # Its prompt holds the question and a response besides words of its own; all of them are bounded elsewhere.
     longest = recipe.data.max_prompt_length + 2 * settings.max_response_tokens + 1024
     encoder = make_encoder(recipe, processor, network.backbone, keep=0, max_prompt_length=longest)
     shared: dict[str, Any] = {"packed": recipe.train.packed, "store": feature_store(recipe), "warn": warn}
-    if optimiser is None:
+    if optimizer is None:
         network.requires_grad_(False).to(accelerator.device)
-        return Discriminator(network, encoder, accelerator, settings, optimiser=None, **shared)
+        return Discriminator(network, encoder, accelerator, settings, optimizer=None, **shared)
     groups = {g for g in settings.freeze if g != "lm_head"}
-    if settings.sees != "image":
+    if settings.inputs != "image":
         groups |= {"vision_tower", "projector"}  # it never runs, so there is nothing to train
     freeze(network, groups)
     network.to(accelerator.device)
-    wrapped, built = accelerator.prepare(network, build_optimiser(network.parameters(), optimiser))
+    wrapped, built = accelerator.prepare(network, build_optimizer(network.parameters(), optimizer))
     return Discriminator(
-        wrapped, encoder, accelerator, settings, optimiser=built, max_grad_norm=optimiser.max_grad_norm, **shared
+        wrapped, encoder, accelerator, settings, optimizer=built, max_grad_norm=optimizer.max_grad_norm, **shared
     )
 
 
@@ -233,7 +226,7 @@ def pretraining_settings(recipe: Recipe) -> dict[str, Any]:
     d = recipe.discriminator
     start = d.init or recipe.start_student
     return {
-        "discriminator.sees": d.sees,
+        "discriminator.inputs": d.inputs,
         "discriminator.loss": d.loss,
         "discriminator.max_response_tokens": d.max_response_tokens,
         "discriminator.match_length": d.match_length,
@@ -251,12 +244,10 @@ def check_pretrained(recipe: Recipe) -> None:
     path = pretraining_settings_file(recipe)
     if not path.exists():
         return
-    was = {"discriminator.match_length": False, **json.loads(path.read_text())}  # files from before the setting
-    if other := [name for name, value in pretraining_settings(recipe).items() if was.get(name) != value]:
-        raise StateError(
-            f"{recipe.discriminator_path} was pre-trained with other {', '.join(other)}; restore them, or remove"
-            f" {path.parent} and run `ril discriminator` again"
-        )
+    saved = {RENAMED_KEYS.get(key, key): value for key, value in json.loads(path.read_text()).items()}
+    was = {"discriminator.match_length": False, **saved}  # files from before the setting
+    fix = f"remove {path.parent} and run `ril discriminator` again"
+    refuse_changed(recipe.discriminator_path, was, pretraining_settings(recipe), fix=fix)
 
 
 def make_encoder(

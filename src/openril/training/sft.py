@@ -18,26 +18,24 @@ import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
-from transformers import PrinterCallback, TrainerCallback
-from transformers.utils import logging as transformers_logging
-from trl import SFTConfig, SFTTrainer
 
 from openril import __version__
 from openril.errors import DataError, RecipeError, StateError
+from openril.hf import PrinterCallback, SFTConfig, SFTTrainer, TrainerCallback, transformers_logging
 from openril.models.adapters import add_adapters, base_model, is_adapted
+from openril.models.dummy_image import dummy_image_prompt
 from openril.models.freezing import freeze
 from openril.models.loading import load_model, load_student, torch_dtype
-from openril.models.vision_balance import borrowed_prompt
-from openril.recipe.schema import Optimiser, Recipe
-from openril.storage import read_jsonl, remove, stable_hash, write_json, write_jsonl, write_text
-from openril.training.loop import Interrupted, stop_requests
-from openril.training.optimisation import build_optimiser, learning_rate
-from openril.training.processes import is_sharded, master_dtype
+from openril.recipe.schema import OptimizerConfig, Recipe
+from openril.recipe.validation import RENAMED_KEYS
+from openril.storage import read_jsonl, refuse_changed, remove, stable_hash, write_json, write_jsonl, write_text
+from openril.training.checkpoint import write_checkpoint
+from openril.training.distributed import is_sharded, master_dtype
+from openril.training.interrupts import Interrupted, stop_requests
+from openril.training.optimization import build_optimizer, learning_rate
 from openril.training.run_folder import RunFolder
-from openril.training.saving import write_checkpoint
 from openril.training.setup import enable_checkpointing, make_encoder
 from openril.training.sft_examples import Example, SFTCollator, fingerprint
-from openril.training.state import recipe_differences
 
 KEEP_CHECKPOINTS = 2
 _WHOLE = "whole"
@@ -86,14 +84,18 @@ def sft_settings(recipe: Recipe, examples: Sequence[Example]) -> dict[str, Any]:
     }
 
 
-def changed_since(folder: SFTFolder, settings: dict[str, Any]) -> list[str]:
-    """Keys in which the folder was made with other settings than these."""
+def refuse_changed_sft(folder: SFTFolder, settings: dict[str, Any]) -> None:
+    """Raise StateError when the folder was begun with settings other than these."""
     try:
         saved = json.loads(folder.settings_path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return []
+        return
+    for old, new in RENAMED_KEYS.items():
+        if old.startswith("sft.") and old.removeprefix("sft.") in saved:
+            saved[new.removeprefix("sft.")] = saved.pop(old.removeprefix("sft."))
     saved.pop("versions", None)
-    return recipe_differences(saved, settings, lambda key: key in _FREE)
+    fix = f"remove {folder.path} to begin again"
+    refuse_changed(folder.path, saved, settings, ignored=lambda key: key in _FREE, fix=fix)
 
 
 def train_sft(
@@ -165,12 +167,11 @@ def _prepare_folder(folder: SFTFolder, recipe: Recipe, examples: Sequence[Exampl
         settings = sft_settings(recipe, examples)
         folder.remove_torn_checkpoints()
         whole = folder.whole_checkpoints()
-        changed = changed_since(folder, settings) if whole else []
-        if changed:
-            outcome[1] = (
-                f"{folder.path} was begun with other values of {', '.join(changed[:6])}; restore them, or remove"
-                f" {folder.path} to begin anew"
-            )
+        try:
+            if whole:
+                refuse_changed_sft(folder, settings)
+        except StateError as e:
+            outcome[1] = str(e)
         else:
             outcome[0] = whole[-1] if whole else None
             versions = {"openril": __version__, "torch": torch.__version__}
@@ -201,8 +202,8 @@ def _build_trainer(
         "gradient_accumulation_steps": accumulation,
         "num_train_epochs": sft.epochs,
         "max_steps": sft.max_steps or -1,
-        "learning_rate": sft.optimiser.learning_rate,
-        "max_grad_norm": sft.optimiser.max_grad_norm,
+        "learning_rate": sft.optimizer.learning_rate,
+        "max_grad_norm": sft.optimizer.max_grad_norm,
         "bf16": recipe.train.precision == "bfloat16",
         "fp16": False,
         "use_cpu": not cuda,
@@ -244,7 +245,7 @@ def _build_trainer(
         max_prompt_length=recipe.data.max_prompt_length,
         max_length=recipe.data.max_prompt_length + recipe.train.max_completion_length,
         left_out_path=folder.left_out_path,
-        borrowed=borrowed_prompt(encoder, model, processes),
+        borrowed=dummy_image_prompt(encoder, model, processes),
     )
     trainer = _Trainer(
         model=model,
@@ -257,7 +258,7 @@ def _build_trainer(
     # here is TRL's, which can; without this, each micro-batch would weigh the same however few tokens it has.
     trainer.model_accepts_loss_kwargs = True
     trainer.recipe = recipe
-    trainer.settings = sft.optimiser
+    trainer.settings = sft.optimizer
     trainer.configs = configs
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_Steps(trainer, folder, stop, report))
@@ -278,17 +279,17 @@ class _Configs:
 
 
 class _Trainer(SFTTrainer):
-    """TRL's trainer with our optimiser and learning rate, which are the loop's too."""
+    """TRL's trainer with our optimizer and learning rate, which are the loop's too."""
 
     recipe: Recipe
-    settings: Optimiser
+    settings: OptimizerConfig
     configs: _Configs
     learnt_tokens: Any = None
 
     def create_optimizer(self, model: Any = None) -> Any:
         if self.optimizer is None:
             trained: Any = self.model if model is None else model
-            self.optimizer = build_optimiser(trained.parameters(), self.settings)
+            self.optimizer = build_optimizer(trained.parameters(), self.settings)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -350,7 +351,7 @@ class _Steps(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # A part that no example of the batch used (the projector, in a batch of text) has no gradient; with several
-        # processes it would have zeros. The optimiser must do the same in both cases.
+        # processes it would have zeros. The optimizer must do the same in both cases.
         if self.trainer.accelerator.num_processes == 1:
             model: Any = self.trainer.model
             for parameter in model.parameters():
@@ -368,7 +369,7 @@ class _Steps(TrainerCallback):
         step, loss = state.global_step, float(logs["loss"])
         if not math.isfinite(loss):
             raise StateError(
-                f"the SFT loss of step {step} is {loss}; lower sft.optimiser.learning_rate or set train.precision to"
+                f"the SFT loss of step {step} is {loss}; lower sft.optimizer.learning_rate or set train.precision to"
                 " float32, then run the same command: it goes on from the last checkpoint"
             )
         if not state.is_world_process_zero:

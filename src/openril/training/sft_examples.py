@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from openril.errors import CacheError, DataError
-from openril.models.group_forward import GroupTokens, Rows, lay_out
+from openril.models.packing import Batch, GroupTokens, pad_rows
 from openril.models.prompts import Prompt, PromptEncoder
 from openril.recipe.schema import Recipe
 from openril.records import Question, Response
@@ -39,23 +39,23 @@ class Example:
 
 
 def sft_examples(recipe: Recipe, questions: Sequence[Question]) -> list[Example]:
-    """The examples ``recipe.sft.on`` asks for, in the order of the questions, sources and indices.
+    """The examples ``recipe.sft.targets`` asks for, in the order of the questions, sources and indices.
 
     Raises DataError when no question has an answer, and CacheError when the cache lacks responses or verdicts.
     """
-    if recipe.sft.on == "answers":
+    if recipe.sft.targets == "answers":
         examples = [Example(q, Response(q.id, "answer", 0, q.answer)) for q in questions if q.answer.strip()]
         if not examples:
             raise DataError(
                 "data.train: no question has an answer to learn; add answers, map data.columns.answer to the column"
-                " that holds them, or set sft.on to teacher_responses"
+                " that holds them, or set sft.targets to teacher_responses"
             )
         return examples
     return _cached_examples(recipe, questions)
 
 
 def _cached_examples(recipe: Recipe, questions: Sequence[Question]) -> list[Example]:
-    judged = recipe.sft.on == "judged_responses"
+    judged = recipe.sft.targets == "judged_responses"
     limit = recipe.sft.responses_per_question or None
     sources = recipe.sft.sources or [t.name for t in recipe.teachers]
     loaded = ResponseCache.open(recipe.cache_path).load(questions, sources)
@@ -72,7 +72,7 @@ def _cached_examples(recipe: Recipe, questions: Sequence[Question]) -> list[Exam
             examples += [Example(question, r) for r in responses[:limit]]
     if judged and not verdicts_known:
         raise CacheError(
-            f"{recipe.cache_path}: no response of {', '.join(sources)} is judged, and sft.on is judged_responses;"
+            f"{recipe.cache_path}: no response of {', '.join(sources)} is judged, and sft.targets is judged_responses;"
             " set collect.judge_responses to true and run `ril collect`"
         )
     if not examples:
@@ -92,7 +92,7 @@ def fingerprint(examples: Sequence[Example]) -> str:
     return f"{len(examples)} examples, {digest.hexdigest()[:16]}"
 
 
-def labels_of(rows: Rows) -> Tensor:
+def labels_of(rows: Batch) -> Tensor:
     """int64 [R, L]: every response token at its place in the row, ``IGNORED`` for prompt, image and padding tokens."""
     labels = torch.full_like(rows.model_inputs["input_ids"], IGNORED)
     # ``index`` says from which kept position a target is predicted, counted over all rows; the target itself stands one
@@ -140,7 +140,7 @@ class SFTCollator:
         if not groups:
             question = Question("stand-in", "-")
             groups.append(self._filler(self.encoder(question)))
-        laid_out = lay_out(groups, self.encoder.pad_token_id)
+        laid_out = pad_rows(groups, self.encoder.pad_token_id)
         labels = labels_of(laid_out)
         labels[learnt:] = IGNORED
         return {**laid_out.model_inputs, "labels": labels}

@@ -1,0 +1,128 @@
+"""The discriminator network: the student's backbone with a linear head d x 1 on the last token (paper, section 3)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from openril.errors import ModelError
+from openril.hf import AutoModel
+from openril.models.group_attention import CannotPack, enable
+from openril.models.loading import load_model, load_processor
+from openril.models.packing import Batch, run_packed
+from openril.models.vision_features import FeatureCache, VisionFeatures
+from openril.recipe.schema import StudentConfig
+from openril.storage import atomic_path
+
+HEAD_FILE = "score_head.safetensors"
+
+
+class DiscriminatorModel(nn.Module):
+    """Backbone of a vision-language model and a score head; the logit is of student_prob.
+
+    On disk: an ordinary checkpoint of the backbone (``AutoModel.from_pretrained`` takes it) with its processor, and
+    the head beside it in ``score_head.safetensors``.
+    """
+
+    def __init__(self, backbone: nn.Module, hidden_size: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Linear(hidden_size, 1)
+        self.vision = VisionFeatures(backbone, FeatureCache(0))
+
+    @classmethod
+    def from_student(cls, checkpoint: str, student: StudentConfig, *, seed: int, dtype: torch.dtype = torch.float32):
+        """Student weights, its LM head replaced by a fresh score head drawn from ``seed``."""
+        model: Any = load_model(
+            checkpoint,
+            what="discriminator",
+            dtype=dtype,
+            revision=student.revision if checkpoint == student.model else None,
+            trust_remote_code=student.trust_remote_code,
+            attn_implementation=student.attn_implementation,
+        )
+        backbone: Any = model.model
+        hidden = model.config.get_text_config().hidden_size
+        made = cls(backbone, hidden)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            made.head.weight.copy_(torch.randn(1, hidden, generator=generator) * hidden**-0.5 * 0.1)
+            made.head.bias.zero_()
+        return made.eval()
+
+    @classmethod
+    def from_checkpoint(cls, folder: str | Path, student: StudentConfig, *, dtype: torch.dtype = torch.float32):
+        """What ``save`` wrote. Raises ModelError when the folder holds no discriminator."""
+        folder = Path(folder)
+        if not (folder / HEAD_FILE).is_file():
+            raise ModelError(f"{folder} holds no discriminator (no {HEAD_FILE}); run `ril discriminator` first")
+        try:
+            loaded: Any = AutoModel.from_pretrained(
+                folder,
+                dtype=dtype,
+                trust_remote_code=student.trust_remote_code,
+                attn_implementation=student.attn_implementation,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+        except (OSError, ValueError) as e:
+            raise ModelError(f"{folder}: the discriminator cannot be loaded: {e}") from e
+        backbone, info = loaded
+        if info["missing_keys"]:
+            missing = sorted(info["missing_keys"])
+            raise ModelError(
+                f"{folder} lacks {len(missing)} weights ({', '.join(missing[:3])}, ...); they would be random"
+            )
+        head = load_file(folder / HEAD_FILE)
+        made = cls(backbone, head["weight"].shape[1])
+        made.head.load_state_dict(head)
+        return made.eval()
+
+    def save(self, folder: Path, processor: Any, state: dict[str, Tensor] | None = None) -> None:
+        """Write backbone, head and processor, atomically.
+
+        state: the whole module's weights, where they are sharded over processes.
+        """
+        state = state if state is not None else self.state_dict()
+        backbone = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
+        backbone_model: Any = self.backbone
+        with atomic_path(folder) as temporary:
+            backbone_model.save_pretrained(temporary, state_dict=backbone)
+            save_file({"weight": state["head.weight"].cpu(), "bias": state["head.bias"].cpu()}, temporary / HEAD_FILE)
+            processor.save_pretrained(temporary)
+
+    def forward(self, rows: Batch) -> Tensor:
+        """float32 [R]: logits of student_prob, one for each response of the rows."""
+        if rows.layout is None:
+            hidden = self.backbone(**rows.model_inputs, use_cache=False).last_hidden_state
+        else:
+            hidden = run_packed(self.backbone, rows, self.vision)
+        state = hidden.flatten(0, 1)[rows.last]
+        # The head always computes in float32, whatever autocast does around it.
+        with torch.autocast(device_type=state.device.type, enabled=False):
+            return self.head(state.to(self.head.weight.dtype))[:, 0].float()
+
+    def enable_packing(self, store: FeatureCache) -> None:
+        """Let the backbone take packed rows; outputs of its frozen vision side are kept in ``store``.
+
+        Raises CannotPack where it cannot.
+        """
+        self.vision = VisionFeatures(self.backbone, store)
+        if not self.vision.available:
+            raise CannotPack("it takes no ready image features")
+        enable(self.backbone)
+
+
+def load_discriminator_processor(folder: str | Path, student: StudentConfig) -> Any:
+    return load_processor(
+        str(folder),
+        what="discriminator",
+        revision=student.revision if str(folder) == student.model else None,
+        trust_remote_code=student.trust_remote_code,
+        min_pixels=student.min_pixels,
+        max_pixels=student.max_pixels,
+    )

@@ -1,0 +1,211 @@
+"""What a recipe will need, worked out from the checkpoint's header and the recipe: memory, disk, steps, requests.
+
+The formulas are in docs/configuration.md. They are estimates for choosing machines, not promises: allocator slack, the
+framework itself and communication buffers come on top.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from openril.errors import ModelError
+from openril.models.freezing import module_group
+from openril.models.packing import LOGITS_BYTES
+from openril.recipe.schema import ModuleGroup, Recipe
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the estimate needs to know of the student. parameters: module group ("other" for none) -> count."""
+
+    parameters: dict[str, int]
+    hidden: int
+    intermediate: int
+    layers: int
+    vocabulary: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.parameters.values())
+
+    def trainable(self, frozen: list[ModuleGroup]) -> int:
+        return sum(n for group, n in self.parameters.items() if group not in frozen)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the device of one process, weights unsharded. parts: name -> bytes."""
+
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def shardable(self) -> int:
+        """What sharding (FSDP, ZeRO) would divide by the number of processes."""
+        return sum(n for name, n in self.parts.items() if not name.startswith("loop:"))
+
+
+@dataclass(frozen=True)
+class Work:
+    """Numbers of things a run will make. requests: by server ("teacher NAME", "judge"), upper bounds."""
+
+    questions: int
+    steps: int
+    student_samples: int
+    collected_responses: int
+    requests: dict[str, int]
+
+
+def read_header(path: Path) -> dict[str, int]:
+    """Tensor name -> number of values, from a safetensors file's header alone. Raises ModelError if it is damaged."""
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            if not 2 <= length <= size - 8:
+                raise ModelError(
+                    f"{path}: damaged or cut off (its header claims {length} bytes of {size}); download it again"
+                )
+            header = json.loads(f.read(length))
+        end = max((t["data_offsets"][1] for n, t in header.items() if n != "__metadata__"), default=0)
+        counts = {n: math.prod(t["shape"]) for n, t in header.items() if n != "__metadata__"}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        if isinstance(e, ModelError):
+            raise
+        raise ModelError(f"{path}: not a safetensors file ({e})") from e
+    if size != 8 + length + end:
+        raise ModelError(f"{path}: damaged or cut off ({size} bytes, {8 + length + end} expected); download it again")
+    return counts
+
+
+def checkpoint_parameters(folder: Path) -> dict[str, int]:
+    """Module group -> parameters of a checkpoint folder. Raises ModelError without whole safetensors files."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        others = [p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt")]
+        found = f", only {', '.join(others[:3])}, which can run code when loaded; convert it" if others else ""
+        raise ModelError(f"{folder} holds no weights as .safetensors{found}")
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        wanted = set(json.loads(index.read_text())["weight_map"].values())
+        if absent := sorted(wanted - {f.name for f in files}):
+            raise ModelError(
+                f"{folder}: {len(absent)} of {len(wanted)} weight files are missing: {', '.join(absent[:3])}"
+            )
+        files = [f for f in files if f.name in wanted]
+    return by_group({name: n for f in files for name, n in read_header(f).items()})
+
+
+def by_group(tensors: dict[str, int]) -> dict[str, int]:
+    groups: dict[str, int] = {}
+    for name, n in tensors.items():
+        group = module_group(name) or "other"
+        groups[group] = groups.get(group, 0) + n
+    return groups
+
+
+def shape_of(config: Any, parameters: dict[str, int]) -> Shape:
+    text = config.get_text_config()
+    hidden = int(text.hidden_size)
+    intermediate = int(getattr(text, "intermediate_size", 0) or 4 * hidden)
+    return Shape(parameters, hidden, intermediate, int(text.num_hidden_layers), int(text.vocab_size))
+
+
+def loop_memory(recipe: Recipe, shape: Shape, prompt_tokens: float) -> Memory:
+    """Memory of the loop. prompt_tokens: of a long question (95%), image tokens included."""
+    train, student = recipe.train, recipe.student
+    master = 2 if train.precision == "pure_bf16" else 4
+    compute = 4 if train.precision == "float32" else 2
+    parts: dict[str, int] = {}
+
+    def trained(name: str, total: int, trainable: int) -> None:
+        parts[f"{name}: weights"] = total * master
+        parts[f"{name}: gradients"] = trainable * master
+        parts[f"{name}: AdamW states"] = 2 * trainable * master
+
+    if student.lora.enabled:
+        # r x (in + out) for each adapted layer; all of attention and MLP as an upper bound.
+        layer = 4 * 2 * shape.hidden + 3 * (shape.hidden + shape.intermediate)
+        trainable = student.lora.r * layer * shape.layers
+        trained("student", shape.total + trainable, trainable)
+    else:
+        trainable = shape.trainable(student.freeze)
+        trained("student", shape.total, trainable)
+        if train.beta:
+            parts["reference: weights"] = shape.total * master
+    if recipe.uses_discriminator:
+        body = shape.total - shape.parameters.get("lm_head", 0)
+        d = recipe.discriminator
+        if d.mode == "updated":
+            trained("discriminator", body, max(0, shape.trainable(d.freeze) - shape.parameters.get("lm_head", 0)))
+        else:
+            parts["discriminator: weights"] = body * master
+    if train.precision == "bfloat16":
+        # Autocast keeps a bfloat16 copy of the weights that train while a pass lasts.
+        parts["loop: bfloat16 copy of the weights"] = trainable * 2
+
+    teachers = recipe.teacher_responses_per_question if train.teacher_responses_in_update else 0
+    members = train.num_generations + teachers
+    responses = members * train.max_completion_length
+    group = (prompt_tokens if train.packed else members * prompt_tokens) + responses
+    # A micro-batch holds whole groups within the budget, and at least one.
+    groups = max(1, min(train.questions_per_step, int(train.max_tokens_per_micro_batch // group)))
+    tokens = groups * group
+    one_layer = tokens * (8 * shape.hidden + 4 * shape.intermediate) * compute
+    if student.gradient_checkpointing:
+        activations = tokens * shape.hidden * shape.layers * compute + one_layer
+    else:
+        activations = one_layer * shape.layers
+    parts["loop: activations"] = int(activations)
+    if train.packed:  # in parts, each with its gradient
+        parts["loop: logits"] = 3 * min(groups * responses * shape.vocabulary * 4, LOGITS_BYTES)
+    else:  # of all rows in the computation's type with their gradient, and one part in float32
+        logits = groups * responses * shape.vocabulary
+        parts["loop: logits"] = int(logits * 2 * compute + 2 * LOGITS_BYTES)
+    return Memory(parts)
+
+
+def checkpoint_bytes(recipe: Recipe, shape: Shape) -> int:
+    """Disk of one checkpoint of the loop: both models in the training type and both optimizers' states."""
+    master = 2 if recipe.train.precision == "pure_bf16" else 4
+    trainable = 0 if recipe.student.lora.enabled else shape.trainable(recipe.student.freeze)
+    total = shape.total * master + 2 * trainable * master
+    if recipe.uses_discriminator:
+        total += shape.total * master
+        if recipe.discriminator.mode == "updated":
+            total += 2 * shape.trainable(recipe.discriminator.freeze) * master
+    return total
+
+
+def work(recipe: Recipe, num_train: int, num_validation: int) -> Work:
+    """Steps, responses and requests of ``ril run``, retries and already cached work not counted."""
+    train, collect = recipe.train, recipe.collect
+    questions = num_train
+    if recipe.data.selection.enabled:
+        questions = min(questions, recipe.data.selection.num_questions)
+    steps = train.max_steps or math.ceil(train.epochs * questions / train.questions_per_step)
+    groups = steps * train.questions_per_step
+    sources = len(recipe.teachers) + int(collect.student)
+    requests = {f"teacher {t.name}": num_train * collect.num_responses for t in recipe.teachers if t.base_urls}
+    verdicts = 0
+    if recipe.answer_kind in ("judge", "rules_then_judge"):
+        verdicts += groups * train.num_generations
+        # A cached response is judged once, however often it is drawn.
+        drawn = groups * recipe.teacher_responses_per_question
+        verdicts += min(drawn, num_train * collect.num_responses * len(recipe.teacher_names))
+        if collect.judge_responses:
+            verdicts += num_train * collect.num_responses * sources
+    if recipe.eval.score != "rules":
+        verdicts += min(num_validation, recipe.eval.limit or num_validation)
+    if verdicts and recipe.judge.base_urls:
+        requests["judge"] = verdicts
+    return Work(questions, steps, groups * train.num_generations, num_train * collect.num_responses * sources, requests)

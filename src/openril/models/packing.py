@@ -1,0 +1,280 @@
+"""Log-probabilities of a group's responses: one call of the wrapped module per micro-batch of whole groups.
+
+Two ways to lay groups out give the same numbers. ``pack`` puts everything into one row, each prompt once with its responses
+behind it (models/group_attention.py); ``lay_out`` repeats the prompt for every response. The first is what runs; the second
+is the reference, and what an architecture falls back to on which the first would not be exact.
+
+Shapes: R responses of the micro-batch, L tokens of a row, T tokens of the longest response, N response tokens in all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from openril.models.adapters import base_model
+from openril.models.group_attention import CannotPack, GroupLayout, enable, no_mask
+from openril.models.prompts import Prompt
+from openril.models.vision_features import FeatureCache, VisionFeatures
+from openril.models.vision_inputs import collate_vision_inputs
+
+# Logits in float32 that are alive at a time, forward and backward.
+LOGITS_BYTES = 64 * 2**20
+
+
+@dataclass
+class GroupTokens:
+    """A group as tokens: its prompt once, and int64 [T_i] ids of each of its responses."""
+
+    prompt: Prompt
+    completions: list[Tensor]
+
+    def packed_length(self) -> int:
+        """Tokens of a packed row that the group takes."""
+        return self.prompt.length + sum(len(c) for c in self.completions)
+
+    def plain_length(self) -> int:
+        """Tokens of the plain rows that the group takes, padding left out."""
+        return sum(self.prompt.length + len(c) for c in self.completions)
+
+
+@dataclass
+class Batch:
+    """A micro-batch of groups laid out for the model. Group order and response order are kept.
+
+    model_inputs: what the transformers model is called with. targets: int64 [R, T], padded. mask: bool [R, T].
+    index: int64 [R, T], where in the kept states (of the rows, one after the other) the prediction of each target is.
+    keep: int64 [K], the positions of every row that are kept. last: int64 [R], where in the rows, one after the other,
+    the last token of each response is; -1 where it is not an input. layout: set for a packed row. prompts: whose images
+    the row holds, for a packed row.
+    """
+
+    model_inputs: dict[str, Any]
+    targets: Tensor
+    mask: Tensor
+    index: Tensor
+    keep: Tensor
+    last: Tensor
+    layout: GroupLayout | None = None
+    prompts: tuple[Prompt, ...] = ()
+
+    def to(self, device: torch.device) -> Batch:
+        names = ("targets", "mask", "index", "keep", "last")
+        return replace(
+            self,
+            model_inputs={k: v.to(device) for k, v in self.model_inputs.items()},
+            layout=self.layout.to(device) if self.layout is not None else None,
+            **{name: getattr(self, name).to(device) for name in names},
+        )
+
+
+def pack(groups: Sequence[GroupTokens], pad_token_id: int, *, whole: bool = False) -> Batch:
+    """One row ``[prompt][response 1][response 2]...``, group after group, without padding.
+
+    whole: with every response's last token too, which predicts nothing: the discriminator reads its state.
+    """
+    ids: list[Tensor] = []
+    positions: list[Tensor] = []
+    layout: list[tuple[int, list[int]]] = []
+    most = max(len(c) for g in groups for c in g.completions)
+    count = sum(len(g.completions) for g in groups)
+    targets = torch.full((count, most), pad_token_id)
+    mask = torch.zeros(count, most, dtype=torch.bool)
+    index = torch.zeros(count, most, dtype=torch.long)
+    last = torch.full((count,), -1)
+    at = r = 0
+    for group in groups:
+        prompt = group.prompt
+        ids.append(prompt.input_ids)
+        positions.append(prompt.position_ids)
+        lengths = []
+        behind_prompt = at + prompt.length - 1
+        at += prompt.length
+        for completion in group.completions:
+            n = len(completion)
+            inputs = n if whole else n - 1
+            targets[r, :n], mask[r, :n] = completion, True
+            index[r, 0] = behind_prompt
+            index[r, 1:n] = torch.arange(at, at + n - 1)
+            if inputs:
+                ids.append(completion[:inputs])
+                start = prompt.next_position
+                positions.append(torch.arange(start, start + inputs).expand(len(prompt.position_ids), -1))
+                lengths.append(inputs)
+            at += inputs
+            if whole:
+                last[r] = at - 1
+            r += 1
+        layout.append((prompt.length, lengths))
+    position_ids = torch.cat(positions, dim=1)[:, None]
+    inputs_of_row = {
+        "input_ids": torch.cat(ids)[None],
+        "position_ids": position_ids if len(position_ids) > 1 else position_ids[0],
+    }
+    prompts = tuple(g.prompt for g in groups)
+    read = last if whole else index[mask].unique()
+    return Batch(inputs_of_row, targets, mask, index, torch.arange(at), last, GroupLayout.of(layout, read), prompts)
+
+
+def pad_rows(groups: Sequence[GroupTokens], pad_token_id: int) -> Batch:
+    """Rows ``prompt + response`` for every response, padded on the right (causal attention never sees the padding)."""
+    pairs = [(g.prompt, c) for g in groups for c in g.completions]
+    rows = len(pairs)
+    longest = max(p.length + len(c) for p, c in pairs)
+    most = max(len(c) for _, c in pairs)
+    keep = torch.arange(min(p.length for p, _ in pairs) - 1, longest - 1)
+    channels = pairs[0][0].position_ids.shape[0]
+    input_ids = torch.full((rows, longest), pad_token_id)
+    attention_mask = torch.zeros(rows, longest, dtype=torch.long)
+    position_ids = torch.zeros(channels, rows, longest, dtype=torch.long)
+    token_types = torch.zeros(rows, longest, dtype=torch.long)
+    targets = torch.full((rows, most), pad_token_id)
+    mask = torch.zeros(rows, most, dtype=torch.bool)
+    index = torch.zeros(rows, most, dtype=torch.long)
+    last = torch.zeros(rows, dtype=torch.long)
+    for r, (prompt, ids) in enumerate(pairs):
+        p, n = prompt.length, len(ids)
+        input_ids[r, :p] = prompt.input_ids
+        input_ids[r, p : p + n] = ids
+        attention_mask[r, : p + n] = 1
+        position_ids[:, r, :p] = prompt.position_ids
+        position_ids[:, r, p : p + n] = torch.arange(prompt.next_position, prompt.next_position + n)
+        if prompt.token_types is not None:
+            token_types[r, :p] = prompt.token_types
+        targets[r, :n] = ids
+        mask[r, :n] = True
+        index[r, :n] = torch.arange(p - 1, p - 1 + n) - keep[0] + r * len(keep)
+        last[r] = r * longest + p + n - 1
+    inputs = {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "position_ids": position_ids if channels > 1 else position_ids[0],
+        **collate_vision_inputs([p for p, _ in pairs]),
+    }
+    if key := next((p.token_type_key for p, _ in pairs if p.token_types is not None), None):
+        inputs[key] = token_types
+    return Batch(inputs, targets, mask, index, keep, last)
+
+
+def run_packed(model: Any, rows: Batch, vision: VisionFeatures) -> Tensor:
+    """[1, L, D]: last hidden states of a packed row. model: a transformers model without its LM head."""
+    inputs = dict(rows.model_inputs)
+    inputs["attention_mask"] = no_mask(inputs["input_ids"].device)
+    features = vision(rows.prompts)
+    if features is not None:
+        inputs["mm_encoder_outputs"] = features
+    return model(**inputs, use_cache=False, group_layout=rows.layout).last_hidden_state
+
+
+class Policy(nn.Module):
+    """The student (or the reference) as the loop sees it: groups in, log-probabilities out.
+
+    This is the module that accelerate wraps, so that its wrappers see one forward per micro-batch. features: where the
+    outputs of the frozen vision side are kept.
+    """
+
+    def __init__(self, model: nn.Module, temperature: float = 1.0, vision: VisionFeatures | None = None) -> None:
+        super().__init__()
+        self.model = model
+        # A sample drawn at temperature t comes from softmax(logits / t): that is the policy being improved.
+        self.temperature = temperature if temperature > 0 else 1.0
+        self.vision = vision if vision is not None else VisionFeatures(base_model(model), FeatureCache(0))
+
+    def enable_packing(self) -> None:
+        """Let the model take packed rows. Raises CannotPack where it cannot."""
+        if not self.vision.available:
+            raise CannotPack("it takes no ready image features")
+        enable(base_model(self.model))
+
+    def forward(self, rows: Batch) -> Tensor:
+        """float32 [R, T]: log-probability in nats of every response token; 0 where mask is False."""
+        if rows.layout is None:
+            logits = self.model(**rows.model_inputs, logits_to_keep=rows.keep, use_cache=False).logits
+            states, head = logits.flatten(0, 1), None
+        else:
+            model = base_model(self.model)
+            states = run_packed(model.model, rows, self.vision).flatten(0, 1)
+            head = model.get_output_embeddings()
+        found = token_logprobs(states, rows.index[rows.mask], rows.targets[rows.mask], head, self.temperature)
+        return torch.zeros_like(rows.mask, dtype=torch.float32).masked_scatter(rows.mask, found)
+
+
+def token_logprobs(
+    states: Tensor, index: Tensor, targets: Tensor, head: nn.Module | None, temperature: float
+) -> Tensor:
+    """float32 [N]: log-probabilities of int64 [N] targets, predicted by the states [K, D] at int64 [N] index.
+
+    head: from a state to its logits [V]; None if the states are logits already. Of float32 logits at most LOGITS_BYTES
+    are alive at a time: in parts, each computed again in the backward pass where there is more than one.
+    """
+
+    def part(index: Tensor, targets: Tensor) -> Tensor:
+        picked = states[index]
+        logits = (head(picked) if head is not None else picked).float() / temperature
+        return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
+
+    weight: Any = getattr(head, "weight", None)
+    vocabulary = states.shape[-1] if head is None else weight.shape[0] if weight is not None else 2**18
+    size = max(1, LOGITS_BYTES // (4 * vocabulary))
+    pieces = list(zip(index.split(size), targets.split(size), strict=True))
+    again = len(pieces) > 1 and torch.is_grad_enabled() and states.requires_grad
+    if again:
+        return torch.cat([checkpoint(part, *p, use_reentrant=False, preserve_rng_state=False) for p in pieces])
+    return torch.cat([part(*p) for p in pieces])
+
+
+# How far a packed row's mean log-probability may be from the plain pass's, in nats a token: rounding, with room to spare.
+_ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-4}
+
+
+def probe(group: GroupTokens) -> GroupTokens:
+    """A small group in which whatever packing could get wrong shows: more than one response, of more than one token."""
+    completions = [c if len(c) > 3 else c.repeat(4) for c in group.completions]
+    return GroupTokens(group.prompt, (2 * completions)[:3])
+
+
+@torch.no_grad()
+def packing_difference(policy: Policy, groups: Sequence[GroupTokens], pad_token_id: int, device: torch.device) -> float:
+    """Mean difference in nats a token between the packed and the plain pass, in the precision of the weights.
+
+    The class's own forward is called: a wrapper's autocast would hide a small error behind its rounding.
+    """
+    plain_rows = pad_rows(groups, pad_token_id).to(device)
+    packed = Policy.forward(policy, pack(groups, pad_token_id).to(device))
+    plain = Policy.forward(policy, plain_rows)
+    return float((packed - plain).abs().sum() / plain_rows.mask.sum())
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """The difference that is still taken for rounding, in nats a token."""
+    return _ROUNDING.get(dtype, 0.05)
+
+
+def batch_by_tokens(lengths: Sequence[int], budget: int) -> list[range]:
+    """Neighbours whose lengths sum to at most ``budget``; something longer stands alone."""
+    batches: list[range] = []
+    filled = 0
+    for i, length in enumerate(lengths):
+        if not batches or filled + length > budget:
+            batches.append(range(i, i))
+            filled = 0
+        batches[-1] = range(batches[-1].start, i + 1)
+        filled += length
+    return batches
+
+
+def split_to(batches: list[range], count: int) -> list[range]:
+    """The longest halved until there are ``count``: processes that share gradients make as many passes each."""
+    batches = list(batches)
+    while len(batches) < count:
+        i = max(range(len(batches)), key=lambda n: len(batches[n]))
+        whole = batches[i]
+        assert len(whole) > 1, "every process has as many groups as the others"
+        middle = (whole.start + whole.stop) // 2
+        batches[i : i + 1] = [range(whole.start, middle), range(middle, whole.stop)]
+    return batches

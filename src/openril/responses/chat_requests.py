@@ -1,0 +1,81 @@
+"""What a teacher's server is asked: chat messages with images, and sampling settings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from openril.data.images import to_data_url
+from openril.data.question_text import question_text
+from openril.errors import DataError
+from openril.recipe.schema import Recipe, TeacherConfig
+from openril.records import IMAGE_MARKER, Question
+from openril.storage import stable_hash
+
+
+def chat_messages(
+    question: Question, *, system_prompt: str = "", max_pixels: int, allow_urls: bool = False
+) -> list[dict[str, Any]]:
+    """The question in the form of the chat completions API.
+
+    Images, as data URLs, stand where ``<image>`` markers are, else before the text. A question without images is plain
+    text. Raises DataError naming the question for an image that cannot be used.
+    """
+    text = question_text(question)
+    images = []
+    for source in question.images:
+        try:
+            url = to_data_url(source, max_pixels=max_pixels, allow_urls=allow_urls)
+        except DataError as e:
+            raise DataError(f"question {question.id!r} ({question.origin}): {e}") from e
+        images.append({"type": "image_url", "image_url": {"url": url}})
+    pieces = text.split(IMAGE_MARKER)
+    content: list[dict[str, Any]] | str
+    if images and len(pieces) - 1 == len(images):
+        content = []
+        for i, piece in enumerate(pieces):
+            if i > 0:
+                content.append(images[i - 1])
+            if piece.strip():
+                content.append({"type": "text", "text": piece.strip("\n")})
+    else:
+        text = text.replace(IMAGE_MARKER, "").strip("\n")
+        content = [*images, {"type": "text", "text": text}] if images else text
+    messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+    if system_prompt:
+        messages.insert(0, {"role": "system", "content": system_prompt})
+    return messages
+
+
+def request_settings(recipe: Recipe, teacher: TeacherConfig) -> dict[str, Any]:
+    """Fields of every request to this teacher; only the seed differs."""
+    sampling = recipe.collect.sampling
+    settings: dict[str, Any] = {"temperature": sampling.temperature, "top_p": sampling.top_p}
+    if "max_completion_tokens" not in teacher.extra_body:
+        settings["max_tokens"] = recipe.collect.max_completion_length
+    if teacher.send_vllm_fields:
+        settings["extra_body"] = {
+            "top_k": sampling.top_k or -1,  # vLLM's word for all
+            "repetition_penalty": sampling.repetition_penalty,
+        }
+    return settings
+
+
+def response_seed(recipe_seed: int, source: str, question_id: str, index: int) -> int:
+    """The seed of one response, in the 31 bits that every server takes."""
+    return stable_hash(recipe_seed, source, question_id, index) % 2**31
+
+
+def sampling_record(recipe: Recipe, teacher: TeacherConfig | None) -> dict[str, Any]:
+    """The settings the cache keeps with every response of a source: whatever changes what it would say.
+
+    teacher: None for the student. Settings that a server is not told are None.
+    """
+    record: dict[str, Any] = recipe.collect.sampling.model_dump()
+    record["max_completion_length"] = recipe.collect.max_completion_length
+    record["system_prompt"] = recipe.student.system_prompt if teacher is None else teacher.system_prompt
+    if teacher is not None and not teacher.model_path:
+        if not teacher.send_vllm_fields:
+            record |= {"top_k": None, "repetition_penalty": None}
+        if teacher.extra_body:
+            record["extra_body"] = dict(teacher.extra_body)
+    return record

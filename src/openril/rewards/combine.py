@@ -1,0 +1,194 @@
+"""What a response earns: similarity, answer and the user's own rewards, weighted and summed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from openril.errors import RecipeError
+from openril.recipe.schema import Recipe
+from openril.records import Group, Rollout
+from openril.rewards.answers import AnswerScore, AnswersHandle, submit_answers
+from openril.rewards.functions import FunctionRewards, LoadedFunction, load_functions
+from openril.rewards.judge import JudgeService
+from openril.rewards.similarity import similarity_reward
+from openril.rewards.verdict_store import UnknownBudget
+
+Gather = Callable[[list[Any]], list[Any]]
+
+COUNTS = ("responses", "judged", "asked", "cached", "unknown", "unparsed", "empty", "repetitive", "causes")
+"""What adds up over processes."""
+
+
+@dataclass
+class RewardStats:
+    """Counts of one step.
+
+    responses: all. judged: those whose score is the judge's to give, of which ``asked`` cost a request, ``cached`` were
+    known, and ``unknown`` could not be had (``causes`` says why). unparsed: a rule found no answer to compare. empty,
+    repetitive: scored 0 without a look. answer_seconds: waiting for answers. function_seconds: in the user's functions.
+    """
+
+    responses: int = 0
+    judged: int = 0
+    asked: int = 0
+    cached: int = 0
+    unknown: int = 0
+    unparsed: int = 0
+    empty: int = 0
+    repetitive: int = 0
+    answer_seconds: float = 0.0
+    function_seconds: float = 0.0
+    causes: list[str] = field(default_factory=list)
+
+    def count(self, scores: Sequence[AnswerScore]) -> None:
+        self.responses += len(scores)
+        for score in scores:
+            self.judged += score.asked_judge
+            self.unparsed += not score.parsed
+            self.empty += score.cause == "empty response"
+            self.repetitive += score.cause == "repetitive response"
+            if score.verdict is not None:
+                self.asked += score.verdict.asked
+                self.cached += score.verdict.cached
+                if score.verdict.unknown:
+                    self.unknown += 1
+                    self.causes.append(score.cause)
+
+    @staticmethod
+    def merge(parts: Sequence[RewardStats]) -> RewardStats:
+        """One step's counts over processes: counts add up, seconds are the slowest process's."""
+        total = RewardStats()
+        for part in parts:
+            for name in COUNTS:
+                setattr(total, name, getattr(total, name) + getattr(part, name))
+            total.answer_seconds = max(total.answer_seconds, part.answer_seconds)
+            total.function_seconds = max(total.function_seconds, part.function_seconds)
+        return total
+
+
+class RewardSystem:
+    """Fills the rewards of groups whose ``student_prob`` the discriminator has set.
+
+    judge_service: needed where the answer reward asks a judge. functions: the recipe's own unless given. gather:
+    collects a list over all processes (``accelerate.utils.gather_object``), so that counts are the whole step's and
+    all processes stop together; not needed with one process.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        judge_service: JudgeService | None = None,
+        functions: Sequence[LoadedFunction] | None = None,
+        gather: Gather | None = None,
+    ) -> None:
+        self.recipe = recipe
+        self.kind = recipe.answer_kind
+        if self.kind in ("judge", "rules_then_judge") and judge_service is None:
+            raise RecipeError(
+                f"rewards.answer.kind is {self.kind}, but there is no judge; set judge.base_urls and judge.model, or"
+                " judge.model_path, or use rules"
+            )
+        self.judge_service = judge_service
+        self.functions = FunctionRewards(load_functions(recipe.rewards.functions) if functions is None else functions)
+        self.budget = UnknownBudget(recipe.judge.max_unknown_share)
+        self.gather = gather
+        self.stats = RewardStats()
+        self._begun: tuple[list[Group], AnswersHandle] | None = None
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight of every reward in force, by its name in ``Rollout.rewards``."""
+        rewards = self.recipe.rewards
+        weights = {"similarity": rewards.similarity.weight} if self.recipe.uses_discriminator else {}
+        if self.kind != "none":
+            weights["answer"] = rewards.answer.weight
+        return weights | {f.name: f.weight for f in self.functions.functions}
+
+    def begin(self, groups: Sequence[Group]) -> None:
+        """Start asking the judge about these groups, so that it works while the discriminator trains. Optional."""
+        self._begun = (list(groups), self._submit(groups))
+
+    def score(self, groups: Sequence[Group]) -> dict[str, float]:
+        """Fill ``similarity``, ``verdict``, ``rewards`` and ``reward`` of every rollout; the step's metrics.
+
+        A rollout's reward is the weighted sum, or None as soon as one reward with a weight is unknown; a reward with
+        weight 0 is logged and changes nothing. Raises JudgeError when too many verdicts are unknown, what a reward
+        function raises, and DataError for a question without ground truth. ``stats`` holds the counts.
+        """
+        stats = RewardStats()
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        begun, self._begun = self._begun, None
+        started = time.perf_counter()
+        # Groups hold the same objects from begin to score, or they are other groups.
+        same = begun is not None and [id(g) for g in begun[0]] == [id(g) for g in groups]
+        handle = begun[1] if begun is not None and same else self._submit(groups)
+        function_rewards = self._call_functions(groups, stats)
+        scores = handle.result()
+        stats.answer_seconds = time.perf_counter() - started - stats.function_seconds
+        stats.count(scores)
+        weights = self.weights
+        for i, (rollout, score) in enumerate(zip(rollouts, scores, strict=True)):
+            rollout.rewards = {}
+            if "similarity" in weights:
+                rollout.similarity = rollout.rewards["similarity"] = self._similarity(rollout)
+            if "answer" in weights:
+                rollout.verdict = rollout.rewards["answer"] = score.score
+            for name, values in function_rewards.items():
+                rollout.rewards[name] = values[i]
+            rollout.reward = weighted_sum(rollout.rewards, weights)
+        self.stats = stats if self.gather is None else RewardStats.merge(self.gather([stats]))
+        if weights.get("answer", 0.0) != 0.0:
+            self.budget.check(self.stats.judged, self.stats.unknown, self.stats.causes)
+        return self._metrics(self.stats)
+
+    def _submit(self, groups: Sequence[Group]) -> AnswersHandle:
+        pairs = [(group.question, rollout.response) for group in groups for rollout in group.rollouts]
+        # Teacher responses come from the cache: their verdicts are worth keeping there.
+        shared = [not response.from_student for _, response in pairs]
+        items = [(question, response.text) for question, response in pairs]
+        return submit_answers(items, self.kind, self.recipe.rewards.answer.rule, self.judge_service, shared)
+
+    def _similarity(self, rollout: Rollout) -> float:
+        assert rollout.student_prob is not None, "the discriminator scores groups before rewards are added up"
+        settings = self.recipe.rewards.similarity
+        return similarity_reward(rollout.student_prob, settings.kind, settings.levels)
+
+    def _call_functions(self, groups: Sequence[Group], stats: RewardStats) -> dict[str, list[float | None]]:
+        started = time.perf_counter()
+        rewards = self.functions.score(groups)
+        stats.function_seconds = time.perf_counter() - started
+        return rewards
+
+    def _metrics(self, stats: RewardStats) -> dict[str, float]:
+        """What can be measured under this recipe, by the names of docs/metrics.md (without their ``reward/``)."""
+        metrics: dict[str, float] = {}
+        if self.kind != "none":
+            metrics |= {"empty": float(stats.empty), "repetitive": float(stats.repetitive)}
+            metrics["answer_seconds"] = stats.answer_seconds
+        if self.kind in ("rules", "rules_then_judge"):
+            metrics["unparsed"] = float(stats.unparsed)
+        if self.kind in ("judge", "rules_then_judge"):
+            metrics |= {
+                "judge_asked": float(stats.asked),
+                "judge_cached": float(stats.cached),
+                "judge_unknown": float(stats.unknown),
+            }
+        if self.functions.functions:
+            metrics["function_seconds"] = stats.function_seconds
+        return metrics
+
+
+def weighted_sum(rewards: dict[str, float | None], weights: dict[str, float]) -> float | None:
+    """Sum of weight x reward; None when a reward with a weight other than 0 is unknown."""
+    total = 0.0
+    for name, weight in weights.items():
+        if weight == 0.0:
+            continue
+        reward = rewards[name]
+        if reward is None:
+            return None
+        total += weight * reward
+    return total

@@ -1,0 +1,120 @@
+"""Decoding with the prompts' keys and values shared: all prompts run in one packed row, all rows' newest tokens in another."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from openril.models.adapters import base_model
+from openril.models.group_attention import CannotPack, enable, no_mask
+from openril.models.packing import tolerance
+from openril.models.prompts import Prompt
+from openril.sampling.plain_rows import PlainRows
+from openril.sampling.shared_prefix_cache import BranchedCache
+
+
+class Vision(Protocol):
+    """Image features of prompts; ``models.vision_features.VisionFeatures`` is one."""
+
+    def __call__(self, prompts: Sequence[Prompt]) -> dict[str, Any] | None:
+        """``mm_encoder_outputs`` for prompts that stand in this order in one row, or None."""
+        ...
+
+
+class BranchedRows:
+    """Rows being decoded: num_generations of each prompt, at most limit tokens each.
+
+    logits: [prompts, V] behind each prompt. Raises CannotPack where the model's attention cannot be branched.
+    """
+
+    def __init__(
+        self, model: Any, prompts: Sequence[Prompt], num_generations: int, limit: int, vision: Vision | None
+    ) -> None:
+        self.model = base_model(model)
+        enable(self.model)
+        self._device = next(self.model.parameters()).device
+        self._mask = no_mask(self._device)
+        self._mrope = prompts[0].position_ids.shape[0] > 1
+        self._cache = BranchedCache([p.length for p in prompts], num_generations, limit)
+        self.logits = self._prefill(prompts, vision)
+        layers = self.model.config.get_text_config().num_hidden_layers
+        if len(self._cache.layers) != layers:
+            raise CannotPack(f"{len(self._cache.layers)} of its {layers} layers answer to group_layout")
+        self._position = torch.tensor(
+            [p.next_position for p in prompts for _ in range(num_generations)], device=self._device
+        )
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these of the alive rows (ascending) only."""
+        self._cache.keep(rows)
+        self._position = self._position[torch.tensor(rows, device=self._device)]
+
+    def advance(self, tokens: Tensor) -> Tensor:
+        """Logits [N, V] behind the newest token of each row, int64 [N]."""
+        position = self._position[None]
+        output = self.model(
+            input_ids=tokens[None],
+            attention_mask=self._mask,
+            position_ids=position.expand(3, 1, -1) if self._mrope else position,
+            use_cache=False,
+            group_layout=self._cache.decode(),
+        )
+        self._position = self._position + 1
+        return output.logits[0]
+
+    def _prefill(self, prompts: Sequence[Prompt], vision: Vision | None) -> Tensor:
+        """One call over all prompts; one a prompt where the model takes only image tensors, which do not join."""
+        features = vision(prompts) if vision is not None else None
+        if features is not None or not any(p.vision for p in prompts):
+            return self._read(prompts, {"mm_encoder_outputs": features} if features is not None else {})
+        return torch.cat([self._read([p], {k: v.to(self._device) for k, v in p.vision.items()}) for p in prompts])
+
+    def _read(self, prompts: Sequence[Prompt], images: dict[str, Any]) -> Tensor:
+        lengths = [p.length for p in prompts]
+        position = torch.cat([p.position_ids for p in prompts], dim=1).to(self._device)
+        output = self.model(
+            input_ids=torch.cat([p.input_ids for p in prompts])[None].to(self._device),
+            attention_mask=self._mask,
+            position_ids=position[:, None] if self._mrope else position,
+            logits_to_keep=torch.tensor(lengths, device=self._device).cumsum(0) - 1,
+            use_cache=False,
+            group_layout=self._cache.read(lengths),
+            **images,
+        )
+        return output.logits[0]
+
+
+@torch.no_grad()
+def check_branching(model: Any, prompts: Sequence[Prompt], vision: Vision | None, tokens: Sequence[int]) -> None:
+    """Compare branched decoding with plain decoding: behind the prompts, and behind two tokens of rows of each.
+
+    tokens: at least three ids that may stand in a response. Raises CannotPack if the model cannot be branched, or if the
+    mean difference of the log-probabilities is more than rounding.
+    """
+    if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(base_model(model).forward).parameters.values()):
+        raise CannotPack("it takes no keywords for its attention")
+    device = next(model.parameters()).device
+    branched, plain = BranchedRows(model, prompts, 2, 3, vision), PlainRows(model, prompts, 2)
+    worst = _difference(branched.logits, plain.logits)
+    first = torch.tensor([tokens[i % 2] for i in range(2 * len(prompts))], device=device)
+    worst = max(worst, _difference(branched.advance(first), plain.advance(first)))
+    kept = range(1, 2 * len(prompts))
+    branched.keep(kept)
+    plain.keep(kept)
+    second = torch.tensor([tokens[2 - i % 2] for i in kept], device=device)
+    worst = max(worst, _difference(branched.advance(second), plain.advance(second)))
+    allowed = tolerance(plain.logits.dtype)
+    if not worst <= allowed:
+        raise CannotPack(
+            f"its log-probabilities differ from plain decoding's by {worst:.2g} nats, more than rounding ({allowed:g})"
+        )
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    """Mean over rows of the expected difference in nats, under the distribution of ``b``."""
+    expected = b.float().log_softmax(-1)
+    return float((expected.exp() * (a.float().log_softmax(-1) - expected).abs()).sum(-1).mean())

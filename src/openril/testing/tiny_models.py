@@ -1,0 +1,143 @@
+"""Tiny random models of the real architectures: real transformers classes, processors and chat templates, on disk.
+
+For tests, the demo and trying a recipe before renting machines. A folder written here is an ordinary checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from openril.errors import ModelError
+from openril.storage import atomic_path
+from openril.testing.tiny_families import FAMILIES, Sizes
+
+Architecture = Literal["qwen2_5_vl", "qwen3_vl", "internvl", "llava_onevision", "smolvlm", "gemma3", "qwen2"]
+
+_CORPUS = [
+    "You are a helpful assistant. Compare the generated text with the ground truth.",
+    "Question, answer, response, student, teacher, true, false, yes, no, red, blue, green, yellow, black.",
+    "There is a box with two squares and one circle touching the wall.",
+    "How many? Which colour? The answer is 0 1 2 3 4 5 6 7 8 9 A B C D.",
+]
+
+
+def _bpe_tokenizer(texts: Iterable[str], vocab_size: int, special: list[str]) -> Tokenizer:
+    """Byte-level BPE: any text can be written, and read back exactly."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def _unigram_tokenizer(texts: Iterable[str], vocab_size: int, special: list[str]) -> Tokenizer:
+    """Another family of tokenizer, so that students and teachers share no ids: a unigram model over bytes and words.
+
+    The library's trainer adds up in the order of a hash map, so its result differs from process to process. Here the
+    pieces are all bytes and the most frequent words, with the logarithm of their shares as scores.
+    """
+    normalizer, split = normalizers.NFC(), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(word for word, _ in split.pre_tokenize_str(normalizer.normalize_str(text)))
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    room = max(0, vocab_size - len(special) - len(alphabet))
+    words = sorted((w for w in counts if len(w) > 1), key=lambda w: (-counts[w], w))[:room]
+    total = sum(counts.values()) + len(alphabet)
+    pieces = [(token, 0.0) for token in special]
+    pieces += [(byte, math.log(1 / total) - 1) for byte in alphabet]
+    pieces += [(word, math.log(counts[word] / total)) for word in words]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0))
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = split
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(special)
+    return tokenizer
+
+
+def build_tiny_model(
+    folder: str | Path,
+    architecture: Architecture = "qwen2_5_vl",
+    *,
+    texts: Iterable[str] = (),
+    tokenizer: Literal["bpe", "unigram"] = "bpe",
+    vocab_size: int = 600,
+    hidden_size: int = 64,
+    num_layers: int = 2,
+    num_heads: int = 2,
+    num_kv_heads: int = 0,
+    vision_hidden_size: int = 64,
+    vision_layers: int = 2,
+    max_pixels: int = 112 * 112,
+    tile_size: int = 56,
+    max_tiles: int = 4,
+    seed: int = 0,
+) -> Path:
+    """Write a tiny random checkpoint with its processor to ``folder`` and return the folder.
+
+    architecture: "qwen2" is a text-only model, for judges; "smolvlm" needs the package num2words. texts: what the
+    tokenizer is trained on, beside a few built-in sentences. num_kv_heads: heads of keys and values, half of num_heads at
+    0. max_pixels: largest image area of the Qwen-VL families (one
+    image token per 28 x 28 pixels, in Qwen3-VL per 32 x 32). tile_size: the other families' square tiles, in pixels (a
+    multiple of 28; one image token per 28 x 28 pixels, in LLaVA-OneVision per 14 x 14). max_tiles: most tiles an image
+    is cut into (Gemma 3 takes it whole). Raises ModelError when sizes do not fit.
+    """
+    if architecture not in FAMILIES:
+        raise ModelError(f"unknown architecture {architecture!r}; choose from {', '.join(FAMILIES)}")
+    if hidden_size % num_heads or (hidden_size // num_heads) % 8:
+        raise ModelError(f"hidden_size {hidden_size} must be num_heads {num_heads} times a multiple of 8")
+    if tile_size % 28:
+        raise ModelError(f"tile_size {tile_size} must be a multiple of 28")
+    folder = Path(folder)
+    family = FAMILIES[architecture]
+    make = _bpe_tokenizer if tokenizer == "bpe" else _unigram_tokenizer
+    backend = make([*texts, *_CORPUS], vocab_size, family.tokens)
+    vocabulary = backend.get_vocab()
+    ids = {token: vocabulary[token] for token in family.tokens}
+    text_config: dict[str, Any] = {
+        "vocab_size": backend.get_vocab_size(),
+        "hidden_size": hidden_size,
+        "intermediate_size": 2 * hidden_size,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": num_kv_heads or max(1, num_heads // 2),
+        "max_position_embeddings": 32768,
+        "bos_token_id": ids.get(family.bos or ""),
+        "eos_token_id": ids[family.ends[0]],
+        "pad_token_id": ids[family.pad],
+        "tie_word_embeddings": False,
+    }
+    sizes = Sizes(
+        text=text_config,
+        ids=ids,
+        tokenizer=family.tokenizer(backend),
+        vision_hidden_size=vision_hidden_size,
+        vision_layers=vision_layers,
+        max_pixels=max_pixels,
+        tile_size=tile_size,
+        max_tiles=max_tiles,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, processor = family.build(sizes)
+    ends = [ids[token] for token in family.ends]
+    model.generation_config.eos_token_id = ends[0] if len(ends) == 1 else ends
+    model.generation_config.pad_token_id = ids[family.pad]
+    with atomic_path(folder) as temporary:
+        model.save_pretrained(temporary)
+        processor.save_pretrained(temporary)
+    return folder

@@ -1,0 +1,369 @@
+"""Checkpoints: everything a run needs to go on bit for bit, in files other tools read. No pickle anywhere.
+
+A checkpoint folder holds ``student/`` and ``discriminator/`` (Hugging Face form), ``optimizer_<name>.safetensors``,
+``rng_<process>.safetensors`` with ``rng_<process>.json``, ``state.json`` and ``recipe.yaml``, and ``replay.jsonl`` where
+earlier responses are replayed. It is written beside its place and renamed, so a killed run leaves the one before it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from accelerate import Accelerator
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from openril import __version__
+from openril.discriminator.network import DiscriminatorModel
+from openril.discriminator.replay import ReplayMemory
+from openril.errors import StateError
+from openril.models.adapters import base_model, is_adapted
+from openril.recipe.loading import load_saved_recipe, save_recipe
+from openril.recipe.schema import Recipe
+from openril.records import Question
+from openril.storage import atomic_path, refuse_changed, remove, stable_hash, weights_fingerprint, write_json
+from openril.training.distributed import is_sharded
+
+_NAME = re.compile(r"^step_(\d{6,})$")
+
+
+class Checkpoints:
+    """The ``checkpoints/`` folder of a run."""
+
+    def __init__(self, folder: Path, keep: int = 2) -> None:
+        self.folder = folder
+        self.keep = keep
+
+    def steps(self) -> list[int]:
+        """Steps with a whole checkpoint, oldest first."""
+        if not self.folder.is_dir():
+            return []
+        found = [m and int(m[1]) for m in map(_NAME.match, os.listdir(self.folder))]
+        return sorted(step for step in found if step is not None)
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step_{step:06d}"
+
+    def latest(self) -> Path | None:
+        steps = self.steps()
+        return self.path(steps[-1]) if steps else None
+
+    def begin(self, step: int) -> Path:
+        """An empty folder beside the checkpoint's place, for all processes to write into."""
+        partial = self.folder / f".step_{step:06d}.partial"
+        remove(partial)
+        partial.mkdir(parents=True)
+        return partial
+
+    def partial(self, step: int) -> Path:
+        return self.folder / f".step_{step:06d}.partial"
+
+    def finish(self, step: int) -> Path:
+        """Put the written folder in its place, and remove what is older than the last ``keep``."""
+        place = self.path(step)
+        remove(place)  # the same step again: the recipe was continued after its end
+        os.replace(self.partial(step), place)
+        for old in self.steps()[: -self.keep]:
+            shutil.rmtree(self.path(old))
+        return place
+
+    def sweep(self) -> None:
+        """Remove what a killed writer left."""
+        for path in self.folder.glob(".step_*.partial"):
+            shutil.rmtree(path)
+
+
+def save_optimizer(path: Path, optimizer: Any) -> None:
+    """State of a torch optimizer as safetensors: tensors ``<parameter number>.<key>``, groups in the metadata."""
+    state = optimizer.state_dict()
+    tensors: dict[str, Tensor] = {}
+    for number, entries in state["state"].items():
+        for key, value in entries.items():
+            tensors[f"{number}.{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
+    groups = [{k: v for k, v in g.items() if _plain(v)} for g in state["param_groups"]]
+    save_file(tensors, path, metadata={"param_groups": json.dumps(groups)})
+
+
+def load_optimizer(path: Path, optimizer: Any) -> None:
+    """Inverse of ``save_optimizer``. Raises StateError when the optimizer has other parameters."""
+    with safe_open(path, framework="pt") as f:
+        saved_groups = json.loads((f.metadata() or {})["param_groups"])
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in load_file(path).items():
+        number, key = name.split(".", 1)
+        state.setdefault(int(number), {})[key] = tensor
+    groups = optimizer.state_dict()["param_groups"]
+    if [len(g["params"]) for g in groups] != [len(g["params"]) for g in saved_groups]:
+        raise StateError(
+            f"{path} belongs to a model with other trainable parameters; continue with the recipe it began with"
+        )
+    merged = [{**now, **saved} for now, saved in zip(groups, saved_groups, strict=True)]
+    optimizer.load_state_dict({"state": state, "param_groups": merged})
+
+
+def _optimizer_file(folder: Path, name: str) -> Path:
+    """Return where the checkpoint keeps an optimizer; checkpoints of earlier versions spell the name differently."""
+    path = folder / f"optimizer_{name}.safetensors"
+    return path if path.exists() else folder / f"optimiser_{name}.safetensors"
+
+
+def _plain(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except TypeError:
+        return False
+    return True
+
+
+def save_rng(folder: Path, process: int) -> None:
+    """Random states of this process: Python, numpy, torch (CPU and every GPU)."""
+    kind, keys, position, has_gauss, gauss = numpy.random.get_state(legacy=True)
+    tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(numpy.asarray(keys).astype("int64"))}
+    if torch.cuda.is_available():
+        tensors |= {f"cuda{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    save_file(tensors, folder / f"rng_{process}.safetensors")
+    python = random.getstate()
+    write_json(
+        folder / f"rng_{process}.json",
+        {"python": [python[0], list(python[1]), python[2]], "numpy": [kind, position, has_gauss, gauss]},
+    )
+
+
+def load_rng(folder: Path, process: int) -> None:
+    """Inverse of ``save_rng``. A process the checkpoint does not know (more processes than before) keeps its own."""
+    path = folder / f"rng_{process}.safetensors"
+    if not path.exists():
+        return
+    tensors = load_file(path)
+    plain = json.loads((folder / f"rng_{process}.json").read_text())
+    version, state, gauss = plain["python"]
+    random.setstate((version, tuple(state), gauss))
+    kind, position, has_gauss, cached = plain["numpy"]
+    numpy.random.set_state((kind, tensors["numpy"].numpy().astype("uint32"), position, has_gauss, cached))
+    torch.set_rng_state(tensors["torch"])
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            if f"cuda{i}" in tensors:
+                torch.cuda.set_rng_state(tensors[f"cuda{i}"], i)
+
+
+def write_progress(folder: Path, progress: dict[str, Any]) -> None:
+    write_json(folder / "state.json", progress)
+
+
+def read_progress(folder: Path) -> dict[str, Any]:
+    """Raises StateError when the file is not there or not readable."""
+    try:
+        return json.loads((folder / "state.json").read_text())
+    except (OSError, ValueError) as e:
+        raise StateError(f"{folder} is not a checkpoint of ours ({e}); remove it to go on from the one before") from e
+
+
+REPLAY_FILE = "replay.jsonl"
+
+# Settings that may change when a run is continued: they decide what is measured, kept or waited for, not what is learnt.
+_FREE = (
+    "run_dir", "cache_dir", "teachers", "sft", "eval", "judge.base_urls", "judge.concurrency", "judge.timeout",
+    "judge.max_retries", "judge.api_key_env", "judge.max_unknown_share", "data.train", "data.validation",
+    "data.validation_split", "data.allow_urls", "student.model", "student.dtype", "discriminator.pretraining",
+    "discriminator.init", "discriminator.at_chance_accuracy", "discriminator.saturated_accuracy", "discriminator.health_window",
+    "train.max_steps", "train.epochs", "train.save_every", "train.keep_checkpoints", "train.eval_every", "train.log_to",
+    "train.log_rollouts_every", "train.max_tokens_per_micro_batch", "train.packed", "train.vision_cache_gib",
+    "student.gradient_checkpointing",
+    "data.max_prompt_length", "collect.student", "collect.max_completion_length", "collect.sampling", "collect.judge_responses",
+    "collect.questions_per_batch", "collect.shard_size", "train.sampler.base_urls",
+    "train.sampler.weights_dir", "train.sampler.api_key_env", "train.sampler.concurrency", "train.sampler.timeout",
+    "train.sampler.max_logprob_difference", "train.questions_per_sampling_batch", "discriminator.max_tokens_per_micro_batch",
+)  # fmt: skip
+
+
+def refuse_changed_recipe(path: Path, saved_recipe: Path, recipe: Recipe, *, fix: str) -> None:
+    """Raise StateError when ``recipe`` differs from the saved one in a way that would make a continued run another run.
+
+    Args:
+        path: The run or checkpoint folder that the message names.
+        saved_recipe: The recipe file that was saved in it.
+        fix: See ``storage.refuse_changed``.
+    """
+
+    def free(key: str) -> bool:
+        return any(key == f or key.startswith(f + ".") for f in _FREE)
+
+    def plain(r: Recipe) -> dict[str, Any]:
+        return {**r.model_dump(mode="json"), "teachers (names)": r.teacher_names}
+
+    refuse_changed(path, plain(load_saved_recipe(saved_recipe)), plain(recipe), ignored=free, fix=fix)
+
+
+def run_fingerprint(recipe: Recipe, questions: Sequence[Question]) -> dict[str, str]:
+    """What a run's steps follow from besides its settings: its questions, and the student it starts from (which is also
+    the reference model). Images are compared with the response cache, by content."""
+    start = recipe.start_student
+    return {
+        "questions (data.train)": str(stable_hash([[q.id, q.question, q.answer] for q in questions])),
+        "starting student (student.model, sft)": weights_fingerprint(Path(start)) or start,
+    }
+
+
+class Saver:
+    """Saves and restores student, discriminator, optimizers and random states of a run, and what it replays.
+
+    policy, network: the wrapped modules (network None without a discriminator). optimizers: by name.
+    fingerprint: see ``run_fingerprint``; kept in state.json. replay: the discriminator's memory, where the run has one.
+    """
+
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        accelerator: Accelerator,
+        recipe: Recipe,
+        *,
+        policy: Any | None = None,
+        processor: Any = None,
+        network: Any | None = None,
+        discriminator_processor: Any = None,
+        optimizers: dict[str, Any] | None = None,
+        fingerprint: dict[str, str] | None = None,
+        replay: ReplayMemory | None = None,
+    ) -> None:
+        self.checkpoints = checkpoints
+        self.accelerator = accelerator
+        self.recipe = recipe
+        self.policy = policy
+        self.processor = processor
+        self.network = network
+        self.discriminator_processor = discriminator_processor
+        self.optimizers = optimizers or {}
+        self.fingerprint = fingerprint or {}
+        self.replay = replay
+
+    def save(self, step: int) -> None:
+        """Write checkpoint ``step``; every process must call this."""
+        accelerator = self.accelerator
+        if accelerator.is_main_process:
+            self.checkpoints.begin(step)
+        accelerator.wait_for_everyone()
+        folder = self.checkpoints.partial(step)
+        if self.policy is not None:
+            self.write_student(folder / "student")
+            model = accelerator.unwrap_model(self.policy).model
+            if is_adapted(model) and accelerator.is_main_process:
+                model.save_pretrained(folder / "adapter")
+        if self.network is not None:
+            self.write_discriminator(folder / "discriminator")
+        if is_sharded(accelerator):
+            accelerator.save_state(str(folder / "engine"))
+        elif accelerator.is_main_process:
+            for name, optimizer in self.optimizers.items():
+                save_optimizer(folder / f"optimizer_{name}.safetensors", optimizer)
+        if self.replay is not None and accelerator.is_main_process:
+            self.replay.save(folder / REPLAY_FILE)
+        save_rng(folder, accelerator.process_index)
+        if accelerator.is_main_process:
+            save_recipe(self.recipe, folder / "recipe.yaml")
+            versions = {"openril": __version__, "torch": torch.__version__}
+            progress = {"step": step, "processes": accelerator.num_processes, "versions": versions}
+            write_progress(folder, {**progress, "fingerprint": self.fingerprint})
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            self.checkpoints.finish(step)
+        accelerator.wait_for_everyone()
+
+    def restore(self, folder: Path) -> None:
+        """Optimizers, random states and what is replayed; the models were loaded from the checkpoint when they were made."""
+        if is_sharded(self.accelerator):
+            self.accelerator.load_state(str(folder / "engine"))
+        else:
+            for name, optimizer in self.optimizers.items():
+                load_optimizer(_optimizer_file(folder, name), optimizer)
+        if self.replay is not None:
+            self.replay.load(folder / REPLAY_FILE)
+        load_rng(folder, self.accelerator.process_index)
+
+    def write_student(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        """The student as an ordinary checkpoint with its processor; adapters are merged. Every process must call this."""
+        state = self.accelerator.get_state_dict(self.policy)
+        if not self.accelerator.is_main_process:
+            return
+        model = self.accelerator.unwrap_model(self.policy).model
+        state = {k.removeprefix("model."): v for k, v in state.items()}
+        write_checkpoint(model, state, self.processor, folder, dtype)
+
+    def write_discriminator(self, folder: Path) -> None:
+        """The discriminator as a checkpoint. Every process must call this."""
+        state = self.accelerator.get_state_dict(self.network)
+        if self.accelerator.is_main_process:
+            network: DiscriminatorModel = self.accelerator.unwrap_model(self.network)
+            network.save(folder, self.discriminator_processor, state)
+
+
+def write_checkpoint(
+    model: Any, state: dict[str, Tensor], processor: Any, folder: Path, dtype: torch.dtype | None = None
+) -> None:
+    """Write ``state`` of ``model`` (adapters merged in) and the processor to ``folder``, atomically.
+
+    dtype: convert floating weights to it, in the file and in its configuration.
+    """
+    base = base_model(model)
+    if is_adapted(model):
+        state = merged_state(model, state)
+    # Tied weights are one tensor under two names, and must stay one through the move and the conversion.
+    moved: dict[tuple[int, torch.Size], Tensor] = {}
+    for key, value in state.items():
+        place = (value.data_ptr(), value.shape)
+        if place not in moved:
+            moved[place] = value.to("cpu", dtype if dtype is not None and value.is_floating_point() else value.dtype)
+        state[key] = moved[place]
+    with atomic_path(folder) as temporary:
+        base.save_pretrained(temporary, state_dict=state)
+        if dtype is not None:
+            _set_dtype(temporary / "config.json", str(dtype).removeprefix("torch."))
+        processor.save_pretrained(temporary)
+
+
+def _set_dtype(path: Path, name: str) -> None:
+    """Name the weights' type in a configuration: ``save_pretrained`` writes that of the weights in memory."""
+
+    def put(node: dict[str, Any]) -> None:
+        for key, value in node.items():
+            if isinstance(value, dict):
+                put(value)
+            elif key in ("dtype", "torch_dtype"):
+                node[key] = name
+
+    config = json.loads(path.read_text())
+    put(config)
+    write_json(path, config)
+
+
+def merged_state(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of the base with the adapters' updates added, without touching the model (merging in place and back
+    would change its last bits)."""
+    from peft.tuners.lora import LoraLayer
+
+    prefix = "base_model.model."
+    layers: dict[str, Any] = {
+        name.removeprefix(prefix): module for name, module in model.named_modules() if isinstance(module, LoraLayer)
+    }
+    merged = {}
+    for key, value in state.items():
+        if "lora_" in key:
+            continue
+        name = key.removeprefix(prefix).replace(".base_layer.", ".")
+        layer, _, kind = name.rpartition(".")
+        if kind == "weight" and layer in layers:
+            # One layer's update at a time, and the sum in CPU memory: a second copy of the model would not fit.
+            update = layers[layer].get_delta_weight(layers[layer].active_adapters[0])
+            value = (value + update.to(value)).cpu()
+        merged[name] = value
+    return merged
