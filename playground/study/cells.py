@@ -131,7 +131,7 @@ class Recipes:
         if place.cell.how != "loop" or not recipe.uses_discriminator:
             return None
         d = recipe.discriminator
-        return Variant(place.cell.start, d.sees, d.loss, tuple(recipe.teacher_names), d.match_length)
+        return Variant(place.cell.start, d.inputs, d.loss, tuple(recipe.teacher_names), d.match_length)
 
     def discriminator_folder(self, student: str, variant: Variant) -> Path:
         return self.out / student / "discriminators" / variant.name
