@@ -142,7 +142,7 @@ def test_retry_after_in_its_three_forms():
 
 
 @pytest.mark.parametrize(
-    ("status", "cure"), [(400, ""), (401, "set api_key_env"), (403, "may use this model"), (422, "")]
+    ("status", "fix"), [(400, ""), (401, "set api_key_env"), (403, "may use this model"), (422, "")]
 )
 def test_refused_requests_are_not_repeated(client, status, fix):
     with MisbehavingServer(then=Status(status, "no, because")) as server:

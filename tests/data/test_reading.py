@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from openril.data import spool
+from openril.data import embedded_images
 from openril.data.images import load_image
 from openril.data.reading import RowProblem, read_file, read_questions
 from openril.errors import DataError
@@ -330,8 +330,8 @@ def test_a_folder_of_something_else_is_an_error(tmp_path: Path) -> None:
 
 def test_embedded_images_leave_the_memory_past_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENRIL_IMAGE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(spool, "MEMORY_LIMIT", len(png()))
-    monkeypatch.setattr(spool, "_held", 0)
-    kept, spooled = spool.keep_bytes(png()), spool.keep_bytes(png((5, 5, 5)))
+    monkeypatch.setattr(embedded_images, "MEMORY_LIMIT", len(png()))
+    monkeypatch.setattr(embedded_images, "_held", 0)
+    kept, spooled = embedded_images.keep_bytes(png()), embedded_images.keep_bytes(png((5, 5, 5)))
     assert kept.data == png() and spooled.path is not None and spooled.path.read_bytes() == png((5, 5, 5))
-    assert spool.keep_bytes(png((5, 5, 5))) == spooled
+    assert embedded_images.keep_bytes(png((5, 5, 5))) == spooled

@@ -345,10 +345,10 @@ def test_fingerprint_follows_the_weights(tmp_path):
 
 
 def test_fingerprint_of_a_large_file_sees_its_middle(tmp_path, monkeypatch):
-    from openril.responses import identity
+    from openril import storage
 
-    monkeypatch.setattr(identity, "CHUNK", 8)
-    monkeypatch.setattr(identity, "CHUNKS", 4)
+    monkeypatch.setattr(storage, "_CHUNK", 8)
+    monkeypatch.setattr(storage, "_CHUNKS", 4)
     seen = set()
     for place in (None, 0, 1000, 2000, 2999):  # pieces start at 0, 997, 1994, 2992
         data = bytearray(3000)

@@ -78,7 +78,7 @@ def test_cycling_holds_with_an_extra_that_takes_turns():
 
 
 def test_a_draw_follows_from_its_arguments_alone():
-    args = {"total": 4, "seed": 7, "visit": 5}
+    args = {"total": 4, "seed": 7, "epoch": 5}
     assert draw(Cache(a=8, b=8), "q", "ab", **args) == draw(Cache(a=8, b=8), "q", "ab", **args)
     assert draw(Cache(a=8, b=8), "q", "ab", **args) != draw(Cache(a=8, b=8), "q", "ab", **{**args, "seed": 8})
 

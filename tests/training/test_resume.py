@@ -211,5 +211,5 @@ def test_a_discriminator_pretrained_for_something_else_is_refused(tiny_qwen: Pat
         check_pretrained(recipe)
     recipe.discriminator.match_length = False
     recipe.discriminator.inputs = "image"
-    with pytest.raises(StateError, match=r"discriminator\.sees"):
+    with pytest.raises(StateError, match=r"discriminator\.inputs"):
         check_pretrained(recipe)
