@@ -72,5 +72,6 @@ def test_stats_count_tokens_whose_clipped_term_was_taken():
     mask = torch.tensor([[True, True, True]])
     up = objective_stats(logs(1.5, 1.0, 0.5), ZERO, torch.tensor([1.0]), mask, epsilon=0.2, ref_logprobs=None)
     down = objective_stats(logs(1.5, 1.0, 0.5), ZERO, torch.tensor([-1.0]), mask, epsilon=0.2, ref_logprobs=None)
-    assert (up.clipped, down.clipped, up.tokens) == (1.0, 1.0, 3.0)
+    assert (up.clipped_low, up.clipped_high, up.tokens) == (0.0, 1.0, 3.0)
+    assert (down.clipped_low, down.clipped_high) == (1.0, 0.0)
     assert up.ratio == pytest.approx(3.0)

@@ -51,3 +51,8 @@ def test_smoothing_is_a_centred_mean():
     # ends have two of the three values: (0 + 3) / 2 and (6 + 3) / 2
     assert smooth([0.0, 3.0, 6.0, 3.0], 3) == pytest.approx([1.5, 3.0, 4.0, 4.5])
     assert smooth([1.0, 2.0], 1) == [1.0, 2.0]
+
+
+def test_a_series_reads_the_name_that_a_metric_had_in_earlier_runs():
+    rows = [{"step": 1, "reward/student": 0.5}, {"step": 2, "train/reward": 0.75}]
+    assert series(rows, "train/reward") == ([1, 2], [0.5, 0.75])

@@ -7,7 +7,7 @@ from openril.report.progress import StageProgress, duration, figures, time_parts
 ROW = {
     "step": 3,
     "train/loss": 0.0123,
-    "reward/student": 0.75,
+    "train/reward": 0.75,
     "reward/student_similarity": 0.25,
     "reward/student_answer": 0.5,
     "discriminator/accuracy": 0.875,

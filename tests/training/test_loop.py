@@ -30,12 +30,12 @@ def test_a_step_changes_the_student_and_reports_everything(tiny_student: Path, t
     [row] = trainer.folder.metrics()
     for name in (
         "discriminator/loss", "discriminator/accuracy_a", "discriminator/accuracy_b", "discriminator/accuracy_student",
-        "discriminator/length_only_accuracy", "reward/student", "reward/teacher_similarity", "train/kl", "train/loss",
-        "train/sampler_logprob_difference", "time/sampling", "time/update", "train/completion_length",
+        "discriminator/length_only_accuracy", "train/reward", "reward/teacher_similarity", "train/kl", "train/loss",
+        "train/sampling/sampling_logp_difference/mean", "time/sampling", "time/update", "train/completions/mean_length",
     ):  # fmt: skip
         assert name in row
     assert row["train/ratio"] == pytest.approx(1.0)  # mu = 1: pi_old is pi_theta
-    assert row["train/sampler_logprob_difference_max"] < 1e-4
+    assert row["train/sampling/sampling_logp_difference/max"] < 1e-4
     rollouts = (trainer.folder.rollouts_path / "step_000001.jsonl").read_text().splitlines()
     assert len(rollouts) == 4 * (2 + 2)
 

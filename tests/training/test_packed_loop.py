@@ -89,7 +89,7 @@ def test_same_curves(student: str, name: str, request: pytest.FixtureRequest, tm
         assert any((v - start[k]).abs().max() > 1e-4 for k, v in final_weights(trainer).items() if "student" in k)
         runs.append(trainer)
     assert_same_run(*runs)
-    rewards = [row["reward/student"] for row in runs[0].folder.metrics()]
+    rewards = [row["train/reward"] for row in runs[0].folder.metrics()]
     assert runs[0].policy.updates == len(rewards) * runs[0].recipe.train.num_iterations
 
 
@@ -255,7 +255,7 @@ def test_text_alone_proves_nothing_about_images(tiny_gemma3_full_attention: Path
     assert warnings == [] and trainer.policy._packed is True  # exact, for these
     _, metrics = trainer.step([(q, 0) for q in images])
     assert trainer.policy._packed is trainer.sampler.branches is False
-    assert metrics["train/sampler_logprob_difference_max"] < 1e-4
+    assert metrics["train/sampling/sampling_logp_difference/max"] < 1e-4
     assert len(warnings) == 1
     trainer.step([(q, 0) for q in images])
     assert len(warnings) == 1

@@ -45,7 +45,7 @@ train:
         rows = read_jsonl(tmp_path / "run/metrics.jsonl")
         assert len(rows) == 3
         for row in rows:  # the old weights are tenths of a nat away after a step of this size
-            assert row["train/sampler_logprob_difference_max"] < 1e-3
+            assert row["train/sampling/sampling_logp_difference/max"] < 1e-3
         assert rows[-1]["train/kl"] > 1e-4
         assert (tmp_path / "run/student/model.safetensors").exists()
     finally:  # the server is shared: give it its weights back

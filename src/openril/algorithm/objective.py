@@ -16,12 +16,14 @@ from torch import Tensor
 class ObjectiveStats:
     """Sums over response tokens, to be divided by ``tokens`` after adding up micro-batches and processes.
 
-    kl: k3 estimate in nats. clipped: tokens whose clipped term was taken. ratio: probability ratios.
+    kl: k3 estimate in nats. clipped_low, clipped_high: tokens whose clipped term was taken because the ratio was below
+    1 - epsilon at a negative advantage, or above 1 + epsilon at a positive one. ratio: probability ratios.
     """
 
     tokens: float
     kl: float
-    clipped: float
+    clipped_low: float
+    clipped_high: float
     ratio: float
     logprob: float
 
@@ -81,13 +83,14 @@ def objective_stats(
     with torch.no_grad():
         ratio = (logprobs - old_logprobs).exp()
         a = advantages[:, None]
-        clipped = ((ratio < 1 - epsilon) & (a < 0)) | ((ratio > 1 + epsilon) & (a > 0))
+        low, high = (ratio < 1 - epsilon) & (a < 0), (ratio > 1 + epsilon) & (a > 0)
         kl = k3(logprobs, ref_logprobs) if ref_logprobs is not None else torch.zeros_like(logprobs)
         m = mask.float()
         return ObjectiveStats(
             tokens=float(m.sum()),
             kl=float((kl * m).sum()),
-            clipped=float((clipped * m).sum()),
+            clipped_low=float((low * m).sum()),
+            clipped_high=float((high * m).sum()),
             ratio=float((ratio * m).sum()),
             logprob=float((logprobs * m).sum()),
         )

@@ -62,8 +62,8 @@ FIGURES: dict[str, tuple[str, tuple[Panel, ...]]] = {
             Panel("Discriminator entropy (nats)", (Line("discriminator/entropy", "entropy", _BLUE),)),
             Panel("Discriminator margin", (Line("discriminator/margin", "margin", _BLUE),), level=(0.0, "")),
             Panel("KL to the SFT student (nats per token)", (Line("train/kl", "k3", _RED),)),
-            Panel("Completion length (tokens)", (Line("train/completion_length", "student", _ORANGE),)),
-            Panel("Share of samples cut at the limit", (Line("train/cut_share", "student", _RED),)),
+            Panel("Completion length (tokens)", (Line("train/completions/mean_length", "student", _ORANGE),)),
+            Panel("Share of samples cut at the limit", (Line("train/completions/clipped_ratio", "student", _RED),)),
         ),
     ),
 }
@@ -88,9 +88,18 @@ def draw_curves(run_dir: Path, say: Callable[[str], None] = lambda message: None
     return written
 
 
+EARLIER_NAMES = {
+    "train/reward": "reward/student",
+    "train/completions/mean_length": "train/completion_length",
+    "train/completions/clipped_ratio": "train/cut_share",
+}
+"""The names that drawn metrics had in runs of earlier versions."""
+
+
 def series(rows: Sequence[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of a metric where it has a finite one."""
-    pairs = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
+    """Return the steps and values of a metric where it has a finite one, also under the name it had earlier."""
+    found = [(row["step"], row.get(name, row.get(EARLIER_NAMES.get(name, name)))) for row in rows]
+    pairs = [(step, value) for step, value in found if isinstance(value, int | float)]
     pairs = [(s, float(v)) for s, v in pairs if v == v and abs(v) != float("inf")]
     return [s for s, _ in pairs], [v for _, v in pairs]
 

@@ -24,15 +24,15 @@ class Figure:
 
 FIGURES = (
     Figure("loss", ("loss", "train/loss", "discriminator/loss"), "{:.4f}"),
-    Figure("token accuracy", ("token_accuracy",)),
-    Figure("reward", ("reward/student",)),
+    Figure("token accuracy", ("mean_token_accuracy",)),
+    Figure("reward", ("train/reward",)),
     Figure("similarity", ("reward/student_similarity",)),
     Figure("answer", ("reward/student_answer",)),
     Figure("teacher reward", ("reward/teacher",)),
     Figure("D accuracy", ("discriminator/accuracy",)),
     Figure("by length", ("discriminator/length_only_accuracy",)),
     Figure("KL", ("train/kl",), "{:.4f}"),
-    Figure("tokens", ("train/completion_length",), "{:.0f}"),
+    Figure("tokens", ("train/completions/mean_length",), "{:.0f}"),
     Figure("unknown", ("train/unknown_reward_share",), "{:.0%}"),
     Figure("score", ("eval/score",)),
 )

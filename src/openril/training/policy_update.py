@@ -93,7 +93,7 @@ class PolicyUpdate:
         metrics: dict[str, float] = {}
         for iteration in range(self.settings.num_iterations):
             self.policy.train()
-            sums = torch.zeros(6, dtype=torch.float64)
+            sums = torch.zeros(7, dtype=torch.float64)
             for number, batch in enumerate(batches):
                 # Laid out when their turn comes: the pixels of a whole step would fill the device's memory.
                 rows, advantages, weights = self._rows([groups[i] for i in batch], [grouped[i] for i in batch])
@@ -134,15 +134,16 @@ class PolicyUpdate:
             self.updates += 1
             gathered = torch.tensor(gather_object([sums.tolist()]), dtype=torch.float64)
             loss_mean, totals = float(gathered[:, 0].mean()), gathered[:, 1:].sum(0)
-            tokens, kl, clipped, ratio, logprob = (totals / totals[0].clamp(min=1)).tolist()
-            tokens = float(totals[0])
+            _, kl, low, high, ratio, logprob = (totals / totals[0].clamp(min=1)).tolist()
             metrics = {
                 "loss": loss_mean,
                 "grad_norm": norm,
-                "clip_share": clipped,
+                "clip_ratio/low_mean": low,
+                "clip_ratio/high_mean": high,
+                "clip_ratio/region_mean": low + high,
                 "ratio": ratio,
                 "response_logprob": logprob,
-                "update_tokens": tokens,
+                "update_tokens": float(totals[0]),
             }
             if self.settings.beta:
                 metrics["kl"] = kl
@@ -236,6 +237,6 @@ class PolicyUpdate:
         if not everyone:
             return {}
         return {
-            "sampler_logprob_difference": sum(everyone) / len(everyone),
-            "sampler_logprob_difference_max": max(everyone),
+            "sampling/sampling_logp_difference/mean": sum(everyone) / len(everyone),
+            "sampling/sampling_logp_difference/max": max(everyone),
         }

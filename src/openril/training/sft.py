@@ -379,7 +379,7 @@ class _Steps(TrainerCallback):
             "loss": loss,
             "learning_rate": learning_rate(self.trainer.settings, step - 1, state.max_steps),
             "tokens": int(self.trainer.learnt_tokens) if self.trainer.learnt_tokens is not None else None,
-            "token_accuracy": logs.get("mean_token_accuracy"),
+            "mean_token_accuracy": logs.get("mean_token_accuracy"),
             "entropy": logs.get("entropy"),
             "grad_norm": logs.get("grad_norm"),
             "seconds": time.perf_counter() - self.started,
