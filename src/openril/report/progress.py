@@ -1,21 +1,25 @@
-"""What a running stage shows: a live bar with its figures on a terminal, one plain line a step anywhere else."""
+"""The progress display of every command: bars with figures on a terminal, a plain line every few seconds elsewhere."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from types import TracebackType
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A metric worth a place on the screen. Names as in metrics.jsonl; the first that a row holds is shown."""
+    """A metric that is shown on the screen. Of its names in metrics.jsonl, the first that a row holds is shown."""
 
     label: str
     names: tuple[str, ...]
@@ -40,7 +44,7 @@ _QUIET_AT_ZERO = {"unknown"}
 
 
 def figures(row: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(label, value) of the figures a row of metrics holds, in their order."""
+    """Return label and value of the figures that a row of metrics holds, in the order of ``FIGURES``."""
     shown = []
     for figure in FIGURES:
         value = next((row[name] for name in figure.names if isinstance(row.get(name), int | float)), None)
@@ -50,7 +54,7 @@ def figures(row: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def time_parts(row: Mapping[str, Any]) -> str:
-    """Seconds of the step and the share of each part, largest first: ``12.3 s (sampling 61%, update 30%)``."""
+    """Return the step's seconds and the share of each part, largest first: ``12.3 s (sampling 61%, update 30%)``."""
     total = row.get("time/step", row.get("seconds"))
     if not isinstance(total, int | float) or total <= 0:
         return ""
@@ -60,7 +64,7 @@ def time_parts(row: Mapping[str, Any]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """``9 s``, ``3 min``, ``2 h 05``, ``1 d 4 h``."""
+    """Write seconds as ``9 s``, ``3 min``, ``2 h 05`` or ``1 d 4 h``."""
     whole = round(seconds)
     if whole < 100:
         return f"{whole} s"
@@ -71,83 +75,160 @@ def duration(seconds: float) -> str:
     return f"{hours} h {rest:02d}" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
 
-class StageProgress:
-    """Shows the steps of one stage; use it in ``with`` and give its ``report`` and ``warn`` to the trainer.
+def rate_text(per_second: float) -> str:
+    """Write a rate as ``2.4/s``, ``12/min`` or ``3.0/h``, in the shortest unit of time in which it is at least one."""
+    units = ((1, "s"), (60, "min"), (3600, "h"))
+    value, unit = next(((per_second * n, u) for n, u in units if per_second * n >= 1), (per_second * 3600, "h"))
+    return f"{value:,.0f}/{unit}" if value >= 10 else f"{value:.1f}/{unit}"
 
-    title: the stage's name. enabled: off in all processes but the first.
+
+@dataclass
+class _Bar:
+    """The state of one named piece of work. marks: (seconds, done) at most once a second, the oldest first."""
+
+    printed: float
+    task: TaskID | None = None
+    marks: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=50))
+
+    def rate(self, now: float, done: int) -> float | None:
+        """Return the units per second over the last marks. The first call only starts the clock, so that resumed work
+        does not count; checkpoints and evaluations between two calls do."""
+        if self.marks and done < self.marks[-1][1]:
+            self.marks.clear()
+        rate = None
+        if self.marks and now > self.marks[0][0] and done > self.marks[0][1]:
+            rate = (done - self.marks[0][1]) / (now - self.marks[0][0])
+        if not self.marks or now - self.marks[-1][0] >= 1:
+            self.marks.append((now, done))
+        return rate
+
+
+class ProgressDisplay:
+    """Show how far named pieces of work are: bars on a terminal, plain lines with the same content anywhere else.
+
+    ``with ProgressDisplay(console) as display: display.show("teacher a", 3, 20)``. The methods may be called from any
+    thread. Under a launcher only the first process (``$RANK``) shows anything, because processes share one terminal.
+
+    Args:
+        console: Where to draw.
+        title: The name of the bar that ``report`` moves.
+        enabled: Whether to show anything; None for the first process alone.
+        every: Seconds between two plain lines for one name. The first and the last line are always printed.
+        transient: Whether the bars disappear when the block ends. Quick work then prints no plain line at all.
     """
 
-    def __init__(self, console: Console, title: str, enabled: bool = True) -> None:
+    def __init__(
+        self,
+        console: Console,
+        title: str = "",
+        *,
+        enabled: bool | None = None,
+        every: float = 10.0,
+        transient: bool = False,
+    ) -> None:
         self.console = console
         self.title = title
-        self.enabled = enabled
-        self._bar = Progress(
+        self.enabled = int(os.environ.get("RANK") or 0) == 0 if enabled is None else enabled
+        self.every = every
+        self.transient = transient
+        self._columns = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
+            TextColumn("{task.fields[state]}", markup=False),
             TimeElapsedColumn(),
-            TextColumn("{task.fields[left]}"),
+            TextColumn("{task.fields[speed]}"),
             console=console,
         )
-        self._task: TaskID | None = None
+        self._bars: dict[str, _Bar] = {}
         self._live: Live | None = None
-        self._seconds: list[float] = []
-        self._clock = self._bar.get_time
-        self._last: float | None = None
+        self._clock = time.monotonic
+        self._lock = threading.RLock()
 
-    def report(self, step: int, total: int, row: Mapping[str, Any]) -> None:
-        """Steps done so far, steps in all, and the metrics of the step just done (a row of metrics.jsonl)."""
+    def show(
+        self,
+        name: str,
+        done: int,
+        total: int | None = None,
+        *,
+        state: str = "",
+        left: float | None = None,
+        details: Sequence[tuple[str, str]] = (),
+    ) -> None:
+        """Set how far one piece of work is; the first call adds its bar.
+
+        Args:
+            total: How many units there are, or None while that is unknown.
+            state: A few words after the numbers, for example ``3 in flight``.
+            left: Seconds until the end; None to estimate them from the rate so far.
+            details: Labels and values, shown below the bars.
+        """
         if not self.enabled:
             return
-        left = self._time_left(total - step)
-        if self._live is None:
-            values = " ".join(f"{label.replace(' ', '_')}={value}" for label, value in figures(row))
-            pieces = [f"{self.title} {step}/{total}", values, time_parts(row), f"left {left}" if left else ""]
-            # Plain and unwrapped: this goes into log files, where each step is one line to grep.
-            self.console.print("  ".join(p for p in pieces if p), highlight=False, markup=False, soft_wrap=True)
-            return
-        if self._task is None:
-            self._task = self._bar.add_task(self.title, total=total, left="")
-        self._bar.update(self._task, completed=step, total=total, left=f"{left} left" if left else "")
-        self._live.update(Group(self._bar, self._details(row)))
+        with self._lock:
+            now = self._clock()
+            first = name not in self._bars
+            bar = self._bars.setdefault(name, _Bar(printed=now))
+            rate = bar.rate(now, done)
+            if left is None and rate and total is not None and done < total:
+                left = (total - done) / rate
+            speed = [rate_text(rate)] if rate else []
+            speed += [f"left {duration(left)}"] if left is not None else []
+            if self._live is not None:
+                if bar.task is None:
+                    bar.task = self._columns.add_task(escape(name), total=total, state="", speed="")
+                self._columns.update(bar.task, completed=done, total=total, state=state, speed=", ".join(speed))
+                self._live.update(Group(self._columns, _below(details)) if details else self._columns)
+            elif now - bar.printed >= self.every or ((first or done == total) and not self.transient):
+                bar.printed = now
+                values = " ".join(f"{label.replace(' ', '_')}={value}" for label, value in details)
+                count = f"{name} {done}" + (f"/{total}" if total is not None else "")
+                # Plain and unwrapped: this goes into log files, where one line is one thing to grep.
+                self._print("  ".join(piece for piece in (count, state, values, *speed) if piece))
+
+    def report(self, step: int, total: int, row: Mapping[str, Any]) -> None:
+        """Show the steps done so far, and the metrics of the step just done (a row of metrics.jsonl)."""
+        seconds = time_parts(row)
+        self.show(self.title, step, total, details=[*figures(row), *[("step", seconds)] * bool(seconds)])
+
+    def remove(self, name: str) -> None:
+        """Take a bar off the screen."""
+        with self._lock:
+            bar = self._bars.pop(name, None)
+            if bar is not None and bar.task is not None:
+                self._columns.remove_task(bar.task)
+
+    def note(self, message: str) -> None:
+        """Print a line that stays on the screen."""
+        if self.enabled:
+            self._print(message)
 
     def warn(self, message: str) -> None:
-        """A line that stays on the screen."""
+        """Print a warning that stays on the screen."""
         if self.enabled:
             self.console.print(Text(f"warning: {message}", style="yellow"), soft_wrap=True)
 
-    def _time_left(self, steps: int) -> str:
-        # The time between reports counts checkpoints and evaluations too; the first step only starts the clock.
-        now = self._clock()
-        if self._last is not None:
-            self._seconds = [*self._seconds[-49:], now - self._last]
-        self._last = now
-        if not self._seconds or steps <= 0:
-            return ""
-        return duration(steps * sum(self._seconds) / len(self._seconds))
+    def _print(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def _details(self, row: Mapping[str, Any]) -> Text:
-        text = Text()
-        for label, value in figures(row):
-            text.append(f"  {label} ", style="dim")
-            text.append(value)
-        if seconds := time_parts(row):
-            text.append("\n  a step ", style="dim")
-            text.append(seconds)
-        return text
-
-    def __enter__(self) -> StageProgress:
+    def __enter__(self) -> ProgressDisplay:
         if self.enabled and self.console.is_terminal:
-            self._live = Live(self._bar, console=self.console, refresh_per_second=4)
+            self._live = Live(self._columns, console=self.console, refresh_per_second=4, transient=self.transient)
             self._live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._live is not None:
             self._live.stop()
             self._live = None
 
 
-__all__ = ["StageProgress", "duration", "figures", "time_parts"]
+def _below(details: Sequence[tuple[str, str]]) -> Text:
+    text = Text()
+    for label, value in details:
+        text.append(f"  {label} ", style="dim")
+        text.append(value)
+    return text
+
+
+__all__ = ["ProgressDisplay", "duration", "figures", "rate_text", "time_parts"]

@@ -240,19 +240,18 @@ def _check_data(recipe: Recipe, which: Any, count_tokens: CountTokens | None, pa
         if which == "validation":
             page.warn("data.validation is empty: no score during training, and nothing for `ril eval`")
         return None
-    from rich.progress import Progress
+    from openril.report.progress import ProgressDisplay
 
     needed = recipe.answer_kind != "none" or (recipe.sft.enabled and recipe.sft.targets == "answers")
     try:
-        with Progress(console=page.console, transient=True) as bar:
-            task = bar.add_task(f"reading data.{which}", total=None)
+        with ProgressDisplay(page.console, transient=True) as display:
             report = preflight(
                 recipe.data,
                 which,
                 count_tokens,
                 answers_needed=needed,
                 rule=recipe.rewards.answer.rule,
-                progress=lambda done, total: bar.update(task, completed=done, total=total),
+                progress=lambda done, total: display.show(f"reading data.{which}", done, total),
             )
     except OpenRILError as e:
         page.error(str(e))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from openril.errors import EndpointError
 from openril.recipe.schema import Recipe
 from openril.records import STUDENT, Question, Response
+from openril.report.progress import ProgressDisplay
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -55,7 +56,8 @@ def run_collect(
         for name in names:
             drop_unfitting(recipe, cache, questions, name, console)
     problems = []
-    with RichProgress(console) as progress:
+    with ProgressDisplay(console) as display:
+        progress = _SourceBars(display)
         for name in names:
             try:
                 result = collect(recipe, questions, name, cache, progress, make_sampler=make_sampler)
@@ -162,44 +164,20 @@ def batches(items: Iterable[Response], size: int) -> Iterator[list[Response]]:
         yield batch
 
 
-class RichProgress:
-    """Bars on the terminal, one a source."""
+class _SourceBars:
+    """The ``responses.collection.Progress`` of a display: one bar for each source, notes from every process."""
 
-    def __init__(self, console: Console) -> None:
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TaskID,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-
-        self._bars = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[state]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-        )
-        self._tasks: dict[str, TaskID] = {}
+    def __init__(self, display: ProgressDisplay) -> None:
+        self.display = display
+        self.totals: dict[str, int] = {}
 
     def start(self, source: str, total: int, done: int) -> None:
-        self._tasks[source] = self._bars.add_task(source, total=total, completed=done, state="")
+        self.totals[source] = total
+        self.display.show(source, done, total)
 
     def update(self, source: str, *, done: int, in_flight: int, failed: int) -> None:
         parts = [f"{in_flight} in flight"] * bool(in_flight) + [f"{failed} failed"] * bool(failed)
-        self._bars.update(self._tasks[source], completed=done, state=", ".join(parts))
+        self.display.show(source, done, self.totals[source], state=", ".join(parts))
 
     def note(self, message: str) -> None:
-        self._bars.console.print(message, highlight=False, markup=False)
-
-    def __enter__(self) -> RichProgress:
-        self._bars.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bars.stop()
+        self.display.console.print(message, highlight=False, markup=False)

@@ -13,7 +13,7 @@ from openril.recipe.checks import require
 from openril.recipe.loading import save_recipe
 from openril.recipe.schema import Recipe
 from openril.records import STUDENT
-from openril.report.progress import StageProgress
+from openril.report.progress import ProgressDisplay
 from openril.responses.cache import ResponseCache
 from openril.storage import write_json
 from openril.training.checkpoint import Checkpoints, Saver, read_progress, refuse_changed_recipe
@@ -76,7 +76,7 @@ def run_discriminator(recipe: Recipe, console: Console) -> Path:
         saver.restore(latest)
     if accelerator.is_main_process:
         folder.cut_after(step)
-    with StageProgress(console, "discriminator", enabled=accelerator.is_main_process) as progress:
+    with ProgressDisplay(console, "discriminator") as progress:
         discriminator.warn = progress.warn
         training = DiscriminatorPretraining(
             recipe,

@@ -55,7 +55,7 @@ def run_eval(
     from openril.data.reading import read_questions
     from openril.evaluation.table import markdown_table, rich_table, table_data
     from openril.recipe.checks import require
-    from openril.report.progress import StageProgress
+    from openril.report.progress import ProgressDisplay
     from openril.rewards.judge import build_judge_service
 
     require(recipe, "eval")
@@ -72,7 +72,7 @@ def run_eval(
             if done is None:
                 if judge is None and recipe.eval.score != "rules":
                     judge = build_judge_service(recipe, "eval")
-                with StageProgress(console, f"eval {target.name}") as progress:
+                with ProgressDisplay(console, f"eval {target.name}") as progress:
                     done = _evaluate(
                         recipe, target, questions, settings, identity, judge, progress.report, make_sampler or _load
                     )

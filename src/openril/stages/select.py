@@ -18,7 +18,7 @@ from openril.models.packing import GroupTokens, Policy, pad_rows
 from openril.recipe.checks import require
 from openril.recipe.schema import Recipe
 from openril.records import STUDENT, Question, Response
-from openril.report.progress import StageProgress
+from openril.report.progress import ProgressDisplay
 from openril.responses.cache import ResponseCache
 from openril.storage import append_jsonl, read_jsonl, remove, weights_fingerprint, write_json
 from openril.training.distributed import one_process
@@ -87,7 +87,7 @@ def answer_logprobs(
     )
     encoder = make_encoder(recipe, processor, model, keep=0)
     policy = Policy(model).to(device)
-    with StageProgress(console, f"select ({name})") as progress:
+    with ProgressDisplay(console, f"select ({name})") as progress:
         for number, q in enumerate(todo, start=1):
             ids = encoder.completion_ids(Response(q.id, name, 0, q.answer), recipe.train.max_completion_length)
             rows = pad_rows([GroupTokens(encoder(q), [ids])], encoder.pad_token_id).to(device)

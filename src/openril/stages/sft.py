@@ -25,7 +25,7 @@ def run_sft(recipe: Recipe, console: Console) -> Path:
     from openril.data.reading import read_questions
     from openril.recipe.checks import require
     from openril.recipe.loading import save_recipe
-    from openril.report.progress import StageProgress
+    from openril.report.progress import ProgressDisplay
     from openril.training.sft import train_sft
     from openril.training.sft_examples import sft_examples
 
@@ -35,5 +35,5 @@ def run_sft(recipe: Recipe, console: Console) -> Path:
     if rank == 0:
         save_recipe(recipe, recipe.run_path / "recipe.yaml")
         console.print(f"sft: {len(examples)} examples ({recipe.sft.targets})", highlight=False)
-    with StageProgress(console, "sft", enabled=rank == 0) as progress:
+    with ProgressDisplay(console, "sft") as progress:
         return train_sft(recipe, examples, report=progress.report, warn=progress.warn)

@@ -20,7 +20,7 @@ from openril.recipe.loading import save_recipe
 from openril.recipe.schema import Recipe
 from openril.records import Question, Response
 from openril.report.curves import draw_curves
-from openril.report.progress import StageProgress
+from openril.report.progress import ProgressDisplay
 from openril.responses.cache import ResponseCache
 from openril.responses.teacher_sampling import draw
 from openril.rewards.answers import score_answers
@@ -48,7 +48,7 @@ def run_train(recipe: Recipe, console: Console) -> Path:
     with open_trainer(recipe, console) as trainer:
         if trainer.step_number and trainer.accelerator.is_main_process:
             console.print(f"train: continuing after step {trainer.step_number}")
-        with StageProgress(console, "train", enabled=trainer.accelerator.is_main_process) as progress:
+        with ProgressDisplay(console, "train") as progress:
             trainer.report, trainer.warn = progress.report, progress.warn
             try:
                 trainer.train()
