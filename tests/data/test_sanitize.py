@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from typing import ClassVar
 
 import pytest
+from tokenizers import AddedToken
 
-from openril.data.sanitize import has_special, strip_special
+from openril.data.sanitize import has_special, remove_tags, special_tokens, strip_disguised_tags, strip_special
 
 TOKENS = [
     "<|im_end|>", "<|im_start|>", "<|image_pad|>", "<|vision_start|>", "<|eot_id|>", "<image>", "<IMG_CONTEXT>",
@@ -60,3 +62,26 @@ def test_markers_stay_where_they_are_wanted() -> None:
 
 def test_long_hostile_text_is_quick() -> None:
     strip_special("<|" * 50_000 + "|>" * 50_000)
+
+
+def test_tags_are_deleted_until_none_is_left() -> None:
+    assert remove_tags("a</Response>b< question >c<response x>", ["response", "question"]) == "abc<response x>"
+    assert remove_tags("x</resp</response>onse>y", ["response"]) == "xy"
+
+
+def test_disguised_tags_are_replaced_by_a_space() -> None:
+    for tag in ("<note>", "< / NOTE >", "＜note＞", "&lt;note&gt;", "<n\u200bote>", '<note id="x">', "<no<note>te>"):
+        assert strip_disguised_tags(f"a{tag}b", {"note"}) == "a b", tag
+    assert strip_disguised_tags(" x < y and <other> ", {"note"}) == "x < y and <other>"
+
+
+def test_special_tokens_are_those_of_the_tokenizer_and_those_added_later() -> None:
+    class Tokenizer:
+        all_special_tokens: ClassVar = ["</s>"]
+        added_tokens_decoder: ClassVar = {
+            1: AddedToken("<turn>", special=True),
+            2: AddedToken("<box>", special=False),
+            3: AddedToken("</s>", special=True),
+        }
+
+    assert special_tokens(Tokenizer()) == ["</s>", "<turn>"]

@@ -13,12 +13,12 @@ import re
 import time
 import urllib.parse
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from openril.errors import DataError
-from openril.records import ImageSource
+from openril.records import ImageSource, Question
 
 if TYPE_CHECKING:
     import httpx
@@ -56,9 +56,20 @@ def to_data_url(source: ImageSource, max_pixels: int = MAX_PIXELS, allow_urls: b
     return f"data:{kept};base64,{base64.b64encode(data).decode('ascii')}"
 
 
-def image_size(source: ImageSource, max_pixels: int = MAX_PIXELS, allow_urls: bool = False) -> tuple[int, int]:
-    """(width, height) after rotation; decodes everything, so that damage shows. Raises like ``load_image``."""
-    return load_image(source, max_pixels, allow_urls).size
+def image_url_parts(question: Question, *, max_pixels: int, allow_urls: bool = False) -> list[dict[str, Any]]:
+    """Return the question's images as data URLs, in the form of the chat completions API.
+
+    Raises:
+        DataError: As for ``load_image``, naming the question.
+    """
+    parts = []
+    for source in question.images:
+        try:
+            url = to_data_url(source, max_pixels=max_pixels, allow_urls=allow_urls)
+        except DataError as e:
+            raise DataError(f"question {question.id!r} ({question.origin}): {e}") from e
+        parts.append({"type": "image_url", "image_url": {"url": url}})
+    return parts
 
 
 def _decode(source: ImageSource, data: bytes, max_pixels: int) -> tuple[Image.Image, str | None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import OrderedDict
 from typing import Any, Literal
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from openril.data.images import load_image
 from openril.data.question_text import question_text
+from openril.data.sanitize import remove_tags
 from openril.models.prompts import Prompt, PromptEncoder
 from openril.records import IMAGE_MARKER, Question
 
@@ -29,15 +29,8 @@ QUESTION = "<question>\n{question}\n</question>\n"
 # Stands for the response while the chat template is filled in.
 _PLACE = "RESPONSE-STANDS-HERE"
 
-# The prompt's own marks in a response could end it early.
-_OWN_TAGS = re.compile(r"<\s*/?\s*(response|question)\s*>", re.IGNORECASE)
-
-
-def strip_own_tags(text: str) -> str:
-    """Remove the prompt's own tags, again and again, so that none can be put together from what is left."""
-    while (shorter := _OWN_TAGS.sub("", text)) != text:
-        text = shorter
-    return text
+# Tags of the prompt. A response that holds one could end its part of the prompt early.
+_OWN_TAGS = ("response", "question")
 
 
 class DiscriminatorPrompts:
@@ -80,7 +73,7 @@ class DiscriminatorPrompts:
         encoder, asked = self.encoder, ""
         if self.inputs != "response":
             plain = question_text(question).replace(IMAGE_MARKER, "")
-            asked = QUESTION.format(question=strip_own_tags(encoder.clean(plain)).replace(_PLACE, ""))
+            asked = QUESTION.format(question=remove_tags(encoder.clean(plain), _OWN_TAGS).replace(_PLACE, ""))
         images = load_question_images(encoder, question) if self.inputs == "image" else []
         content: list[dict[str, Any]] = [{"type": "image"} for _ in images]
         content.append({"type": "text", "text": USER.format(question=asked, response=_PLACE)})
@@ -115,7 +108,7 @@ class DiscriminatorPrompts:
         return self._lengths[response_text]
 
     def _response_ids(self, response_text: str) -> tuple[str, list[int]]:
-        text = strip_own_tags(self.encoder.clean(response_text))
+        text = remove_tags(self.encoder.clean(response_text), _OWN_TAGS)
         return text, self.encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _encode_tail(self, response_text: str, after: str, shown: int | None) -> Tensor:

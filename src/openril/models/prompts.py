@@ -15,10 +15,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from openril.data.images import load_image
-from openril.data.question_text import question_text
+from openril.data.question_text import interleave, question_text
 from openril.data.sanitize import strip_special
 from openril.errors import DataError, ModelError
-from openril.records import IMAGE_MARKER, Question, Response
+from openril.records import Question, Response
 
 _TILE_MARK = re.compile(r"<row_\d+_col_\d+>")
 
@@ -214,20 +214,15 @@ class PromptEncoder:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 
 
-def question_messages(question: Question, system_prompt: str, clean: Any = strip_special) -> list[dict[str, Any]]:
-    """The chat of a question in transformers' form. Images stand where ``<image>`` markers are, else before the text."""
-    text = question_text(question)
-    content: list[dict[str, Any]] = []
-    pieces = text.split(IMAGE_MARKER)
-    if len(pieces) - 1 == len(question.images) and question.images:
-        for i, piece in enumerate(pieces):
-            if i > 0:
-                content.append({"type": "image"})
-            if cleaned := clean(piece):
-                content.append({"type": "text", "text": cleaned})
-    else:
-        content = [{"type": "image"} for _ in question.images]
-        content.append({"type": "text", "text": clean(text)})
+def question_messages(
+    question: Question, system_prompt: str, clean: Any = strip_special, images: Sequence[dict[str, Any]] | None = None
+) -> list[dict[str, Any]]:
+    """Return the chat of a question in transformers' form, its images at the ``<image>`` markers or before the text.
+
+    Args:
+        images: Parts of the message to use for the images; None uses ``{"type": "image"}``.
+    """
+    content = interleave(question_text(question), images or [{"type": "image"} for _ in question.images], clean)
     messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
     if system_prompt:
         messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system_prompt}]})

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from openril.data.images import to_data_url
-from openril.data.question_text import question_text
-from openril.errors import DataError
+from openril.data.images import image_url_parts
+from openril.data.question_text import interleave, question_text
 from openril.recipe.schema import Recipe, TeacherConfig
 from openril.records import IMAGE_MARKER, Question
 from openril.storage import stable_hash
@@ -20,30 +19,17 @@ def chat_messages(
     Images, as data URLs, stand where ``<image>`` markers are, else before the text. A question without images is plain
     text. Raises DataError naming the question for an image that cannot be used.
     """
-    text = question_text(question)
-    images = []
-    for source in question.images:
-        try:
-            url = to_data_url(source, max_pixels=max_pixels, allow_urls=allow_urls)
-        except DataError as e:
-            raise DataError(f"question {question.id!r} ({question.origin}): {e}") from e
-        images.append({"type": "image_url", "image_url": {"url": url}})
-    pieces = text.split(IMAGE_MARKER)
-    content: list[dict[str, Any]] | str
-    if images and len(pieces) - 1 == len(images):
-        content = []
-        for i, piece in enumerate(pieces):
-            if i > 0:
-                content.append(images[i - 1])
-            if piece.strip():
-                content.append({"type": "text", "text": piece.strip("\n")})
-    else:
-        text = text.replace(IMAGE_MARKER, "").strip("\n")
-        content = [*images, {"type": "text", "text": text}] if images else text
+    images = image_url_parts(question, max_pixels=max_pixels, allow_urls=allow_urls)
+    parts = interleave(question_text(question), images, _trimmed)
+    content = parts if images else parts[0]["text"]
     messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
     if system_prompt:
         messages.insert(0, {"role": "system", "content": system_prompt})
     return messages
+
+
+def _trimmed(text: str) -> str:
+    return text.replace(IMAGE_MARKER, "").strip("\n") if text.strip() else ""
 
 
 def request_settings(recipe: Recipe, teacher: TeacherConfig) -> dict[str, Any]:

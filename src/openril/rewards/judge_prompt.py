@@ -8,10 +8,9 @@ first and the score inside ``<answer>`` tags last. The wording is ours.
 from __future__ import annotations
 
 import re
-import unicodedata
 from dataclasses import dataclass
 
-from openril.data.sanitize import strip_special
+from openril.data.sanitize import strip_disguised_tags
 
 PROMPT_VERSION = "1"
 """Part of every verdict's key: change it with anything here that could change a verdict."""
@@ -50,14 +49,6 @@ NUDGES = (
 _OWN_TAGS = frozenset(
     ["question", "groundtruth", "generatedtext", "answer", "score", "response", "system", "user", "assistant", "think"]
 )
-_OPENING, _CLOSING = (
-    "<\uff1c\ufe64\u2039\u27e8\u3008\u2329\u276e\u276c\u300a\u02c2\u1438",
-    ">\uff1e\ufe65\u203a\u27e9\u3009\u232a\u276f\u276d\u300b\u02c3\u1433",
-)
-_ENTITIES = re.compile(r"&(?:amp;)*(?:(?P<lt>lt|#0*60|#x0*3c)|gt|#0*62|#x0*3e);?", re.I)
-_LOOKALIKES = str.maketrans("аеорсухѕіԁոһԛԝαερνιοτυη", "aeopcyxsidnhqwaepviotun")
-_LONGEST_TAG = 64
-
 # Ends of turns that a raw server may leave behind the verdict.
 _END_MARKS = r"(?:<\|[a-z_]{1,30}\|>|</s>|<eos>|<end_of_turn>)"
 _SPACED_TAG = r"<\s*{slash}\s*answer\s*>"
@@ -67,52 +58,8 @@ _VERDICT = re.compile(rf"<\s*answer\s*>\s*([01])\s*<\s*/\s*answer\s*>\s*\.?\s*(?
 
 
 def clean(text: str) -> str:
-    """Text as it may enter the prompt: no special tokens, no tags of ours in any disguise (case, spaces, full-width or
-    look-alike characters, HTML entities, invisible characters, tags inside tags), no invisible characters."""
-    text = "".join(c for c in text if c in "\n\t" or not _invisible(c))
-    while True:
-        stripped = _ENTITIES.sub(lambda m: "<" if m["lt"] else ">", text)
-        stripped = _strip_tags(strip_special(stripped))
-        if stripped == text:
-            return text.strip()
-        text = stripped
-
-
-def _invisible(character: str) -> bool:
-    category = unicodedata.category(character)
-    # Format and control characters, lone surrogates, variation selectors, fillers.
-    return (
-        category in ("Cf", "Cc", "Cs") or "\ufe00" <= character <= "\ufe0f" or character in "\u034f\u115f\u1160\u3164"
-    )
-
-
-def _strip_tags(text: str) -> str:
-    """Replace every tag of ours by a space; one pass from left to right also unpacks tags inside tags."""
-    out: list[str] = []
-    openings: list[int] = []
-    for character in text:
-        out.append(character)
-        if character in _OPENING:
-            openings.append(len(out) - 1)
-        elif character in _CLOSING:
-            openings = [i for i in openings if len(out) - i <= _LONGEST_TAG]
-            for start in reversed(openings):
-                if _is_own_tag("".join(out[start:])):
-                    out[start:] = [" "]
-                    openings = [i for i in openings if i < start]
-                    break
-    return "".join(out)
-
-
-def _is_own_tag(text: str) -> bool:
-    squeezed = "".join(text.split())
-    if squeezed.startswith("<|") and squeezed.endswith("|>"):
-        return True  # a special token that was broken by what stood inside it
-    decomposed = unicodedata.normalize("NFKD", text).casefold().translate(_LOOKALIKES)
-    letters = "".join(c for c in decomposed if c.isalnum())
-    # Attributes count too: <answer id="x">.
-    first_word = re.match(r"[a-z]+", decomposed.strip(_OPENING + "</ \n\t"))
-    return letters in _OWN_TAGS or bool(first_word and first_word.group() in _OWN_TAGS)
+    """Return ``text`` as it may enter the prompt: without special tokens, invisible characters and the prompt's tags."""
+    return strip_disguised_tags(text, _OWN_TAGS)
 
 
 def cut(text: str, max_chars: int) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 
-from openril.data.sanitize import strip_special
+from openril.data.sanitize import special_tokens, strip_special
 from openril.endpoints import EventLoopThread
 from openril.errors import ModelError
 from openril.hf import (
@@ -62,8 +62,7 @@ class LocalJudge:
                 " or add chat_template.jinja to its folder"
             )
         self.model = model.to(self.device).eval()
-        added = self.tokenizer.added_tokens_decoder.values()
-        self._special = [*self.tokenizer.all_special_tokens, *(token.content for token in added if token.special)]
+        self._special = special_tokens(self.tokenizer)
         self._batches = self._batch_reader(vision) if settings.batch_size > 1 else None
         self._waiting: list[_Later] = []
         self._asked: list[tuple[list[dict[str, str]], asyncio.Future[str]]] = []

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openril.data.images import to_data_url
+from openril.data.images import image_url_parts
 from openril.endpoints import ChatClient, Completion
-from openril.errors import DataError, EndpointError
+from openril.errors import EndpointError
 from openril.models.packing import GroupTokens, pad_rows
 from openril.models.prompts import Prompt, PromptEncoder, question_messages
 from openril.recipe.schema import EndpointConfig, SamplerConfig, SamplingConfig
@@ -152,19 +152,9 @@ class VLLMSampler:
 
     def _messages(self, question: Question) -> list[dict[str, Any]]:
         """The encoder's chat with its images as data URLs. Raises DataError naming the question."""
-        messages = question_messages(question, self.encoder.system_prompt, self.encoder.clean)
-        images = iter(question.images)
-        for message in messages:
-            for number, part in enumerate(message["content"]):
-                if part["type"] == "image":
-                    try:
-                        url = to_data_url(
-                            next(images), max_pixels=self.encoder.max_image_pixels, allow_urls=self.encoder.allow_urls
-                        )
-                    except DataError as e:
-                        raise DataError(f"question {question.id!r} ({question.origin}): {e}") from e
-                    message["content"][number] = {"type": "image_url", "image_url": {"url": url}}
-        return messages
+        encoder = self.encoder
+        images = image_url_parts(question, max_pixels=encoder.max_image_pixels, allow_urls=encoder.allow_urls)
+        return question_messages(question, encoder.system_prompt, encoder.clean, images)
 
     def _check_prompt(self, question: Question, prompt: Prompt, answer: Any) -> None:
         theirs = getattr(answer, "prompt_token_ids", None)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 
 from openril.data.preflight import CountTokens, Report, Size, preflight
-from openril.data.sanitize import strip_special
+from openril.data.sanitize import special_tokens, strip_special
 from openril.endpoints import ChatClient
 from openril.errors import ModelError, OpenRILError
 from openril.models import memory_estimate as estimate
@@ -193,9 +193,7 @@ class TokenCounter:
             raise ModelError("student: the checkpoint has no chat template; add chat_template.jinja to its folder")
         self.template = processor if getattr(processor, "chat_template", None) else self.tokenizer
         self.system_prompt = system_prompt
-        special = set(self.tokenizer.all_special_tokens)
-        special |= {str(t) for t in self.tokenizer.added_tokens_decoder.values() if t.special}
-        self.special = sorted(special)
+        self.special = special_tokens(self.tokenizer)
         self.exact_rule: bool | None = True if hasattr(processor, "_get_num_multimodal_tokens") else None
         self.compared: set[tuple[Size, ...]] = set()
         self.measured: dict[tuple[Size, ...], int] = {}
