@@ -124,7 +124,7 @@ def test_refusing_names_the_path_the_keys_both_values_and_the_fix(tmp_path):
 def test_a_refusal_shows_six_keys_and_counts_the_others(tmp_path):
     old = {f"k{i}": 0 for i in range(9)}
     with pytest.raises(CacheError, match=r"k5.* 3 more") as error:
-        refuse_changed(tmp_path, old, {key: "x" * 200 for key in old}, fix="remove it", error=CacheError)
+        refuse_changed(tmp_path, old, dict.fromkeys(old, "x" * 200), fix="remove it", error=CacheError)
     assert "k6" not in str(error.value) and "x" * 100 not in str(error.value)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from openril import __version__
+from openril._version import __version__
 from openril.errors import OpenRILError
 from openril.recipe.schema import Recipe
 

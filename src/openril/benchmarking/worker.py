@@ -129,8 +129,10 @@ def _about_machine(device: str) -> dict[str, Any]:
 
     import torch
 
+    from openril._version import __version__
+
     name = torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
-    packages = ("openril", "torch", "transformers", "trl", "accelerate", "datasets")
+    packages = ("torch", "transformers", "trl", "accelerate", "datasets")
     return {
         "machine": {
             "device": name,
@@ -138,7 +140,7 @@ def _about_machine(device: str) -> dict[str, Any]:
             "cores": os.cpu_count(),
             "system": platform.platform(),
         },
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
+        "versions": {"python": platform.python_version(), "openril": __version__, **{p: version(p) for p in packages}},
     }
 
 

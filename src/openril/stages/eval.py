@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from openril import __version__
+from openril._version import __version__
 from openril.errors import ModelError
 from openril.recipe.schema import Recipe
 from openril.storage import read_jsonl, stable_hash, write_json, write_text

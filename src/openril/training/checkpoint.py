@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from openril import __version__
+from openril._version import __version__
 from openril.discriminator.network import DiscriminatorModel
 from openril.discriminator.replay import ReplayMemory
 from openril.errors import StateError

@@ -19,7 +19,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 
-from openril import __version__
+from openril._version import __version__
 from openril.errors import DataError, RecipeError, StateError
 from openril.hf import PrinterCallback, SFTConfig, SFTTrainer, TrainerCallback, transformers_logging
 from openril.models.adapters import add_adapters, base_model, is_adapted
