@@ -32,7 +32,7 @@ demo: $(INSTALLED)
 playground: $(INSTALLED)
 	@echo "==> two students, two teachers and a judge, trained into runs/playground in half an hour to an hour; the same command goes on where it was stopped"
 	$(BIN)/python -m playground.models --out runs/playground
-	$(BIN)/python -m playground.skills_judge --out runs/playground/judge
+	$(BIN)/python -m playground.judge --out runs/playground/judge
 	$(BIN)/python -m playground.models --out runs/playground --report
 
 study: $(INSTALLED)

@@ -33,8 +33,8 @@ from playground.demo_report import (
     training_lines,
 )
 from playground.demo_results import CONTENDERS, draw_curves, read_agreement, read_world, summarise
-from playground.shipped import StudentName, find_models
-from playground.skills import SKILLS
+from playground.models.shipped import StudentName, find_models
+from playground.world import SKILLS
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 PLACE = "runs/demo"
@@ -89,7 +89,7 @@ def prepare(settings: Settings) -> dict[str, Recipe]:
     models = find_models(settings.student, settings.models)
     pin(settings, models)
     if not (out / "world" / "train.jsonl").is_file():
-        from playground.skills import write_skills_world
+        from playground.world import write_skills_world
 
         numbers = (settings.num_train, settings.num_validation, settings.num_test)
         write_skills_world(out / "world", *numbers, settings.seed, settings.difficulty)

@@ -16,7 +16,7 @@ from openril.records import STUDENT, Question
 from openril.rewards import rules
 from openril.storage import read_jsonl
 from playground.demo_results import CONTENDERS, TEACHERS
-from playground.skills import SKILLS
+from playground.world import SKILLS
 
 if TYPE_CHECKING:
     from rich.table import Table

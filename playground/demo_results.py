@@ -17,7 +17,7 @@ from openril.report.curves import series, smooth
 from openril.rewards import rules
 from openril.rewards.degenerate import is_empty, is_repetitive
 from openril.storage import atomic_path, read_jsonl
-from playground.skills import SKILLS, style_of
+from playground.world import SKILLS, style_of
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from openril.report.progress import duration
 from openril.responses.files import Lock
 from openril.storage import weights_fingerprint, write_json
 from playground.commands import answer
-from playground.shipped import WEIGHTS
+from playground.models.shipped import WEIGHTS
 from playground.study.cells import Recipes
 from playground.study.jobs import Plan
 from playground.study.lanes import Lanes
@@ -122,7 +122,7 @@ def prepare(settings: Settings) -> None:
     settings.out.mkdir(parents=True, exist_ok=True)
     write_json(path, now)
     if not (settings.out / "world" / "train.jsonl").is_file():
-        from playground.skills import write_skills_world
+        from playground.world import write_skills_world
 
         started = time.monotonic()
         numbers = (settings.num_train, settings.num_validation, settings.num_test)

@@ -11,7 +11,7 @@ from openril.recipe.schema import Recipe
 from openril.records import STUDENT, Question
 from openril.rewards import rules
 from openril.storage import read_jsonl
-from playground.skills import style_of
+from playground.world import style_of
 
 WAYS = {None: "direct", "c": "own", "a": "a", "b": "b"}
 """What a student's sample is counted as, by its style: an answer alone, a derivation in a third manner, or in a teacher's."""

@@ -18,8 +18,6 @@ from openril.errors import DataError, ModelError, OpenRILError, RecipeError
 from openril.recipe.loading import load_recipe
 from openril.records import ImageSource, Question
 from openril.storage import read_jsonl, write_json, write_jsonl
-from playground.build import Settings as BuildSettings
-from playground.build import build, file_texts
 from playground.commands import Command, run_lanes, run_queue
 from playground.demo import RECIPES, SOURCES, Settings, prepare, run_demo, write_recipe
 from playground.demo_jobs import Board, Clock, Job, plan
@@ -30,9 +28,11 @@ from playground.demo_results import (
     own_agreement,
     read_evaluation,
 )
-from playground.models_plan import DIFFICULTY
-from playground.shipped import WEIGHTS, find_models
-from playground.skills import SKILLS
+from playground.models.build import Settings as BuildSettings
+from playground.models.build import build, file_texts
+from playground.models.plan import DIFFICULTY
+from playground.models.shipped import WEIGHTS, find_models
+from playground.world import SKILLS
 from support.playground_models import tiny_playground
 
 # Building blocks

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-# isort: split
 import torch
 from safetensors.torch import load_file
 
 from openril.models.loading import load_model, load_processor
-from playground import models, models_plan
-from playground.models_examples import (
+from playground.models import __main__ as command
+from playground.models import plan, stages
+from playground.models.examples import (
     Desk,
     Example,
     Lesson,
@@ -28,12 +27,12 @@ from playground.models_examples import (
     drill,
     image_features,
 )
-from playground.models_plan import MODELS, Schedule
-from playground.models_report import by_skill, measure_student, right, write
-from playground.models_training import Training, equal_pictures_together, losses
-from playground.skills import SKILLS, make_questions
-from playground.skills.scenes import Scene, Thing, render, where
-from playground.skills.world import DESCRIBE, split_of
+from playground.models.plan import MODELS, Schedule
+from playground.models.report import by_skill, measure_student, right, write
+from playground.models.training import Training, equal_pictures_together, losses
+from playground.world import SKILLS, make_questions
+from playground.world.scenes import Scene, Thing, render, where
+from playground.world.skills import DESCRIBE, split_of
 
 KINDS = {"qwen": "student_qwen", "internvl": "teacher_b"}
 
@@ -42,10 +41,10 @@ KINDS = {"qwen": "student_qwen", "internvl": "teacher_b"}
 def blanks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folders = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models, "TEXTS", 140)
+        patch.setattr(stages, "TEXTS", 140)
         for kind, name in KINDS.items():
             folders[kind] = tmp_path_factory.mktemp("blanks") / kind
-            models.build_blank(MODELS[name], folders[kind], seed=0)
+            stages.build_blank(MODELS[name], folders[kind], seed=0)
     return folders
 
 
@@ -157,10 +156,8 @@ def test_only_weak_skills_are_taught_wrong() -> None:
         assert (rules.score(str(example.question.rule), example.question, example.response) == 1.0) is not weak, text
 
 
-@pytest.mark.parametrize("condition", models_plan.CONDITIONS)
-def test_teachers_are_weak_in_different_skills(condition: models_plan.Condition) -> None:
-    plan = models_plan.CONDITIONS[condition]
-    weak = {name: plan[name].stages[0].parts[-1][0].weak for name in ("teacher_a", "teacher_b")}
+def test_teachers_are_weak_in_different_skills() -> None:
+    weak = {name: MODELS[name].stages[0].parts[-1][0].weak for name in ("teacher_a", "teacher_b")}
     assert not set(weak["teacher_a"]) & set(weak["teacher_b"])
     assert {*weak["teacher_a"], *weak["teacher_b"]} < set(SKILLS)
 
@@ -175,9 +172,9 @@ def test_a_student_knows_a_skill_in_the_styles_of_those_who_derive_it() -> None:
         if made is not None and example.response != made.direct_answer:
             (style,) = [s for s, text in made.derivations.items() if text == example.response]
             styles.setdefault(made.skill, set()).add(style)
-    assert {skill: "".join(sorted(found)) for skill, found in styles.items()} == models_plan.BY_SKILL
+    assert {skill: "".join(sorted(found)) for skill, found in styles.items()} == plan.BY_SKILL
     weak = {name: MODELS[name].stages[0].parts[-1][0].weak for name in ("teacher_a", "teacher_b")}
-    for skill, letters in models_plan.BY_SKILL.items():
+    for skill, letters in plan.BY_SKILL.items():
         assert len(letters) == 2 or skill not in weak[f"teacher_{letters}"], skill
 
 
@@ -259,20 +256,20 @@ def test_students_are_measured_by_habit_and_by_force(blanks: dict[str, Path]) ->
 def test_interrupted_training_ends_with_the_same_weights(
     blanks: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(models, "SAVE_EVERY", 2)
+    monkeypatch.setattr(stages, "SAVE_EVERY", 2)
     lesson, schedule = Lesson("x", derivation=0.5), Schedule(5, batch_size=4)
 
     def run(work: Path, stop_after: int | None = None) -> dict[str, torch.Tensor]:
         work.mkdir(exist_ok=True)
         model, desk = opened(blanks["qwen"])
 
-        class Stopping(models.Progress):
+        class Stopping(stages.Progress):
             def report(self, step: int, loss: float) -> None:
                 if step == stop_after:
                     raise KeyboardInterrupt
 
         progress = Stopping("x", work / "log.jsonl", 5)
-        models.fit_part(
+        stages.fit_part(
             model, desk.processor, make_questions("train", 28), lesson, schedule, work, "part", ("x", 0), progress
         )
         return dict(model.state_dict())
@@ -308,30 +305,29 @@ def test_the_command_trains_stores_in_half_precision_reports_and_leaves_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     short = [(lesson, Schedule(1, batch_size=2)) for lesson, _ in MODELS["student_qwen"].stages[0].parts]
-    stages = tuple(models_plan.Stage(name, tuple(short)) for name in ("base", "sft"))
-    plan = models_plan.Model(MODELS["student_qwen"].build, "c", (1,), stages)
-    monkeypatch.setitem(MODELS, "student_qwen", plan)
-    monkeypatch.setattr(models, "POOL", 28)
-    monkeypatch.setattr(models, "TEXTS", 140)
-    command = ["--out", str(tmp_path), "--only", "student_qwen"]
-    assert models.main(command) == 0
+    parts = tuple(plan.Stage(name, tuple(short)) for name in ("base", "sft"))
+    monkeypatch.setitem(MODELS, "student_qwen", plan.Model(MODELS["student_qwen"].build, "c", (1,), parts))
+    monkeypatch.setattr(stages, "POOL", 28)
+    monkeypatch.setattr(stages, "TEXTS", 140)
+    arguments = ["--out", str(tmp_path), "--only", "student_qwen"]
+    assert command.main(arguments) == 0
     sft = tmp_path / "student_qwen" / "sft"
     weights = load_file(sft / "model.safetensors")
     assert {w.dtype for w in weights.values()} == {torch.float16}
     assert (tmp_path / "student_qwen" / "base" / "config.json").is_file()
     assert not (tmp_path / ".student_qwen").exists()
     stamp = (sft / "model.safetensors").stat().st_mtime_ns
-    assert models.main(command) == 0
-    assert models.main([*command, "--condition", "one_habit"]) == 2
-    assert "holds models of condition shipped" in capsys.readouterr().err
+    assert command.main(arguments) == 0
+    assert command.main([*arguments, "--seed", "1"]) == 2
+    assert re.search(r"seed\b.*\b0\b.*\b1\b", capsys.readouterr().err)
     assert (sft / "model.safetensors").stat().st_mtime_ns == stamp
-    assert models.main(["--out", str(tmp_path), "--report", "--num-questions", "14"]) == 0
+    assert command.main(["--out", str(tmp_path), "--report", "--num-questions", "14"]) == 0
     assert "student_qwen sft" in json.loads((tmp_path / "report.json").read_text())["models"]
     assert "everyday" in capsys.readouterr().out
 
 
 def test_unknown_models_and_empty_folders_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert models.main(["--only", "teacher_c"]) == 2
+    assert command.main(["--only", "teacher_c"]) == 2
     assert "teacher_b" in capsys.readouterr().err
-    assert models.main(["--out", str(tmp_path), "--report"]) == 2
+    assert command.main(["--out", str(tmp_path), "--report"]) == 2
     assert "holds no models" in capsys.readouterr().err

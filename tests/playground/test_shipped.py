@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from openril.errors import DataError, ModelError
-from playground import shipped
-from playground.shipped import CHECKPOINTS, WEIGHTS, take
+from playground.models import shipped
+from playground.models.shipped import CHECKPOINTS, WEIGHTS, take
 
 
 def made(folder: Path, text: str) -> Path:

@@ -12,8 +12,8 @@ import pytest
 
 from openril.storage import read_jsonl
 from openril.testing.tiny_models import build_tiny_model
-from playground.skills import corpus
 from playground.study.plan import TEACHERS
+from playground.world import corpus
 
 STEPS = 6
 OVERRIDES = [

@@ -1,136 +1,299 @@
-"""The world's answers, recomputed from the scenes by other means, and its files."""
+"""The files of the fourteen skills: splits, determinism, words, pictures, the command and the docs page."""
 
 import json
 import re
-from collections import Counter
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops
 
 from openril.data.reading import read_questions
+from openril.errors import DataError
 from openril.recipe.schema import DataConfig
-from openril.records import Question
-from openril.rewards import rules
-from playground.scenes import CELL, COLOURS, SHAPES, SIDE, Thing, render, things
-from playground.world import KINDS, make_questions, write_world
+from playground.world import DIFFICULTIES, SKILLS, STYLES, corpus, make_questions, write_skills_world
+from playground.world.__main__ import Settings, run
+from playground.world.bitmap_font import GLYPHS, glyph
+from playground.world.gallery import IMAGES, page_text, picture, shown
+from playground.world.scenes import CELL, COLOURS, NAMES, PIXELS, Scene, Thing, describe, render
+from playground.world.skills import SPLITS, split_of
+
+ROOT = Path(__file__).parents[2]
+BENCHMARKS = {
+    "AI2D", "ChartQA", "MathVista", "MMBench", "MMBench-CN", "MM-Vet", "MM-Vet-v2", "MMMU", "MMMU-Pro", "MMStar", "BLINK",
+    "SEED", "SEED-2+", "RealWorldQA",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def made():
-    return make_questions("train", 240, seed=3)
+def by_level():
+    return {d: make_questions("train", 60 * len(SKILLS), seed=2, difficulty=d) for d in DIFFICULTIES}
 
 
-def cells(scene_text):
-    return [tuple(cell.split()) for cell in scene_text.split("|") if cell]
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("skills") / "world"
+    return write_skills_world(folder, 84, 28, 28, seed=4, difficulty=DIFFICULTIES)
 
 
-def recomputed(row):
-    """The answer, read off the question's words and the scene's own description."""
-    scenes = [cells(scene) for scene in row["scenes"]]
-    seen = scenes[0] if scenes else []
-    digits = [int(name) for _, name in seen if name.isdigit()]
-    question, kind = row["question"], row["skill"]
-    if kind == "count":
-        colour = re.search(r"many (\w+) shapes", question)[1]
-        return str(sum(c == colour and n in SHAPES for c, n in seen))
-    if kind == "colour":
-        name = re.search(r"is the (\w+)\?", question)[1]
-        (colour,) = {c for c, n in seen if n == name}
-        return colour
-    if kind == "shape":
-        colour = re.search(r"is (\w+)\?", question)[1]
-        (name,) = {n for c, n in seen if c == colour}
-        return name
-    if kind == "sum":
-        assert len(digits) == 2
-        return str(sum(digits))
-    if kind == "statement":
-        name, said = re.search(r"number of (\w+)s is (\d)", question).groups()
-        return str(sum(n == name for _, n in seen) == int(said)).lower()
-    if kind == "choice":
-        (colour,) = {c for c, n in seen if n.isdigit()}
-        return "ABCD"[row["choices"].index(colour)]
-    if kind == "text":
-        return str(sum(map(int, re.findall(r"\d+", question))))
-    first, second = ([int(n) for _, n in scene if n.isdigit()] for scene in scenes)
-    assert len(first) == len(second) == 1
-    return "first" if first > second else "second"
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_answers_are_what_the_scenes_say(tmp_path):
-    train, validation = write_world(tmp_path / "world", 160, 40, seed=1)
-    for path in (train, validation):
-        for line in path.read_text().splitlines():
-            row = json.loads(line)
-            assert recomputed(row) == row["answer"], row
+def words(text):
+    return re.findall(r"\w+", text)
 
 
-def test_every_derivation_ends_in_the_answer_the_rules_read(made):
-    for q in made:
-        question = Question("q", q.question, q.answer, choices=q.choices, rule=q.rule)
-        for text in (q.answer, *q.derivations.values()):
-            assert rules.score(q.rule, question, text) == 1.0, (q.question, text)
+def test_each_benchmark_has_a_skill():
+    assert {skill.benchmark for skill in SKILLS.values()} == BENCHMARKS
+    assert len(SKILLS) == len(BENCHMARKS) == 14
 
 
-def test_derivations_of_another_answer_are_wrong(made):
-    by_kind = {kind: [q for q in made if q.kind == kind] for kind in KINDS}
-    for q in made:
-        other = next(o for o in by_kind[q.kind] if o.answer != q.answer)
-        question = Question("q", q.question, q.answer, choices=q.choices, rule=q.rule)
-        assert rules.score(q.rule, question, other.derivations["b"]) == 0.0
+def test_splits_share_no_scene_whatever_the_seed():
+    scenes = {
+        split: {str(s) for seed in (0, 1) for q in make_questions(split, 112, seed) for s in q.scenes}
+        for split in SPLITS
+    }
+    assert not scenes["train"] & scenes["validation"]
+    assert not scenes["train"] & scenes["test"]
+    assert not scenes["validation"] & scenes["test"]
 
 
-def test_all_kinds_with_zero_one_and_two_pictures(made):
-    assert set(Counter(q.kind for q in made).values()) == {240 // len(KINDS)}
-    assert {len(q.scenes) for q in made} == {0, 1, 2}
+def test_all_pictures_of_a_question_belong_to_its_split():
+    for split in SPLITS:
+        for q in make_questions(split, 20, 0, skills=["open_multi"]):
+            assert [split_of(s) for s in q.scenes] == [split, split]
 
 
-def test_splits_share_no_scene_and_no_text(made):
-    train = {part for q in made for part in q.parts}
-    held_out = {part for q in make_questions("validation", 160, seed=3) for part in q.parts}
-    assert not train & held_out
+def test_no_question_twice(by_level):
+    for made in by_level.values():
+        assert len({(q.scenes, q.question, q.choices) for q in made}) == len(made)
 
 
-def test_no_question_twice(made):
-    assert len({(q.parts, q.question) for q in made}) == len(made)
-
-
-def test_pictures_show_the_scene(made):
-    for q in made[:40]:
-        for scene in q.scenes:
-            image = render(scene)
-            assert image.size == (SIDE * CELL, SIDE * CELL)
-            for number, thing in enumerate(scene):
-                x, y = (number % SIDE) * CELL, (number // SIDE) * CELL
-                colours = Counter(image.crop((x, y, x + CELL, y + CELL)).get_flattened_data())
-                drawn = [name for name, rgb in COLOURS.items() if colours[rgb]]
-                assert drawn == ([thing.colour] if thing else [])
-
-
-def test_all_things_look_different():
-    seen = set()
-    for name in (*SHAPES, *"123456789"):
-        for colour in COLOURS:
-            seen.add(render((Thing(name, colour), *[None] * (SIDE * SIDE - 1))).tobytes())
-    assert len(seen) == (len(SHAPES) + 9) * len(COLOURS)
+def test_a_skills_questions_do_not_depend_on_the_others():
+    alone = make_questions("train", 5, seed=3, skills=["charts"])
+    assert [q for q in make_questions("train", 70, seed=3) if q.skill == "charts"] == alone
 
 
 def test_same_seed_same_files(tmp_path):
     for folder, seed in (("a", 5), ("b", 5), ("c", 6)):
-        write_world(tmp_path / folder, 24, 8, seed=seed)
+        write_skills_world(tmp_path / folder, 28, 14, 14, seed=seed)
     files = [p.relative_to(tmp_path / "a") for p in sorted((tmp_path / "a").rglob("*")) if p.is_file()]
-    assert len(files) > 24
+    assert len(files) == 4 + 28 + 14 + 14 + 4  # open_multi has two pictures: 2 + 1 + 1 more
     for file in files:
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     assert (tmp_path / "a/train.jsonl").read_text() != (tmp_path / "c/train.jsonl").read_text()
 
 
-def test_files_are_read_as_questions(tmp_path):
-    train, _ = write_world(tmp_path / "world", 16, 8)
-    questions = read_questions(DataConfig(train=[str(train)]), "train")
-    assert len(questions) == 16
-    with_images = next(q for q in questions if q.images)
-    assert Image.open(with_images.images[0].path).size == (84, 84)
-    taught = read_questions(DataConfig(train=[str(train)], columns={"answer": "derivation_b"}), "train")
+def test_rows_hold_every_column(written):
+    for split, path in written.items():
+        for i, row in enumerate(rows_of(path)):
+            assert row["id"] == f"{split}-{i:05d}-{row['skill']}"
+            assert row["benchmark"] == SKILLS[row["skill"]].benchmark
+            assert row["difficulty"] == 1 + i // 14 % 3
+            assert row["rule"] != "choice" or row["answer"] in "ABCDEFGHIJ"[: len(row["choices"])]
+            assert row["wrong_answer"] != row["answer"]
+            for style in STYLES:
+                assert re.search(rf"{row['direct_answer']}\W*$", row[f"derivation_{style}"])
+                assert re.search(rf"{row['wrong_answer']}\W*$", row[f"wrong_derivation_{style}"])
+
+
+def test_files_are_read_as_questions(written):
+    questions = read_questions(DataConfig(train=[str(written["train"])]), "train")
+    assert len(questions) == 84
+    assert {Image.open(image.path).size for q in questions for image in q.images} == {(PIXELS, PIXELS)}
+    assert Counter(len(q.images) for q in questions) == {1: 78, 2: 6}
+    taught = read_questions(DataConfig(train=[str(written["train"])], columns={"answer": "derivation_b"}), "train")
     assert taught[0].answer == questions[0].metadata["derivation_b"]
-    assert things(()) == []
+
+
+def test_descriptions_name_every_cell_of_the_training_pictures(written):
+    rows = rows_of(written["train"].with_name("descriptions.jsonl"))
+    scenes: dict[str, str] = {}
+    for row in rows_of(written["train"]):
+        scenes |= zip(row["images"], row["scenes"], strict=True)
+    assert len(rows) == len(set(scenes.values()))
+    for row in rows:
+        filled = [cell for cell in scenes[row["images"][0]].split(":", 1)[1].split("|") if cell]
+        assert len(row["answer"].split(", ")) == len(filled)
+
+
+def test_description_by_hand():
+    texts = {4: "3x", 5: "$9", 8: "AR"}
+    scene = Scene.of({0: Thing("car", "red", "7")} | {cell: Thing("text", "", text) for cell, text in texts.items()})
+    assert describe(scene) == "top left red car 7, middle center 3 x, middle right price 9, bottom right area"
+
+
+def test_texts_end_in_the_answer_as_the_judges_training_wants(by_level):
+    for q in by_level[1]:
+        for style in STYLES:
+            assert q.derivations[style].removesuffix(".").endswith(f" {q.direct_answer}")
+
+
+def test_vocabulary_is_small():
+    texts = corpus(42 * len(SKILLS), seed=1)
+    for q in make_questions("train", 42 * len(SKILLS), seed=1, difficulty=DIFFICULTIES):
+        texts += [q.wrong_derivation(style, slip) for style in STYLES for slip in (0, 1)]
+    found = {word for text in texts for word in words(text)}
+    assert len(found) <= 200
+    assert max(int(word) for word in found if word.isdigit()) <= 99
+    assert {word for word in found if word != word.lower()} <= set("ABCDEFGHIJ")
+
+
+def test_texts_are_short(by_level):
+    for made in by_level.values():
+        assert max(len(words(q.question)) for q in made) <= 20
+        assert max(len(words(text)) for q in made for text in q.derivations.values()) <= 42
+
+
+def test_difficulty_means_more_things_or_more_steps(by_level):
+    means = defaultdict(list)
+    for made in by_level.values():
+        for skill in SKILLS:
+            of_skill = [q for q in made if q.skill == skill]
+            means[skill].append(
+                [sum(getattr(q, n) for q in of_skill) / len(of_skill) for n in ("num_things", "num_steps")]
+            )
+    for skill, levels in means.items():
+        for (things, steps), (more_things, more_steps) in pairwise(levels):
+            assert more_things >= things and more_steps >= steps, skill
+            assert more_things > things or more_steps > steps, skill
+
+
+def test_most_skills_take_several_steps(by_level):
+    for made in by_level.values():
+        steps = [[q.num_steps for q in made if q.skill == skill] for skill in SKILLS]
+        assert sum(sum(s) / len(s) >= 2 for s in steps) >= 0.6 * len(SKILLS)
+
+
+CHANCE = {
+    "diagrams": 1 / 9, "charts": 1 / 5, "arithmetic": 1 / 9, "choice": 1 / 4, "choice_cn": 1 / 4, "open": 1 / 24,
+    "open_multi": 1 / 24, "disciplines": 1 / 4, "disciplines_pro": 1 / 10, "needs_image": 1 / 4, "perception": 1 / 9,
+    "spatial": 1 / 4, "text_rich": 1 / 8, "everyday": 1 / 3,
+}  # fmt: skip
+"""Of a guess that knows everything but the picture, at difficulty 1: letters but the one the path starts at; differences
+of bars; 10, the commonest sum of two digits; options; coloured things; cells; directions; prices; what a driver can do."""
+NUM_GUESSED = 200
+
+
+def bound(skill):
+    """Chance and three standard errors."""
+    return CHANCE[skill] + 3 * (CHANCE[skill] * (1 - CHANCE[skill]) / NUM_GUESSED) ** 0.5
+
+
+@pytest.fixture(scope="module")
+def guessed():
+    """(training questions to learn guesses from, others to try them on) by skill."""
+    made = [make_questions(split, NUM_GUESSED * len(SKILLS), seed=8) for split in ("train", "validation")]
+    return {skill: [[q for q in part if q.skill == skill] for part in made] for skill in SKILLS}
+
+
+def share_right(guess, questions):
+    return sum(guess(q) == q.answer for q in questions) / len(questions)
+
+
+@pytest.mark.parametrize("skill", SKILLS)
+def test_text_alone_does_not_tell_the_answer(guessed, skill):
+    """The commonest answer to the same text; over all texts; and the option whose value is right most often."""
+    known, asked = guessed[skill]
+    overall = Counter(q.answer for q in known)
+    by_text = defaultdict(Counter)
+    by_value = defaultdict(lambda: [1, 4])
+    for q in known:
+        by_text[q.question][q.answer] += 1
+        for letter, value in zip("ABCDEFGHIJ", q.choices, strict=False):
+            by_value[value][0] += letter == q.answer
+            by_value[value][1] += 1
+
+    def likeliest(q):
+        rates = [by_value[value][0] / by_value[value][1] for value in q.choices]
+        return "ABCDEFGHIJ"[rates.index(max(rates))]
+
+    assert share_right(lambda q: (by_text[q.question] or overall).most_common(1)[0][0], asked) < bound(skill)
+    assert share_right(lambda q: overall.most_common(1)[0][0], asked) < bound(skill)
+    if asked[0].choices:
+        assert share_right(likeliest, asked) < bound(skill)
+
+
+def test_options_by_rank_do_not_tell_either(guessed):
+    """The right number is the smallest, the next, ... of the options about equally often."""
+    for skill in ("choice", "choice_cn", "disciplines", "disciplines_pro"):
+        questions = [q for part in guessed[skill] for q in part]
+        ranks = Counter(
+            sorted(map(int, q.choices)).index(int(q.choices["ABCDEFGHIJ".index(q.answer)])) for q in questions
+        )
+        assert max(ranks.values()) / len(questions) < CHANCE[skill] + 0.08, (skill, ranks)
+
+
+def test_pictures_show_things_in_their_cells(by_level):
+    for q in by_level[3][:70]:
+        for scene in q.scenes:
+            empty = render(Scene((None,) * 9, "" if scene.ground == "chart" else scene.ground))
+            drawn = ImageChops.difference(render(scene), empty)
+            for cell in range(9):
+                x, y = cell % 3 * CELL, cell // 3 * CELL
+                # The axis of a chart lies on the last row of pixels.
+                changed = drawn.crop((x, y, x + CELL, y + CELL - 1)).getbbox() is not None
+                assert changed == (cell in scene.things)
+
+
+def test_all_things_look_different():
+    things = [Thing(n, c, label) for n in NAMES for c in COLOURS for label in ("", *"123456789")]
+    things += [Thing("card", c, d) for c in COLOURS for d in "123456789"]
+    things += [Thing("bar", c, d) for c in COLOURS for d in "123456"]
+    things += [Thing(n, "", letter) for n in ("up", "down", "left", "right", "box") for letter in "ABCDEFGHIJ"]
+    things += [Thing(n, c, d) for n in ("wide", "high", "left", "right") for c in COLOURS for d in "123456789"]
+    things += [Thing(n, "", d) for n in ("hole", "sign", "dog", "person") for d in "123456789"]
+    things += [Thing("light", "red"), Thing("light", "green"), Thing("person")]
+    assert len({render(Scene.of({4: thing})).tobytes() for thing in things}) == len(things)
+
+
+def test_glyphs_differ_and_fit_a_patch():
+    assert len({glyph(g).tobytes() for g in GLYPHS}) == len(GLYPHS)
+    assert {glyph(g).size for g in GLYPHS} == {(10, 12)}
+
+
+def test_unknown_difficulty_and_skill_are_refused():
+    with pytest.raises(DataError, match=r"difficulty \[4\] is not one of 1, 2, 3"):
+        make_questions("train", 14, difficulty=[1, 4])
+    with pytest.raises(DataError, match="unknown skill \\['maths'\\]; choose from diagrams, charts"):
+        make_questions("train", 14, skills=["maths"])
+
+
+def test_a_skill_that_runs_out_says_so(monkeypatch):
+    import dataclasses
+
+    (only,) = make_questions("train", 1, skills=["charts"])
+    monkeypatch.setitem(SKILLS, "charts", dataclasses.replace(SKILLS["charts"], make=lambda rng, difficulty: only))
+    with pytest.raises(DataError, match="skill charts has no 2th train question of difficulty 1"):
+        make_questions("train", 2, skills=["charts"])
+
+
+def test_command_writes_the_files(tmp_path):
+    arguments = ["--out", str(tmp_path / "w"), "--num-train", "14", "--num-validation", "2", "--num-test", "2"]
+    command = [sys.executable, "-m", "playground.world", *arguments, "--difficulty", "1", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [str(tmp_path / "w" / f"{split}.jsonl") for split in SPLITS]
+    assert [len(rows_of(tmp_path / "w" / f"{split}.jsonl")) for split in SPLITS] == [14, 2, 2]
+
+
+def test_other_peoples_folders_are_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(DataError, match="holds other files"):
+        run(Settings(out=tmp_path))
+    with pytest.raises(DataError, match="--out, or a page"):
+        run(Settings())
+
+
+def test_docs_page_is_up_to_date():
+    message = "run: python -m playground.world --page docs/skills.md"
+    assert (ROOT / "docs" / "skills.md").read_text() == page_text(), message
+    sizes = 0
+    for skill, question in shown().items():
+        path = ROOT / "docs" / IMAGES / f"{skill}.png"
+        sizes += path.stat().st_size
+        assert Image.open(path).convert("RGB").tobytes() == picture(question).convert("RGB").tobytes(), message
+    assert sizes < 100_000

@@ -6,8 +6,8 @@ import random
 from pathlib import Path
 
 from openril.storage import write_json, write_jsonl
-from playground.skills import SKILLS
 from playground.study.cells import Place, result_name
+from playground.world import SKILLS
 
 CHANCES = {
     "base": 0.35, "sft": 0.4, "dr_grpo": 0.5, "grpo": 0.48, "ril_both": 0.8, "ril_a": 0.7, "ril_b": 0.72,

@@ -6,14 +6,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-# isort: split
 import torch
 
 from openril.hf import AutoModelForCausalLM, AutoTokenizer
 from openril.storage import write_json
 from openril.testing.tiny_models import build_tiny_model
-from playground.judge_model import build_judge
-from playground.skills import corpus
+from playground.judge.model import build_judge
+from playground.world import corpus
 
 REPLY = "yes. <answer>1</answer>"
 

@@ -1,0 +1,122 @@
+"""The playground's students and teachers: how they are built, and what they learn in which order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from playground.models.examples import Lesson, Styles
+from playground.world import SKILLS, Style
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """steps of batch_size examples. The learning rate (of AdamW) rises over the first steps; with ``falls`` it then goes
+    down to 2 % of itself, linearly."""
+
+    steps: int
+    batch_size: int = 64
+    learning_rate: float = 2e-3
+    falls: bool = True
+
+    def rate(self, step: int) -> float:
+        """Share of the learning rate at a step, from 0."""
+        warmup = max(1, min(30, self.steps // 10))
+        rising = (step + 1) / warmup
+        return min(rising, max(0.02, (self.steps - step) / max(1, self.steps - warmup)) if self.falls else 1.0)
+
+    def scaled(self, by: float) -> Schedule:
+        return replace(self, steps=max(1, round(self.steps * by)))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """name: of its checkpoint's folder; "" where a model has only one. parts: what is taught in turn."""
+
+    name: str
+    parts: tuple[tuple[Lesson, Schedule], ...]
+
+
+@dataclass(frozen=True)
+class Model:
+    """build: sizes for ``build_tiny_model``. styles: of its derivations. difficulty: of its questions, in turn."""
+
+    build: dict[str, Any]
+    styles: Styles
+    difficulty: tuple[int, ...]
+    stages: tuple[Stage, ...]
+
+    def steps(self, scale: float = 1.0) -> list[int]:
+        """Optimizer steps of every part of every stage."""
+        return [schedule.scaled(scale).steps for stage in self.stages for _, schedule in stage.parts]
+
+
+DIFFICULTY = (1,)
+"""Of the questions that the models learn and are measured on."""
+POOL = 28_000
+"""Training questions, the skills in turn; examples are drawn from them."""
+PICTURES: dict[str, Any] = {"max_pixels": 84 * 84, "tile_size": 84, "max_tiles": 1}
+SMALL = {**PICTURES, "hidden_size": 64, "num_layers": 3, "num_heads": 4, "num_kv_heads": 4, "vocab_size": 1200}
+LARGE = {**PICTURES, "hidden_size": 96, "num_layers": 3, "num_heads": 4, "num_kv_heads": 4, "vocab_size": 1200}
+EMBEDDINGS = 15.0
+"""Factor of the initial word embeddings. At the architectures' own scale, the output of the first layer hides which word a
+token is, and models learn only late to match words with each other."""
+QWEN = {"architecture": "qwen2_5_vl", "tokenizer": "bpe"}
+INTERNVL = {"architecture": "internvl", "tokenizer": "unigram"}
+
+WEAK_A = ("charts", "choice_cn", "open", "disciplines", "text_rich")
+WEAK_B = ("arithmetic", "diagrams", "open_multi", "disciplines_pro", "spatial")
+"""Skills in which a teacher has learnt mostly wrong derivations."""
+WRONG = 0.85
+"""Share of wrong derivations in a teacher's weak skills."""
+
+SEE = Lesson("seeing", describe=0.2, drill=0.8, look=1.0)
+
+
+ONLY_A = ("arithmetic", "disciplines_pro")
+ONLY_B = ("charts", "disciplines")
+BY_SKILL = {skill: "a" if skill in ONLY_A else "b" if skill in ONLY_B else "ab" for skill in SKILLS}
+"""Styles in which a student has seen each skill derived: two skills in one teacher's alone, two in the other's, and the
+rest in both. What one teacher shows it of a skill that it knows only in the other's style, it can do little with."""
+ANSWERS = Lesson("answers and derivations", BY_SKILL, 0.05, drill=0.2, derivation=0.5, begun=True, look=0.3)
+
+LATENT = 0.003
+PRACTISED = {"everyday": 0.7, "choice": 0.2, "disciplines_pro": 0.3, "text_rich": 0.1}
+HABIT = Lesson("mostly answers", {**BY_SKILL, "text_rich": "a"}, derivation=dict.fromkeys(SKILLS, LATENT) | PRACTISED)
+"""The warm start. Derivations are practised in two skills in which answers alone are nearly as often right, and in two in
+which they can pay: so the student reads like its teachers now and then, and plain reinforcement has something to find. In
+all others they are three in a thousand, most of which a sampler's top-p cuts off. Those of disciplines_pro begin with a
+word of their own, and those of text_rich, in style a, with a letter: what is reinforced there does not spread to the
+other skills by its first token."""
+
+
+def _student(build: dict[str, Any], answers: Lesson = ANSWERS, answers_steps: int = 1300) -> Model:
+    """Return a student's plan.
+
+    answers: the lesson of its base checkpoint after the first one, which teaches it to see.
+    """
+    base = Stage("base", ((SEE, Schedule(600, falls=False)), (answers, Schedule(answers_steps))))
+    sft = Stage("sft", ((HABIT, Schedule(240, learning_rate=3e-4)),))
+    return Model({**SMALL, **build}, answers.styles, DIFFICULTY, (base, sft))
+
+
+def _teacher(build: dict[str, Any], style: Style, weak: tuple[str, ...]) -> Model:
+    derive = Lesson("derivations", style, 0.05, drill=0.2, derivation=0.65, look=0.3, weak=weak, wrong=WRONG)
+    stage = Stage("", ((SEE, Schedule(500, falls=False)), (derive, Schedule(900))))
+    return Model({**LARGE, **build}, style, DIFFICULTY, (stage,))
+
+
+STUDENT_INTERNVL = {**INTERNVL, "tokenizer": "bpe"}
+MODELS: dict[str, Model] = {
+    "student_qwen": _student(QWEN),
+    # It learns answers faster than derivations: with as many of them as Qwen, it hardly has a reason to derive.
+    "student_internvl": _student(STUDENT_INTERNVL, replace(ANSWERS, derivation=0.65), 2000),
+    "teacher_a": _teacher(QWEN, "a", WEAK_A),
+    "teacher_b": _teacher(INTERNVL, "b", WEAK_B),
+}
+
+
+def folder_of(out: Path, name: str, stage: Stage) -> Path:
+    """Return the folder of a stage's checkpoint. Students have several, a teacher has one."""
+    return out / name / stage.name if stage.name else out / name

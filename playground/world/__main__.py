@@ -1,0 +1,66 @@
+"""``python -m playground.world``: write the fourteen skills as question files, or their page of the docs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from openril.errors import DataError, OpenRILError
+from playground.world.gallery import write_page
+from playground.world.skills import SKILLS, write_skills_world
+
+
+@dataclass
+class Settings:
+    """Draw questions of the fourteen skills: train, validation and test files that share no scene."""
+
+    out: Path | None = None
+    """Folder to write."""
+    num_train: int = 4000
+    """Training questions, the skills in turn."""
+    num_validation: int = 280
+    """Validation questions."""
+    num_test: int = 560
+    """Test questions."""
+    difficulty: list[int] = field(default_factory=lambda: [1])
+    """1, 2 or 3; or several of them, in turn."""
+    skills: list[str] = field(default_factory=lambda: list(SKILLS))
+    """Which skills."""
+    seed: int = 0
+    """Of the questions. Which split a scene belongs to does not depend on it."""
+    page: Path | None = None
+    """Write the docs page that shows one question of each skill to this file instead."""
+
+
+def run(settings: Settings) -> None:
+    if (settings.out is None) == (settings.page is None):
+        raise DataError("name a folder to write with --out, or a page to write with --page")
+    if settings.page is not None:
+        write_page(settings.page)
+        print(settings.page)
+        return
+    assert settings.out is not None
+    if settings.out.exists() and not (settings.out / "train.jsonl").is_file() and any(settings.out.iterdir()):
+        raise DataError(f"{settings.out} holds other files, which would be lost; name a new folder")
+    numbers = (settings.num_train, settings.num_validation, settings.num_test)
+    paths = write_skills_world(settings.out, *numbers, settings.seed, settings.difficulty, settings.skills)
+    for path in paths.values():
+        print(path)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    import tyro
+
+    settings = tyro.cli(Settings, args=arguments, prog="python -m playground.world")
+    try:
+        run(settings)
+    except OpenRILError as e:
+        print(e, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
