@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-import yaml
+from ruamel.yaml import YAML
 
 from openril.recipe.checks import cross_check
 from openril.recipe.loading import load_recipe
@@ -25,7 +25,7 @@ def test_the_comments_and_the_launcher_name_these_process_counts():
     text = " ".join((RECIPES / "paper" / "base.yaml").read_text().replace("#", " ").split())
     [named] = re.findall(r"can be divided by ([\d, and]+) processes", text)
     assert tuple(map(int, re.findall(r"\d+", named))) == PROCESSES
-    assert yaml.safe_load(LAUNCHER.read_text())["num_processes"] == max(PROCESSES)
+    assert YAML(typ="safe").load(LAUNCHER.read_text())["num_processes"] == max(PROCESSES)
 
 
 @pytest.mark.parametrize("processes", PROCESSES)

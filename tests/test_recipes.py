@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-import yaml
+from ruamel.yaml import YAML
 
 from openril.recipe.checks import cross_check
 from openril.recipe.loading import load_recipe
@@ -74,4 +74,4 @@ def test_accelerate_configurations_are_accelerates(path):
     from accelerate.commands.config.config_args import load_config_from_file
 
     config = load_config_from_file(str(path))
-    assert config.num_processes == yaml.safe_load(path.read_text())["num_processes"]
+    assert config.num_processes == YAML(typ="safe").load(path.read_text())["num_processes"]

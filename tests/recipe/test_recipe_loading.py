@@ -211,3 +211,31 @@ def test_help_shows_the_docstring_of_every_setting(tmp_path: Path, capsys: pytes
 def test_loading_and_checking_import_no_torch() -> None:
     code = "import sys, openril.recipe.loading, openril.recipe.checks; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_anchors_and_merges_work(tmp_path: Path) -> None:
+    text = (
+        "sft: {optimizer: &o {learning_rate: 3e-5, weight_decay: 0.1}}\ntrain: {optimizer: {<<: *o, weight_decay: 0}}\n"
+    )
+    train = load_recipe(write(tmp_path, text)).train.optimizer
+    assert (train.learning_rate, train.weight_decay) == (3e-5, 0.0)
+
+
+def test_dates_and_hours_stay_text(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, "\ufeffrun_dir: 2026-01-31\ncache_dir: 12:30:00\n"))
+    assert (recipe.run_dir, recipe.cache_dir) == ("2026-01-31", "12:30:00")
+
+
+def test_a_key_written_twice_is_refused_at_any_depth_without_its_values(tmp_path: Path) -> None:
+    text = message(tmp_path, "judge:\n  batch_size: 1\nteachers:\n  - name: x\n    model: sk-1\n    model: sk-2\n")
+    assert "r.yaml:6" in text and "'model'" in text and "sk-" not in text
+    assert "'beta'" in message(tmp_path, "train: {beta: 1, beta: 2}")
+
+
+def test_an_anchor_that_contains_itself_is_refused_with_its_line(tmp_path: Path) -> None:
+    assert "r.yaml:2" in message(tmp_path, "seed: 1\ndata: &x {train: *x}\n")
+
+
+def test_saved_numbers_are_numbers_for_readers_of_yaml_1_1_too(tmp_path: Path) -> None:
+    save_recipe(Recipe(), tmp_path / "saved.yaml")
+    assert "learning_rate: 1.0e-05" in (tmp_path / "saved.yaml").read_text()

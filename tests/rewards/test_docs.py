@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-import yaml
+from ruamel.yaml import YAML
 
 from openril.recipe.schema import Recipe
 from openril.records import Group, Question, Response, Rollout
@@ -18,7 +18,7 @@ def test_the_documented_reward_functions_run(tmp_path, monkeypatch):
     (tmp_path / "brief.py").write_text(code)
     monkeypatch.chdir(tmp_path)
     recipe = Recipe.model_validate(
-        yaml.safe_load(settings) | {"run_dir": str(tmp_path / "run"), "train": {"algorithm": "dr_grpo"}}
+        YAML(typ="safe").load(settings) | {"run_dir": str(tmp_path / "run"), "train": {"algorithm": "dr_grpo"}}
     )
     recipe.rewards.answer.kind = "rules"
     texts = [("student", "red"), ("student", "rosy"), ("big", "blue")]

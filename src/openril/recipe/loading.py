@@ -8,12 +8,17 @@ serves several run folders.
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
+from ruamel.yaml import YAML
+from ruamel.yaml.constructor import SafeConstructor
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+from ruamel.yaml.representer import SafeRepresenter
 
 from openril import storage
 from openril.errors import RecipeError
@@ -69,43 +74,41 @@ def save_recipe(recipe: Recipe, path: str | Path) -> None:
     Keys of servers are named by environment variable in a recipe, so none is ever written.
     """
     _refuse_secrets(recipe, "recipe")
-    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
-    storage.write_text(Path(path), "# Every setting of this run. Written by ril; usable as a recipe again.\n" + text)
+    text = io.StringIO("# Every setting of this run. Written by ril; usable as a recipe again.\n")
+    text.seek(0, io.SEEK_END)
+    _yaml().dump(recipe.model_dump(mode="json"), text)
+    storage.write_text(Path(path), text.getvalue())
 
 
-# Reading YAML
+# YAML
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML with 1.2's plain words: only true and false are booleans (``sft.targets`` stays a key), and 1e-6 is a number."""
+class _Constructor(SafeConstructor):
+    """Plain values only. A date stays text, for instance in the name of a run folder."""
 
 
-_Loader.yaml_implicit_resolvers = {
-    first: [
-        (tag, pattern) for tag, pattern in resolvers if tag in ("tag:yaml.org,2002:null", "tag:yaml.org,2002:merge")
-    ]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9][0-9_]*$"), list("-+0123456789"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^(?:[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|\.[0-9]+(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)"
-        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
-    ),
-    list("-+0123456789."),
-)
+_Constructor.add_constructor("tag:yaml.org,2002:timestamp", SafeConstructor.construct_yaml_str)
 
 
-def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
-    # PyYAML reads 010 as octal eight; in YAML 1.2 it is ten.
-    return int(loader.construct_scalar(node).replace("_", ""))
+class _Representer(SafeRepresenter):
+    """Writes 1.0e-05 where YAML 1.2 allows 1e-05, because readers of YAML 1.1 take the latter for text."""
+
+    def represent_float(self, data: Any) -> Any:
+        node = super().represent_float(data)
+        node.value = re.sub(r"^(-?\d+)e", r"\1.0e", node.value)
+        return node
 
 
-_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+_Representer.add_representer(float, _Representer.represent_float)
+
+
+def _yaml() -> YAML:
+    yaml = YAML(typ="safe", pure=True)  # version 1.2: only true and false are booleans, and 1e-6 is a number
+    yaml.Constructor, yaml.Representer = _Constructor, _Representer
+    yaml.default_flow_style, yaml.width = False, 120
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    return yaml
+
 
 Lines = dict[KeyPath, tuple[str, int]]
 
@@ -120,21 +123,18 @@ def _read(path: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], Lines]:
         raise RecipeError(f"{path}: no such recipe" + _similar_file(path)) from None
     except (OSError, UnicodeDecodeError) as e:
         raise RecipeError(f"{path}: cannot be read ({e})") from e
-    loader = _Loader(text)
+    lines: Lines = {}
     try:
-        node = loader.get_single_node()
-        lines: Lines = {}
+        node = _yaml().compose(text)
         if node is not None:
             _note_lines(node, (), str(path), lines, set())
-        values = loader.construct_document(node) if node is not None else {}
-    except yaml.YAMLError as e:
+        values = _yaml().load(text)
+    except YAMLError as e:
         mark = getattr(e, "problem_mark", None)
         line = f":{mark.line + 1}" if mark is not None else ""
         raise RecipeError(f"{path}{line}: not YAML: {getattr(e, 'problem', None) or e}") from e
     except (RecursionError, ValueError) as e:
         raise RecipeError(f"{path}: cannot be read as YAML ({e})") from e
-    finally:
-        loader.dispose()
     if values is None:
         values = {}
     if not isinstance(values, dict):
@@ -158,21 +158,21 @@ def _similar_file(path: Path) -> str:
     return f"; did you mean {path.parent / match}?" if match else ""
 
 
-def _note_lines(node: yaml.Node, key: KeyPath, file: str, lines: Lines, above: set[int]) -> None:
+def _note_lines(node: Node, key: KeyPath, file: str, lines: Lines, above: set[int]) -> None:
     """Record file and line of every key; refuse keys written twice, of which YAML would silently keep the last."""
     if id(node) in above:
-        raise yaml.MarkedYAMLError(problem="an anchor that holds itself", problem_mark=node.start_mark)
+        raise MarkedYAMLError(problem="an anchor that holds itself", problem_mark=node.start_mark)
     above = above | {id(node)}
-    if isinstance(node, yaml.MappingNode):
+    if isinstance(node, MappingNode):
         seen: set[str] = set()
         for name_node, value_node in node.value:
-            name = name_node.value if isinstance(name_node, yaml.ScalarNode) else str(name_node.value)
+            name = name_node.value if isinstance(name_node, ScalarNode) else str(name_node.value)
             if name in seen:
-                raise yaml.MarkedYAMLError(problem=f"key {name!r} is written twice", problem_mark=name_node.start_mark)
+                raise MarkedYAMLError(problem=f"key {name!r} is written twice", problem_mark=name_node.start_mark)
             seen.add(name)
             lines[(*key, name)] = (file, name_node.start_mark.line + 1)
             _note_lines(value_node, (*key, name), file, lines, above)
-    elif isinstance(node, yaml.SequenceNode):
+    elif isinstance(node, SequenceNode):
         for i, item in enumerate(node.value):
             lines[(*key, i)] = (file, item.start_mark.line + 1)
             _note_lines(item, (*key, i), file, lines, above)
