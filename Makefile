@@ -1,60 +1,71 @@
-# Every target sets up what it needs: a virtual environment in .venv with the tested versions (constraints.txt).
+# Every target first installs what it needs into .venv, with the versions of constraints.txt.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-# Small tensors on few cores: one thread a process is faster than threads that wait for each other.
+# The models here are small. One thread per process is faster than several threads that wait for each other.
 export OMP_NUM_THREADS ?= 1
 WORKERS ?= 2
 
-.PHONY: help demo playground study test test-vllm check format clean
+.PHONY: help demo playground study test test-vllm test-versions check docs format clean
 
 help:
-	@echo "make demo       RIL beside Dr.GRPO on fourteen small skills, with ready-made models (runs/demo)"
-	@echo "make playground students, teachers and judge of the fourteen skills, trained from nothing (runs/playground)"
-	@echo "make study      RIL against what it is built from, with seeds and ablations: at most three hours (runs/study)"
-	@echo "make test       the tests"
-	@echo "make test-vllm  the tests against a real vLLM server (builds .venv-vllm first)"
-	@echo "make check      lint and types"
-	@echo "make clean      remove the virtual environments"
+	@echo "make demo          compare RIL with Dr.GRPO on fourteen small skills, with ready-made models (runs/demo)"
+	@echo "make playground    train the small students, teachers and judge from random weights (runs/playground)"
+	@echo "make study         compare RIL with its parts and with baselines, in at most three hours (runs/study)"
+	@echo "make test          run the tests"
+	@echo "make test-vllm     run the tests against a real vLLM server (builds .venv-vllm first)"
+	@echo "make test-versions run the quick tests with the lowest and the newest supported versions"
+	@echo "make check         run the linter and the type checker, and build the documentation"
+	@echo "make docs          build the documentation into site/"
+	@echo "make format        apply the formatter and the linter's fixes"
+	@echo "make clean         remove the virtual environments, the caches and the built documentation"
 
 $(INSTALLED): pyproject.toml constraints.txt
-	@echo "==> making $(VENV) and installing OpenRIL with the tested versions (about two minutes)"
+	@echo "==> installing OpenRIL with the tested versions into $(VENV) (about two minutes)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --upgrade pip
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	@touch $@
 
 demo: $(INSTALLED)
-	@echo "==> the demo: everything it makes goes to runs/demo; the same command continues an interrupted one"
+	@echo "==> the demo writes to runs/demo; run the same command again to continue an interrupted one"
 	$(BIN)/python -m playground.demo --out runs/demo $(ARGS)
 
 playground: $(INSTALLED)
-	@echo "==> two students, two teachers and a judge, trained into runs/playground in half an hour to an hour; the same command goes on where it was stopped"
+	@echo "==> training two students, two teachers and a judge into runs/playground takes half an hour to an hour;"
+	@echo "    run the same command again to continue"
 	$(BIN)/python -m playground.models --out runs/playground
 	$(BIN)/python -m playground.judge --out runs/playground/judge
 	$(BIN)/python -m playground.models --out runs/playground --report
 
 study: $(INSTALLED)
-	@echo "==> the study: everything it makes goes to runs/study; the same command goes on where it was stopped"
+	@echo "==> the study writes to runs/study; run the same command again to continue an interrupted one"
 	$(BIN)/python -m playground.study --out runs/study $(ARGS)
 
 test: $(INSTALLED)
-	@echo "==> the tests, on $(WORKERS) workers"
+	@echo "==> running the tests on $(WORKERS) workers"
 	$(BIN)/python -m pytest -m "not vllm and not gpu" -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-vllm: $(INSTALLED)
-	@echo "==> the tests against a real vLLM server on CPU; the first run builds .venv-vllm"
+	@echo "==> running the tests against a real vLLM server on the CPU; the first run builds .venv-vllm"
 	$(BIN)/python -m pytest tests/vllm_server -m vllm -s $(ARGS)
 
-check: $(INSTALLED)
+test-versions: $(INSTALLED)
+	@echo "==> running the quick tests in separate environments with other versions"
+	$(BIN)/python scripts/test_versions.py $(ARGS)
+
+check: $(INSTALLED) docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --site-dir site
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .venv-vllm .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-vllm .pytest_cache .mypy_cache .ruff_cache site
