@@ -103,7 +103,7 @@ def test_same_logits_and_gradients(
         )
         groups = groups_on(tmp_path)
         results.append((probabilities(d, groups), learnt(d, groups, monkeypatch)))
-        assert warnings == [] and d._packed is packed
+        assert warnings == [] and d.packing.on is packed
     (probs, learning), (plain_probs, plain_learning) = results
     assert probs == pytest.approx(plain_probs, abs=1e-6)
     assert max(probs) - min(probs) > 2e-3
@@ -145,7 +145,7 @@ def test_same_with_images_for_every_family_and_all_of_it_training(
         )
         groups = groups_on(tmp_path)
         results.append((probabilities(d, groups), learnt(d, groups, monkeypatch)))
-        assert warnings == [] and d._packed is packed
+        assert warnings == [] and d.packing.on is packed
     assert results[0][0] == pytest.approx(results[1][0], abs=1e-5)
     assert_same(results[0][1], results[1][1])
     assert any(g.abs().max() > 1e-6 for n, g in results[0][1][1].items() if "vision" in n or "visual" in n)
@@ -260,7 +260,7 @@ def test_a_fixed_discriminator_scores_packed(tiny_qwen: Path, tmp_path: Path):
     )
     groups = groups_on(tmp_path)
     assert probabilities(fixed, groups) == pytest.approx(probabilities(d, groups), abs=1e-6)
-    assert fixed._packed is True and fixed.store.bytes > 0
+    assert fixed.packing.on is True and fixed.store.bytes > 0
 
 
 @pytest.mark.parametrize("inputs", ["response", "image"])
@@ -270,7 +270,7 @@ def test_gemma_falls_back_and_says_so(inputs: str, tiny_gemma3: Path, tmp_path: 
         d, warnings = made(tiny_gemma3, tmp_path, packed=packed, discriminator__inputs=inputs)
         groups = groups_on(tmp_path)
         results.append((probabilities(d, groups), learnt(d, groups, monkeypatch)))
-        assert d._packed is False
+        assert d.packing.on is False
         assert len(warnings) == (1 if packed else 0)
         assert all("discriminator: Gemma3Model" in w and "sliding_window" in w for w in warnings)
     assert results[0][0] == pytest.approx(results[1][0], abs=1e-6)
@@ -281,8 +281,8 @@ def test_text_alone_proves_nothing_about_images(tiny_gemma3_full_attention: Path
     d, warnings = made(tiny_gemma3_full_attention, tmp_path, discriminator__inputs="image")
     groups = groups_on(tmp_path)
     probabilities(d, [g for g in groups if not g.question.images])
-    assert d._packed is True and warnings == []
+    assert d.packing.on is True and warnings == []
     ours = probabilities(d, groups)
-    assert d._packed is False and len(warnings) == 1
+    assert d.packing.on is False and len(warnings) == 1
     plain, _ = made(tiny_gemma3_full_attention, tmp_path, packed=False, discriminator__inputs="image")
     assert ours == pytest.approx(probabilities(plain, groups), abs=1e-6)

@@ -23,8 +23,8 @@ from openril.models.packing import (
     packing_difference,
     pad_rows,
     split_to,
-    tolerance,
 )
+from openril.models.packing_probe import tolerance
 from openril.models.prompts import PromptEncoder
 from openril.models.vision_features import FeatureCache, VisionFeatures
 from openril.recipe.schema import LoraConfig

@@ -255,3 +255,20 @@ def test_two_models_share_one_store(tiny_student: Path, tmp_path: Path):
     [prompt] = prompts(tiny_student, tmp_path, [1])
     assert torch.allclose(flat(ours([prompt])), flat(theirs([prompt])), atol=1e-6)
     assert [len(c) for c in calls] == [1, 0]
+
+
+@pytest.mark.parametrize("keep", ["features", "tower"])
+def test_each_precision_has_its_own_features(keep: Any, tiny_family: Path, tmp_path: Path):
+    """What autocast rounded must not reach a pass in float32, nor the other way round."""
+    model = load_model(str(tiny_family))
+    [prompt] = prompts(tiny_family, tmp_path, [1])
+    vision = VisionFeatures(model, FeatureCache(PLENTY), keep)
+    with torch.no_grad():
+        for misses in (1, 1):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                rounded = flat(vision([prompt]))
+                assert torch.equal(rounded, flat(vision([prompt])))
+            exact = flat(vision([prompt]))
+            assert torch.allclose(exact, fresh(model, prompt), atol=1e-6)
+            assert not torch.allclose(exact, rounded.float(), atol=1e-5)
+            assert vision.store.misses == 2 * misses

@@ -101,7 +101,7 @@ def test_two_tokens_in_a_row_follow_the_exact_distribution(name: str, tiny_qwen:
 
     sampler = TransformersSampler(model, encoder)
     [out] = sampler.sample([question], COUNT, settings=settings, max_completion_length=2, seed=7)
-    assert sampler.branches
+    assert sampler.packing.on
     drawn = Counter(r.token_ids for r in out if r.token_ids is not None)
     assert chance(expected, drawn) > 1e-3
     # The test would notice: without this setting the same draws are impossible.

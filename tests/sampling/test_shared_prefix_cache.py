@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from openril.models.group_attention import CannotPack
-from openril.sampling.shared_prefix_cache import BranchedCache
+from openril.sampling.shared_prefix_cache import SharedPrefixCache
 
 LAYER: Any = SimpleNamespace(layer_idx=0)
 SCALE = 0.3
@@ -35,7 +35,7 @@ def test_a_row_attends_to_its_prompt_and_itself(lengths: list[int], heads: int, 
     """Rows leave at different times, questions empty one by one, and own tokens outgrow the first buffers."""
     generator = torch.Generator().manual_seed(0)
     count, limit, size = 3, 40, 8
-    cache = BranchedCache(lengths, count, limit)
+    cache = SharedPrefixCache(lengths, count, limit)
     total = sum(lengths)
     q, k, v = (states(n, total, size, generator) for n in (heads, kv_heads, kv_heads))
     read = cache.read(lengths).attend(LAYER, q, k, v, SCALE)
@@ -68,7 +68,7 @@ def test_a_row_attends_to_its_prompt_and_itself(lengths: list[int], heads: int, 
 def test_prompts_may_be_read_one_at_a_time():
     generator = torch.Generator().manual_seed(0)
     q, k, v = (states(2, 9, 8, generator) for _ in range(3))
-    whole, parts = BranchedCache([4, 5], 2, 8), BranchedCache([4, 5], 2, 8)
+    whole, parts = SharedPrefixCache([4, 5], 2, 8), SharedPrefixCache([4, 5], 2, 8)
     whole.read([4, 5]).attend(LAYER, q, k, v, SCALE)
     for at, length in ((0, 4), (4, 5)):
         parts.read([length]).attend(LAYER, *(x[:, :, at : at + length] for x in (q, k, v)), SCALE)
@@ -78,7 +78,7 @@ def test_prompts_may_be_read_one_at_a_time():
 
 def test_16_bit_scores_are_not_rounded():
     """Scores near 100 that differ by 0.1: bfloat16 would call them equal, and share out half and half."""
-    cache = BranchedCache([2], 1, 4)
+    cache = SharedPrefixCache([2], 1, 4)
     dtype = torch.bfloat16
     # 64 * 1.5625 = 100; the first key's last entry adds 0.1015625.
     key = torch.ones(1, 1, 2, 65, dtype=dtype)
@@ -96,10 +96,10 @@ def test_16_bit_scores_are_not_rounded():
 def test_a_layer_must_know_its_number():
     x = torch.zeros(1, 1, 1, 8)
     with pytest.raises(CannotPack, match="number of its layer"):
-        BranchedCache([1], 1, 1).read([1]).attend(torch.nn.Linear(1, 1), x, x, x, SCALE)
+        SharedPrefixCache([1], 1, 1).read([1]).attend(torch.nn.Linear(1, 1), x, x, x, SCALE)
 
 
 def test_values_of_another_size_are_refused():
     x = torch.zeros(1, 1, 1, 8)
     with pytest.raises(CannotPack, match="unlike size"):
-        BranchedCache([1], 1, 1).read([1]).attend(LAYER, x, x, torch.zeros(1, 1, 1, 4), SCALE)
+        SharedPrefixCache([1], 1, 1).read([1]).attend(LAYER, x, x, torch.zeros(1, 1, 1, 4), SCALE)

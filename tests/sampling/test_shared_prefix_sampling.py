@@ -63,10 +63,10 @@ def assert_same(ours: Sequence[Response], plain: Sequence[Response]) -> None:
 def test_branched_is_plain(sampler: TransformersSampler, tmp_path: Path, count: int):
     questions = questions_of_unlike_length(tmp_path)
     ours = sample(sampler, questions, count)
-    assert sampler.branches
+    assert sampler.packing.on
     lengths = {len(r.token_ids or ()) for r in ours}
     assert len(lengths) >= 4, "rows must finish at different times"
-    sampler.branches = False
+    sampler.packing.state = "off"
     assert_same(ours, sample(sampler, questions, count))
 
 
@@ -75,7 +75,7 @@ def test_branched_is_plain_with_other_settings(sampler: TransformersSampler, tmp
     settings = SamplingConfig.model_validate({"repetition_penalty": 1.3, **setting})
     questions = questions_of_unlike_length(tmp_path)
     ours = sample(sampler, questions, 2, settings=settings)
-    sampler.branches = False
+    sampler.packing.state = "off"
     assert_same(ours, sample(sampler, questions, 2, settings=settings))
 
 
@@ -113,7 +113,7 @@ def test_without_features_prompts_are_read_one_at_a_time(checkpoint: Path, tmp_p
         lambda module, args, kwargs: rows.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
     )
     ours = sample(sampler, questions, 2)
-    assert sampler.branches
+    assert sampler.packing.on
     assert {sampler.encoder(q).length for q in questions} <= set(rows)
     assert_same(ours, sample(open_sampler(load_model(str(checkpoint)), checkpoint), questions, 2))
 
@@ -152,7 +152,7 @@ def test_sliding_windows_fall_back_and_say_so(tiny_qwen: Path, tmp_path: Path, w
     questions = questions_of_unlike_length(tmp_path)
     drawn = sample(sampler, questions, 2)
     sample(sampler, questions, 2, seed=5)
-    assert not sampler.branches
+    assert not sampler.packing.on
     assert len(warnings_told) == 1  # once, not at every call
     assert "Qwen2_5_VLForConditionalGeneration" in warnings_told[0] and "sliding_window" in warnings_told[0]
     assert_same(sample(open_sampler(load_model(str(tiny_qwen)), tiny_qwen), questions, 2), drawn)
@@ -163,7 +163,7 @@ def test_an_attention_of_another_kind_falls_back(tiny_qwen: Path, tmp_path: Path
     model.get_decoder().config.attention_dropout = 0.1
     sampler = open_sampler(model, tiny_qwen, warn=warnings_told.append)
     sample(sampler, tiny_qwen_questions(tmp_path), 1)
-    assert not sampler.branches and "dropout" in warnings_told[0]
+    assert not sampler.packing.on and "dropout" in warnings_told[0]
 
 
 def test_a_model_that_looks_along_the_row_falls_back(tiny_qwen: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
@@ -182,8 +182,8 @@ def test_a_model_that_looks_along_the_row_falls_back(tiny_qwen: Path, tmp_path: 
     layer.mlp = Mixing(layer.mlp)
     sampler = open_sampler(model, tiny_qwen)
     sample(sampler, tiny_qwen_questions(tmp_path), 2)
-    assert not sampler.branches
-    assert "differ from plain decoding's" in caplog.text
+    assert not sampler.packing.on
+    assert "nats a token" in caplog.text
 
 
 def tiny_qwen_questions(folder: Path) -> list[Question]:

@@ -85,7 +85,7 @@ def test_same_curves(student: str, name: str, request: pytest.FixtureRequest, tm
         start = final_weights(trainer)
         trainer.train()
         assert warnings == []
-        assert trainer.policy._packed is packed
+        assert trainer.policy.packing.on is packed
         assert any((v - start[k]).abs().max() > 1e-4 for k, v in final_weights(trainer).items() if "student" in k)
         runs.append(trainer)
     assert_same_run(*runs)
@@ -200,7 +200,7 @@ def compare_with_plain(checkpoint: Path, tmp_path: Path, reason: str, name: str)
     falling.train()
     student = [w for w in warnings if not w.startswith("discriminator")]
     assert len(student) == 1 and name in student[0] and reason in student[0]
-    assert falling.policy._packed is False
+    assert falling.policy.packing.on is False
     plain, silent = build(checkpoint, tmp_path, "plain", train__max_steps=2, train__packed=False)
     plain.train()
     assert silent == []
@@ -234,7 +234,7 @@ def test_short_responses_prove_nothing_about_longer_ones(
             Rollout(replace(r.response, token_ids=(60 + i,)), advantage=r.advantage) for i, r in enumerate(g.rollouts)
         ]
     trainer.policy.update(groups, 0)
-    assert trainer.policy._packed is False and len(warnings) == 1
+    assert trainer.policy.packing.on is False and len(warnings) == 1
 
 
 def test_a_model_without_ready_features_falls_back(
@@ -247,14 +247,14 @@ def test_a_model_without_ready_features_falls_back(
 def test_text_alone_proves_nothing_about_images(tiny_gemma3_full_attention: Path, tmp_path: Path):
     """A first step without images must not settle the matter for later ones, nor for the sampler."""
     trainer, warnings = build(tiny_gemma3_full_attention, tmp_path, "run", discriminator__mode="none")
-    assert trainer.sampler.branches is None
+    assert trainer.sampler.packing.on is None
     text = [q for q in trainer.questions if not q.images][:2]
     images = [q for q in trainer.questions if q.images][:2]
     assert len(text) == len(images) == 2
     trainer.step([(q, 0) for q in text])
-    assert warnings == [] and trainer.policy._packed is True  # exact, for these
+    assert warnings == [] and trainer.policy.packing.on is True  # exact, for these
     _, metrics = trainer.step([(q, 0) for q in images])
-    assert trainer.policy._packed is trainer.sampler.branches is False
+    assert trainer.policy.packing.on is trainer.sampler.packing.on is False
     assert metrics["train/sampling/sampling_logp_difference/max"] < 1e-4
     assert len(warnings) == 1
     trainer.step([(q, 0) for q in images])
@@ -265,11 +265,11 @@ def test_bfloat16_packs_too(tiny_student: Path, tmp_path: Path):
     """Autocast rounds, and the comparison at first use must not take that for an error."""
     trainer, warnings = build(tiny_student, tmp_path, "run", train__precision="bfloat16", train__max_steps=1)
     trainer.train()
-    assert warnings == [] and trainer.policy._packed is True
-    assert trainer.discriminator is not None and trainer.discriminator._packed is True
+    assert warnings == [] and trainer.policy.packing.on is True
+    assert trainer.discriminator is not None and trainer.discriminator.packing.on is True
 
 
 def test_a_refused_probe_leaves_the_mode_of_training(tiny_gemma3: Path, tmp_path: Path):
     trainer, _ = build(tiny_gemma3, tmp_path, "run", discriminator__mode="none")
     trainer.step(trainer.batch_at(0))
-    assert trainer.policy._packed is False and trainer.policy.policy.training
+    assert trainer.policy.packing.on is False and trainer.policy.policy.training

@@ -46,7 +46,9 @@ trainer.questions = [arranged[order.index(i)] for i in range(len(arranged))]
 first = [q for q, _ in trainer.batch_at(0)]
 assert trainer.accelerator.num_processes == 1 or len({bool(q.images) for q in first}) == 1
 trainer.train()
-assert trainer.policy._packed is (passes == "packed" and trainer.policy.unwrapped.model.config.model_type != "gemma3")
+assert trainer.policy.packing.on is (
+    passes == "packed" and trainer.policy.unwrapped.model.config.model_type != "gemma3"
+)
 if trainer.accelerator.is_main_process:
     state = {f"student.{k}": v for k, v in trainer.policy.unwrapped.state_dict().items()}
     if trainer.discriminator is not None:

@@ -228,31 +228,16 @@ def token_logprobs(
     return torch.cat([part(*p) for p in pieces])
 
 
-# How far a packed row's mean log-probability may be from the plain pass's, in nats a token: rounding, with room to spare.
-_ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-4}
-
-
-def probe(group: GroupTokens) -> GroupTokens:
-    """A small group in which whatever packing could get wrong shows: more than one response, of more than one token."""
-    completions = [c if len(c) > 3 else c.repeat(4) for c in group.completions]
-    return GroupTokens(group.prompt, (2 * completions)[:3])
-
-
 @torch.no_grad()
 def packing_difference(policy: Policy, groups: Sequence[GroupTokens], pad_token_id: int, device: torch.device) -> float:
-    """Mean difference in nats a token between the packed and the plain pass, in the precision of the weights.
+    """Return the mean difference between the packed and the plain pass, in nats a token.
 
-    The class's own forward is called: a wrapper's autocast would hide a small error behind its rounding.
+    The class's own forward is called, because a wrapper would turn autocast on again.
     """
     plain_rows = pad_rows(groups, pad_token_id).to(device)
     packed = Policy.forward(policy, pack(groups, pad_token_id).to(device))
     plain = Policy.forward(policy, plain_rows)
     return float((packed - plain).abs().sum() / plain_rows.mask.sum())
-
-
-def tolerance(dtype: torch.dtype) -> float:
-    """The difference that is still taken for rounding, in nats a token."""
-    return _ROUNDING.get(dtype, 0.05)
 
 
 def batch_by_tokens(lengths: Sequence[int], budget: int) -> list[range]:

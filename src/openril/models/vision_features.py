@@ -8,13 +8,13 @@ tower's output (the projector then runs every time, with its gradient), with a t
 from __future__ import annotations
 
 import inspect
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
+from cachetools import LRUCache
 from torch import Tensor, nn
 
 from openril.models.freezing import module_group
@@ -24,34 +24,37 @@ Kept = Literal["features", "tower", "nothing"]
 
 
 class FeatureCache:
-    """Outputs by key, the least recently used dropped first when they fill ``max_bytes``.
+    """Keep outputs of the vision side by key, up to ``max_bytes``; the least recently used are dropped first.
 
-    Kept on the CPU, so that they cost no memory of the device; several models may share one, if their frozen parts have
-    the same weights.
+    They are kept on the CPU, so that they use no memory of the device. Several models may share a cache if their frozen
+    parts have the same weights.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
-        self.bytes = 0
         self.hits = 0
         self.misses = 0
-        self._kept: OrderedDict[Hashable, Any] = OrderedDict()
+        self._kept: LRUCache[Hashable, Any] = LRUCache(max_bytes, getsizeof=_size)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of everything that is kept."""
+        return int(self._kept.currsize)
 
     def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """The output of ``key``; tensors are on the device where ``make`` put them, or on the CPU."""
+        """Return the output of ``key``. Its tensors are on the device where ``make`` put them, or on the CPU.
+
+        Args:
+            key: None is never kept.
+            make: Computes the output if it is not kept.
+        """
         if key is not None and key in self._kept:
             self.hits += 1
-            self._kept.move_to_end(key)
             return self._kept[key]
         self.misses += 1
         made = make()
-        if key is None or (size := sum(t.numel() * t.element_size() for t in _tensors(made))) > self.max_bytes:
-            return made
-        self._kept[key] = _map(made, lambda t: t.to("cpu"))
-        self.bytes += size
-        while self.bytes > self.max_bytes:
-            _, dropped = self._kept.popitem(last=False)
-            self.bytes -= sum(t.numel() * t.element_size() for t in _tensors(dropped))
+        if key is not None and _size(made) <= self.max_bytes:
+            self._kept[key] = _map(made, lambda t: t.to("cpu"))
         return made
 
 
@@ -100,17 +103,21 @@ class VisionFeatures:
     def _features(self, prompt: Prompt) -> Any:
         if self.keep == "nothing":
             return self._run(prompt)
-        device = next(self.base.parameters()).device
+        parameter = next(self.base.parameters())
+        device, kind = parameter.device, parameter.device.type
+        # Autocast's rounding is in what it computes: a pass of another precision must not be given it.
+        precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else parameter.dtype
+        key = None if prompt.images_key is None else (prompt.images_key, precision)
         if self.keep == "features":
-            return _on(self.store.get(prompt.images_key, lambda: self._frozen(prompt)), device)
+            return _on(self.store.get(key, lambda: self._frozen(prompt)), device)
         mergers = self._mergers()
         if mergers:  # the projector is inside the tower
-            kept = _on(self.store.get(prompt.images_key, lambda: self._unmerged(prompt)), device)
+            kept = _on(self.store.get(key, lambda: self._unmerged(prompt)), device)
             last, *deepstack = (m(states.flatten(0, 1)) for m, states in zip(mergers, kept, strict=True))
             return SimpleNamespace(
                 pooler_output=(last,), deepstack_features=[(layer,) for layer in deepstack] if deepstack else None
             )
-        kept = _on(self.store.get(prompt.images_key, lambda: self._tower_output(prompt)), device)
+        kept = _on(self.store.get(key, lambda: self._tower_output(prompt)), device)
         with _answering(self.tower, lambda *args, **kwargs: _copy(kept)):
             return self._run(prompt)
 
@@ -219,10 +226,11 @@ def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    found: list[Tensor] = []
-    _map(value, lambda t: found.append(t) or t)  # type: ignore[func-returns-value]
-    return iter(found)
+def _size(value: Any) -> int:
+    """Bytes of all tensors in ``value``."""
+    sizes: list[int] = []
+    _map(value, lambda t: sizes.append(t.numel() * t.element_size()) or t)  # type: ignore[func-returns-value]
+    return sum(sizes)
 
 
 def _on(value: Any, device: torch.device) -> Any:

@@ -29,7 +29,7 @@ _FIRST_CAPACITY = 32
 _WIDE_BMM = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 8)
 
 
-class BranchedCache:
+class SharedPrefixCache:
     """lengths: tokens of each question's prompt. num_generations: rows of each. limit: own tokens a row may reach."""
 
     def __init__(self, lengths: Sequence[int], num_generations: int, limit: int) -> None:
@@ -41,12 +41,12 @@ class BranchedCache:
         self._read_so_far: dict[int, list[tuple[Tensor, Tensor]]] = {}
         self._own_tokens = 0
 
-    def read(self, lengths: Sequence[int]) -> BranchedCache:
+    def read(self, lengths: Sequence[int]) -> SharedPrefixCache:
         """The cache as ``group_layout`` of a prefill call over the next prompts, whose lengths these are."""
         self._reading = list(lengths)
         return self
 
-    def decode(self) -> BranchedCache:
+    def decode(self) -> SharedPrefixCache:
         """The cache as ``group_layout`` of a call with one new token a row."""
         self._reading = None
         self._own_tokens += 1

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from openril.models.adapters import base_model
-from openril.models.group_attention import CannotPack
+from openril.models.dummy_image import has_images
+from openril.models.packing_probe import PackingProbe, evaluating
 from openril.models.prompts import Prompt, PromptEncoder
 from openril.models.vision_features import FeatureCache, VisionFeatures
 from openril.recipe.schema import SamplingConfig, StudentConfig
 from openril.records import STUDENT, Question, Response
 from openril.sampling.logits_processors import draw, penalise_repetition
 from openril.sampling.plain_rows import PlainRows
-from openril.sampling.shared_prefix_rows import BranchedRows, Vision, check_branching
+from openril.sampling.shared_prefix_rows import SharedPrefixRows, Vision, decoding_difference
 from openril.storage import stable_hash
 
 
@@ -44,13 +44,11 @@ class TransformersSampler:
         self.model = model
         self.encoder = encoder
         self.questions_per_batch = questions_per_batch
-        self.warn = warn or logging.getLogger(__name__).warning
         if vision is None:
             features = VisionFeatures(base_model(model), FeatureCache(0))
             vision = features if features.available else None
         self.vision = vision
-        self.branches: bool | None = None  # unknown before the first call
-        self._tried_images = False  # whether branching was tried on a prompt with images
+        self.packing = PackingProbe(True, "sampler", warn or logging.getLogger(__name__).warning)
 
     @classmethod
     def from_checkpoint(
@@ -97,7 +95,7 @@ class TransformersSampler:
         source: str = STUDENT,
     ) -> list[list[Response]]:
         """See ``Sampler``. Long prompts are batched with long ones, to pad little."""
-        with _evaluating(self.model):
+        with evaluating(self.model):
             prompts = [self.encoder(q) for q in questions]
             order = sorted(range(len(questions)), key=lambda i: prompts[i].length)
             out: list[list[Response]] = [[] for _ in questions]
@@ -143,7 +141,7 @@ class TransformersSampler:
 
     def _draw_all(
         self,
-        rows: BranchedRows | PlainRows,
+        rows: SharedPrefixRows | PlainRows,
         prompts: list[Prompt],
         num_generations: int,
         settings: SamplingConfig,
@@ -186,31 +184,20 @@ class TransformersSampler:
             logprobs[row].append(logprob)
         return list(zip(ids, logprobs, strict=True))
 
-    def _start(self, prompts: list[Prompt], num_generations: int, limit: int) -> BranchedRows | PlainRows:
+    def _start(self, prompts: list[Prompt], num_generations: int, limit: int) -> SharedPrefixRows | PlainRows:
         """The prompts, read, and their rows, ready to be decoded."""
-        # Text says nothing about images, whose tokens may see each other: the first ones are another trial.
-        images = any(p.vision for p in prompts)
-        if self.branches is None or (self.branches and images and not self._tried_images):
-            self.branches = self._can_branch(prompts)
-            self._tried_images = images
-        if self.branches:
-            return BranchedRows(self.model, prompts, num_generations, limit, self.vision)
-        return PlainRows(self.model, prompts, num_generations)
-
-    def _can_branch(self, prompts: list[Prompt]) -> bool:
-        """Whether branched decoding gives this model's own log-probabilities: tried on a prompt with images and one more."""
-        probes = sorted(prompts, key=lambda p: (not p.vision, p.length))
-        forbidden = self.encoder.special_token_ids | set(self.encoder.eos_token_ids)
-        tokens = [i for i in range(len(forbidden) + 3) if i not in forbidden][:3]
-        try:
-            check_branching(self.model, [probes[0], probes[-1]], self.vision, tokens)
-        except CannotPack as e:
-            self.warn(
-                f"{type(base_model(self.model)).__name__} cannot share a prompt's keys and values between samples ({e});"
-                " every sample keeps its own, which is slower"
+        if self.packing.due(images := has_images(prompts)):
+            trial = sorted(prompts, key=lambda p: (not p.vision, p.length))  # one with images, and another
+            forbidden = self.encoder.special_token_ids | set(self.encoder.eos_token_ids)
+            tokens = [i for i in range(len(forbidden) + 3) if i not in forbidden][:3]
+            self.packing.run(
+                base_model(self.model),
+                lambda: decoding_difference(self.model, [trial[0], trial[-1]], self.vision, tokens),
+                images=images,
             )
-            return False
-        return True
+        if self.packing.on:
+            return SharedPrefixRows(self.model, prompts, num_generations, limit, self.vision)
+        return PlainRows(self.model, prompts, num_generations)
 
 
 def _draw(
@@ -224,18 +211,6 @@ def _draw(
     allowed = penalise_repetition(logits, seen, settings.repetition_penalty).index_fill_(-1, banned, float("-inf"))
     token = draw(allowed, settings, uniform)
     return token, scaled.gather(-1, token[:, None])[:, 0] - normaliser
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode for a while, then each as it was."""
-    training = [m for m in model.modules() if m.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _uniforms(seed: int, count: int) -> Tensor:

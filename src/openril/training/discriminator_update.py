@@ -20,9 +20,9 @@ from openril.discriminator.network import DiscriminatorModel
 from openril.discriminator.prompt import DiscriminatorPrompts
 from openril.discriminator.replay import ReplayMemory
 from openril.models.dummy_image import dummy_image_prompt, has_images
-from openril.models.group_attention import CannotPack
 from openril.models.optimizer_step import take_step
-from openril.models.packing import GroupTokens, batch_by_tokens, pack, pad_rows, probe, tolerance
+from openril.models.packing import GroupTokens, batch_by_tokens, pack, pad_rows
+from openril.models.packing_probe import PackingProbe, trial_group
 from openril.models.prompts import PromptEncoder
 from openril.models.vision_features import FeatureCache
 from openril.recipe.schema import DiscriminatorConfig
@@ -64,8 +64,13 @@ class Discriminator:
             encoder, inputs=settings.inputs, max_response_tokens=settings.max_response_tokens
         )
         self.replay = ReplayMemory(settings.replay, settings.replay_steps)
-        self._packed: bool | None = None if packed else False
-        self._tried_images = False  # whether packing was tried on a prompt with images
+        self.packing = PackingProbe(
+            packed,
+            "discriminator",
+            lambda message: self.warn(message),
+            gather=gather_object,
+            unit="of the logits' size",
+        )
         unwrapped: DiscriminatorModel = accelerator.unwrap_model(network)
         self.trainable = [p for p in unwrapped.parameters() if p.requires_grad]
         self._borrowed = (
@@ -199,8 +204,8 @@ class Discriminator:
         for g, group in enumerate(groups):
             head, _ = self.prompts.head(group.question)
             tails = [v.tokens for v in views[g]]
-            lengths = [len(t) if self._packed else head.length + len(t) for t in tails]
-            once = head.length if self._packed else 0
+            lengths = [len(t) if self.packing.on else head.length + len(t) for t in tails]
+            once = head.length if self.packing.on else 0
             parts = [range(len(tails))] if whole else batch_by_tokens(lengths, max(1, limit - once))
             for part in parts:
                 members = GroupTokens(head, [tails[i] for i in part])
@@ -210,18 +215,16 @@ class Discriminator:
     def _micro_batches(
         self, groups: Sequence[Group], views: Sequence[Sequence[_View]], *, whole: bool
     ) -> list[list[_Piece]]:
-        # Text says nothing about images, whose tokens may see each other: the first ones are another trial.
-        shown = self.settings.inputs == "image" and any(g.question.images for g in groups)
-        if self._packed is None or (self._packed and shown and not self._tried_images):
-            self._packed = self._can_pack(groups)
+        if self.packing.due(self.settings.inputs == "image" and any(g.question.images for g in groups)):
+            self._try_packing(groups)
         pieces = self._pieces(groups, views, whole=whole)
         batches = batch_by_tokens([p.tokens for p in pieces], self.settings.max_tokens_per_micro_batch)
         return [[pieces[i] for i in batch] for batch in batches]
 
     def _logits(self, batch: list[_Piece]) -> list[Tensor]:
         """Logits of student_prob, one float32 vector a piece."""
-        groups = _joined([p.members for p in batch]) if self._packed else [p.members for p in batch]
-        logits = self._run(self._with_images(groups), packed=bool(self._packed))
+        groups = _joined([p.members for p in batch]) if self.packing.on else [p.members for p in batch]
+        logits = self._run(self._with_images(groups), packed=bool(self.packing.on))
         sizes = [len(p.part) for p in batch]
         return list(logits[: sum(sizes)].split(sizes))
 
@@ -237,38 +240,23 @@ class Discriminator:
         with self.accelerator.autocast():
             return self.network(rows.to(self.accelerator.device))
 
-    @torch.no_grad()
-    def _can_pack(self, groups: Sequence[Group]) -> bool:
-        """Whether packed rows give this network's own logits: tried on one group, on all processes alike."""
+    def _try_packing(self, groups: Sequence[Group]) -> None:
+        """Find out on one group whether packed rows give this network's own logits, on all processes alike."""
         unwrapped: DiscriminatorModel = self.accelerator.unwrap_model(self.network)
         group = next((g for g in groups if g.question.images), groups[0])
         head, after = self.prompts.head(group.question)
         tails = [self.prompts.tail(r.response.text, after) for r in group.rollouts[:3]]
-        probes = self._with_images([probe(GroupTokens(head, tails))])
-        self._tried_images = has_images([g.prompt for g in probes])
-        reason, difference = "", 0.0
-        training = self.network.training
-        self.network.eval()
-        try:
+        trial = self._with_images([trial_group(GroupTokens(head, tails))])
+
+        def compare() -> float:
             unwrapped.enable_packing(self.store)
-            # The class's own forward: a wrapper's autocast would hide a small error behind its rounding.
+            # The class's own forward, because a wrapper would turn autocast on again.
             pad, device = self.encoder.pad_token_id, self.accelerator.device
-            packed = DiscriminatorModel.forward(unwrapped, pack(probes, pad, whole=True).to(device))
-            plain = DiscriminatorModel.forward(unwrapped, pad_rows(probes, pad).to(device))
-            difference = float((packed - plain).abs().mean())
-        except CannotPack as e:
-            reason = str(e)
-        self.network.train(training)
-        limit = tolerance(next(unwrapped.parameters()).dtype)
-        if not difference <= limit:
-            reason = f"its logits would be off by {difference:.2g}"
-        reason = next(filter(None, gather_object([reason])), "")
-        if reason:
-            self.warn(
-                f"discriminator: {type(unwrapped.backbone).__name__} cannot share a prompt ({reason}); every response runs"
-                " with its own, which is slower"
-            )
-        return not reason
+            packed = DiscriminatorModel.forward(unwrapped, pack(trial, pad, whole=True).to(device))
+            plain = DiscriminatorModel.forward(unwrapped, pad_rows(trial, pad).to(device))
+            return float((packed - plain).abs().mean() / plain.abs().mean().clamp(min=1))
+
+        self.packing.run(unwrapped.backbone, compare, images=has_images([g.prompt for g in trial]))
 
 
 @dataclass

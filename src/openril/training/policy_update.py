@@ -15,7 +15,6 @@ from torch import Tensor
 from openril.algorithm.objective import objective_stats, response_weights, token_loss
 from openril.models.adapters import base_model, without_adapters
 from openril.models.dummy_image import dummy_image_prompt, has_images
-from openril.models.group_attention import CannotPack
 from openril.models.optimizer_step import take_step
 from openril.models.packing import (
     Batch,
@@ -25,10 +24,9 @@ from openril.models.packing import (
     pack,
     packing_difference,
     pad_rows,
-    probe,
     split_to,
-    tolerance,
 )
+from openril.models.packing_probe import PackingProbe, trial_group
 from openril.models.prompts import PromptEncoder
 from openril.recipe.schema import TrainConfig
 from openril.records import Group, Rollout
@@ -67,8 +65,9 @@ class PolicyUpdate:
         self.updates = 0  # optimizer steps taken by this object: tells samplers elsewhere that weights have changed
         self.warn = warn
         self._borrowed = dummy_image_prompt(encoder, self.unwrapped, accelerator.num_processes)
-        self._packed: bool | None = None if settings.packed else False
-        self._tried_images = False  # whether packing was tried on a prompt with images
+        self.packing = PackingProbe(
+            settings.packed, "student", lambda message: self.warn(message), gather=gather_object
+        )
 
     def members(self, group: Group) -> list[Rollout]:
         """The rollouts that are in Eq. 2: teacher responses too, unless they only train the discriminator."""
@@ -83,10 +82,8 @@ class PolicyUpdate:
         ratio is 1 and no pass is spent on them; with mu > 1 they are kept for the passes that follow.
         """
         grouped = [self._tokens(g) for g in groups]
-        # Text says nothing about images, whose tokens may see each other: the first ones are another trial.
-        unseen = self._packed and not self._tried_images and has_images([t.prompt for t in grouped])
-        if self._packed is None or unseen:
-            self._packed = self._can_pack(grouped)
+        if self.packing.due(has_images([t.prompt for t in grouped])):
+            self._try_packing(grouped)
         batches = self._micro_batches(grouped)
         old: list[Tensor] = []
         reference: list[Tensor | None] = []
@@ -156,35 +153,21 @@ class PolicyUpdate:
 
     def _micro_batches(self, tokens: Sequence[GroupTokens]) -> list[range]:
         """Groups in a row within the budget of tokens, at least one a micro-batch; as many on every process."""
-        lengths = [t.packed_length() if self._packed else t.plain_length() for t in tokens]
+        lengths = [t.packed_length() if self.packing.on else t.plain_length() for t in tokens]
         batches = batch_by_tokens(lengths, self.settings.max_tokens_per_micro_batch)
         return split_to(batches, max(gather_object([len(batches)])))
 
-    def _can_pack(self, tokens: Sequence[GroupTokens]) -> bool:
-        """Whether packed rows give this model's own log-probabilities: tried on one group, on all processes alike."""
+    def _try_packing(self, tokens: Sequence[GroupTokens]) -> None:
+        """Find out on one group whether packed rows give this model's own log-probabilities, on all processes alike."""
         group = next((t for t in tokens if t.prompt.vision), tokens[0])
-        probes = self._with_images([probe(group)])
-        self._tried_images = has_images([t.prompt for t in probes])
-        reason, difference = "", 0.0
-        try:
+        trial = self._with_images([trial_group(group)])
+
+        def compare() -> float:
             for policy in [self.unwrapped] if self.reference is None else [self.unwrapped, self.reference]:
                 policy.enable_packing()
-            self.policy.eval()
-            pad = self.encoder.pad_token_id
-            difference = packing_difference(self.unwrapped, probes, pad, self.accelerator.device)
-        except CannotPack as e:
-            reason = str(e)
-        self.policy.train()
-        limit = tolerance(next(self.unwrapped.parameters()).dtype)
-        if not difference <= limit:
-            reason = f"its log-probabilities would be off by {difference:.2g} nats a token"
-        reason = next(filter(None, gather_object([reason])), "")
-        if reason:
-            name = type(base_model(self.unwrapped.model)).__name__
-            self.warn(
-                f"{name} cannot share a group's prompt ({reason}); every response runs with its own, which is slower"
-            )
-        return not reason
+            return packing_difference(self.unwrapped, trial, self.encoder.pad_token_id, self.accelerator.device)
+
+        self.packing.run(base_model(self.unwrapped.model), compare, images=has_images([t.prompt for t in trial]))
 
     def _with_images(self, tokens: Sequence[GroupTokens]) -> list[GroupTokens]:
         """The groups, and behind them the borrowed image where other processes may have images and these have none."""
@@ -201,7 +184,7 @@ class PolicyUpdate:
             advantages.append(0.0)
             sizes.append(0)
         tokens = extended
-        rows = (pack if self._packed else pad_rows)(tokens, self.encoder.pad_token_id)
+        rows = (pack if self.packing.on else pad_rows)(tokens, self.encoder.pad_token_id)
         group_sizes = torch.tensor(sizes)
         weights = response_weights(
             rows.mask,

@@ -1,0 +1,129 @@
+"""Decide by trial whether a model may run what the responses of a group share only once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from openril.models.group_attention import CannotPack
+from openril.models.packing import GroupTokens
+
+# How far the mean difference of a trial may be from 0, by the type of the weights: rounding, with a wide margin.
+_ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-4}
+
+
+class PackingProbe:
+    """Whether one model packs. It is tried on the first groups, and again on the first images.
+
+    Text proves nothing about images, whose tokens may attend to each other, so the first images need another trial.
+
+    Args:
+        enabled: If False, nothing is tried and the model never packs.
+        who: The model's role, with which the warning begins.
+        warn: Receives the warning when packing is refused.
+        gather: Returns a value of this process in a list with those of all others, so that all decide alike.
+        unit: What ``compare`` measures, for the warning.
+    """
+
+    def __init__(
+        self,
+        enabled: bool,
+        who: str,
+        warn: Callable[[str], None],
+        *,
+        gather: Callable[[list[str]], list[str]] = lambda reasons: reasons,
+        unit: str = "nats a token",
+    ) -> None:
+        self.state: Literal["not tried", "on for text", "on for images", "off"] = "not tried" if enabled else "off"
+        self.who = who
+        self.warn = warn
+        self.gather = gather
+        self.unit = unit
+
+    @property
+    def on(self) -> bool | None:
+        """Whether the model packs; None before the first trial."""
+        return None if self.state == "not tried" else self.state != "off"
+
+    def due(self, images: bool) -> bool:
+        """Return whether a trial is needed before the next groups, which hold images or not."""
+        return self.state == "not tried" or (self.state == "on for text" and images)
+
+    @torch.no_grad()
+    def run(self, model: nn.Module, compare: Callable[[], float], *, images: bool) -> None:
+        """Try packing, and warn if it cannot be used.
+
+        Args:
+            model: The transformers model, named in the warning. It is in evaluation mode during the trial.
+            compare: Runs both passes and returns their mean difference; raises CannotPack if there is no packed pass.
+            images: Whether ``compare`` runs prompts with images.
+        """
+        parameter = next(model.parameters())
+        reason = ""
+        try:
+            with evaluating(model), full_precision(parameter.device.type):
+                difference = compare()
+        except CannotPack as e:
+            reason = str(e)
+        else:
+            allowed = tolerance(parameter.dtype)
+            if not difference <= allowed:  # NaN is refused too
+                reason = f"it would be off by {difference:.2g} {self.unit}, more than rounding ({allowed:g})"
+        reason = next(filter(None, self.gather([reason])), "")
+        self.state = "off" if reason else "on for images" if images else "on for text"
+        if reason:
+            self.warn(
+                f"{self.who}: {type(model).__name__} cannot run a shared prompt once ({reason}). Every response runs with"
+                " its own copy of the prompt, which is slower."
+            )
+
+
+def trial_group(group: GroupTokens) -> GroupTokens:
+    """Return a small group that shows every possible error: several responses, each of several tokens."""
+    completions = [c if len(c) > 3 else c.repeat(4) for c in group.completions]
+    return GroupTokens(group.prompt, (2 * completions)[:3])
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Return the mean difference that still counts as rounding when the weights have this type."""
+    return _ROUNDING.get(dtype, 0.05)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put every module into evaluation mode, and restore each one's mode afterwards."""
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def full_precision(device_type: str) -> Iterator[None]:
+    """Compute in the precision of the weights: without autocast, and float32 without TF32 or bfloat16 products.
+
+    Either would hide a small error behind its rounding, or report rounding as an error.
+    """
+    backends: Any = torch.backends
+    homes: list[Any] = [backends.cuda.matmul, backends.cudnn]
+    name: str = "allow_tf32"
+    exact: Any = False
+    if hasattr(backends.cuda.matmul, "fp32_precision"):  # torch 2.9 and newer
+        homes = [backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv]
+        name, exact = "fp32_precision", "ieee"
+    before = [getattr(home, name) for home in homes]
+    try:
+        for home in homes:
+            setattr(home, name, exact)
+        with torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        for home, value in zip(homes, before, strict=True):
+            setattr(home, name, value)
