@@ -1,60 +1,485 @@
-"""The schema of a recipe: every setting, its default and its meaning. Defaults are the paper's (arXiv 2510.19307).
+"""The schema of a recipe: every setting with its default and its meaning.
 
-What goes in is in sources.py, what is learnt from it in learning.py; here is the whole. No torch here, so that ``--help``
-and ``ril check``'s first messages are fast. Field docstrings are the command line's help.
+Defaults are the paper's (arXiv 2510.19307) unless a docstring says otherwise. The docstring under a field is its text in
+``--help`` and in docs/recipe_reference.md. This module does not import torch, so that ``--help`` is fast.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from openril.recipe.learning import (
-    AnswerRewardConfig,
-    DiscriminatorConfig,
-    EvaluationConfig,
-    PretrainingConfig,
-    RewardFunctionConfig,
-    RewardsConfig,
-    SamplerConfig,
-    SFTConfig,
-    SimilarityConfig,
-    TrainConfig,
-)
-from openril.recipe.sources import (
-    CollectConfig,
-    DataConfig,
-    EndpointConfig,
-    JudgeConfig,
-    LoraConfig,
-    ModuleGroup,
-    NonNegativeInt,
-    OptimizerConfig,
-    SamplingConfig,
-    Section,
-    SelectionConfig,
-    StudentConfig,
-    TeacherConfig,
-)
+ModuleGroup = Literal[
+    "vision_tower",
+    "projector",
+    "word_embeddings",
+    "attention",
+    "mlp_gate",
+    "mlp_up",
+    "mlp_down",
+    "layer_norms",
+    "lm_head",
+]
+"""Parts of a vision-language model that can be frozen (the paper's Table 5c lists those of the language model)."""
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+
+
+def vision_tower() -> list[ModuleGroup]:
+    return ["vision_tower"]
+
+
+class Section(BaseModel):
+    """Base class of all sections: unknown keys are refused, and assignments are validated."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_assignment=True)
+
+
+class SamplingConfig(Section):
+    """How responses are sampled. The defaults are the values of the paper's appendix."""
+
+    temperature: NonNegative = 1.0
+    """Softmax temperature; 0 means greedy decoding."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 0.95
+    """Keep the smallest set of tokens whose probabilities sum to this value."""
+    top_k: NonNegativeInt = 50
+    """Keep this many of the most likely tokens; 0 keeps all."""
+    repetition_penalty: Positive = 1.05
+    """Divide the scores of tokens that were already seen (prompt included) by this value; 1 turns it off."""
+
+
+class OptimizerConfig(Section):
+    """AdamW and its learning rate schedule."""
+
+    learning_rate: Positive = 1e-6
+    """Peak learning rate."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape of the learning rate after warmup; linear and cosine end at `final_learning_rate`."""
+    final_learning_rate: NonNegative = 0.0
+    """Learning rate at the end of a linear or cosine schedule."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps over which the learning rate rises from 0."""
+    weight_decay: NonNegative = 0.0
+    """Decoupled weight decay."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Exponential decay rates of AdamW."""
+    max_grad_norm: NonNegative = 1.0
+    """Clip the global norm of the gradient to this value; 0 turns clipping off."""
+
+
+def _decaying_optimizer() -> OptimizerConfig:
+    return OptimizerConfig(learning_rate=1e-5, schedule="linear", final_learning_rate=1e-6)
+
+
+class SelectionConfig(Section):
+    """Selection of the questions for the loop (paper, section 4: log-probability sampling and overlong filtering)."""
+
+    enabled: bool = False
+    """Select questions before the loop; off uses every training question."""
+    num_questions: PositiveInt = 40_000
+    """Number of questions to keep."""
+    reference: str = ""
+    """Checkpoint of a larger model to compare log-probabilities with (as NVILA does); "" uses the student alone."""
+    drop_overlong: bool = True
+    """Leave out questions whose cached student responses were mostly cut at the length limit (as DAPO does)."""
+    max_overlong_share: Share = 0.5
+    """Leave out a question if a larger share of its student responses was cut."""
+
+
+class DataConfig(Section):
+    """Questions."""
+
+    train: list[str] = Field(default_factory=list)
+    """Question files (.jsonl, .json, .parquet), `datasets` folders or hub names. SFT and collection use them too."""
+    validation: list[str] = Field(default_factory=list)
+    """Held-out questions for the evaluation score during training and for `ril eval`."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Column names of your data, by field of a question, for instance {question: query, answer: label, images: image}."""
+    split: str = "train"
+    """Split of a hub data set or `datasets` folder in `data.train`."""
+    validation_split: str = "validation"
+    """Split of a hub data set or `datasets` folder in `data.validation`."""
+    limit: NonNegativeInt = 0
+    """Use only the first questions of `data.train`, at most this many; 0 uses all."""
+    max_prompt_length: PositiveInt = 4096
+    """Maximum length of a prompt in tokens, image tokens included. Longer questions are refused and never truncated."""
+    max_image_pixels: PositiveInt = 50_000_000
+    """Maximum size of an image in pixels. Larger images are refused as possible decompression bombs."""
+    allow_urls: bool = False
+    """Fetch images by http(s). If off, a question file cannot make this machine send requests."""
+    selection: SelectionConfig = Field(default_factory=SelectionConfig)
+    """Selection of the training questions that the loop uses."""
+
+
+class LoraConfig(Section):
+    """Low-rank adapters (peft). The reference model is then the base model without them and needs no extra memory."""
+
+    enabled: bool = False
+    """Train adapters only."""
+    r: PositiveInt = 16
+    """Rank of the adapters."""
+    alpha: Positive = 32.0
+    """Numerator of the scale: the update is multiplied by alpha / r."""
+    dropout: Share = 0.0
+    """Dropout on the input of the adapters during training."""
+    target_modules: list[str] = Field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+    """Names of the linear layers of the language model that get adapters."""
+
+
+class StudentConfig(Section):
+    """The model to train."""
+
+    model: str = ""
+    """Checkpoint folder or hub name of a vision-language model (`AutoModelForImageTextToText`)."""
+    revision: str | None = None
+    """Hub revision."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Type of the weights in the final checkpoint. Training keeps float32 weights unless `train.precision` is pure_bf16."""
+    trust_remote_code: bool = False
+    """Run code that comes with the checkpoint. Use it only for publishers you trust."""
+    attn_implementation: str = "sdpa"
+    """Attention implementation of transformers: sdpa, flash_attention_2 or eager."""
+    min_pixels: NonNegativeInt = 0
+    """Smallest image area the processor resizes to; 0 keeps the processor's own value."""
+    max_pixels: NonNegativeInt = 0
+    """Largest image area the processor resizes to; 0 keeps the processor's own value."""
+    system_prompt: str = ""
+    """System message of every prompt; "" leaves it to the chat template."""
+    freeze: list[ModuleGroup] = Field(default_factory=vision_tower)
+    """Parts of the model that are not trained."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    lora: LoraConfig = Field(default_factory=LoraConfig)
+    """Low-rank adapters instead of full training."""
+
+
+class EndpointConfig(Section):
+    """An OpenAI-compatible server or a local checkpoint. Set exactly one of `base_urls` and `model_path`."""
+
+    base_urls: list[str] = Field(default_factory=list)
+    """One or more servers of the same model (for instance http://127.0.0.1:8000/v1); requests are spread over them."""
+    model: str = ""
+    """Name under which the servers know the model."""
+    model_path: str = ""
+    """Local checkpoint that is run with transformers in this process."""
+    revision: str | None = None
+    """Revision of the model. It is recorded with every response and used to load a local checkpoint."""
+    api_key_env: str = ""
+    """Name of the environment variable that holds the API key; "" sends none. Keys are never written anywhere."""
+    concurrency: PositiveInt = 32
+    """Number of requests in flight over all servers."""
+    timeout: Positive = 120.0
+    """Maximum duration of a request in seconds."""
+    max_retries: NonNegativeInt = 5
+    """Number of retries of a failed request, with exponential backoff."""
+    extra_body: dict[str, str | int | float | bool] = Field(default_factory=dict)
+    """Additional fields of the request, for instance {chat_template_kwargs: {enable_thinking: false}}. Nested fields are
+    stored as JSON text, and are written as JSON text on the command line."""
+    trust_remote_code: bool = False
+    """Run code that comes with a local checkpoint. Use it only for publishers you trust."""
+
+    @field_validator("extra_body", mode="before")
+    @classmethod
+    def _nested_fields_as_json(cls, value: Any) -> Any:
+        # Command-line options have no nested types; the client parses the text again.
+        if not isinstance(value, dict):
+            return value
+        return {k: json.dumps(v, ensure_ascii=False) if isinstance(v, dict | list) else v for k, v in value.items()}
+
+
+class TeacherConfig(EndpointConfig):
+    """One teacher."""
+
+    name: str = ""
+    """Short unique name. It labels responses in the cache and in every report."""
+    system_prompt: str = ""
+    """System message for this teacher."""
+    send_vllm_fields: bool = True
+    """Send top_k and repetition_penalty, which vLLM and SGLang accept. Turn it off for APIs that refuse them."""
+
+
+class CollectConfig(Section):
+    """Response collection (paper: N = 16 responses per question from each teacher and from the student)."""
+
+    num_responses: PositiveInt = 16
+    """N, the number of responses per question and source. If the cache holds more, the first N are used."""
+    student: bool = True
+    """Collect from the student too: pre-training of the discriminator needs its responses."""
+    max_completion_length: PositiveInt = 512
+    """Maximum length of a response in tokens."""
+    sampling: SamplingConfig = Field(default_factory=SamplingConfig)
+    """How teacher and student responses are sampled."""
+    judge_responses: bool = False
+    """Judge the collected responses at once, for instance for rejection sampling."""
+    questions_per_batch: PositiveInt = 8
+    """Number of questions a local model answers at a time."""
+    shard_size: PositiveInt = 8192
+    """Number of responses in a full Parquet shard. Finished responses are on disk at once, whatever this value."""
+
+
+class JudgeConfig(EndpointConfig):
+    """The judge that compares a response with the ground truth (paper: Qwen2.5-32B-Instruct, text only)."""
+
+    max_tokens: PositiveInt = 256
+    """Maximum length of a verdict with its explanation, in tokens."""
+    temperature: NonNegative = 0.0
+    """Sampling temperature of the judge."""
+    bad_verdict_retries: NonNegativeInt = 2
+    """Number of times the judge is asked again after an unreadable verdict, before the verdict counts as unknown."""
+    max_unknown_share: Share = 0.25
+    """Stop the run if a larger share of a step's verdicts is unknown."""
+    max_response_chars: PositiveInt = 8000
+    """Maximum length of a response in the judge's prompt, in characters. Longer ones are cut in the middle, visibly."""
+    batch_size: PositiveInt = 1
+    """Number of prompts a local judge (`model_path`) answers at once. Above 1 it must be a text model at temperature 0."""
+
+
+class SFTConfig(Section):
+    """Supervised fine-tuning: the warm start of students and teachers, and the imitation baselines on cached text."""
+
+    enabled: bool = True
+    """Run this stage in `ril run`; off starts from `student.model` as it is."""
+    targets: Literal["answers", "teacher_responses", "judged_responses"] = "answers"
+    """Text to train on: the answers of the data, all cached teacher responses (sequence-level distillation), or the
+    cached responses that were judged right (rejection sampling)."""
+    sources: list[str] = Field(default_factory=list)
+    """Sources of cached responses: names of teachers, or `student`. Empty means every teacher."""
+    responses_per_question: NonNegativeInt = 0
+    """Maximum number of cached responses per question and source; 0 uses all."""
+    epochs: Positive = 1.0
+    """Number of passes over the data."""
+    max_steps: NonNegativeInt = 0
+    """Stop after this many optimizer steps; 0 follows `epochs`."""
+    batch_size: PositiveInt = 128
+    """Examples per optimizer step, over all processes."""
+    micro_batch_size: PositiveInt = 4
+    """Examples per forward pass on one device."""
+    optimizer: OptimizerConfig = Field(default_factory=_decaying_optimizer)
+    """Optimizer of this stage (paper: 1e-5, linear to 1e-6)."""
+    save_every: NonNegativeInt = 500
+    """Steps between checkpoints; 0 saves only at the end and on interrupts."""
+
+
+class PretrainingConfig(Section):
+    """Pre-training of the discriminator on the response cache."""
+
+    enabled: bool = True
+    """Run this stage; off starts the loop with an untrained discriminator."""
+    epochs: Positive = 1.0
+    """Number of passes over the questions."""
+    questions_per_step: PositiveInt = 16
+    """Questions per optimizer step, over all processes."""
+    responses_per_question: NonNegativeInt = 0
+    """Number of student responses, and of teacher responses, per question and step; 0 uses all N."""
+    held_out_share: Share = 0.1
+    """Share of the questions that is held out to measure the discriminator."""
+    optimizer: OptimizerConfig = Field(default_factory=_decaying_optimizer)
+    """Optimizer of pre-training (paper: 1e-5, linear to 1e-6)."""
+    save_every: NonNegativeInt = 200
+    """Steps between checkpoints; 0 saves only at the end and on interrupts."""
+
+
+class DiscriminatorConfig(Section):
+    """The discriminator: the student's architecture and weights with a scalar head (paper, section 3)."""
+
+    mode: Literal["updated", "fixed", "none"] = "updated"
+    """Train it in the loop (paper), freeze it after pre-training, or leave it out (paper, Table 5a)."""
+    inputs: Literal["response", "question", "image"] = "response"
+    """Contents of its prompt: the response alone (paper), with the question, or with the question and its images."""
+    loss: Literal["bce", "bradley_terry"] = "bce"
+    """Eq. 1 (paper), or pairs of a teacher and a student response to the same question (GAD, arXiv 2511.10643)."""
+    init: str = ""
+    """Checkpoint to start from; "" starts from the SFT student."""
+    freeze: list[ModuleGroup] = Field(default_factory=vision_tower)
+    """Parts of the model that are not trained."""
+    max_response_tokens: PositiveInt = 1024
+    """Maximum length of a response in tokens. Of longer ones only the first and last halves of this length are used."""
+    max_tokens_per_micro_batch: PositiveInt = 8192
+    """Tokens in one forward and backward pass on one device. Tokens that responses share count once."""
+    pretraining: PretrainingConfig = Field(default_factory=PretrainingConfig)
+    """Training on the response cache before the loop."""
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    """Optimizer in the loop (paper: 1e-6, constant)."""
+    replay: Annotated[float, Field(ge=0.0, le=0.9)] = 0.0
+    """Share of each update in the loop that comes from groups of earlier steps, with their student responses. The groups
+    of the current step are all kept, so a share of 0.5 doubles the cost of the update. The paper has no replay (0)."""
+    replay_steps: PositiveInt = 50
+    """Number of earlier steps that `replay` samples from. Their responses are kept in memory and in checkpoints."""
+    match_length: bool = False
+    """Compare beginnings of equal length: student and teacher responses are paired by length and cut to the same number
+    of tokens, in training and in scoring, so that their length carries no information."""
+    at_chance_accuracy: Share = 0.55
+    """Warn if the accuracy stays below this value: the similarity reward is then noise."""
+    saturated_accuracy: Share = 0.98
+    """Warn if the accuracy stays above this value: the similarity reward is then constant."""
+    health_window: PositiveInt = 20
+    """Number of steps over which the accuracy is averaged for these warnings."""
+
+
+class SimilarityConfig(Section):
+    """Similarity reward from the discriminator."""
+
+    kind: Literal["binary", "continuous", "levels"] = "binary"
+    """1 if student_prob < 0.5, else 0 (paper); 1 - student_prob; or the latter rounded to `levels` values (Fig. 6)."""
+    levels: Annotated[int, Field(ge=2)] = 11
+    """Number of values of the kind `levels`, 0 and 1 included."""
+    weight: float = 1.0
+    """Factor in the sum of rewards; 0 only logs the reward."""
+
+
+class AnswerRewardConfig(Section):
+    """Answer reward."""
+
+    kind: Literal["judge", "rules", "rules_then_judge", "none"] = "judge"
+    """The LLM judge (paper); answer rules (the paper's "answer parsing"); rules, and the judge where the rules find no
+    answer to compare; or no answer reward."""
+    rule: str = "auto"
+    """Rule for questions that name none: auto, exact, choice, number, relaxed_number, boolean or contains."""
+    weight: float = 1.0
+    """Factor in the sum of rewards; 0 only logs the reward."""
+
+
+class RewardFunctionConfig(Section):
+    """A user's reward function with TRL's signature `(prompts, completions, **columns) -> list[float | None]`."""
+
+    function: str = ""
+    """Location of the function: `package.module:name` or `path/to/file.py:name`."""
+    form: Literal["text", "messages"] = "text"
+    """Type of prompts and completions: plain strings, or lists of chat messages as TRL passes them for chat data."""
+    weight: float = 1.0
+    """Factor in the sum of rewards; 0 only logs the reward."""
+
+
+class RewardsConfig(Section):
+    """The reward of a response: the weighted sum of these rewards."""
+
+    similarity: SimilarityConfig = Field(default_factory=SimilarityConfig)
+    """Similarity reward from the discriminator."""
+    answer: AnswerRewardConfig = Field(default_factory=AnswerRewardConfig)
+    """Answer reward from the judge or from rules."""
+    functions: list[RewardFunctionConfig] = Field(default_factory=list)
+    """Your own reward functions."""
+
+
+class SamplerConfig(Section):
+    """The engine that samples the student's responses in the loop."""
+
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """The training process itself, or vLLM servers that receive the new weights before every step."""
+    base_urls: list[str] = Field(default_factory=list)
+    """vllm: servers of the student, started with VLLM_SERVER_DEV_MODE=1 (for instance http://127.0.0.1:8000/v1)."""
+    model: str = "student"
+    """vllm: name under which the servers know the model."""
+    weights_dir: str = ""
+    """vllm: folder through which the weights are passed. The servers must see it under the same path; "" means
+    `rollout_weights` inside run_dir."""
+    api_key_env: str = ""
+    """vllm: name of the environment variable that holds the servers' API key; "" sends none."""
+    concurrency: PositiveInt = 64
+    """vllm: number of questions in flight over all servers. Each request asks for all samples of a question."""
+    timeout: Positive = 600.0
+    """vllm: maximum duration of a request or of a weight sync in seconds."""
+    max_logprob_difference: Positive = 0.1
+    """vllm: a weight sync fails if server and trainer differ by more than this on a probe (mean over its tokens, nats)."""
+
+
+class TrainConfig(Section):
+    """The RIL loop (Algorithm 2)."""
+
+    algorithm: Literal["ril", "dr_grpo", "grpo", "gail"] = "ril"
+    """ril: both rewards, teacher responses in the group, Dr.GRPO. dr_grpo and grpo: student samples and the answer reward
+    alone (Algorithm 1). gail: the similarity reward alone."""
+    num_generations: PositiveInt = 4
+    """G, the number of student samples per question."""
+    num_teacher_responses: int | None = None
+    """Number of teacher responses per question over all teachers; unset means G (0 in dr_grpo and grpo)."""
+    per_teacher: bool = False
+    """Count num_teacher_responses for each teacher instead of over all teachers."""
+    teachers: list[str] = Field(default_factory=list)
+    """Names of the teachers whose cached responses are used; empty uses all teachers of the recipe."""
+    teacher_responses_in_update: bool = True
+    """Include teacher responses in the group of Eq. 2 (paper). If off, they only train the discriminator."""
+    num_iterations: PositiveInt = 1
+    """mu, the number of updates of the discriminator and of the student per batch of questions."""
+    epsilon: Positive = 0.2
+    """Clip range of the probability ratio."""
+    beta: NonNegative = 0.01
+    """Weight of the KL term (k3 estimator) to the SFT student."""
+    questions_per_step: PositiveInt = 36
+    """Questions per optimizer step, over all processes (paper: 144 responses, 4 per question)."""
+    max_tokens_per_micro_batch: PositiveInt = 8192
+    """Tokens in one forward and backward pass on one device. The prompt of a group counts once. A longer group runs alone."""
+    packed: bool = True
+    """Run the prompt of a group once for all its responses. Off repeats it for each response: slower, same numbers."""
+    vision_cache_gib: NonNegative = 2.0
+    """Host memory in GiB for outputs of the frozen vision part, which later passes and epochs reuse."""
+    questions_per_sampling_batch: PositiveInt = 8
+    """Number of questions the sampler answers at a time on one device."""
+    max_steps: NonNegativeInt = 0
+    """Stop after this many steps; 0 follows `epochs`."""
+    epochs: Positive = 1.0
+    """Number of passes over the questions."""
+    max_completion_length: PositiveInt = 512
+    """Maximum length of a sample in tokens; also the constant in the denominator of Dr.GRPO."""
+    sampling: SamplingConfig = Field(default_factory=SamplingConfig)
+    """How the student's responses are sampled."""
+    sampler: SamplerConfig = Field(default_factory=SamplerConfig)
+    """The engine that samples them."""
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    """Optimizer of the student (paper: AdamW, 1e-6, constant)."""
+    precision: Literal["float32", "bfloat16", "pure_bf16"] = "bfloat16"
+    """float32; bfloat16 autocast over float32 weights; or bfloat16 weights (least memory, but small updates are lost)."""
+    save_every: NonNegativeInt = 50
+    """Steps between checkpoints; 0 saves only at the end and on interrupts."""
+    keep_checkpoints: PositiveInt = 2
+    """Number of checkpoints to keep; older ones are removed."""
+    eval_every: NonNegativeInt = 0
+    """Steps between evaluations on `data.validation`; 0 turns them off."""
+    log_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
+    """Trackers to log to, in addition to the files in the run folder."""
+    log_rollouts_every: PositiveInt = 1
+    """Steps between files with every response in `rollouts/`."""
+
+
+class EvaluationConfig(Section):
+    """`ril eval`: greedy answers, scored by the same rules and judge as in training."""
+
+    score: Literal["rules", "judge", "rules_then_judge"] = "rules"
+    """How an answer is scored."""
+    rule: str = "auto"
+    """Rule for questions that name none."""
+    max_completion_length: PositiveInt = 512
+    """Maximum length of an answer in tokens."""
+    questions_per_batch: PositiveInt = 8
+    """Number of questions answered at a time."""
+    limit: NonNegativeInt = 0
+    """Use only the first questions, at most this many; 0 uses all."""
 
 
 class Recipe(Section):
-    """One file that serves every command."""
+    """All settings of a run. One recipe file serves every command."""
 
     run_dir: str = "runs/ril"
-    """Folder that holds everything this recipe makes."""
+    """Folder for everything that the commands produce with this recipe."""
     cache_dir: str = ""
-    """Response cache; "" means `responses` inside run_dir. Recipes may share one."""
+    """Folder of the response cache; "" means `responses` inside run_dir. Several recipes may share one cache."""
     seed: NonNegativeInt = 0
-    """Everything random follows from it."""
+    """Seed of all random numbers."""
     data: DataConfig = Field(default_factory=DataConfig)
     """Questions."""
     student: StudentConfig = Field(default_factory=StudentConfig)
-    """The model to lift."""
+    """The model to train."""
     teachers: list[TeacherConfig] = Field(default_factory=list)
-    """Where teacher responses come from."""
+    """The teacher models."""
     collect: CollectConfig = Field(default_factory=CollectConfig)
     """Response collection."""
     judge: JudgeConfig = Field(default_factory=JudgeConfig)
@@ -64,13 +489,13 @@ class Recipe(Section):
     discriminator: DiscriminatorConfig = Field(default_factory=DiscriminatorConfig)
     """The discriminator."""
     rewards: RewardsConfig = Field(default_factory=RewardsConfig)
-    """What responses earn."""
+    """Rewards."""
     train: TrainConfig = Field(default_factory=TrainConfig)
     """The RIL loop."""
     eval: EvaluationConfig = Field(default_factory=EvaluationConfig)
     """Evaluation."""
 
-    # Derived values, in one place so that no two rooms disagree about them.
+    # Values that follow from several settings are defined here, so that all packages agree on them.
 
     @property
     def run_path(self) -> Path:
@@ -82,79 +507,53 @@ class Recipe(Section):
 
     @property
     def sft_student_path(self) -> Path:
-        """Where `ril sft` leaves its model: the student every later stage starts from when sft.enabled."""
+        """The model that `ril sft` writes. Later stages start from it if sft.enabled."""
         return self.run_path / "sft" / "student"
 
     @property
     def start_student(self) -> str:
-        """Checkpoint the loop and the discriminator start from."""
+        """Checkpoint from which the loop and the discriminator start."""
         return str(self.sft_student_path) if self.sft.enabled else self.student.model
 
     @property
     def collected_student(self) -> str:
-        """Checkpoint whose responses are collected: the SFT student, unless SFT itself learns from the cache."""
+        """Checkpoint whose responses are collected: the SFT student, unless SFT itself trains on the cache."""
         return self.student.model if self.sft.targets != "answers" else self.start_student
 
     @property
     def discriminator_path(self) -> Path:
-        """Where `ril discriminator` leaves the pre-trained discriminator."""
+        """The pre-trained discriminator that `ril discriminator` writes."""
         return self.run_path / "discriminator" / "discriminator"
 
     @property
     def teacher_names(self) -> list[str]:
-        """Teachers the loop uses, in the recipe's order."""
+        """Names of the teachers that the loop uses, in the order of the recipe."""
         return [t.name for t in self.teachers if not self.train.teachers or t.name in self.train.teachers]
 
     @property
     def uses_discriminator(self) -> bool:
-        """Whether the loop has a discriminator: RL-only algorithms have none."""
+        """Whether the loop has a discriminator. The algorithms dr_grpo and grpo have none."""
         return self.discriminator.mode != "none" and self.train.algorithm in ("ril", "gail")
 
     @property
     def uses_replay(self) -> bool:
-        """Whether the loop's discriminator is reminded of earlier groups."""
+        """Whether the discriminator is also trained on groups of earlier steps."""
         return self.uses_discriminator and self.discriminator.mode == "updated" and self.discriminator.replay > 0
 
     @property
     def teacher_responses_per_question(self) -> int:
-        """Teacher responses drawn for each group (training the discriminator, and in the update if so set)."""
+        """Number of teacher responses in each group, whether or not they take part in the student's update."""
         if self.train.algorithm in ("dr_grpo", "grpo") or not self.teacher_names:
             return 0
-        wanted = self.train.num_teacher_responses
-        wanted = self.train.num_generations if wanted is None else wanted
-        return wanted * len(self.teacher_names) if self.train.per_teacher else wanted
+        count = self.train.num_teacher_responses
+        count = self.train.num_generations if count is None else count
+        return count * len(self.teacher_names) if self.train.per_teacher else count
 
     @property
     def answer_kind(self) -> Literal["judge", "rules", "rules_then_judge", "none"]:
-        """Answer reward in force: GAIL has none."""
+        """The answer reward that is used: GAIL has none."""
         return "none" if self.train.algorithm == "gail" else self.rewards.answer.kind
 
 
 Sampling = SamplingConfig
 """The name under which ``openril.Sampling`` is public."""
-
-__all__ = [
-    "AnswerRewardConfig",
-    "CollectConfig",
-    "DataConfig",
-    "DiscriminatorConfig",
-    "EndpointConfig",
-    "EvaluationConfig",
-    "JudgeConfig",
-    "LoraConfig",
-    "ModuleGroup",
-    "OptimizerConfig",
-    "PretrainingConfig",
-    "Recipe",
-    "RewardFunctionConfig",
-    "RewardsConfig",
-    "SFTConfig",
-    "SamplerConfig",
-    "Sampling", "SamplingConfig",
-    "Section",
-    "SelectionConfig",
-    "SimilarityConfig",
-    "StudentConfig",
-    "TeacherConfig",
-    "TrainConfig",
-]  # fmt: skip

@@ -162,17 +162,17 @@ def _section_at(key: KeyPath) -> type[Section] | None:
         if isinstance(part, int):
             continue
         field = section.model_fields.get(part)
-        inner = _inner_section(field.annotation) if field is not None else None
+        inner = inner_section(field.annotation) if field is not None else None
         if inner is None:
             return None
         section = inner
     return section
 
 
-def _inner_section(annotation: Any) -> type[Section] | None:
+def inner_section(annotation: Any) -> type[Section] | None:
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
-    return next((s for s in map(_inner_section, get_args(annotation)) if s is not None), None)
+    return next((s for s in map(inner_section, get_args(annotation)) if s is not None), None)
 
 
 def _allows_none(annotation: Any) -> bool:
@@ -191,7 +191,7 @@ def _without_empty(values: Any, section: type[Section]) -> Any:
             continue
         if value is None and not _allows_none(field.annotation):
             continue
-        inner = _inner_section(field.annotation)
+        inner = inner_section(field.annotation)
         if inner is not None and isinstance(value, list):
             value = [_without_empty(v, inner) for v in value]
         elif inner is not None:
