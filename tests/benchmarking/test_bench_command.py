@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from openril.benchmarking.plan import Cell
+from openril.benchmarking.session import CellResult
 from openril.cli import main
+from openril.stages import bench
 
 
 def test_a_whole_run_of_all_contenders(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = tmp_path / "figures.json"
-    arguments = ["bench", "--shape", "micro-16-4-4", "--repeats", "1", "--threads", "1", "--device", "cpu"]
+    arguments = ["bench", "--shape", "micro-16-4-4-bfloat16", "--repeats", "1", "--threads", "1", "--device", "cpu"]
     assert main([*arguments, "--json", str(path)]) == 0
     figures = json.loads(path.read_text())
     assert set(figures["ratios"]) == {"update", "update_long", "sampling", "step", "memory_long"}
     assert {"matmul_share", "shapes", "versions", "limits", "machine", "models"} <= set(figures)
     assert figures["versions"]["trl"] and figures["failures"] == []
     (cell,) = figures["shapes"]
+    assert cell["precision"] == "bfloat16"
     contenders = cell["contenders"]
     assert list(contenders) == ["trl", "plain", "ours"]
     # The same work: prompts, trained weights, and in `exactly` of every measurement the lengths of the responses.
     assert len({c["prompt_tokens"] for c in contenders.values()}) == 1
     assert len({c["trainable_parameters"] for c in contenders.values()}) == 1
+    assert all(c["settings"]["precision"] == "bfloat16" and c["fast_path_off"] == [] for c in contenders.values())
     assert contenders["ours"]["settings"]["packed"] and not contenders["plain"]["settings"]["packed"]
     for name, contender in contenders.items():
         measured = contender["measured"]
@@ -47,17 +54,50 @@ def test_a_whole_run_of_all_contenders(tmp_path: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--shape", "nothing"], "there is no model 'nothing'"),
-        (["--json", "/no/such/folder/x.json"], "a folder that exists"),
-        (["--contenders", "verl"], "invalid choice: 'verl'"),
+        (["--shape", "nothing"], "nothing"),
+        (["--json", "/no/such/folder/x.json"], "/no/such/folder/x.json"),
+        (["--contenders", "verl"], "verl"),
         (["--repeats", "0"], "--repeats"),
-        (["recipe.yaml"], "unrecognized arguments"),
-        (["--quik"], "unrecognized arguments"),
+        (["recipe.yaml"], "recipe.yaml"),
+        (["--quik"], "--quik"),
     ],
 )
 def test_bad_flags_are_refused_with_their_name(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]):
     assert main(["bench", "--device", "cpu", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+class StoppedSession:
+    """Measures one shape in no time, and is interrupted in the second."""
+
+    machine = SimpleNamespace(about={"versions": {}, "machine": {}})
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        self.calls = 0
+
+    def run(self, cell: Cell) -> CellResult:
+        self.calls += 1
+        if self.calls == 2:
+            raise KeyboardInterrupt
+        return CellResult(cell)
+
+    def close(self) -> None:
+        pass
+
+
+def test_an_interrupted_run_keeps_the_shapes_that_are_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(bench, "Session", StoppedSession)
+    path = tmp_path / "figures.json"
+    assert main(["bench", "--device", "cpu", "--shape", "micro", "--json", str(path)]) == 130
+    figures = json.loads(path.read_text())
+    assert [shape["name"] for shape in figures["shapes"]] == ["micro-200-32-8"]
+    assert (figures["settings"]["shapes_measured"], figures["settings"]["shapes_planned"]) == (1, 12)
+    error = capsys.readouterr().err
+    assert "1 of 12" in error and str(path) in error
+    assert main(["bench", "--device", "cpu", "--shape", "micro"]) == 130
+    assert "nothing was written" in capsys.readouterr().err
 
 
 def test_help_names_models_and_shapes(capsys: pytest.CaptureFixture[str]):

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
+from rich.console import Console
 
 from openril.benchmarking.contender import Measurement, exactly
-from openril.benchmarking.plan import Cell, make_plan
+from openril.benchmarking.plan import DEFAULT_PRECISION, Cell, make_plan
 from openril.benchmarking.results import cell_figures, linear_fit, matmul_share, part_figures, ratio, summary
 from openril.benchmarking.session import CellResult, Failure
 from openril.benchmarking.shapes import Shape, parse_shape
+from openril.benchmarking.table import print_cell
 from openril.errors import OpenRILError
+from openril.recipe.schema import TrainConfig
 
 
 def seconds(*values: float | None) -> list[Measurement | None]:
@@ -63,18 +68,18 @@ def test_the_share_of_the_peak_leaves_the_optimizer_out():
 
 def test_headlines_that_were_not_measured_are_null():
     plan = make_plan(quick=True, device="cpu", shapes=[])
-    assert [c.shape.name for c in plan.cells] == [plan.short, plan.long, plan.wide]
+    assert [c.shape.name for c in plan.cells] == [plan.short, plan.long, plan.wide, f"{plan.short}-bfloat16"]
     result = CellResult(plan.cells[1], about={"ours": {"prompt_tokens": 1000}})
     for value in (1.0, 2.0):
         result.add("ours", "update", Measurement(value, tokens=1))
         result.add("trl", "update", None)
     result.failures = [Failure("trl", plan.long, "trl ran out of memory")]
     result.limits = [{"matmul_flops": 1e9, "bandwidth": 1e9}] * 2
-    figures = summary(plan, [result], {"versions": {}, "machine": {}}, 4, {})
+    figures = summary(plan, [result], {"versions": {}, "machine": {}}, {})
     assert figures["ratios"] == dict.fromkeys(["update", "update_long", "sampling", "step", "memory_long"])
     assert figures["matmul_share"] is None
     assert figures["failures"] == [{"contender": "trl", "shape": plan.long, "cause": "trl ran out of memory"}]
-    assert cell_figures(result, 4)["contenders"]["trl"]["measured"]["update"] == {"seconds": None}
+    assert cell_figures(result)["contenders"]["trl"]["measured"]["update"] == {"seconds": None}
 
 
 def test_contenders_with_unlike_prompts_are_refused():
@@ -82,7 +87,7 @@ def test_contenders_with_unlike_prompts_are_refused():
         Cell(Shape("micro", 16, 4, 4)), about={"ours": {"prompt_tokens": 20}, "trl": {"prompt_tokens": 21}}
     )
     with pytest.raises(RuntimeError, match=r"\[20, 21\]"):
-        cell_figures(result, 4)
+        cell_figures(result)
 
 
 def test_responses_of_another_length_are_refused():
@@ -94,10 +99,11 @@ def test_responses_of_another_length_are_refused():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("tinny-200-32-8", "did you mean tiny"),
-        ("tiny-200-32", "write MODEL"),
-        ("tiny-200-32-7", "even"),
-        ("tiny-2-32-8", "image tokens"),
+        ("tinny-200-32-8", "'tinny'.*tiny"),
+        ("tiny-200-32", "MODEL.*'tiny-200-32'"),
+        ("tiny-200-32-7", "7"),
+        ("tiny-2-32-8", "'tiny-2-32-8'"),
+        ("tiny-200-32-8-fp8", "'fp8'"),
     ],
 )
 def test_bad_shapes_say_what_is_wrong(name: str, message: str):
@@ -108,4 +114,36 @@ def test_bad_shapes_say_what_is_wrong(name: str, message: str):
 def test_a_model_alone_is_its_whole_grid():
     assert len(parse_shape("tiny")) == 12
     assert parse_shape("tiny-1000-32-16") == [Shape("tiny", 1000, 32, 16)]
+    assert parse_shape("tiny-1000-32-16-bfloat16")[0].name == "tiny-1000-32-16-bfloat16"
     assert Shape("tiny", 1000, 32, 16).grid == (27, 37)
+
+
+def test_the_loops_default_precision_is_one_of_the_shapes():
+    for quick in (True, False):
+        plan = make_plan(quick=quick, device="cpu", shapes=[])
+        assert [c.shape.precision for c in plan.cells].count("bfloat16") == 1
+        same = make_plan(quick=quick, device="cpu", shapes=[], precision="bfloat16")
+        assert all(c.shape.precision is None for c in same.cells)
+    assert TrainConfig().precision == DEFAULT_PRECISION
+
+
+def test_limits_of_another_precision_stay_out_of_the_summary():
+    own, other = CellResult(Cell(Shape("micro", 16, 4, 4))), CellResult(Cell(Shape("micro", 16, 4, 4, "bfloat16")))
+    own.limits, other.limits = [{"matmul_flops": 1.0, "bandwidth": 2.0}], [{"matmul_flops": 9.0, "bandwidth": 9.0}]
+    plan = make_plan(quick=True, device="cpu", shapes=[])
+    figures = summary(plan, [own, other], {"versions": {}, "machine": {}}, {})
+    assert figures["limits"]["matmul_flops"]["max"] == 1.0
+
+
+def test_a_contender_without_its_fast_path_is_marked_in_table_and_json():
+    result = CellResult(Cell(Shape("micro", 16, 4, 4), contenders=("plain", "ours")))
+    for name in ("plain", "ours"):
+        result.add(name, "update", Measurement(1.0, tokens=10))
+    result.fast_path_off = {"ours": ["X cannot share a prompt [sliding window]"], "plain": []}
+    figures = cell_figures(result)
+    assert figures["contenders"]["ours"]["fast_path_off"] == ["X cannot share a prompt [sliding window]"]
+    console = Console(file=io.StringIO(), width=200)
+    print_cell(console, figures)
+    lines = [line.strip() for line in console.file.getvalue().splitlines()]
+    assert any(line.startswith("ours*") for line in lines) and any(line.startswith("plain ") for line in lines)
+    assert any("ours" in line and "[sliding window]" in line for line in lines)

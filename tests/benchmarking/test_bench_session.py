@@ -26,7 +26,7 @@ class FakeMachine:
     def build(self, folder: Path, model: str) -> None:
         folder.mkdir(parents=True)
 
-    def limits(self) -> dict[str, float]:
+    def limits(self, dtype: str = "") -> dict[str, float]:
         return {"matmul_flops": 1.0, "bandwidth": 1.0}
 
     def end(self) -> None:
@@ -50,7 +50,7 @@ class FakeWorker:
         FakeWorker.asked.append((self.spec.name, command.part, command.call))
         if self.spec.name == "plain" and command.call == 2:
             raise WorkerFailed(f"plain at {self.spec.shape.name} was killed by signal 9", True)
-        return Measurement(1.0)
+        return Measurement(1.0, fast_path_off=("no Triton",) if self.spec.name == "ours" else ())
 
     def end(self) -> None:
         pass
@@ -79,12 +79,20 @@ def test_contenders_take_turns_and_one_that_dies_leaves_the_others(session: Sess
     assert "plain at micro-16-4-4 was killed" in messages[-1]
 
 
+def test_a_fast_path_that_is_off_is_noted_once(session: Session):
+    messages: list[str] = []
+    session.warn = messages.append
+    result = session.run(Cell(SHAPE, contenders=("ours",), parts=("update",), rounds=2, memory=False))
+    assert result.fast_path_off == {"ours": ["no Triton"]}
+    assert len(messages) == 1 and "ours" in messages[0] and "no Triton" in messages[0]
+
+
 def test_trl_gets_fewer_rows_a_pass_when_memory_is_short(session: Session):
     messages: list[str] = []
     session.warn = messages.append
     result = session.run(Cell(SHAPE, contenders=("trl", "ours"), parts=("update",), rounds=1))
     assert result.about["trl"]["rows"] == 2 and not result.failures
-    assert [m.split("again with ")[1][:1] for m in messages] == ["2"]  # from one group, 4
+    assert ["with 2 rows" in m for m in messages if m.startswith("trl")] == [True]  # from one group, 4
 
 
 def test_contenders_too_big_to_live_together_come_one_after_the_other(session: Session):

@@ -10,10 +10,11 @@ from pathlib import Path
 
 def test_two_processes_that_share_the_weights_agree_with_one_that_has_them(tiny_student: Path, tmp_path: Path):
     script = Path(__file__).with_name("fully_sharded.py")
+    paths = [str(script.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script),
          str(tiny_student), str(tmp_path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[1])},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
         text=True,
         timeout=300,

@@ -7,13 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from openril.benchmarking.shapes import Shape
+from openril.benchmarking.shapes import Precision, Shape
 
 Part = Literal["update", "sampling", "prefill", "step", "memory"]
 """update: everything after the rewards, on given responses. sampling: 2G responses a question. prefill: one token of
 them (ours alone). step: the whole step. memory: the whole step again, for its peak."""
-
-Precision = Literal["float32", "bfloat16", "pure_bf16"]
 
 LEARNING_RATE, BETA, EPSILON = 1e-6, 0.01, 0.2
 TEMPERATURE, TOP_P, TOP_K, REPETITION_PENALTY = 1.0, 0.95, 50, 1.05
@@ -60,7 +58,8 @@ class Command:
 class Measurement:
     """seconds: of the part. parts: seconds of what it consists of, as far as it can be told apart. tokens: response
     tokens. cpu_seconds: processor time over all threads, which a busy machine does not lengthen by waiting.
-    peak_memory, held_memory: bytes, for ``memory``, None where the system does not say."""
+    peak_memory, held_memory: bytes, for ``memory``, None where the system does not report them. fast_path_off: why parts
+    of the contender's fast path were not used, one sentence each."""
 
     seconds: float
     parts: dict[str, float] = field(default_factory=dict)
@@ -68,6 +67,7 @@ class Measurement:
     cpu_seconds: float | None = None
     peak_memory: int | None = None
     held_memory: int | None = None
+    fast_path_off: tuple[str, ...] = ()
 
 
 class Connection(Protocol):

@@ -12,6 +12,7 @@ class Limits:
 
     def __init__(self, device: str, dtype: torch.dtype) -> None:
         self.clock = Clock(device)
+        self.dtype = dtype
         big = device == "cuda"
         sizes = (2048, 4096, 8192) if big else (768, 1024, 2048)
         generator = torch.Generator(device).manual_seed(0)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 # isort: split
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._triton import has_triton
 
 from openril.benchmarking.clock import Clock, Stopwatch
 from openril.benchmarking.contender import (
@@ -105,7 +107,12 @@ class OurStep:
         self.memory = PeakMemory(spec.device)
         accelerator = make_accelerator(self.recipe)
         folder = RunFolder(self.recipe.run_path)
-        self.built = TrainingComponents(self.recipe, accelerator, folder.checkpoints_path)
+        self.fast_path_off: list[str] = []
+        if spec.name == "ours" and spec.device == "cuda" and not has_triton():
+            self.fast_path_off.append("Triton is missing, so attention runs over a dense mask")
+        self.built = TrainingComponents(
+            self.recipe, accelerator, folder.checkpoints_path, warn=self.fast_path_off.append
+        )
         self.encoder = self.built.encoder
         self.encoder.eos_token_ids = [NO_TOKEN]
         self.trainer = RILTrainer(
@@ -149,10 +156,13 @@ class OurStep:
         size = command.group_size or self.shape.group_size
         questions = questions_of(self.spec.picture_paths, command.call)
         if command.part == "update":
-            return self._update(questions, size)
-        if command.part in ("sampling", "prefill"):
-            return self._sampling(questions, size, 1 if command.part == "prefill" else self.shape.response_tokens)
-        return self._step(questions, with_memory=command.part == "memory")
+            measured = self._update(questions, size)
+        elif command.part in ("sampling", "prefill"):
+            length = 1 if command.part == "prefill" else self.shape.response_tokens
+            measured = self._sampling(questions, size, length)
+        else:
+            measured = self._step(questions, with_memory=command.part == "memory")
+        return replace(measured, fast_path_off=tuple(dict.fromkeys(self.fast_path_off)))
 
     def _update(self, questions: list[Question], group_size: int) -> Measurement:
         groups = [self._group(q, j, group_size) for j, q in enumerate(questions)]

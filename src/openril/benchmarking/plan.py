@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from openril.benchmarking.contender import Part
-from openril.benchmarking.shapes import Shape, grid_of
+from openril.benchmarking.shapes import Precision, Shape, grid_of
 
 CONTENDERS = ("trl", "plain", "ours")
 """In the order in which they take turns."""
+
+DEFAULT_PRECISION: Precision = "bfloat16"
+"""The default of ``train.precision``."""
 
 SWEEP = (4, 8, 16, 32)
 """Group sizes 2G of "cost against 2G"."""
@@ -59,9 +62,21 @@ class Plan:
 
 
 def make_plan(
-    *, quick: bool, device: str, shapes: Sequence[Shape], contenders: Sequence[str] = CONTENDERS, repeats: int = 0
+    *,
+    quick: bool,
+    device: str,
+    shapes: Sequence[Shape],
+    contenders: Sequence[str] = CONTENDERS,
+    repeats: int = 0,
+    precision: Precision = "float32",
 ) -> Plan:
-    """repeats: rounds a cell, 0 for the plan's own. shapes: all parts of each, instead of the plan's own."""
+    """Choose the cells of a run.
+
+    Args:
+        shapes: Measure all parts of these shapes instead of the plan's own.
+        repeats: Rounds of each cell, 0 for the plan's own number.
+        precision: That of the run. Where it is not the loop's default, one more cell has the default.
+    """
     gpu = device == "cuda"
     model = "qwen2_5_vl_3b" if gpu else "tiny"
     short, long = Shape(model, 200, 32, 8), Shape(model, 1000, 32, 16)
@@ -81,6 +96,10 @@ def make_plan(
         cells = [replace(c, sweep=SWEEP) if c.shape == long else c for c in cells]
         if wide != long:
             cells.append(Cell(wide, parts=("update",), memory=False))
+    if not shapes and precision != DEFAULT_PRECISION:
+        # Without the whole step there is no discriminator, so that float32 weights of the 3B model fit 80 GB.
+        by_default = replace(short, precision=DEFAULT_PRECISION)
+        cells.append(Cell(by_default, parts=("update", "sampling"), memory=False, rounds=2))
     chosen = []
     for cell in cells:
         names = tuple(n for n in cell.contenders if n in contenders)

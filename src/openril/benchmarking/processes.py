@@ -101,12 +101,14 @@ class Machine(Worker):
 
     def __init__(self, device: str, dtype: str, threads: int, log: Path) -> None:
         super().__init__("the process that measures the machine", run_machine, (device, dtype, threads), log)
+        self.dtype = dtype
         self.about: dict[str, Any] = self.receive()
 
     def build(self, folder: Path, model: str) -> None:
         self.send(("build", str(folder), model))
         self.receive()
 
-    def limits(self) -> dict[str, float]:
-        self.send(("limits",))
+    def limits(self, dtype: str = "") -> dict[str, float]:
+        """Measure the peaks of products in ``dtype``, by default that of the checkpoints."""
+        self.send(("limits", dtype or self.dtype))
         return self.receive()

@@ -120,7 +120,7 @@ def matmul_share(result: CellResult) -> dict[str, Any] | None:
     }
 
 
-def decode_share(result: CellResult, bytes_per_number: int) -> dict[str, Any] | None:
+def decode_share(result: CellResult) -> dict[str, Any] | None:
     """Our decoding against memory bandwidth: the least bytes of a step over the bytes that could have been read."""
     ours = result.measurements.get("ours", {})
     shape, prompt = result.cell.shape, prompt_tokens(result)
@@ -133,7 +133,7 @@ def decode_share(result: CellResult, bytes_per_number: int) -> dict[str, Any] | 
     if not pairs or prompt is None or steps < 1:
         return None
     weights, cache = decode_bytes(
-        shape.size, prompt, shape.response_tokens, shape.group_size, QUESTIONS, bytes_per_number
+        shape.size, prompt, shape.response_tokens, shape.group_size, QUESTIONS, result.bytes_per_number
     )
     return {
         "weight_bytes_per_step": weights,
@@ -150,8 +150,8 @@ def prompt_tokens(result: CellResult) -> int | None:
     return found.pop() if found else None
 
 
-def cell_figures(result: CellResult, bytes_per_number: int) -> dict[str, Any]:
-    """Everything about one shape."""
+def cell_figures(result: CellResult) -> dict[str, Any]:
+    """Return everything about one shape."""
     cell = result.cell
     shape = cell.shape
     prompt = prompt_tokens(result)
@@ -161,7 +161,8 @@ def cell_figures(result: CellResult, bytes_per_number: int) -> dict[str, Any]:
     for name in cell.contenders:
         measured = result.measurements.get(name, {})
         figures = {part: part_figures(entries, unique) for part, entries in measured.items()}
-        contenders[name] = {**result.about.get(name, {}), "measured": figures}
+        off = result.fast_path_off.get(name, [])
+        contenders[name] = {**result.about.get(name, {}), "fast_path_off": off, "measured": figures}
         if name != "ours":
             shared = [part for part in measured if part in ours]
             ratios[name] = {part: ratio(part, measured[part], ours[part]) for part in shared}
@@ -169,6 +170,7 @@ def cell_figures(result: CellResult, bytes_per_number: int) -> dict[str, Any]:
     out = {
         "name": shape.name,
         "model": shape.model,
+        "precision": result.precision,
         "image_tokens": math.prod(shape.grid),
         "prompt_tokens": prompt,
         "response_tokens": shape.response_tokens,
@@ -179,7 +181,7 @@ def cell_figures(result: CellResult, bytes_per_number: int) -> dict[str, Any]:
         "ratios": ratios,
         "ratios_of_cpu_time": cpu_ratios,
         "matmul_share": matmul_share(result),
-        "decoding": decode_share(result, bytes_per_number),
+        "decoding": decode_share(result),
         "failures": [asdict(f) for f in result.failures],
     }
     if result.sweep:
@@ -200,10 +202,10 @@ def sweep_figures(result: CellResult) -> dict[str, Any]:
 
 
 def summary(
-    plan: Plan, results: Sequence[CellResult], machine: dict[str, Any], bytes_per_number: int, settings: dict[str, Any]
+    plan: Plan, results: Sequence[CellResult], machine: dict[str, Any], settings: dict[str, Any]
 ) -> dict[str, Any]:
     """The JSON that `ril bench` writes. A figure that was not measured is null."""
-    cells = {r.cell.shape.name: cell_figures(r, bytes_per_number) for r in results}
+    cells = {r.cell.shape.name: cell_figures(r) for r in results}
     headline: dict[str, dict[str, Any] | None] = {}
     cpu: dict[str, float | None] = {}
     for key, (role, part) in HEADLINES.items():
@@ -211,7 +213,8 @@ def summary(
         headline[key] = figures.get("ratios", {}).get("trl", {}).get(part)
         cpu[key] = figures.get("ratios_of_cpu_time", {}).get("trl", {}).get(part)
     share = cells.get(plan.wide, {}).get("matmul_share")
-    limits = [entry for r in results for entry in r.limits]
+    own = [r for r in results if r.cell.shape.precision is None] or results
+    limits = [entry for r in own for entry in r.limits]
     return {
         "ratios": {key: entry["median"] if entry else None for key, entry in headline.items()},
         "matmul_share": share["share"]["median"] if share else None,

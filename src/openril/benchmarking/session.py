@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from openril.benchmarking.contender import Command, Measurement, Part, Precision, Spec
+from openril.benchmarking.contender import Command, Measurement, Part, Spec
 from openril.benchmarking.plan import Cell
 from openril.benchmarking.processes import ContenderWorker, Machine, WorkerFailed
 from openril.benchmarking.questions import draw_pictures
-from openril.benchmarking.shapes import QUESTIONS, Shape
+from openril.benchmarking.shapes import QUESTIONS, Precision, Shape
 from openril.storage import remove
 
 Say = Callable[[str], None]
@@ -29,7 +29,8 @@ class Failure:
 @dataclass
 class CellResult:
     """measurements: contender -> part -> one entry a round, None where it failed. sweep: group size -> entries of ours.
-    limits: one entry a round. about: contender -> what it said of itself."""
+    limits: one entry a round. about: contender -> what it reported about itself. fast_path_off: contender -> why parts of
+    its fast path were not used."""
 
     cell: Cell
     measurements: dict[str, dict[str, list[Measurement | None]]] = field(default_factory=dict)
@@ -38,6 +39,13 @@ class CellResult:
     about: dict[str, dict[str, Any]] = field(default_factory=dict)
     failures: list[Failure] = field(default_factory=list)
     on_cpu: bool = True
+    precision: Precision = "float32"
+    fast_path_off: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def bytes_per_number(self) -> int:
+        """Bytes of a weight while sampling: under autocast the float32 weights are what is read."""
+        return 2 if self.precision == "pure_bf16" else 4
 
     def add(self, contender: str, part: str, measurement: Measurement | None) -> None:
         self.measurements.setdefault(contender, {}).setdefault(part, []).append(measurement)
@@ -69,9 +77,8 @@ class Session:
         self.say, self.warn = say, warn
         self.workers: list[ContenderWorker] = []
         self._started = 0
-        # Limits are those of the numbers the products are computed in; checkpoints are read in any type.
-        dtype = "float32" if precision == "float32" else "bfloat16"
-        self.machine = Machine(device, dtype, threads, folder / "machine.log")
+        # Checkpoints are read in any type.
+        self.machine = Machine(device, product_dtype(precision), threads, folder / "machine.log")
 
     def close(self) -> None:
         """End every process."""
@@ -80,7 +87,7 @@ class Session:
         self.workers = []
 
     def run(self, cell: Cell) -> CellResult:
-        result = CellResult(cell, on_cpu=self.device == "cpu")
+        result = CellResult(cell, on_cpu=self.device == "cpu", precision=cell.shape.precision or self.precision)
         shape = cell.shape
         checkpoint = self.folder / "models" / shape.model
         if not checkpoint.exists():
@@ -112,7 +119,7 @@ class Session:
                 paths,
                 str(self.folder / "runs" / f"{shape.name}-{name}"),
                 self.device,
-                self.precision,
+                result.precision,
                 parts,
                 self.threads,
                 rows,
@@ -120,7 +127,7 @@ class Session:
             starting[name] = self._spawn(spec)
         for name, worker in starting.items():
             try:
-                alive[name] = self._warm_up(worker, cell.warm_up(name))
+                alive[name] = self._warm_up(worker, cell.warm_up(name), result)
             except WorkerFailed as e:
                 self._lost(name, shape, e, result)
                 continue
@@ -132,7 +139,7 @@ class Session:
                 return None
             self.say(f"{shape.name}: {name}, {words or part}")
             try:
-                return alive[name].measure(Command(part, call, group_size))
+                return self._ask(alive[name], Command(part, call, group_size), result)
             except WorkerFailed as e:
                 self._end(alive.pop(name))
                 self._lost(name, shape, e, result)
@@ -142,7 +149,7 @@ class Session:
             turn = f", round {number + 1} of {cell.rounds}"
             if "ours" in contenders or "ours" not in cell.contenders:  # shares of limits are of ours
                 self.say(f"{shape.name}: the machine's limits{turn}")
-                result.limits.append(self.machine.limits())
+                result.limits.append(self.machine.limits(product_dtype(result.precision)))
             for part in cell.parts:
                 for name in contenders:
                     if part in cell.parts_of(name):
@@ -164,7 +171,17 @@ class Session:
         self.workers.append(worker)
         return worker
 
-    def _warm_up(self, worker: ContenderWorker, parts: Sequence[Part]) -> ContenderWorker:
+    def _ask(self, worker: ContenderWorker, command: Command, result: CellResult) -> Measurement:
+        """Return the worker's measurement; what it says about its fast path goes to the result, each thing once."""
+        measurement = worker.measure(command)
+        name, known = worker.spec.name, result.fast_path_off.setdefault(worker.spec.name, [])
+        for reason in measurement.fast_path_off:
+            if reason not in known:
+                known.append(reason)
+                self.warn(f"{name} at {result.cell.shape.name} runs without its fast path: {reason}")
+        return measurement
+
+    def _warm_up(self, worker: ContenderWorker, parts: Sequence[Part], result: CellResult) -> ContenderWorker:
         """The worker, set up and warm. TRL gets half the rows a forward pass whenever memory is short."""
         while True:
             spec = worker.spec
@@ -173,7 +190,7 @@ class Session:
                 worker.ready()
                 for part in parts:
                     self.say(f"{spec.shape.name}: {spec.name}, {part} to warm up")
-                    worker.measure(Command(part, 0))
+                    self._ask(worker, Command(part, 0), result)
                 return worker
             except WorkerFailed as e:
                 self._end(worker)
@@ -191,3 +208,8 @@ class Session:
     def _lost(self, name: str, shape: Shape, error: WorkerFailed, result: CellResult) -> None:
         self.warn(f"{error}; its figures for this shape are left out")
         result.failures.append(Failure(name, shape.name, str(error)))
+
+
+def product_dtype(precision: Precision) -> str:
+    """The torch type in which the matrix products of a precision are computed."""
+    return "float32" if precision == "float32" else "bfloat16"

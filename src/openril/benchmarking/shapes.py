@@ -5,8 +5,12 @@ from __future__ import annotations
 import difflib
 import re
 from dataclasses import dataclass
+from typing import Literal, cast, get_args
 
 from openril.errors import OpenRILError
+
+Precision = Literal["float32", "bfloat16", "pure_bf16"]
+"""float32; bfloat16 autocast over float32 weights (the default of ``train.precision``); bfloat16 weights."""
 
 PATCH = 14
 """Pixels along a side of a vision patch."""
@@ -81,17 +85,19 @@ QUESTIONS = 2
 
 @dataclass(frozen=True)
 class Shape:
-    """One step: QUESTIONS questions with one image of about image_tokens, group_size (2G) responses to each, of exactly
-    response_tokens."""
+    """One step: QUESTIONS questions with one image of about image_tokens, and group_size (2G) responses to each of
+    exactly response_tokens. precision: None for that of the run."""
 
     model: str
     image_tokens: int
     response_tokens: int
     group_size: int
+    precision: Precision | None = None
 
     @property
     def name(self) -> str:
-        return f"{self.model}-{self.image_tokens}-{self.response_tokens}-{self.group_size}"
+        numbers = f"{self.model}-{self.image_tokens}-{self.response_tokens}-{self.group_size}"
+        return f"{numbers}-{self.precision}" if self.precision else numbers
 
     @property
     def size(self) -> ModelSize:
@@ -109,7 +115,8 @@ class Shape:
 
     @property
     def words(self) -> str:
-        return f"{self.model}, {self.image_tokens} image tokens, responses of {self.response_tokens}, 2G = {self.group_size}"
+        numbers = f"{self.image_tokens} image tokens, responses of {self.response_tokens}, 2G = {self.group_size}"
+        return f"{self.model}, {numbers}" + (f", {self.precision}" if self.precision else "")
 
 
 def grid_of(model: str) -> list[Shape]:
@@ -118,22 +125,26 @@ def grid_of(model: str) -> list[Shape]:
 
 
 def parse_shape(name: str) -> list[Shape]:
-    """MODEL (its whole grid) or MODEL-IMAGETOKENS-RESPONSETOKENS-GROUPSIZE. Raises OpenRILError."""
+    """Read MODEL (its whole grid) or MODEL-IMAGETOKENS-RESPONSETOKENS-GROUPSIZE[-PRECISION]. Raises OpenRILError."""
     if name in MODELS:
         return grid_of(name)
-    match = re.fullmatch(r"(\w+)-(\d+)-(\d+)-(\d+)", name)
+    match = re.fullmatch(r"(\w+)-(\d+)-(\d+)-(\d+)(?:-(\w+))?", name)
     model = match[1] if match else name.split("-")[0]
     if model not in MODELS:
         near = difflib.get_close_matches(model, MODELS, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise OpenRILError(f"--shape {name}: there is no model {model!r}, only {', '.join(MODELS)}{hint}")
+        raise OpenRILError(f"--shape: expected a model of {', '.join(MODELS)}, got {model!r}{hint}")
     if match is None:
         raise OpenRILError(
-            f"--shape {name}: write MODEL, or MODEL-IMAGETOKENS-RESPONSETOKENS-GROUPSIZE, for instance tiny-200-32-8"
+            "--shape: expected MODEL or MODEL-IMAGETOKENS-RESPONSETOKENS-GROUPSIZE, for example tiny-200-32-8, "
+            f"got {name!r}"
         )
-    shape = Shape(match[1], *(int(match[i]) for i in (2, 3, 4)))
+    if match[5] not in (None, *get_args(Precision)):
+        raise OpenRILError(f"--shape: expected a precision of {', '.join(get_args(Precision))}, got {match[5]!r}")
+    image, response, group = (int(match[i]) for i in (2, 3, 4))
+    shape = Shape(match[1], image, response, group, cast("Precision | None", match[5]))
     if not (4 <= shape.image_tokens <= 16384 and 1 <= shape.response_tokens <= 4096):
-        raise OpenRILError(f"--shape {name}: image tokens must be 4 to 16384 and response tokens 1 to 4096")
+        raise OpenRILError(f"--shape: expected 4 to 16384 image tokens and 1 to 4096 response tokens, got {name!r}")
     if shape.group_size < 2 or shape.group_size % 2:
-        raise OpenRILError(f"--shape {name}: the group size 2G must be even, 2 or more")
+        raise OpenRILError(f"--shape: expected an even group size 2G of at least 2, got {shape.group_size} in {name!r}")
     return [shape]

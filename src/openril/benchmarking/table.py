@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 _COLUMNS = ("update", "ref", "fwd+bwd", "optim", "sampling", "D", "step", "MiB", "tok/s")
@@ -17,7 +18,7 @@ def print_cell(console: Console, cell: dict[str, Any]) -> None:
     """One shape: a line a contender with seconds by part, then the ratios."""
     title = (
         f"{cell['model']}: prompts of {cell['prompt_tokens'] or '?'} tokens, responses of {cell['response_tokens']},"
-        f" 2G = {cell['group_size']}, {cell['questions']} questions (seconds, medians)"
+        f" 2G = {cell['group_size']}, {cell['questions']} questions, {cell['precision']} (seconds, medians)"
     )
     console.print(title, style="bold", highlight=False)
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=0, collapse_padding=True)
@@ -25,13 +26,16 @@ def print_cell(console: Console, cell: dict[str, Any]) -> None:
     for column in _COLUMNS:
         table.add_column(column, justify="right", no_wrap=True, min_width=max(5, len(column)))
     for name, contender in cell["contenders"].items():
-        table.add_row(name, *_row(contender["measured"]))
+        table.add_row(name + "*" * bool(contender["fast_path_off"]), *_row(contender["measured"]))
     for peer, ratios in cell["ratios"].items():
         if ratios:
             table.add_row(f"{peer} / ours", *_ratio_row(ratios), style="cyan")
     console.print(table)
+    for name, contender in cell["contenders"].items():
+        for reason in contender["fast_path_off"]:
+            console.print(f"  [yellow]* {name} ran without its fast path: {escape(reason)}", highlight=False)
     for failure in cell["failures"]:
-        console.print(f"  [yellow]{failure['contender']}: {failure['cause']}", highlight=False)
+        console.print(f"  [yellow]{failure['contender']}: {escape(failure['cause'])}", highlight=False)
     if share := cell["matmul_share"]:
         console.print(
             f"  {share['unique_flops'] / 1e9:,.1f} GFLOP of unique tokens; share of the matrix-product peak:"

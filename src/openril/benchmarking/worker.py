@@ -63,7 +63,7 @@ def run_contender(pipe: Pipe, spec: Spec, log: str) -> None:
 def run_machine(pipe: Pipe, device: str, dtype: str, threads: int, log: str) -> None:
     """Target of the process that builds checkpoints and measures the machine's limits.
 
-    It is sent ("build", folder, model name) or ("limits",), and answers ("done", result) or ("failed", cause, False).
+    It is sent ("build", folder, model name) or ("limits", dtype), and answers ("done", result) or ("failed", cause, False).
     """
     _settle(device, threads, log)
     try:
@@ -84,7 +84,9 @@ def run_machine(pipe: Pipe, device: str, dtype: str, threads: int, log: str) -> 
                     torch.cuda.empty_cache()
                 pipe.send(("done", None))
             else:
-                limits = limits or Limits(device, torch_dtype)
+                wanted = getattr(torch, request[1])
+                if limits is None or limits.dtype != wanted:
+                    limits = Limits(device, wanted)
                 pipe.send(("done", limits.measure()))
     except BaseException as e:
         import traceback

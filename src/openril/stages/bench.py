@@ -1,9 +1,8 @@
-"""`ril bench`: how fast a step is, and its parts, against TRL's GRPOTrainer and our own plain pass."""
+"""`ril bench`: measure a step and its parts next to TRL's GRPOTrainer and our own plain pass."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import shutil
 import signal
 import tempfile
@@ -17,85 +16,105 @@ from typing import Any, Literal, cast
 
 from rich.console import Console
 
-from openril.benchmarking.contender import Precision
 from openril.benchmarking.plan import CONTENDERS, make_plan
 from openril.benchmarking.results import cell_figures, summary
-from openril.benchmarking.session import Session
-from openril.benchmarking.shapes import MODELS, QUESTIONS, parse_shape
+from openril.benchmarking.session import CellResult, Session
+from openril.benchmarking.shapes import MODELS, QUESTIONS, Precision, parse_shape
 from openril.benchmarking.table import print_cell, print_summary
 from openril.errors import OpenRILError
+from openril.report.progress import ProgressDisplay
 from openril.storage import write_json
 
 EPILOG = f"""\
-A shape is MODEL-IMAGETOKENS-RESPONSETOKENS-GROUPSIZE, for instance tiny-1000-32-16, or a MODEL for its whole grid.
-Models (random weights, Qwen2.5-VL's architecture): {", ".join(MODELS)}. Every step has {QUESTIONS} questions.
-Contenders: trl (GRPOTrainer), plain (our loop, the prompt repeated for every response), ours.
+A shape is MODEL-IMAGETOKENS-RESPONSETOKENS-GROUPSIZE, for example tiny-1000-32-16, or a MODEL for its whole grid.
+A precision may follow, for example tiny-1000-32-16-bfloat16. Every step has {QUESTIONS} questions.
+Models (random weights, the architecture of Qwen2.5-VL): {", ".join(MODELS)}.
+Contenders: trl (GRPOTrainer), plain (our loop with the prompt repeated for every response), ours.
 """
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's flags."""
+    """Build the parser of the command's flags."""
     p = argparse.ArgumentParser(
         "ril bench",
-        description="Measure a step and its parts: ours, our plain pass and TRL's GRPOTrainer, taking turns in one run.",
+        description="Measure a step and its parts for ours, our plain pass and TRL's GRPOTrainer, which take turns.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    p.add_argument("--quick", action="store_true", help="only the headline figures, in about six minutes on two cores")
+    p.add_argument("--json", metavar="PATH", type=Path, help="write every figure to this file, after each shape")
     p.add_argument(
-        "--quick", action="store_true", help="the headline figures alone, in about five minutes on two cores"
+        "--device", choices=("cpu", "cuda"), help="cuda measures the 3B model; default: cuda if there is a GPU"
     )
-    p.add_argument("--json", metavar="PATH", type=Path, help="write every figure to this file")
     p.add_argument(
-        "--device", choices=("cpu", "cuda"), help="cuda measures the 3B shape; default: cuda if there is one"
+        "--shape", metavar="NAME", nargs="+", default=[], help="measure only these shapes, with all their parts"
     )
-    p.add_argument("--shape", metavar="NAME", nargs="+", default=[], help="only these shapes, all parts of each")
-    p.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="only these")
+    p.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="run only these")
     p.add_argument(
-        "--repeats", metavar="N", type=_positive, default=0, help="rounds a shape; default 3 (2 for long ones)"
+        "--repeats", metavar="N", type=_positive, default=0, help="rounds for each shape; default 3 (2 for long shapes)"
     )
-    p.add_argument("--threads", metavar="N", type=_positive, default=0, help="CPU threads; default torch's own choice")
+    p.add_argument("--threads", metavar="N", type=_positive, default=0, help="CPU threads; default: torch's choice")
     p.add_argument(
         "--precision",
         choices=("float32", "bfloat16", "pure_bf16"),
-        help="float32; bfloat16 autocast over float32 weights; bfloat16 weights. Default float32, on cuda pure_bf16",
+        help="float32, bfloat16 (autocast over float32 weights) or pure_bf16 (bfloat16 weights); default: float32, and"
+        " pure_bf16 on cuda. Another shape is measured in bfloat16, the default of train.precision",
     )
     p.add_argument(
         "--trl-rows",
         metavar="N",
         type=_positive,
         default=0,
-        help="TRL's per_device_train_batch_size, the rest by accumulation; default one group (2G), as our passes have",
+        help="TRL's per_device_train_batch_size, the rest by accumulation; default: one group (2G), as our passes have",
     )
     return p
 
 
 def run_bench(arguments: Sequence[str], console: Console) -> dict[str, Any]:
-    """Measure, print tables, write JSON; returns its content. Raises OpenRILError when a flag makes no sense."""
+    """Measure, print tables and write JSON; return its content. Raises OpenRILError when a flag makes no sense."""
     flags = parser().parse_args(list(arguments))
     if flags.json is not None and (flags.json.is_dir() or not flags.json.resolve().parent.is_dir()):
-        raise OpenRILError(f"--json {flags.json}: give a file in a folder that exists")
+        raise OpenRILError(f"--json: expected a file in an existing folder, got {flags.json}")
     shapes = list(dict.fromkeys(s for name in flags.shape for s in parse_shape(name)))
-    if "trl" in flags.contenders and importlib.util.find_spec("trl") is None:
-        raise OpenRILError("TRL is not installed: pip install 'openril[bench]', or leave it out with --contenders")
     device: Literal["cpu", "cuda"] = flags.device or ("cuda" if cuda_there() else "cpu")
     if device == "cuda" and not cuda_there():
-        raise OpenRILError("--device cuda: torch sees no GPU here; use --device cpu")
+        raise OpenRILError("--device: got cuda, but torch sees no GPU here. Use --device cpu.")
     precision = cast(Precision, flags.precision or ("pure_bf16" if device == "cuda" else "float32"))
     plan = make_plan(
-        quick=flags.quick, device=device, shapes=shapes, contenders=flags.contenders, repeats=flags.repeats
+        quick=flags.quick,
+        device=device,
+        shapes=shapes,
+        contenders=flags.contenders,
+        repeats=flags.repeats,
+        precision=precision,
     )
     started = time.perf_counter()
     folder = Path(tempfile.mkdtemp(prefix="ril-bench-"))
-    session, results = None, []
-    # Bytes of a weight while sampling: under autocast the float32 weights are what is read.
-    width = 2 if precision == "pure_bf16" else 4
+    session: Session | None = None
+    results: list[CellResult] = []
+    total = len(plan.cells)
+
+    def figures_so_far() -> dict[str, Any]:
+        settings = {
+            "quick": flags.quick,
+            "device": device,
+            "precision": precision,
+            "threads": flags.threads or None,
+            "trl_rows": flags.trl_rows or None,
+            "contenders": flags.contenders,
+            "shapes_measured": len(results),
+            "shapes_planned": total,
+            "wall_seconds": time.perf_counter() - started,
+        }
+        assert session is not None
+        return summary(plan, results, session.machine.about, settings)
+
     try:
-        with ended_by_signals(), console.status("starting") as status:
-            quiet = not console.is_terminal
+        with ended_by_signals(), ProgressDisplay(console, every=30.0) as progress:
 
             def say(text: str) -> None:
-                status.update(text)
+                progress.show("bench", len(results), total, state=text)
 
             session = Session(
                 folder,
@@ -104,40 +123,33 @@ def run_bench(arguments: Sequence[str], console: Console) -> dict[str, Any]:
                 threads=flags.threads,
                 peer_rows=flags.trl_rows,
                 say=say,
-                warn=lambda text: console.print(f"bench: {text}", style="yellow", highlight=False),
+                warn=lambda text: progress.warn(f"bench: {text}"),
             )
-            for number, cell in enumerate(plan.cells, 1):
-                if quiet:
-                    console.print(f"bench: shape {number} of {len(plan.cells)}: {cell.shape.words}", highlight=False)
-                result = session.run(cell)
-                results.append(result)
-                print_cell(console, cell_figures(result, width))
+            for cell in plan.cells:
+                progress.note(f"bench: shape {len(results) + 1} of {total}: {cell.shape.words}")
+                results.append(session.run(cell))
+                print_cell(console, cell_figures(results[-1]))
+                if flags.json is not None:  # after each shape, so that a time limit loses only the one being measured
+                    write_json(flags.json, figures_so_far())
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("bench: stopped; nothing was written") from None
+        kept = f"the figures of {len(results)} of {total} shapes are in {flags.json}"
+        kept = kept if results and flags.json is not None else "nothing was written"
+        raise KeyboardInterrupt(f"bench: interrupted; {kept}") from None
     finally:
         if session is not None:
             session.close()
         shutil.rmtree(folder, ignore_errors=True)
-    settings = {
-        "quick": flags.quick,
-        "device": device,
-        "precision": precision,
-        "threads": flags.threads or None,
-        "trl_rows": flags.trl_rows or None,
-        "contenders": flags.contenders,
-        "wall_seconds": time.perf_counter() - started,
-    }
-    figures = summary(plan, results, session.machine.about, width, settings)
+    figures = figures_so_far()
     print_summary(console, figures)
     if flags.json is not None:
         write_json(flags.json, figures)
-        console.print(f"bench: figures in {flags.json}", highlight=False)
+        console.print(f"bench: the figures are in {flags.json}", highlight=False)
     return figures
 
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the run as Ctrl-C does, so that no worker and no folder is left behind."""
+    """End the run on SIGTERM and SIGHUP as on Ctrl-C, so that no process and no temporary folder remains."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -154,7 +166,7 @@ def ended_by_signals() -> Iterator[None]:
 
 
 def cuda_there() -> bool:
-    """Whether torch sees a GPU; asked without making a context in this process."""
+    """Return whether torch sees a GPU, without creating a context in this process."""
     import torch
 
     return torch.cuda.is_available()
@@ -162,5 +174,5 @@ def cuda_there() -> bool:
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return int(text)
