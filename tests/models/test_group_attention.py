@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from openril.models.group_attention import AttentionInterface, CannotPack, GroupLayout, _dense, _flex, enable
+from openril.errors import ModelError
+from openril.models.group_attention import AttentionInterface, CannotPack, GroupLayout, enable
 from openril.models.loading import load_model
+from openril.models.masked_attention import TokenOwners, call_compiled, dense, flex
 
 Groups = list[tuple[int, list[int]]]
 
@@ -63,13 +65,13 @@ def attend(groups: Groups, query: Tensor, key: Tensor, value: Tensor, scale: flo
     return GroupLayout.of(groups).to(query.device).attend(nn.Module(), query, key, value, scale)
 
 
-def flex(groups: Groups, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def flex_of(groups: Groups, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """The GPU's path; here it computes every score, under the same mask."""
-    return _flex(GroupLayout.of(groups), query, key, value, scale)
+    return flex(TokenOwners.of(groups), query, key, value, scale)
 
 
-def dense(groups: Groups, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    return _dense(GroupLayout.of(groups), query, key, value, scale)
+def dense_of(groups: Groups, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    return dense(TokenOwners.of(groups), query, key, value, scale)
 
 
 def with_gradients(call: Any, groups: Groups, inputs: Sequence[Tensor], scale: float = 0.3) -> list[Tensor]:
@@ -132,7 +134,7 @@ def test_who_sees_whom(path: str):
     sees = {0: [0], 1: [0, 1], 2: [0, 1, 2], 3: [0, 1, 2, 3], 4: [0, 1, 4], 5: [5], 6: [5, 6]}
     query = key = torch.zeros(1, 1, 7, 8)
     value = torch.eye(7, 8)[None, None]
-    out = {"segments": attend, "flex": flex, "dense": dense}[path](groups, query, key, value, 1.0)
+    out = {"segments": attend, "flex": flex_of, "dense": dense_of}[path](groups, query, key, value, 1.0)
     for token, seen in sees.items():
         expected = [1 / len(seen) if k in seen else 0.0 for k in range(8)]
         assert out[0, token, 0].tolist() == pytest.approx(expected, abs=1e-6), token
@@ -143,7 +145,7 @@ def test_who_sees_whom(path: str):
 def test_flex_mask_is_the_same(name: str):
     groups = LAYOUTS[name]
     query, key, value = states(groups, 2, torch.float32)
-    ours = flex(groups, query, key, value, 0.3)
+    ours = flex_of(groups, query, key, value, 0.3)
     assert float((ours - reference(groups, query, key, value, 0.3)).abs().max()) < 1e-5
 
 
@@ -153,7 +155,58 @@ def test_a_dense_mask_is_the_same(kv_heads: int):
     for name in ("unlike responses", "prompts of unlike lengths", "responses to some prompts only"):
         groups = LAYOUTS[name]
         inputs = states(groups, kv_heads, torch.float64)
-        assert_close(with_gradients(dense, groups, inputs), with_gradients(reference, groups, inputs), 1e-12)
+        assert_close(with_gradients(dense_of, groups, inputs), with_gradients(reference, groups, inputs), 1e-12)
+
+
+BLOCKS: dict[str, Groups] = {
+    **LAYOUTS,
+    "long": LONG,
+    "ends of blocks": [(256, [128, 128]), (128, [256])],
+    "one token off the ends": [(257, [127, 129]), (128, [1, 300, 255])],
+    "one long response": [(100, [1000, 20]), (700, [])],
+}
+
+
+@pytest.mark.parametrize("groups", BLOCKS.values(), ids=BLOCKS)
+def test_blocks_are_those_of_the_mask_over_tokens(groups: Groups):
+    """A block that is skipped holds no visible pair, and one whose mask is not asked for holds no hidden pair."""
+    mask, size = dense_mask(groups), 128
+    count = -(-len(mask) // size)
+    padded = torch.zeros(count * size, count * size, dtype=torch.bool)
+    padded[: len(mask), : len(mask)] = mask
+    tokens = padded.view(count, size, count, size).transpose(1, 2).flatten(2)
+    some, whole = TokenOwners.of(groups).blocks()
+    assert torch.equal(some, tokens.any(-1))
+    assert not (whole & ~tokens.all(-1)).any()
+    if len(groups) == 1 or groups in (BLOCKS["long"], BLOCKS["ends of blocks"]):
+        assert torch.equal(whole, tokens.all(-1))
+
+
+@pytest.mark.parametrize("groups", BLOCKS.values(), ids=BLOCKS)
+def test_the_block_mask_lists_these_blocks(groups: Groups):
+    owners = TokenOwners.of(groups)
+    some, whole = owners.blocks()
+    made = owners.block_mask
+    assert made.seq_lengths == (len(owners.group), len(owners.group))
+    for expected, numbers, indices in (
+        (some & ~whole, made.kv_num_blocks, made.kv_indices),
+        (whole, made.full_kv_num_blocks, made.full_kv_indices),
+    ):
+        for row, number, columns in zip(expected, numbers[0, 0].tolist(), indices[0, 0].tolist(), strict=True):
+            assert columns[:number] == row.nonzero()[:, 0].tolist()
+
+
+def test_too_many_compilations_are_an_error():
+    """By default torch would go on without its compiled function, and make every score of a row."""
+    from torch._dynamo import config
+
+    compiled = torch.compile(lambda x: x + 1, backend="eager", dynamic=False)
+    with config.patch(recompile_limit=2):
+        for n in (1, 2):
+            assert call_compiled(compiled, torch.zeros(n)).tolist() == [1] * n
+        with pytest.raises(ModelError, match="recompile_limit"):
+            call_compiled(compiled, torch.zeros(3))
+    assert not config.fail_on_recompile_limit_hit
 
 
 @pytest.mark.gpu
@@ -181,10 +234,11 @@ def test_without_a_layout_models_compute_what_they_did(tiny_family: Path):
     with torch.no_grad():
         before = model(**inputs).logits
         enable(model)
-        once = model.config.get_text_config()._attn_implementation
+        once = AttentionInterface._global_mapping["sdpa"]
         enable(model)
         after = model(**inputs).logits
-    assert once != "sdpa" and model.config.get_text_config()._attn_implementation == once
+    assert AttentionInterface._global_mapping["sdpa"] is once
+    assert model.config.get_text_config()._attn_implementation == "sdpa"  # transformers reads it back
     real = mask.bool()
     assert torch.equal(before[real], after[real])
 

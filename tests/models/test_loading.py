@@ -44,6 +44,11 @@ def test_pickled_weights_are_refused(tiny_qwen: Path, tmp_path: Path):
         load_model(str(folder))
 
 
+def test_an_attention_whose_package_is_missing_is_refused(tiny_qwen: Path):
+    with pytest.raises(ModelError, match=r"student\.attn_implementation.*flash_attention_2"):
+        load_model(str(tiny_qwen), attn_implementation="flash_attention_2")
+
+
 def test_max_pixels_bounds_the_image_tokens(tiny_qwen: Path):
     processor = load_processor(str(tiny_qwen), max_pixels=28 * 28 * 4)
     assert processor.image_processor.size["longest_edge"] == 28 * 28 * 4

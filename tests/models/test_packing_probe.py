@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from openril.hf import AttentionInterface, AttentionMaskInterface
 from openril.models.group_attention import CannotPack
 from openril.models.packing_probe import PackingProbe, evaluating, full_precision
 from openril.records import Group, Rollout
@@ -85,7 +86,7 @@ def test_a_trial_computes_in_full_precision_and_restores_the_callers():
     try:
         matmul.fp32_precision = "tf32"
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            with full_precision("cpu"):
+            with full_precision(nn.Linear(1, 1)):
                 assert matmul.fp32_precision == "ieee" and not torch.is_autocast_enabled("cpu")
                 assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype == torch.float32
             assert torch.is_autocast_enabled("cpu")
@@ -93,6 +94,39 @@ def test_a_trial_computes_in_full_precision_and_restores_the_callers():
         assert torch.backends.cudnn.conv.fp32_precision == convolution  # type: ignore[attr-defined]
     finally:
         matmul.fp32_precision = before
+
+
+def test_flash_attention_takes_no_float32_so_a_trial_runs_without_it(
+    tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Under autocast, float32 weights meet flash attention in 16 bits; in a trial they stay what they are."""
+    mapping = AttentionInterface._global_mapping
+    dtypes: list[torch.dtype] = []
+
+    def flash(module: Any, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+        assert module.config._attn_implementation == "flash_attention_2"  # the library loads the package of this name
+        kind = query.device.type
+        dtypes.append(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype)
+        assert dtypes[-1] == torch.bfloat16, "FlashAttention only supports fp16 and bf16"
+        return mapping["sdpa"](module, query, *args, **kwargs)
+
+    monkeypatch.setattr(AttentionInterface, "_global_mapping", {**mapping, "flash_attention_2": flash})
+    mapping = AttentionInterface._global_mapping
+    monkeypatch.setitem(AttentionMaskInterface._global_mapping, "flash_attention_2", AttentionMaskInterface()["sdpa"])
+    recipe = tiny_recipe(tmp_path / "run", tiny_student, train__precision="bfloat16", discriminator__mode="none")
+    trainer = make_trainer(recipe, tmp_path / "data", count=4)
+    warnings: list[str] = []
+    trainer.policy.warn = warnings.append
+    configs = {id(m.config): m.config for m in trainer.policy.unwrapped.modules() if hasattr(m, "config")}.values()
+    for config in configs:
+        config._attn_implementation = "flash_attention_2"
+    trainer.policy.update(taught(trainer), 0)
+    assert warnings == [] and trainer.policy.packing.on is True
+    assert {c._attn_implementation for c in configs} == {"flash_attention_2"}
+    calls = len(dtypes)
+    trainer.policy.packing.state = "off"
+    trainer.policy.update(taught(trainer), 1)
+    assert len(dtypes) > calls
 
 
 # ---- every family in every precision -----------------------------------------------------------------------------------

@@ -236,6 +236,19 @@ def test_batch_has_to_fit_the_number_of_processes(good: Recipe) -> None:
     assert "35 or 40" in found(good, "train", world_size=5)["train.questions_per_step"]
 
 
+@pytest.mark.parametrize("package", ["flash_attn", "flash_attn_interface"])
+def test_an_attention_whose_package_is_missing_is_refused(good: Recipe, monkeypatch: pytest.MonkeyPatch, package: str):
+    name = {"flash_attn": "flash_attention_2", "flash_attn_interface": "flash_attention_3"}[package]
+    there = change(good, student__attn_implementation=name, train__precision="bfloat16")
+    monkeypatch.setattr("importlib.util.find_spec", lambda wanted: None)
+    reason = found(there, "train")["student.attn_implementation"]
+    assert name in reason and package.replace("_", "-") in reason
+    monkeypatch.setattr("importlib.util.find_spec", lambda wanted: object())
+    assert "student.attn_implementation" not in found(there, "train")
+    half = change(there, train__precision="float32")
+    assert "train.precision" in found(half, "train")["student.attn_implementation"]
+
+
 @pytest.mark.parametrize("tracker", ["wandb", "trackio", "tensorboard"])
 def test_a_tracker_that_is_not_installed_prints_its_install_line(
     good: Recipe, monkeypatch: pytest.MonkeyPatch, tracker: str

@@ -1,10 +1,11 @@
 """Attention over rows that hold whole groups: ``[prompt][response 1][response 2]...``, group after group, no padding.
 
-A prompt's token attends to the prompt up to itself; a response's token to its prompt and to its own response up to
-itself. Nothing is computed between responses. Exact: it is the plain causal attention of every ``prompt + response``.
+A token of a prompt attends to the prompt up to itself. A token of a response attends to its prompt, and to its own
+response up to itself. Nothing is computed between responses, so the result is exactly the causal attention of every
+``prompt + response``.
 
-``enable`` puts this behind transformers' attention interface for a model's language part. A call without the keyword
-``group_layout`` is answered by the attention that was there before.
+``enable`` adds this to transformers' attention interface. A call without the keyword ``group_layout`` is answered as
+before, and every implementation keeps its name, because the library reads the name back.
 
 Shapes: L tokens of the row, H query heads, K key-value heads, D size of a head.
 """
@@ -20,53 +21,53 @@ from torch import Tensor, nn
 from torch.utils._triton import has_triton
 
 from openril.hf import AttentionInterface, AttentionMaskInterface
+from openril.models.masked_attention import TokenOwners, dense, flex
 
-_PREFIX = "groups_over_"
 # Prompts whose lengths differ by less than this factor are padded to one length and attend in one call.
 _UNLIKE = 1.3
 
 
 class CannotPack(ValueError):
-    """A layer asks for attention that a packed row cannot give exactly."""
+    """The attention of a model's layer cannot be computed exactly on a packed row."""
 
 
 class Layout(Protocol):
-    """What the keyword ``group_layout`` carries to every attention layer."""
+    """What the keyword ``group_layout`` passes to every attention layer."""
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """query [1, H, L, D], key and value [1, K, L, D] -> [1, L, H, D]."""
+        """Map query [1, H, L, D], key and value [1, K, L, D] to [1, L, H, D]."""
         ...
 
 
 def enable(model: Any) -> None:
-    """Let every attention layer of the model's language part take ``group_layout``. Doing it again changes nothing.
+    """Let every attention layer of the model's language part take ``group_layout``. A second call changes nothing.
 
-    Raises CannotPack for a model whose attention cannot be replaced.
+    Raises:
+        CannotPack: The model's attention cannot be replaced.
     """
     decoder = model.get_decoder()
-    configs = {id(m.config): m.config for m in decoder.modules() if hasattr(m, "config")}
-    for config in configs.values():
-        before = config._attn_implementation or "eager"
-        if before.startswith(_PREFIX):
-            continue
-        if before not in AttentionInterface._global_mapping or before not in AttentionMaskInterface._global_mapping:
-            raise CannotPack(f"its attention implementation is {before!r}, which knows no groups")
+    implementations = AttentionInterface._global_mapping
+    for config in {id(m.config): m.config for m in decoder.modules() if hasattr(m, "config")}.values():
+        name = config._attn_implementation or "eager"
+        if name not in implementations or name not in AttentionMaskInterface._global_mapping:
+            raise CannotPack(f"its attention implementation is {name!r}, which does not take groups")
         if getattr(config, "attention_dropout", 0):
             raise CannotPack("it has attention dropout")
-        name = _PREFIX + before
-        if name not in AttentionInterface._global_mapping:
-            AttentionInterface.register(name, _dispatch(AttentionInterface._global_mapping[before]))
-            mask: Any = AttentionMaskInterface._global_mapping[before]
-            AttentionMaskInterface.register(name, mask)
-        config._attn_implementation = name
+    for name, implementation in list(implementations.items()):  # all, because a model's may be exchanged later
+        if implementation is not _registered.get(name):
+            _registered[name] = _dispatch(implementation)
+            AttentionInterface.register(name, _registered[name])
     _run_last_mlp_where_read(decoder)
 
 
-def _run_last_mlp_where_read(decoder: Any) -> None:
-    """Let the last layer's MLP pass over positions that nothing reads: behind it no token looks at another.
+_registered: dict[str, Any] = {}
 
-    The layer's attention, which is given the layout and runs just before (also when a checkpointed layer runs again), says
-    which positions are read.
+
+def _run_last_mlp_where_read(decoder: Any) -> None:
+    """Let the last layer's MLP skip the positions that nothing reads: after it, no token attends to another.
+
+    The layer's attention gets the layout and runs just before the MLP, also when a checkpointed layer runs again. It
+    notes which positions are read.
     """
     last = decoder.layers[-1] if len(getattr(decoder, "layers", ())) else None
     attention, mlp = getattr(last, "self_attn", None), getattr(last, "mlp", None)
@@ -117,58 +118,49 @@ def _dispatch(before: Any) -> Any:
     return attention
 
 
-# Layers of transformers take a mask or make one. A mask with four dimensions is passed on as it is, so that no dense one is
-# made; ``group_layout`` says the rest.
 def no_mask(device: torch.device | None = None) -> Tensor:
+    """Return a mask that transformers passes on as it is, because it has four dimensions, instead of making a dense one."""
     return torch.zeros(1, 1, 1, 1, device=device)
 
 
 @dataclass
 class _Bucket:
-    """Groups with prompts of about the same length, padded to P tokens and S response tokens in all.
-
-    prompt: int64 [G, P], positions in the row; padding repeats the last. asking: int64 [G, S], positions of the
-    responses' tokens. The valid tensors are bool of the same shape, or None where nothing is padded.
-    """
+    """Groups with prompts of about the same length, padded to P tokens and S response tokens in all."""
 
     prompt: Tensor
+    """int64 [G, P]: positions in the row; padding repeats the last."""
     prompt_valid: Tensor | None
+    """bool [G, P], or None if nothing is padded."""
     asking: Tensor
+    """int64 [G, S]: positions of the responses' tokens."""
     asking_valid: Tensor | None
 
 
 @dataclass
 class GroupLayout:
-    """Where the groups are in a row of L tokens.
-
-    own: int64 [R, T], positions of each response's tokens, padded by its last; own_valid: bool [R, T] or None.
-    group, response: int32 [L], number of the group, and of the response within the row (-1: prompt).
-    rows_read: int64 [N], positions whose last hidden states are wanted, or None for all.
-    """
+    """Where the groups are in a row of L tokens."""
 
     buckets: list[_Bucket]
     own: Tensor
+    """int64 [R, T]: positions of each response's tokens, padded by its last."""
     own_valid: Tensor | None
-    group: Tensor
-    response: Tensor
+    """bool [R, T], or None if nothing is padded."""
+    owners: TokenOwners
+    """The group and the response of every token, for attention over a mask."""
     rows_read: Tensor | None = None
+    """int64 [N]: positions whose last hidden states are read, or None for all."""
 
     @classmethod
     def of(cls, groups: Sequence[tuple[int, Sequence[int]]], rows_read: Tensor | None = None) -> GroupLayout:
-        """groups: (prompt length, lengths of its responses) in the order of the row. Every length is at least 1."""
+        """Lay out groups, given as (prompt length, lengths of its responses). Every length is at least 1."""
         prompts: list[tuple[range, range]] = []
         responses: list[range] = []
-        group_ids: list[int] = []
-        response_ids: list[int] = []
         at = 0
-        for number, (prompt, lengths) in enumerate(groups):
+        for prompt, lengths in groups:
             end = at + prompt + sum(lengths)
             prompts.append((range(at, at + prompt), range(at + prompt, end)))
-            group_ids += [number] * (end - at)
-            response_ids += [-1] * prompt
             at += prompt
             for n in lengths:
-                response_ids += [len(responses)] * n
                 responses.append(range(at, at + n))
                 at += n
         buckets: list[list[tuple[range, range]]] = []
@@ -179,8 +171,7 @@ class GroupLayout:
         return cls(
             [_Bucket(*_padded([p for p, _ in b]), *_padded([a for _, a in b])) for b in buckets],
             *_padded(responses),
-            torch.tensor(group_ids, dtype=torch.int32),
-            torch.tensor(response_ids, dtype=torch.int32),
+            TokenOwners.of(groups),
             rows_read,
         )
 
@@ -192,12 +183,12 @@ class GroupLayout:
         if query.device.type == "cpu":
             return _SegmentAttention.apply(query[0].transpose(0, 1), key[0], value[0], self, scale)[None]
         if query.is_cuda and has_triton():
-            return _flex(self, query, key, value, scale)
-        return _dense(self, query, key, value, scale)
+            return flex(self.owners, query, key, value, scale)
+        return dense(self.owners, query, key, value, scale)
 
 
 def _padded(ranges: Sequence[range]) -> tuple[Tensor, Tensor | None]:
-    """Positions as rows of one length, and which of them are real."""
+    """Return positions as rows of one length, and which of them are not padding."""
     longest = max((len(r) for r in ranges), default=0)
     rows = [[*r, *[r[-1] if len(r) else 0] * (longest - len(r))] for r in ranges]
     index = torch.tensor(rows, dtype=torch.long).view(len(ranges), longest)
@@ -207,7 +198,7 @@ def _padded(ranges: Sequence[range]) -> tuple[Tensor, Tensor | None]:
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor | TokenOwners):
         return value.to(device)
     if isinstance(value, list):
         return [replace(b, **{f.name: _moved(getattr(b, f.name), device) for f in fields(b)}) for b in value]
@@ -216,9 +207,9 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 # ---- CPU: by segments ------------------------------------------------------------------------------------------------
 #
-# Attention over two sets of keys is the mean of the two attentions, weighted by their sums of exponentials. So the prompt
-# is attended to once for all responses of a group, and every response to itself, with the library's fused kernel; the
-# kernel's backward, given the *merged* output and log-sum-exp, yields each part's exact share of the gradient.
+# Attention over two sets of keys is the mean of the two attentions, weighted by their sums of exponentials. So all
+# responses of a group attend to the prompt in one call, and every response attends to itself, with torch's fused kernel.
+# The kernel's backward gets the *merged* output and log-sum-exp, and yields each part's exact share of the gradient.
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -307,7 +298,7 @@ def _kv(states: Tensor, index: Tensor) -> Tensor:
 
 
 def _q(states: Tensor, index: Tensor, keys: Tensor, valid: Tensor | None = None) -> Tensor:
-    """[L, H, D] at int64 [G, P] -> [G * K, H / K, P, D]: the queries that share a key-value head stand together.
+    """[L, H, D] at int64 [G, P] -> [G * K, H / K, P, D]: queries that share a key-value head are adjacent.
 
     Zero where valid is False.
     """
@@ -330,7 +321,7 @@ def _rows(states: Tensor, groups: int) -> Tensor:
 
 
 def _put(target: Tensor, states: Tensor, index: Tensor, valid: Tensor | None, *, add: bool = False) -> None:
-    """Write (or add) [G * K, n, P, D] to the rows ``index`` [G, P] of target [L, H, D]."""
+    """Write or add [G * K, n, P, D] to the rows ``index`` [G, P] of target [L, H, D]."""
     rows, flat = _rows(states, len(index)), index.flatten()
     if valid is not None:
         real = valid.flatten()
@@ -346,7 +337,7 @@ def _add_kv(target: Tensor, states: Tensor, index: Tensor, valid: Tensor | None)
 
 
 def _key_mask(bucket: _Bucket, query: Tensor, keys: Tensor) -> Tensor | None:
-    """Additive mask that hides the padding of shorter prompts, [G * K, 1, S, P]."""
+    """Return the additive mask [G * K, 1, S, P] that hides the padding of shorter prompts."""
     if bucket.prompt_valid is None:
         return None
     mask = torch.zeros(bucket.prompt_valid.shape, dtype=query.dtype, device=query.device)
@@ -354,56 +345,3 @@ def _key_mask(bucket: _Bucket, query: Tensor, keys: Tensor) -> Tensor | None:
     heads = len(keys) // len(mask)
     mask = mask[:, None].expand(-1, heads, -1).reshape(len(keys), 1, 1, -1)
     return mask.expand(-1, -1, query.shape[2], -1)
-
-
-# ---- elsewhere: one call over a mask -----------------------------------------------------------------------------------
-
-
-def visible(layout: GroupLayout, q: Tensor, k: Tensor) -> Tensor:
-    """bool: whether the token at position ``q`` of the row attends to the one at ``k`` (int64, of one shape)."""
-    group, response = layout.group, layout.response
-    return (group[q] == group[k]) & (k <= q) & ((response[k] < 0) | (response[k] == response[q]))
-
-
-def _once(layout: GroupLayout, name: str, make: Any) -> Any:
-    """What ``make`` gives, made once and kept with the layout: all layers of a pass share it."""
-    if name not in layout.__dict__:
-        layout.__dict__[name] = make()
-    return layout.__dict__[name]
-
-
-def _block_mask(layout: GroupLayout) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    length = len(layout.group)
-    device = str(layout.group.device)
-    return create_block_mask(lambda b, h, q, k: visible(layout, q, k), None, None, length, length, device=device)
-
-
-def _dense_mask(layout: GroupLayout) -> Tensor:
-    positions = torch.arange(len(layout.group), device=layout.group.device)
-    return visible(layout, positions[:, None], positions[None])
-
-
-_compiled: dict[str, Any] = {}
-
-
-def _flex(layout: GroupLayout, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """FlexAttention: blocks in which nothing is visible are skipped. Compiled where there is a compiler for the device."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    if query.is_cuda and "flex" not in _compiled:
-        _compiled["flex"] = torch.compile(flex_attention, dynamic=True)
-    call = _compiled["flex"] if query.is_cuda else flex_attention
-    mask = _once(layout, "block_mask", lambda: _block_mask(layout))
-    out: Any = call(query, key, value, block_mask=mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
-    return out.transpose(1, 2)
-
-
-def _dense(layout: GroupLayout, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """The library's fused attention over a dense mask, [L, L] values."""
-    mask = _once(layout, "dense_mask", lambda: _dense_mask(layout))
-    times = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
-    out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
-    return out.transpose(1, 2)

@@ -51,6 +51,8 @@ def load_model(
             use_safetensors=True,
             output_loading_info=True,
         )
+    except ImportError as e:  # the package of another attention is missing
+        raise ModelError(f"student.attn_implementation: {attn_implementation!r} cannot be used: {e}") from e
     except (OSError, ValueError) as e:
         raise ModelError(f"{what}: {checkpoint} cannot be loaded as a vision-language model: {e}") from e
     model, info = loaded

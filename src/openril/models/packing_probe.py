@@ -65,7 +65,7 @@ class PackingProbe:
         parameter = next(model.parameters())
         reason = ""
         try:
-            with evaluating(model), full_precision(parameter.device.type):
+            with evaluating(model), full_precision(model):
                 difference = compare()
         except CannotPack as e:
             reason = str(e)
@@ -106,24 +106,32 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def full_precision(device_type: str) -> Iterator[None]:
+def full_precision(model: nn.Module) -> Iterator[None]:
     """Compute in the precision of the weights: without autocast, and float32 without TF32 or bfloat16 products.
 
-    Either would hide a small error behind its rounding, or report rounding as an error.
+    Either would hide a small error behind its rounding, or report rounding as an error. Flash attention takes only
+    16-bit numbers, so weights of more bits use torch's attention meanwhile.
     """
+    parameter = next(model.parameters())
     backends: Any = torch.backends
-    homes: list[Any] = [backends.cuda.matmul, backends.cudnn]
-    name: str = "allow_tf32"
-    exact: Any = False
+    switches: list[tuple[Any, str, Any]] = [
+        (backends.cuda.matmul, "allow_tf32", False),
+        (backends.cudnn, "allow_tf32", False),
+    ]
     if hasattr(backends.cuda.matmul, "fp32_precision"):  # torch 2.9 and newer
-        homes = [backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv]
-        name, exact = "fp32_precision", "ieee"
-    before = [getattr(home, name) for home in homes]
+        products = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)
+        switches = [(home, "fp32_precision", "ieee") for home in products]
+    if parameter.dtype.itemsize > 2:
+        configs: list[Any] = [m.config for m in model.modules() if hasattr(m, "config")]
+        # The property without "internal" would change the configurations inside too, and not restore them.
+        name = "_attn_implementation_internal"
+        switches += [(c, name, "sdpa") for c in configs if "flash" in (getattr(c, name) or "")]
+    before = [(home, name, getattr(home, name)) for home, name, _ in switches]
     try:
-        for home in homes:
-            setattr(home, name, exact)
-        with torch.autocast(device_type, enabled=False):
+        for switch in switches:
+            setattr(*switch)
+        with torch.autocast(parameter.device.type, enabled=False):
             yield
     finally:
-        for home, value in zip(homes, before, strict=True):
-            setattr(home, name, value)
+        for switch in before:
+            setattr(*switch)

@@ -29,6 +29,7 @@ QUESTION_FIELDS = ("id", "images", "question", "answer", "choices", "rule")
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
 
+_ATTENTION_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 _TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
 
 
@@ -170,6 +171,13 @@ def _student(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
                 f"this stage starts from the SFT student, but {why}",
                 "run `ril sft` first, or turn it off",
             )
+    name = student.attn_implementation
+    if (package := _ATTENTION_PACKAGES.get(name)) and not importlib.util.find_spec(package):
+        reason = f"{name} needs the package {package.replace('_', '-')}, which is not installed"
+        yield Problem("student.attn_implementation", reason, "install it, or use sdpa")
+    if package and recipe.train.precision == "float32" and stage in ("discriminator", "train", "run"):
+        reason = f"{name} takes 16-bit numbers only, but train.precision is float32"
+        yield Problem("student.attn_implementation", reason, "use sdpa, or another precision")
     if student.min_pixels and student.max_pixels and student.min_pixels > student.max_pixels:
         yield Problem("student.min_pixels", "is larger than student.max_pixels", "exchange them")
     if stage in ("sft", "train", "run"):
