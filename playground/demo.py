@@ -1,8 +1,8 @@
-"""``python -m playground.demo``: RIL beside Dr.GRPO on the fourteen skills, with ready-made models.
+"""``python -m playground.demo``: compare RIL with Dr.GRPO on the fourteen skills, with ready-made models.
 
-It draws the world, collects both teachers' and the student's responses, pre-trains discriminators, trains three
-contenders from one student, and scores them on questions none of them has seen. Every command is shown and can be given
-by hand. Stop it whenever you like; the same command continues.
+It is a small preset of the study (playground/study). It draws the world, collects both teachers' and the student's
+responses, pre-trains discriminators, trains one student by three methods, and scores the results on held-out questions.
+Every command is shown and can be given by hand. The demo can be stopped at any time; the same command continues it.
 """
 
 from __future__ import annotations
@@ -10,59 +10,50 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from openril.errors import DataError, RecipeError
+from openril.recipe.loading import load_saved_recipe, save_recipe
 from openril.recipe.schema import Recipe
-from openril.storage import atomic_path, write_json, write_text
-from playground.commands import answer, run_queue
-from playground.demo_jobs import Board, Clock, Job, plan
-from playground.demo_report import (
-    CURVES,
-    NOTES,
-    ShownGroup,
-    group_text,
-    groups_text,
-    judge_lines,
-    page,
-    rich_tables,
-    shown_groups,
-    training_lines,
-)
-from playground.demo_results import CONTENDERS, draw_curves, read_agreement, read_world, summarise
+from openril.records import Question
+from openril.storage import atomic_path, read_jsonl, refuse_changed, weights_fingerprint, write_json
+from playground.demo_report import METHODS, evaluation_file, read_evaluation, read_world, show, write_report
 from playground.models.shipped import StudentName, find_models
+from playground.runner import Clock, Job, Progress, Runner, exit_code
+from playground.study.jobs import collected, stage_progress
+from playground.study.recipes import shipped_recipe
 from playground.world import SKILLS
 
-RECIPES = Path(__file__).resolve().parents[1] / "recipes"
-PLACE = "runs/demo"
-"""Where the recipes put things; ``--out`` replaces it."""
-SOURCES = {"ril": "demo/ril.yaml", "ril_one": "demo/ril_one.yaml", "dr_grpo": "baselines/dr_grpo.yaml"}
-"""The recipe of each run."""
+OUT = "runs/demo"
+"""Folder in the shipped recipes that ``--out`` replaces."""
+RUNS = ("ril", "ril_one", "dr_grpo")
+"""Runs, each with a recipe in recipes/demo."""
 
 
 @dataclass
 class Settings:
-    """RIL with two teachers, RIL with one, and Dr.GRPO from the same student, in ten minutes on two CPU cores."""
+    """Train one student by RIL with two teachers, RIL with one, and Dr.GRPO: four minutes on two CPU cores."""
 
-    out: Path = Path(PLACE)
+    out: Path = Path(OUT)
     """Folder for everything it makes."""
     student: StudentName = "qwen"
     """Architecture of the student."""
     models: Path | None = None
-    """Folder of `make playground` to take the models from, instead of those that come with the package."""
+    """Folder of `make playground` to take the models from, instead of those of the checkout."""
     seed: int = 0
-    """Everything follows from it."""
+    """Everything random follows from it."""
     num_train: int = 700
     """Training questions, the skills in turn."""
     num_validation: int = 140
-    """Questions for the curve while training."""
+    """Questions for the curve during training."""
     num_test: int = 280
-    """Held-out questions that contenders are scored on: a multiple of 14."""
+    """Held-out questions that score the methods: a multiple of 14."""
     difficulty: list[int] = field(default_factory=lambda: [1])
-    """Of the questions, in turn; the ready-made models know 1."""
+    """Difficulties of the questions, in turn; the ready-made models know 1."""
     width: int = 2
     """Commands at a time, of one thread each."""
     overrides: tuple[str, ...] = ()
@@ -73,25 +64,36 @@ def say(line: str = "") -> None:
     print(line, flush=True)
 
 
-# Preparing
-
-
 def prepare(settings: Settings) -> dict[str, Recipe]:
-    """World, models and recipes, as far as they are not there; returns the recipes by run.
+    """Make the world, the models and the recipes that are missing; returns the recipes by run.
 
-    Raises RecipeError when the folder holds a demo of other settings.
+    Raises:
+        RecipeError: If the folder holds a demo with other settings.
     """
     if settings.num_test % len(SKILLS) or not settings.num_test:
         raise DataError(
-            f"num_test is {settings.num_test}; a multiple of {len(SKILLS)} gives every skill equally many questions"
+            f"--num-test: expected a multiple of {len(SKILLS)} (equally many a skill), got {settings.num_test}"
         )
     out = settings.out
     models = find_models(settings.student, settings.models)
-    pin(settings, models)
+    numbers = (settings.num_train, settings.num_validation, settings.num_test)
+    now: dict[str, Any] = {
+        "seed": settings.seed,
+        "student": settings.student,
+        "questions": list(numbers),
+        "difficulty": list(settings.difficulty),
+        "overrides": list(settings.overrides),
+        "weights": {name: weights_fingerprint(folder) for name, folder in models.items()},
+    }
+    pinned = out / "demo.json"
+    if pinned.is_file():
+        was = json.loads(pinned.read_text(encoding="utf-8"))
+        refuse_changed(out, was, now, fix="name another folder with --out", error=RecipeError)
+    else:
+        write_json(pinned, now)
     if not (out / "world" / "train.jsonl").is_file():
         from playground.world import write_skills_world
 
-        numbers = (settings.num_train, settings.num_validation, settings.num_test)
         write_skills_world(out / "world", *numbers, settings.seed, settings.difficulty)
         say(f"  {numbers[0]} training, {numbers[1]} validation and {numbers[2]} test questions: {out / 'world'}")
     for name, folder in models.items():
@@ -100,118 +102,134 @@ def prepare(settings: Settings) -> dict[str, Recipe]:
             with atomic_path(target) as temporary:
                 shutil.copytree(folder, temporary)
             say(f"  {name}: {target} (from {folder})")
-    return {run: write_recipe(run, settings) for run in SOURCES}
+    return {run: write_recipe(run, settings) for run in RUNS}
 
 
-def pin(settings: Settings, models: dict[str, Path]) -> None:
-    """Note what the demo in this folder is made of; refuse to go on with another one's files."""
-    from openril.storage import weights_fingerprint
-
-    now: dict[str, Any] = {
-        "seed": settings.seed,
-        "student": settings.student,
-        "questions": [settings.num_train, settings.num_validation, settings.num_test],
-        "difficulty": list(settings.difficulty),
-        "overrides": list(settings.overrides),
-        "weights": {name: weights_fingerprint(folder) for name, folder in models.items()},
-    }
-    path = settings.out / "demo.json"
-    if not path.is_file():
-        write_json(path, now)
-        return
-    before = json.loads(path.read_text(encoding="utf-8"))
-    if changed := [
-        f"{key} was {before.get(key)}, now {value}" for key, value in now.items() if before.get(key) != value
-    ]:
-        raise RecipeError(
-            f"{settings.out} holds a demo of other settings ({'; '.join(changed)}); name another folder with --out, or "
-            "remove this one"
-        )
-
-
-def write_recipe(run: str, settings: Settings) -> Recipe:
-    """The shipped recipe with ``out`` for runs/demo, in ``out/recipes``: a file to run, read and change. One that is there
-    stays. Raises RecipeError when the recipes are not beside this package."""
-    from openril.recipe.loading import load_recipe, save_recipe
-
-    target = settings.out / "recipes" / f"{run}.yaml"
-    if target.is_file():
-        return load_recipe(target)
-    source = RECIPES / SOURCES[run]
-    if not source.is_file():
-        raise RecipeError(f"{source} is not there; run the demo from a checkout of the repository")
-    recipe = load_recipe(source, [f"--{override}" for override in settings.overrides])
-    place = json.dumps(str(settings.out))[1:-1]
-    values = json.loads(recipe.model_dump_json().replace(f'"{PLACE}/', f'"{place}/'))
-    recipe = Recipe.model_validate({**values, "seed": settings.seed})
-    save_recipe(recipe, target)
+def demo_recipe(run: str, settings: Settings) -> Recipe:
+    recipe = shipped_recipe(f"demo/{run}.yaml", settings.overrides, {OUT: settings.out})
+    recipe.seed = settings.seed
     return recipe
 
 
-# Results
+def write_recipe(run: str, settings: Settings) -> Recipe:
+    """Write the recipe of a run to ``out/recipes``, to run, read and change. An existing file stays."""
+    path = settings.out / "recipes" / f"{run}.yaml"
+    if not path.is_file():
+        save_recipe(demo_recipe(run, settings), path)
+    return load_saved_recipe(path)
 
 
-def conclude(settings: Settings, clock: Clock) -> dict[str, Any]:
-    """Write summary.json, the curves, report.html and groups.txt; show them, and return the summary."""
-    out = settings.out
-    summary = summarise(out, settings.seed, read_agreement(out / "models"))
-    sections = shown_groups(out, out / CONTENDERS["ril_both"].run, read_world(out, "train"))
-    draw_curves(out, out / CURVES)
-    write_text(out / "groups.txt", groups_text(sections))
-    clock.tick()
-    summary |= {"minutes": clock.minutes, "student": settings.student}
-    write_text(out / "report.html", page(summary, sections))
-    write_json(out / "summary.json", summary)
-    show(out, summary, sections[-1][1])
-    return summary
+# Jobs
 
 
-def show(out: Path, summary: dict[str, Any], last: Sequence[ShownGroup]) -> None:
-    """The summary on the screen. last: groups of the last step."""
-    from rich.console import Console
+@dataclass(kw_only=True)
+class DemoJob(Job):
+    """One ``ril`` command. What is done is recognized by the files that it leaves."""
 
-    console = Console()
-    console.print("\na group of the last step of RIL with both teachers:")
-    for group in last[:1]:
-        console.print(group_text(group) + "\n", markup=False, highlight=False, soft_wrap=True)
-    for table in rich_tables(summary):
-        console.print(table)
-    console.print(NOTES.format(n=summary["test_questions"]), markup=False, highlight=False)
-    for line in [*judge_lines(summary), "student samples, first five steps to last five:", *training_lines(summary)]:
-        console.print(line, markup=False, highlight=False)
-    for what, path in (
-        ("everything on one page: table, curves, groups", out / "report.html"),
-        ("groups to read here", out / "groups.txt"),
-        ("curves", out / CURVES),
-        ("these numbers", out / "summary.json"),
-        ("recipes, to change and run", out / "recipes"),
-        ("every response of every step", out / "ril" / "rollouts"),
-        ("the judge's explanations", out / "ril" / "verdicts"),
-        ("the student", out / "ril" / "student"),
-    ):
-        console.print(f"  {what}: {path}", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"{summary['minutes']} minutes", highlight=False)
+    done: Callable[[], bool]
+    look: Callable[[], Progress]
+
+    def seconds(self) -> float | None:
+        return 0.0 if self.done() else None
+
+    def progress(self) -> Progress:
+        return self.look()
+
+
+START_UP = 8.0
+PER_COLLECTED_RESPONSE, PER_DISCRIMINATOR_STEP, PER_ANSWER = 0.003, 0.55, 0.02
+PER_TRAINING_STEP = {"dr_grpo": 1.2, "ril_one": 3.6, "ril": 3.6}
+"""Seconds on one core of the machine where they were measured. Only their proportions matter."""
+
+
+def plan(out: Path, recipes: Mapping[str, Recipe]) -> list[DemoJob]:
+    """Return all commands in order. Dr.GRPO needs no responses, so it trains while they are collected."""
+    jobs: list[DemoJob] = []
+
+    def add(
+        name: str, run: str, stage: Any, done: Callable[[], bool], each: float, needs: Sequence[str] = (),
+        arguments: Sequence[str] = (), look: Callable[[], Progress] | None = None,
+    ) -> None:  # fmt: skip
+        look = look or partial(stage_progress, stage, recipes[run])
+        command = ("openril.cli", stage, str(out / "recipes" / f"{run}.yaml"), *arguments)
+        expected = START_UP + each * look()[1]
+        jobs.append(
+            DemoJob(
+                name=name, arguments=command, needs=tuple(needs), expected=expected, kind=stage, done=done, look=look
+            )
+        )
+
+    def train(run: str) -> None:
+        needs = [f"{run} discriminator"] if recipes[run].uses_discriminator else []
+        add(f"{run} train", run, "train", partial(trained, recipes[run]), PER_TRAINING_STEP[run], needs)
+
+    ril = recipes["ril"]
+    responses = stage_progress("collect", ril)[1]
+    add("collect", "ril", "collect", lambda: collected(ril.cache_path)[0] >= responses, PER_COLLECTED_RESPONSE)
+    train("dr_grpo")
+    for run in ("ril", "ril_one"):
+        trained_discriminator = recipes[run].discriminator_path / "config.json"
+        add(
+            f"{run} discriminator",
+            run,
+            "discriminator",
+            trained_discriminator.is_file,
+            PER_DISCRIMINATOR_STEP,
+            ["collect"],
+        )
+    train("ril")
+    train("ril_one")
+    test = read_world(out, "test")
+    for name, method in METHODS.items():
+        checkpoint = out / "models" / "student" if name == "sft" else out / method.run / "student"
+        arguments = ["--checkpoints", str(checkpoint), "--data.validation", str(out / "world" / "test.jsonl")]
+        # Two evaluations must not write the table of one folder at once.
+        needs = {"sft": [], "ril_both": ["ril train", "sft eval"]}.get(name, [f"{method.run} train"])
+        add(
+            f"{'sft' if name == 'sft' else method.run} eval", method.run, "eval", partial(scored, out, name, test), PER_ANSWER,
+            needs, [*arguments, "--eval.limit", "0"], partial(scoring_progress, evaluation_file(out, name), len(test)),
+        )  # fmt: skip
+    return jobs
+
+
+def scored(out: Path, name: str, test: Mapping[str, Question]) -> bool:
+    return read_evaluation(out, name, test) is not None
+
+
+def scoring_progress(journal: Path, total: int) -> Progress:
+    scores = [row["score"] for row in read_jsonl(journal) if "question_id" in row]
+    return len(scores), total, f"right {sum(s or 0 for s in scores) / len(scores):.0%}" if scores else ""
+
+
+def trained(recipe: Recipe) -> bool:
+    try:
+        finished = json.loads((recipe.run_path / "finished.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return False
+    return int(finished["step"]) >= recipe.train.max_steps and (recipe.run_path / "student" / "config.json").is_file()
+
+
+# The command
 
 
 def run_demo(settings: Settings) -> dict[str, Any]:
-    """The whole demo; returns the summary."""
+    """Run the whole demo; returns the summary."""
     from rich.console import Console
 
-    out = settings.out
+    out, console = settings.out, Console()
     clock = Clock(out / "clock.json")
     say("1. world, models, recipes")
-    recipes = prepare(settings)
-    jobs: list[Job] = plan(out, recipes)
-    if jobs:
+    runner = Runner(plan(out, prepare(settings)), out / "logs", console, width=settings.width, clock=clock)
+    if left := len(runner.jobs) - len(runner.finished):
         clock.tick()
-        say(f"2. {len(jobs)} commands, {settings.width} at a time; their output is in {out / 'logs'}")
-        board = Board(jobs, clock, Console(), settings.width)
-        with board:
-            run_queue([job.command for job in jobs], out / "logs", board.say, width=settings.width, watch=board.watch)
+        say(f"2. {left} commands, {settings.width} at a time; their output is in {out / 'logs'}")
+        runner.run()
     elif (out / "summary.json").is_file():
-        say("  everything is there already")
-        clock.stop()  # looking at results is not making them
-    return conclude(settings, clock)
+        say("  everything is already there")
+        clock.stop()  # Looking at the results does not count.
+    summary, groups = write_report(out, settings.seed, settings.student, clock)
+    show(console, out, summary, groups)
+    return summary
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -223,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run_demo(settings)
         return 0
 
-    return answer("demo", body)
+    return exit_code("demo", body)
 
 
 if __name__ == "__main__":

@@ -1,136 +1,65 @@
-"""A demo's page: the table, the curves, and groups of the first and the last step, as HTML and as text.
-
-Everything that models wrote is escaped, and the page may load nothing but its own pictures.
-"""
+"""Report the demo: its summary, tables, curves, and groups of the first and the last step, as HTML and as text."""
 
 from __future__ import annotations
 
-import html
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
+from openril.data.reading import read_file
+from openril.errors import StateError
+from openril.evaluation.summary import Evaluation, Row, build_evaluation, compare
+from openril.recipe.loading import load_saved_recipe
 from openril.records import STUDENT, Question
-from openril.rewards import rules
-from openril.storage import read_jsonl
-from playground.demo_results import CONTENDERS, TEACHERS
+from openril.report.curves import series
+from openril.rewards.degenerate import is_empty, is_repetitive
+from openril.storage import read_jsonl, write_json, write_text
+from playground.runner import Clock
+from playground.study.figures import COLORS, Panel, Series, curve_figure, save
+from playground.study.metrics import Judged, agreement, cached_responses, exactly_right, rollouts, share, student_styles
 from playground.world import SKILLS
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Console
 
 GROUPS_SHOWN = 5
 """Groups of a step on the page."""
-CURVES = "curves.png"
-POLICY = "default-src 'none'; img-src 'self' file:; style-src 'unsafe-inline'"
+TEMPLATE = Path(__file__).with_name("demo_page.html")
 
 
 @dataclass(frozen=True)
-class ShownGroup:
-    """A group as it is shown. pictures: relative to the demo's folder. rows: of the rollout file, students first."""
+class DemoMethod:
+    """A row of the demo's tables."""
 
-    step: int
-    question: Question
-    pictures: tuple[str, ...]
-    rows: tuple[dict[str, Any], ...]
-
-
-def shown_groups(out: Path, run: Path, questions: Mapping[str, Question]) -> list[tuple[str, list[ShownGroup]]]:
-    """A few groups of the run's first and last logged step: those with the most different outcomes, of different skills."""
-    files = sorted((run / "rollouts").glob("step_*.jsonl"))
-    picked = {"first": files[:1], "last": files[-1:] if len(files) > 1 else []}
-    return [
-        (f"{which} step ({int(path.stem.split('_')[1])})", pick(out, read_jsonl(path), questions))
-        for which, paths in picked.items()
-        for path in paths
-    ]
+    title: str
+    short: str
+    """Its name as the heading of a column."""
+    run: str
+    """Its folder."""
+    evaluation: str = "final"
+    """Name of its evaluation in that folder."""
 
 
-def pick(out: Path, rows: Sequence[dict[str, Any]], questions: Mapping[str, Question]) -> list[ShownGroup]:
-    by_question: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        by_question.setdefault(row["question_id"], []).append(row)
-
-    def interest(members: Sequence[dict[str, Any]]) -> int:
-        return len({(row["source"] == STUDENT, row["verdict"], row["similarity"]) for row in members})
-
-    ordered = sorted(by_question, key=lambda i: (-interest(by_question[i]), i))
-    chosen: dict[str, str] = {}
-    for question_id in ordered:
-        chosen.setdefault(str(questions[question_id].metadata.get("skill")), question_id)
-    return [
-        ShownGroup(by_question[i][0]["step"], questions[i], tuple(_relative(out, questions[i])), tuple(by_question[i]))
-        for i in list(chosen.values())[:GROUPS_SHOWN]
-    ]
-
-
-def _relative(out: Path, question: Question) -> list[str]:
-    paths = [image.path for image in question.images if image.path is not None]
-    return [path.resolve().relative_to(out.resolve()).as_posix() for path in paths]
-
-
-def number(value: float | None, form: str = "{:.2f}") -> str:
-    return "-" if value is None else form.format(value)
-
-
-def percent(value: float | None, error: float | None = None, sign: str = "") -> str:
-    """``71.3 ± 1.2``, in per cent."""
-    if value is None:
-        return "-"
-    return f"{100 * value:{sign}.1f}" + (f" ± {100 * error:.1f}" if error is not None else "")
-
-
-def exactly_right(question: Question, text: str) -> bool:
-    return rules.score(question.rule or "auto", question, text) == 1.0
-
-
-# Tables
-
-
-def contender_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Contender, score, gain over Dr.GRPO."""
-    rows = []
-    for name in CONTENDERS:
-        entry = summary["contenders"][name]
-        gain = entry.get("gain")
-        shown = percent(gain["difference"], gain["stderr"], sign="+") if gain else ""
-        rows.append((entry["title"], percent(entry["mean"], entry["stderr"]), shown))
-    return rows
-
-
-def skill_rows(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and one row a skill, per cent; the teachers' columns are of their cached responses."""
-    header = ["skill", "stands for", *(c.short for c in CONTENDERS.values()), *TEACHERS.values()]
-    found = [summary["contenders"][name] for name in CONTENDERS] + [summary["teachers"][name] for name in TEACHERS]
-    rows = [
-        [skill, about.benchmark, *(number(e["skills"].get(skill), "{:.0%}").rstrip("%") for e in found)]
-        for skill, about in SKILLS.items()
-    ]
-    rows.append(["mean", "", *(number(e["mean"], "{:.1%}").rstrip("%") for e in found)])
-    return header, rows
-
-
-def judge_lines(summary: Mapping[str, Any]) -> list[str]:
-    held_out, own = summary["judge"]["held_out"], summary["judge"]["this_run"]
-    return [
-        f"judge: agrees with the exact rule on {number(held_out['agreement'], '{:.2%}')} of {held_out['num_verdicts']} "
-        "hard held-out cases (measured when it was trained)",
-        f"judge: agreed with it on {number(own['agreement'], '{:.2%}')} of the {own['num_verdicts']} responses it rewarded "
-        f"in these runs; on {number(own['distinct_agreement'], '{:.2%}')} of the {own['num_distinct']} different ones",
-    ]
-
-
-def training_lines(summary: Mapping[str, Any]) -> list[str]:
-    """Each curve's beginning and end, a line a run."""
-    lines = []
-    for name, curves in summary["training"].items():
-        parts = [f"{title} {ends['first']:.2f} to {ends['last']:.2f}" for title, ends in curves.items()]
-        lines.append(f"{CONTENDERS[name].title}: " + ", ".join(parts))
-    return lines
-
-
+METHODS: dict[str, DemoMethod] = {
+    "sft": DemoMethod("starting student", "start", "ril", "base"),
+    "dr_grpo": DemoMethod("Dr.GRPO", "Dr.GRPO", "dr_grpo"),
+    "ril_one": DemoMethod("RIL, one teacher", "RIL one", "ril_one"),
+    "ril_both": DemoMethod("RIL, both teachers", "RIL both", "ril"),
+}
+TRAINED = [name for name in METHODS if name != "sft"]
+BASELINE = "dr_grpo"
+TEACHERS = {"teacher_a": "A", "teacher_b": "B"}
+"""The teachers and their names in tables."""
+DERIVATIONS = "share of samples with a derivation"
+CURVES = {
+    "similarity reward": "reward/student_similarity",
+    "answer reward": "reward/student_answer",
+    "validation score": "eval/score",
+    DERIVATIONS: "",
+}
+"""Titles of the curves and their metrics. The last comes from the rollouts."""
 NOTES = (
     "Scores: greedy answers to {n} held-out questions, by the exact rule, per cent ± standard error over questions; gains "
     "over Dr.GRPO are paired by question. A, B: the teachers' sampled responses to the training questions. "
@@ -138,34 +67,248 @@ NOTES = (
 )
 
 
-def rich_tables(summary: Mapping[str, Any]) -> list[Table]:
-    """The two tables for a terminal."""
-    from rich.table import Table
-
-    scores = Table(title="held-out questions, per cent")
-    for column, justify in (("contender", "left"), ("score", "right"), ("over Dr.GRPO", "right")):
-        scores.add_column(column, justify=justify)  # type: ignore[arg-type]
-    for row in contender_rows(summary):
-        scores.add_row(*row)
-    header, rows = skill_rows(summary)
-    skills = Table(title="by skill")
-    for i, column in enumerate(header):
-        skills.add_column(column, justify="left" if i < 2 else "right")
-    for cells in rows:
-        skills.add_row(*cells, end_section=cells[0] == list(SKILLS)[-1])
-    return [scores, skills]
+def read_world(out: Path, split: str) -> dict[str, Question]:
+    """Return the questions of a split by id."""
+    return {q.id: q for q in read_file(str(out / "world" / f"{split}.jsonl"))}
 
 
-# Text
+def evaluation_file(out: Path, name: str) -> Path:
+    return out / METHODS[name].run / "eval" / f"{METHODS[name].evaluation}.jsonl"
 
 
-def plain(line: str) -> str:
-    """Without what would steer a terminal."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
+def read_evaluation(out: Path, name: str, test_ids: Iterable[str]) -> Evaluation | None:
+    """Return a method's finished evaluation on exactly these questions, or None."""
+    path = evaluation_file(out, name)
+    if not path.with_suffix(".json").is_file():
+        return None
+    rows = [Row(**row) for row in read_jsonl(path) if "question_id" in row]
+    if {row.question_id for row in rows} != set(test_ids):
+        return None  # Made by hand, on other questions.
+    return build_evaluation(name, "", rows)
+
+
+# Summary
+
+
+def summarize(out: Path, seed: int) -> dict[str, Any]:
+    """Return the content of ``summary.json``.
+
+    Means and standard errors are over the test questions, by the exact rule. Every skill has equally many questions, so a
+    mean is also the mean over the skills. ``gain`` is over Dr.GRPO, paired by question.
+    """
+    test, train = read_world(out, "test"), read_world(out, "train")
+    evaluations = {name: read_evaluation(out, name, test) for name in METHODS}
+    baseline = evaluations[BASELINE]
+    methods: dict[str, dict[str, Any]] = {}
+    for name, evaluation in evaluations.items():
+        if evaluation is None or baseline is None:
+            raise StateError(
+                f"{evaluation_file(out, name)}: expected scores of the test questions. Run the demo again."
+            )
+        methods[name] = {
+            "mean": evaluation.summary.score,
+            "stderr": evaluation.summary.standard_error,
+            "skills": {skill: evaluation.groups["skill"][skill].score for skill in SKILLS},
+            "title": METHODS[name].title,
+        }
+        if name != BASELINE:
+            gain: dict[str, Any] = asdict(compare(baseline, evaluation))
+            gain = {"stderr" if key == "standard_error" else key: value for key, value in gain.items()}
+            methods[name]["gain"] = {"over": BASELINE} | gain
+    held_out = json.loads((out / "models" / "judge" / "agreement.json").read_text(encoding="utf-8"))
+    rows = (row for name in TRAINED for _, rows in rollouts(out / METHODS[name].run) for row in rows)
+    return {
+        "contenders": methods,
+        "seeds": [seed],
+        "judge_agreement": held_out["agreement"],
+        "judge": {
+            "held_out": {k: v for k, v in held_out.items() if not isinstance(v, dict)},
+            "this_run": own_agreement(rows, train),
+        },
+        "test_questions": len(test),
+        "teachers": teachers_right(out),
+        "training": {name: beginning_and_end(out / METHODS[name].run) for name in TRAINED},
+    }
+
+
+def own_agreement(rows: Iterable[Mapping[str, Any]], questions: Mapping[str, Question]) -> dict[str, Any]:
+    """Compare the verdicts that rewarded responses with the exact rule.
+
+    ``agreement`` is over all of them; ``distinct_agreement`` counts a response to a question once. Empty and repetitive
+    responses are left out, because they earn 0 without the judge.
+    """
+    items: list[Judged] = [
+        (questions[row["question_id"]], row["text"], row["verdict"])
+        for row in rows
+        if row["verdict"] is not None and not is_empty(row["text"]) and not is_repetitive(row["text"])
+    ]
+    everything = agreement(items)
+    distinct = agreement({(question.id, text): (question, text, verdict) for question, text, verdict in items}.values())
+    return {
+        "agreement": everything["agreement"],
+        "num_verdicts": everything["verdicts"],
+        "distinct_agreement": distinct["agreement"],
+        "num_distinct": distinct["verdicts"],
+        "false_positive_rate": everything["wrongly_right"],
+        "false_negative_rate": everything["wrongly_wrong"],
+    }
+
+
+def teachers_right(out: Path) -> dict[str, dict[str, Any]]:
+    """Return the share of each teacher's cached responses that the exact rule calls right, over all and by skill."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, items in cached_responses(load_saved_recipe(out / "recipes" / "ril.yaml"), list(TEACHERS)).items():
+        by_skill: dict[str, list[bool]] = {skill: [] for skill in SKILLS}
+        for question, text, _ in items:
+            by_skill[question.metadata["skill"]].append(exactly_right(question, text))
+        found[name] = {
+            "mean": share(sum(map(sum, by_skill.values())), len(items)),
+            "skills": {skill: share(sum(values), len(values)) for skill, values in by_skill.items() if values},
+        }
+    return found
+
+
+def derivation_shares(run: Path) -> Series:
+    """Return the logged steps, and the share of the student's samples that carry a derivation."""
+    counts = [(step, student_styles(rows)) for step, rows in rollouts(run)]
+    counts = [(step, styles) for step, styles in counts if styles]
+    return [step for step, _ in counts], [(c.total() - c["direct"]) / c.total() for _, c in counts]
+
+
+def curves_of(run: Path) -> dict[str, Series]:
+    rows = read_jsonl(run / "metrics.jsonl")
+    return {title: series(rows, metric) if metric else derivation_shares(run) for title, metric in CURVES.items()}
+
+
+def beginning_and_end(run: Path, width: int = 5) -> dict[str, Any]:
+    """Return the means of the curves over the first and the last steps, without empty curves."""
+    found = {title: values for title, (_, values) in curves_of(run).items() if values}
+    return {
+        title: {"first": sum(values[:width]) / len(values[:width]), "last": sum(values[-width:]) / len(values[-width:])}
+        for title, values in found.items()
+    }
+
+
+def draw_curves(out: Path, path: Path) -> None:
+    """Draw the paper's Fig. 5 for all methods, and how many of the student's samples carry a derivation."""
+    curves = {name: curves_of(out / METHODS[name].run) for name in TRAINED}
+    colors = dict(zip(TRAINED, (COLORS["dr_grpo"], COLORS["ril_b"], COLORS["ril_both"]), strict=True))
+    panels = [
+        Panel(
+            title, [(METHODS[name].title, colors[name], [found[title]]) for name, found in curves.items()], share=True
+        )
+        for title in CURVES
+    ]
+    save(curve_figure("", [panels[:2], panels[2:]], 11), path)
+
+
+# Groups
+
+
+@dataclass(frozen=True)
+class ShownGroup:
+    """A group of responses to one question."""
+
+    step: int
+    question: Question
+    pictures: tuple[str, ...]
+    """Paths relative to the demo's folder."""
+    rows: tuple[dict[str, Any], ...]
+    """Rows of the rollout file, the student's samples first."""
+
+
+def shown_groups(out: Path) -> list[tuple[str, list[ShownGroup]]]:
+    """Return some groups of the first and the last logged step of RIL with both teachers."""
+    questions, steps = read_world(out, "train"), list(rollouts(out / METHODS["ril_both"].run))
+    titled = [("first", *steps[0]), ("last", *steps[-1])] if len(steps) > 1 else [("first", *step) for step in steps]
+    return [(f"{which} step ({step})", pick(out, rows, questions)) for which, step, rows in titled]
+
+
+def pick(out: Path, rows: Sequence[dict[str, Any]], questions: Mapping[str, Question]) -> list[ShownGroup]:
+    """Choose the groups with the most different outcomes, one a skill."""
+    by_question: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_question.setdefault(row["question_id"], []).append(row)
+
+    def outcomes(question_id: str) -> int:
+        return len({(r["source"] == STUDENT, r["verdict"], r["similarity"]) for r in by_question[question_id]})
+
+    def pictures(question: Question) -> tuple[str, ...]:
+        paths = [image.path for image in question.images if image.path is not None]
+        return tuple(path.resolve().relative_to(out.resolve()).as_posix() for path in paths)
+
+    chosen: dict[str, str] = {}
+    for question_id in sorted(by_question, key=lambda i: (-outcomes(i), i)):
+        chosen.setdefault(str(questions[question_id].metadata.get("skill")), question_id)
+    return [
+        ShownGroup(by_question[i][0]["step"], questions[i], pictures(questions[i]), tuple(by_question[i]))
+        for i in list(chosen.values())[:GROUPS_SHOWN]
+    ]
+
+
+# Tables and text
+
+
+def number(value: float | None, form: str = "{:.2f}") -> str:
+    return "-" if value is None else form.format(value)
+
+
+def method_rows(summary: Mapping[str, Any]) -> list[list[str]]:
+    """Return method, score and gain over Dr.GRPO as text, in per cent."""
+    rows = []
+    for name in METHODS:
+        entry = summary["contenders"][name]
+        rows.append([entry["title"], f"{100 * entry['mean']:.1f} ± {100 * entry['stderr']:.1f}", ""])
+        if gain := entry.get("gain"):
+            rows[-1][2] = f"{100 * gain['difference']:+.1f} ± {100 * gain['stderr']:.1f}"
+    return rows
+
+
+def skill_rows(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return a header and a row for each skill, in per cent. The teachers' columns are of their cached responses."""
+    header = ["skill", "stands for", *(m.short for m in METHODS.values()), *TEACHERS.values()]
+    found = [summary["contenders"][name] for name in METHODS] + [summary["teachers"][name] for name in TEACHERS]
+    rows = [
+        [skill, about.benchmark, *(number(e["skills"].get(skill), "{:.0%}").rstrip("%") for e in found)]
+        for skill, about in SKILLS.items()
+    ]
+    return header, [*rows, ["mean", "", *(number(e["mean"], "{:.1%}").rstrip("%") for e in found)]]
+
+
+def summary_lines(summary: Mapping[str, Any]) -> list[str]:
+    """Return what the summary says about the judge, and the beginning and the end of each curve."""
+    held_out, own = summary["judge"]["held_out"], summary["judge"]["this_run"]
+    lines = [
+        f"judge: agrees with the exact rule on {number(held_out['agreement'], '{:.2%}')} of {held_out['num_verdicts']} "
+        "hard held-out cases (measured when it was trained)",
+        f"judge: agreed with it on {number(own['agreement'], '{:.2%}')} of the {own['num_verdicts']} responses it rewarded "
+        f"in these runs; on {number(own['distinct_agreement'], '{:.2%}')} of the {own['num_distinct']} different ones",
+        "student samples, first five steps to last five:",
+    ]
+    for name, curves in summary["training"].items():
+        parts = [f"{title} {ends['first']:.2f} to {ends['last']:.2f}" for title, ends in curves.items()]
+        lines.append(f"{METHODS[name].title}: " + ", ".join(parts))
+    return lines
+
+
+def response_rows(group: ShownGroup) -> list[dict[str, Any]]:
+    """Return the responses of a group as text, with whether the exact rule calls them right."""
+    return [
+        {
+            "source": row["source"],
+            "text": row["text"],
+            "student_prob": number(row["student_prob"]),
+            "verdict": number(row["verdict"], "{:.0f}"),
+            "right": exactly_right(group.question, row["text"]),
+            "advantage": number(row["advantage"], "{:+.2f}"),
+            "sign": row["advantage"] or 0.0,
+        }
+        for row in group.rows
+    ]
 
 
 def group_text(group: ShownGroup) -> str:
-    """A group for reading in a terminal."""
+    """Return a group as text for a terminal, without control characters."""
     question = group.question
     lines = [f"step {group.step}: {question.metadata.get('skill', '')} ({', '.join(group.pictures)})"]
     lines += [f"  {line}" for line in question.question.splitlines()]
@@ -173,113 +316,80 @@ def group_text(group: ShownGroup) -> str:
         lines.append("  " + "  ".join(f"{'ABCDEFGHIJ'[i]}. {c}" for i, c in enumerate(question.choices)))
     lines.append(f"  truth: {question.answer}")
     lines.append(f"  {'source':<11}{'student_prob':>12}{'verdict':>9}{'exact':>7}{'advantage':>11}  response")
-    for row in group.rows:
-        exact = "right" if exactly_right(question, row["text"]) else "wrong"
+    for row in response_rows(group):
         lines.append(
-            f"  {row['source']:<11}{number(row['student_prob']):>12}{number(row['verdict'], '{:.0f}'):>9}{exact:>7}"
-            f"{number(row['advantage'], '{:+.2f}'):>11}  {' / '.join(row['text'].splitlines())}"
+            f"  {row['source']:<11}{row['student_prob']:>12}{row['verdict']:>9}{'right' if row['right'] else 'wrong':>7}"
+            f"{row['advantage']:>11}  {' / '.join(row['text'].splitlines())}"
         )
-    return "\n".join(plain(line) for line in lines)
+    return "\n".join("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line) for line in lines)
 
 
-def groups_text(sections: Sequence[tuple[str, Sequence[ShownGroup]]]) -> str:
-    parts = []
-    for title, groups in sections:
-        parts.append(f"== RIL, both teachers: {title} ==\n")
-        parts += [group_text(group) + "\n" for group in groups]
-    return "\n".join(parts)
+# Output
 
 
-# HTML
+def page(summary: Mapping[str, Any], sections: Sequence[tuple[str, Sequence[ShownGroup]]]) -> str:
+    """Return the report as HTML. Everything that models wrote is escaped, and the page loads nothing but its pictures."""
+    from jinja2 import Environment
 
-STYLE = """
-:root { --ink: #1a202c; --soft: #64748b; --line: #e2e8f0; --good: #2f855a; --bad: #c53030; --accent: #2b6cb0; }
-* { box-sizing: border-box; }
-body { margin: 0; font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: #f8fafc; }
-main { max-width: 1120px; margin: 0 auto; padding: 32px 24px 64px; }
-h1 { font-size: 26px; margin: 0 0 4px; } h2 { font-size: 19px; margin: 40px 0 12px; } p { margin: 6px 0; }
-.soft { color: var(--soft); }
-.card { background: #fff; border: 1px solid var(--line); border-radius: 10px; padding: 16px 20px; }
-table { border-collapse: collapse; width: 100%; } 
-th { text-align: left; font-weight: 600; color: var(--soft); font-size: 13px; }
-th, td { padding: 5px 10px; border-bottom: 1px solid var(--line); vertical-align: top; } tr:last-child td { border-bottom: 0; }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-tr.mean td { font-weight: 600; border-top: 2px solid var(--line); } tr.ours td { color: var(--accent); font-weight: 600; }
-.curves { width: 100%; height: auto; display: block; }
-.group { display: grid; grid-template-columns: 190px 1fr; gap: 20px; margin: 14px 0; }
-.group img { width: 168px; height: auto; image-rendering: pixelated; border: 1px solid var(--line);
-  display: block; margin: 0 0 8px; }
-.say { white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.45 ui-monospace, monospace; }
-.q { white-space: pre-wrap; overflow-wrap: anywhere; font-weight: 600; }
-.student { color: var(--accent); } .good { color: var(--good); } .bad { color: var(--bad); }
-@media (max-width: 700px) { .group { grid-template-columns: 1fr; } }
-"""
-
-
-def escape(text: Any) -> str:
-    return html.escape(str(text), quote=True)
-
-
-def page(summary: Mapping[str, Any], sections: Sequence[tuple[str, Sequence[ShownGroup]]], curves: str = CURVES) -> str:
-    """The whole page. curves: its picture, relative to the page."""
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.globals |= {"response_rows": response_rows}
     header, rows = skill_rows(summary)
-    parts = [
-        f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{escape(POLICY)}">
-<meta name="viewport" content="width=device-width, initial-scale=1"><title>RIL on a laptop</title>
-<style>{STYLE}</style></head><body><main>
-<h1>RIL on a laptop</h1>
-<p class="soft">{escape(NOTES.format(n=summary["test_questions"]))} {escape(f"{summary['minutes']:.1f} minutes.")}</p>
-<h2>Contenders</h2><div class="card"><table>
-<tr><th>contender</th><th class="n">score</th><th class="n">over Dr.GRPO</th></tr>"""
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        notes=NOTES.format(n=summary["test_questions"]), minutes=summary["minutes"], methods=method_rows(summary),
+        lines=summary_lines(summary), header=header, skills=rows, sections=sections,
+    )  # fmt: skip
+
+
+def write_report(out: Path, seed: int, student: str, clock: Clock) -> tuple[dict[str, Any], Sequence[ShownGroup]]:
+    """Write summary.json, curves.png, report.html and groups.txt; returns the summary and the groups of the last step."""
+    summary = summarize(out, seed)
+    sections = shown_groups(out)
+    draw_curves(out, out / "curves.png")
+    texts = [
+        part
+        for title, groups in sections
+        for part in (f"== RIL, both teachers: {title} ==\n", *(group_text(group) + "\n" for group in groups))
     ]
-    for name, cells in zip(CONTENDERS, contender_rows(summary), strict=True):
-        parts.append(f"<tr{' class=ours' if name == 'ril_both' else ''}>{_cells(cells, left=1)}</tr>")
-    parts.append("</table></div>")
-    lines = [*judge_lines(summary), *training_lines(summary)]
-    parts += [f'<p class="soft">{escape(line)}</p>' for line in lines]
-    parts.append(
-        f'<h2>While training</h2><div class="card"><img class="curves" alt="curves" src="{quote(curves)}"></div>'
-    )
-    parts.append('<h2>By skill</h2><div class="card"><table><tr>')
-    parts += [f"<th{' class=n' if i > 1 else ''}>{escape(column)}</th>" for i, column in enumerate(header)]
-    parts.append("</tr>")
-    for row in rows:
-        parts.append(f"<tr{' class=mean' if row[0] == 'mean' else ''}>{_cells(row, left=2)}</tr>")
-    parts.append("</table></div>")
-    for title, groups in sections:
-        parts.append(f"<h2>RIL, both teachers: {escape(title)}</h2>")
-        parts += [_group(group) for group in groups]
-    parts.append("</main></body></html>")
-    return "\n".join(parts) + "\n"
+    write_text(out / "groups.txt", "\n".join(texts))
+    clock.tick()
+    summary |= {"minutes": clock.minutes, "student": student}
+    write_text(out / "report.html", page(summary, sections))
+    write_json(out / "summary.json", summary)
+    return summary, sections[-1][1]
 
 
-def _cells(cells: Sequence[str], left: int) -> str:
-    return "".join(f"<td{' class=n' if i >= left else ''}>{escape(cell)}</td>" for i, cell in enumerate(cells))
+def show(console: Console, out: Path, summary: Mapping[str, Any], last: Sequence[ShownGroup]) -> None:
+    """Print the summary, and one of the groups of the last step."""
+    from rich.table import Table
 
+    def line(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-def _group(group: ShownGroup) -> str:
-    question = group.question
-    pictures = "".join(f'<img alt="picture {i + 1}" src="{quote(p)}">' for i, p in enumerate(group.pictures))
-    choices = "".join(
-        f'<div class="soft">{"ABCDEFGHIJ"[i]}. {escape(choice)}</div>' for i, choice in enumerate(question.choices)
-    )
-    rows = []
-    for row in group.rows:
-        who = "student" if row["source"] == STUDENT else ""
-        right = exactly_right(question, row["text"])
-        advantage = row["advantage"] or 0.0
-        tone = "good" if advantage > 0 else "bad" if advantage < 0 else "soft"
-        rows.append(
-            f'<tr><td class="{who}">{escape(row["source"])}</td><td class="say">{escape(row["text"])}</td>'
-            f'<td class="n">{number(row["student_prob"])}</td><td class="n">{number(row["verdict"], "{:.0f}")}</td>'
-            f'<td class="{"good" if right else "bad"}">{"right" if right else "wrong"}</td>'
-            f'<td class="n {tone}">{number(row["advantage"], "{:+.2f}")}</td></tr>'
-        )
-    return (
-        f'<div class="card group"><div>{pictures}<div class="soft">{escape(question.metadata.get("skill", ""))}</div></div>'
-        f'<div><div class="q">{escape(question.question)}</div>{choices}<p>truth: <b>{escape(question.answer)}</b></p>'
-        '<table><tr><th>source</th><th>response</th><th class="n">student_prob</th><th class="n">verdict</th>'
-        f'<th>exact rule</th><th class="n">advantage</th></tr>{"".join(rows)}</table></div></div>'
-    )
+    line("\na group of the last step of RIL with both teachers:")
+    for group in last[:1]:
+        line(group_text(group) + "\n")
+    tables = [
+        ("held-out questions, per cent", ["method", "score", "over Dr.GRPO"], method_rows(summary), 1),
+        ("by skill", *skill_rows(summary), 2),
+    ]
+    for title, header, rows, words in tables:
+        table = Table(title=title)
+        for i, column in enumerate(header):
+            table.add_column(column, justify="left" if i < words else "right")
+        for cells in rows:
+            table.add_row(*cells, end_section=cells[0] == list(SKILLS)[-1])
+        console.print(table)
+    for text in (NOTES.format(n=summary["test_questions"]), *summary_lines(summary)):
+        console.print(text, markup=False, highlight=False)
+    for what, path in {
+        "everything on one page: table, curves, groups": "report.html",
+        "groups to read here": "groups.txt",
+        "curves": "curves.png",
+        "these numbers": "summary.json",
+        "recipes, to change and run": "recipes",
+        "every response of every step": "ril/rollouts",
+        "the judge's explanations": "ril/verdicts",
+        "the student": "ril/student",
+    }.items():
+        line(f"  {what}: {out / path}")
+    line(f"{summary['minutes']} minutes")

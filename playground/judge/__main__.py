@@ -14,12 +14,12 @@ import torch
 from openril.errors import DataError
 from openril.hf import AutoModelForCausalLM, AutoTokenizer
 from openril.storage import atomic_path, stable_hash, write_json
-from playground.commands import answer
 from playground.judge.cases import make_cases, world_questions
 from playground.judge.measure import measure, show
 from playground.judge.model import build_judge
 from playground.judge.training import DRILLS, fit, make_drills
 from playground.models.plan import EMBEDDINGS
+from playground.runner import exit_code
 
 NUM_QUESTIONS = 14000
 """Number of training questions that the responses are about."""
@@ -112,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run(settings, lambda line: print(line, flush=True))
         return 0
 
-    return answer("judge", body)
+    return exit_code("judge", body)
 
 
 if __name__ == "__main__":

@@ -16,12 +16,12 @@ from typing import Any
 
 from openril.errors import DataError
 from openril.storage import refuse_changed, write_json
-from playground.commands import Command, answer, run_lanes
 from playground.models.plan import MODELS, folder_of
+from playground.runner import Job, Progress, Runner, exit_code, metrics_progress
 from playground.world import make_questions
 
-LANES = (("student_qwen", "teacher_b"), ("student_internvl", "teacher_a"))
-"""Two processes of one thread each, which take about the same time."""
+ORDER = ("student_qwen", "student_internvl", "teacher_b", "teacher_a")
+"""Two models at a time, each in a process with one thread."""
 
 
 @dataclass
@@ -57,24 +57,38 @@ def claim(settings: Settings) -> None:
     write_json(path, made_from)
 
 
+@dataclass(kw_only=True)
+class TrainingJob(Job):
+    """Train one model in a separate process."""
+
+    out: Path
+    steps: int
+
+    def seconds(self) -> float | None:
+        return 0.0 if finished(self.out, self.name) else None
+
+    def progress(self) -> Progress:
+        return metrics_progress(self.out / "logs" / f"{self.name}.jsonl", self.steps)
+
+
 def run_all(settings: Settings) -> None:
-    """Train all models in two lanes, each model in a separate process."""
+    """Train all models, two at a time."""
+    from rich.console import Console
+
     started = time.monotonic()
-    lanes = []
-    for names in LANES:
-        lane = []
-        for name in names:
-            if finished(settings.out, name):
-                print(f"  already there: {settings.out / name}", flush=True)
-                continue
-            arguments = (
-                "playground.models", "--out", str(settings.out), "--seed", str(settings.seed),
-                "--scale", str(settings.scale), "--only", name,
-            )  # fmt: skip
-            lane.append(Command(name, arguments, settings.out / "logs" / f"{name}.jsonl"))
-        lanes.append(lane)
-    if any(lanes):
-        run_lanes(lanes, settings.out / "logs", lambda line: print(line, flush=True))
+    jobs = []
+    for name in ORDER:
+        arguments = (
+            "playground.models", "--out", str(settings.out), "--seed", str(settings.seed),
+            "--scale", str(settings.scale), "--only", name,
+        )  # fmt: skip
+        steps = sum(MODELS[name].steps(settings.scale))
+        jobs.append(TrainingJob(name=name, arguments=arguments, expected=0.2 * steps, out=settings.out, steps=steps))
+    runner = Runner(jobs, settings.out / "logs", Console())
+    for name in sorted(runner.finished):
+        print(f"  already there: {settings.out / name}", flush=True)
+    if len(runner.finished) < len(jobs):
+        runner.run()
         seconds = time.monotonic() - started
         write_json(settings.out / "seconds.json", {"seconds": round(seconds)})
         size = sum(f.stat().st_size for name in MODELS for f in (settings.out / name).rglob("*") if f.is_file())
@@ -131,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             run_all(settings)
         return 0
 
-    return answer("models", body)
+    return exit_code("models", body)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""The study's figures, after the paper's 1, 5, 6 and 7."""
+"""Draw the study's figures, after the paper's Fig. 1, 5, 6 and 7, and the demo's curves."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from openril.report.curves import series, smooth
 from openril.storage import atomic_path, read_jsonl
-from playground.study.plan import CONTENDERS, MAIN
+from playground.study.plan import MAIN, METHODS
 from playground.study.scores import Results, Scores
 from playground.study.tables import STUDENT_TITLES, TEACHER_TITLES
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = {
+COLORS = {
     "base": "#cbd5e0", "sft": "#a0aec0", "sft_teacher_text": "#805ad5", "rejection_sampling": "#b794f4", "grpo": "#f6ad55",
     "dr_grpo": "#dd6b20", "gail": "#4fd1c5", "gad_like": "#81e6d9", "ril_a": "#90cdf4", "ril_b": "#4299e1",
     "ril_both": "#2c5282",
@@ -33,38 +34,41 @@ SIMILARITY_KINDS = {
     "ril_both": "binary", "similarity_3": "3 levels", "similarity_11": "11 levels", "similarity_continuous": "continuous",
 }  # fmt: skip
 RESPONSES = {"cached_1": 1, "cached_4": 4, "ril_both": 16}
-CURVES = (
-    ("Similarity reward of student samples", "reward/student_similarity"),
-    ("Answer reward of student samples", "reward/student_answer"),
-    ("Validation questions, share right", "eval/score"),
-)
+CURVES = {
+    "reward/student_similarity": "Similarity reward of student samples",
+    "reward/student_answer": "Answer reward of student samples",
+    "eval/score": "Validation questions, share right",
+}
 SMOOTHED_OVER = 0.08
 """Share of the steps over which a curve is averaged."""
 
 
 def draw_figures(results: Results, found: dict[str, Any], folder: Path) -> dict[str, tuple[str, Path | None]]:
-    """Draw what there is something to draw for; returns title and file by the block's name. None: there is nothing yet."""
+    """Draw the figures; returns title and file by the block's name. The file is None while there is nothing to draw."""
     figures: dict[str, tuple[str, Callable[[], Figure | None]]] = {
         "figure_skills": ("Contenders by skill and in the mean", lambda: skills_figure(found)),
         "figure_curves": ("Rewards and validation score over the steps", lambda: curves_figure(results)),
-        "figure_ways": ("How the students' samples are written", lambda: ways_figure(results)),
+        "figure_styles": ("Response styles of the students' samples", lambda: styles_figure(results)),
         "figure_similarity": ("Kinds of similarity reward", lambda: similarity_figure(found)),
         "figure_responses": ("Cached responses of each teacher", lambda: responses_figure(found)),
     }
     drawn: dict[str, tuple[str, Path | None]] = {}
     for name, (title, make) in figures.items():
+        path = folder / f"{name.removeprefix('figure_')}.png"
         figure = make()
-        drawn[name] = (title, None)
         if figure is not None:
-            path = folder / f"{name.removeprefix('figure_')}.png"
-            with atomic_path(path) as temporary:
-                figure.savefig(temporary, format="png", dpi=140)
-            drawn[name] = (title, path)
+            save(figure, path)
+        drawn[name] = (title, None if figure is None else path)
     return drawn
 
 
+def save(figure: Figure, path: Path) -> None:
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=140)
+
+
 def new_figure(width: float, height: float, title: str) -> Figure:
-    # Figure without pyplot: no global state, and no display is looked for.
+    # Without pyplot there is no global state, and no display is needed.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -82,23 +86,13 @@ def tidy(axes: Axes, title: str = "", ylabel: str = "") -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def by_step(axes: Axes) -> None:
-    """Steps across, a legend where there is anything to name."""
-    from matplotlib.ticker import MaxNLocator
-
-    axes.set_xlabel("step", fontsize=9)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend(fontsize=7, frameon=False)
-
-
 def error(e: dict[str, Any]) -> list[list[float]]:
-    """Distances of the interval's ends, in points, as matplotlib wants them."""
+    """Return the distances of the interval's ends in points, as matplotlib expects them."""
     return [[max(0.0, 100 * (e["value"] - e["low"]))], [max(0.0, 100 * (e["high"] - e["value"]))]]
 
 
 def skills_figure(found: dict[str, Any]) -> Figure | None:
-    """Like the paper's Fig. 1: means with intervals, and beside them every skill."""
+    """Draw means with intervals, and next to them every skill, like the paper's Fig. 1."""
     students = [s for s, r in found["students"].items() if r["contenders"]]
     if not students:
         return None
@@ -113,12 +107,10 @@ def skills_figure(found: dict[str, Any]) -> Figure | None:
         names = [n for n in ORDER if n in rows]
         for x, name in enumerate(names):
             mean = rows[name]["mean"]
-            axes.bar(
-                x, 100 * mean["value"], color=COLOURS[name], yerr=error(mean), capsize=2, error_kw={"linewidth": 1}
-            )
+            axes.bar(x, 100 * mean["value"], color=COLORS[name], yerr=error(mean), capsize=2, error_kw={"linewidth": 1})
         for teacher, row in found["teachers"].items():
             axes.axhline(100 * row["mean"]["value"], color=TEACHERS[teacher][1], linestyle=":", linewidth=1)
-        axes.set_xticks(range(len(names)), [CONTENDERS[n].title for n in names], rotation=40, ha="right")
+        axes.set_xticks(range(len(names)), [METHODS[n].title for n in names], rotation=40, ha="right")
         tidy(axes, STUDENT_TITLES[student] + ": mean of the skills")
         axes = figure.add_subplot(grid[line, 1])
         shown = [n for n in DOTS if n in rows] or names
@@ -127,13 +119,13 @@ def skills_figure(found: dict[str, Any]) -> Figure | None:
             places = [x + (offset - (len(shown) - 1) / 2) * 0.13 for x in range(len(estimates))]
             axes.errorbar(
                 places, [100 * e["value"] for e in estimates], yerr=np.hstack([error(e) for e in estimates]), fmt="o",
-                markersize=4, color=COLOURS[name], linewidth=0.8, label=CONTENDERS[name].title,
+                markersize=4, color=COLORS[name], linewidth=0.8, label=METHODS[name].title,
             )  # fmt: skip
         for teacher, row in found["teachers"].items():
-            marker, colour = TEACHERS[teacher]
+            marker, color = TEACHERS[teacher]
             values = [100 * row["skills"][s]["value"] for s in found["skills"]]
             axes.plot(
-                range(len(values)), values, marker, color=colour, markersize=5, alpha=0.6, label=TEACHER_TITLES[teacher]
+                range(len(values)), values, marker, color=color, markersize=5, alpha=0.6, label=TEACHER_TITLES[teacher]
             )
         axes.set_xticks(range(len(found["skills"])), found["skills"], rotation=40, ha="right")
         axes.set_ylim(-3, 103)
@@ -145,90 +137,130 @@ def skills_figure(found: dict[str, Any]) -> Figure | None:
     return figure
 
 
+Series = tuple[list[int], list[float]]
+"""Steps and values."""
+
+
+@dataclass
+class Panel:
+    """Axes with a curve for each method, each with the series of all its seeds."""
+
+    title: str
+    curves: list[tuple[str, str, list[Series]]]
+    """Label, color, and a series for each seed."""
+    ylabel: str = ""
+    share: bool = False
+    """Whether the values lie in [0, 1]."""
+
+
+def curve_figure(title: str, rows: Sequence[Sequence[Panel]], width: float) -> Figure:
+    """Draw rows of panels: the mean over the seeds, and thinner each seed."""
+    from matplotlib.ticker import MaxNLocator
+
+    figure = new_figure(width, 3.0 * len(rows) + 0.4, title)
+    for line, row in enumerate(rows):
+        for column, panel in enumerate(row):
+            axes = figure.add_subplot(len(rows), len(row), line * len(row) + column + 1)
+            for label, color, curves in panel.curves:
+                draw_seeds(axes, [c for c in curves if c[0]], color, label)
+            if panel.share:
+                axes.set_ylim(-0.03, 1.03)
+            tidy(axes, panel.title, panel.ylabel)
+            axes.set_xlabel("step", fontsize=9)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+            if axes.get_legend_handles_labels()[1]:
+                axes.legend(fontsize=7, frameon=False)
+    return figure
+
+
+def draw_seeds(axes: Axes, curves: Sequence[Series], color: str, label: str) -> None:
+    if not curves:
+        return
+    smoothed = [smooth(values, 2 * int(len(values) * SMOOTHED_OVER / 2) + 1) for _, values in curves]
+    for (steps, values), line in zip(curves, smoothed, strict=True):
+        axes.plot(steps, line if len(curves) > 1 else values, color=color, alpha=0.3, linewidth=0.7)
+    shortest = min(map(len, smoothed))
+    mean = np.mean([line[:shortest] for line in smoothed], axis=0)
+    marker = "o" if shortest == 1 else None
+    axes.plot(curves[0][0][:shortest], mean, color=color, linewidth=1.8, label=label, marker=marker)
+
+
 def with_runs(results: Results, student: str) -> list[tuple[str, Scores]]:
-    """Main contenders of a student that the loop trained, in the order of the figures."""
+    """Return the main methods of a student that the loop trained, in the order of the figures."""
     cells = results.cells.get(student, {}).get("contenders", {})
-    return [(n, cells[n]) for n in ORDER if n in MAIN and n in cells and CONTENDERS[n].how == "loop"]
+    return [(n, cells[n]) for n in ORDER if n in MAIN and n in cells and METHODS[n].how == "loop"]
+
+
+def _student_rows(
+    results: Results,
+    students: Sequence[str],
+    titles: Mapping[str, str],
+    series_of: Callable[[Scores, str], list[Series]],
+) -> list[list[Panel]]:
+    """Return a row of panels for each student, a panel for each key of ``titles``."""
+    return [
+        [
+            Panel(
+                title,
+                [(METHODS[n].title, COLORS[n], series_of(scores, key)) for n, scores in with_runs(results, student)],
+                STUDENT_TITLES[student] if column == 0 else "",
+            )
+            for column, (key, title) in enumerate(titles.items())
+        ]
+        for student in students
+    ]
 
 
 def curves_figure(results: Results) -> Figure | None:
-    """Like the paper's Fig. 5: mean over the seeds, each seed behind it."""
+    """Draw rewards and validation scores, like the paper's Fig. 5."""
+
+    def series_of(scores: Scores, metric: str) -> list[Series]:
+        return [series(read_jsonl(folder / "metrics.jsonl"), metric) for folder in scores.folders]
+
     students = [s for s in results.cells if with_runs(results, s)]
-    if not students:
-        return None
-    figure = new_figure(13, 3.0 * len(students) + 0.4, "Over the steps (thin: each seed)")
-    for line, student in enumerate(students):
-        for column, (title, metric) in enumerate(CURVES):
-            axes = figure.add_subplot(len(students), len(CURVES), line * len(CURVES) + column + 1)
-            for name, scores in with_runs(results, student):
-                curves = [series(read_jsonl(f / "metrics.jsonl"), metric) for f in scores.folders]
-                draw_seeds(axes, curves, COLOURS[name], CONTENDERS[name].title)
-            tidy(axes, title, STUDENT_TITLES[student] if column == 0 else "")
-            by_step(axes)
-    return figure
+    rows = _student_rows(results, students, CURVES, series_of)
+    return curve_figure("Over the steps (thin: each seed)", rows, 13) if rows else None
 
 
-def draw_seeds(axes: Axes, curves: Sequence[tuple[list[int], list[float]]], colour: str, label: str) -> None:
-    curves = [c for c in curves if c[0]]
-    if not curves:
-        return
-    drawn = []
-    for steps, values in curves:
-        width = 2 * int(len(values) * SMOOTHED_OVER / 2) + 1
-        drawn.append(smooth(values, width))
-        if len(curves) > 1:
-            axes.plot(steps, drawn[-1], color=colour, alpha=0.3, linewidth=0.7)
-    shortest = min(map(len, drawn))
-    mean = np.mean([d[:shortest] for d in drawn], axis=0)
-    axes.plot(
-        curves[0][0][:shortest], mean, color=colour, linewidth=1.8, label=label, marker="o" if shortest == 1 else None
-    )
-
-
-WAY_TITLES = {
+STYLE_TITLES = {
     "direct": "answers alone",
-    "own": "derivations in a third manner",
-    "a": "derivations in teacher A's manner",
-    "b": "derivations in teacher B's manner",
+    "own": "derivations in a third style",
+    "a": "derivations in teacher A's style",
+    "b": "derivations in teacher B's style",
 }
 RARE = 0.02
-"""A share of samples that is not worth a panel."""
+"""A share of samples that is too small for a panel."""
 
 
-def ways_figure(results: Results) -> Figure | None:
-    """Shares of direct answers and of derivations in the samples: what decides whether there is anything to reinforce."""
+def styles_figure(results: Results) -> Figure | None:
+    """Draw the shares of direct answers and of derivations in the samples, since only sampled styles can be reinforced."""
+
+    def series_of(scores: Scores, style: str) -> list[Series]:
+        found = []
+        for done in scores.done:
+            pairs = [(int(step), shares[style]) for step, shares in done["ways"].items() if style in shares]
+            found.append(([step for step, _ in pairs], [value for _, value in pairs]))
+        return found
+
     students = [s for s in results.cells if any(d.get("ways") for _, c in with_runs(results, s) for d in c.done)]
-    if not students:
-        return None
-    shares = [
-        share
+    all_shares = [
+        shares
         for student in students
         for _, scores in with_runs(results, student)
         for done in scores.done
-        for share in done["ways"].values()
+        for shares in done["ways"].values()
     ]
-    titles = {way: title for way, title in WAY_TITLES.items() if any(s.get(way, 0.0) > RARE for s in shares)}
-    figure = new_figure(4.4 * len(titles), 3.0 * len(students) + 0.4, "Share of the students' samples")
-    for line, student in enumerate(students):
-        for column, (way, title) in enumerate(titles.items()):
-            axes = figure.add_subplot(len(students), len(titles), line * len(titles) + column + 1)
-            for name, scores in with_runs(results, student):
-                curves = []
-                for done in scores.done:
-                    pairs = [(int(step), ways[way]) for step, ways in done["ways"].items() if way in ways]
-                    curves.append(([s for s, _ in pairs], [v for _, v in pairs]))
-                draw_seeds(axes, curves, COLOURS[name], CONTENDERS[name].title)
-            axes.set_ylim(-0.03, 1.03)
-            tidy(axes, title, STUDENT_TITLES[student] if column == 0 else "")
-            by_step(axes)
-    return figure
+    titles = {k: title for k, title in STYLE_TITLES.items() if any(s.get(k, 0.0) > RARE for s in all_shares)}
+    rows = _student_rows(results, students, titles, series_of)
+    for panel in (panel for row in rows for panel in row):
+        panel.share = True
+    return curve_figure("Share of the students' samples", rows, 4.4 * len(titles)) if rows else None
 
 
 def _panels(
     found: dict[str, Any], names: Sequence[str], title: str
 ) -> tuple[Figure | None, list[tuple[str, Axes, dict[str, dict[str, Any]]]]]:
-    """A figure with axes for every student that has at least two of those ablations (or the reference), and their rows by
-    name; None where no student has."""
+    """Return a figure with axes for every student that has at least two of the cells, and the rows of these cells."""
     rows = {
         student: {
             n: row for n in names if (row := results["ablations"].get(n) or results["contenders"].get(n)) is not None
@@ -246,7 +278,7 @@ def _panels(
 
 
 def similarity_figure(found: dict[str, Any]) -> Figure | None:
-    """Like the paper's Fig. 6."""
+    """Compare the kinds of similarity reward, like the paper's Fig. 6."""
     figure, panels = _panels(found, list(SIMILARITY_KINDS), "Kinds of similarity reward")
     for student, axes, rows in panels:
         for x, row in enumerate(rows.values()):
@@ -258,7 +290,7 @@ def similarity_figure(found: dict[str, Any]) -> Figure | None:
 
 
 def responses_figure(found: dict[str, Any]) -> Figure | None:
-    """Like the paper's Fig. 7."""
+    """Compare numbers of cached responses, like the paper's Fig. 7."""
     figure, panels = _panels(found, list(RESPONSES), "Cached responses of each teacher")
     for student, axes, rows in panels:
         places = [RESPONSES[n] for n in rows]

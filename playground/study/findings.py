@@ -1,26 +1,28 @@
-"""What the study found: contenders, differences, ablations, equal compute, and the goals. Plain data, from the scores."""
+"""Compute what the report shows from the scores: methods, differences, ablations, equal compute, and the goals."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from openril.report.curves import series
 from openril.storage import read_jsonl
-from playground.study.measures import median, on_the_way, seconds_of
+from playground.study.bootstrap import Estimate, Resampling, estimate, paired
+from playground.study.metrics import mean_validation_score, median, seconds_of
 from playground.study.plan import BASELINE, REFERENCE, SKILL, START, Group
 from playground.study.scores import Results, Scores
-from playground.study.statistics import Estimate, Resampling, estimate, paired
 
 SINGLE = ("ril_a", "ril_b")
 TEXT = ("sft_teacher_text", "rejection_sampling")
-ASLEEP, WON = 0.05, 0.95
-"""A similarity reward beyond these says nothing any more."""
+AT_CHANCE, SATURATED = 0.05, 0.95
+"""Outside these bounds a similarity reward carries no information."""
+SIMILARITY = "reward/student_similarity"
 
 
 class Findings:
-    """Computes everything that the report shows of a set of results."""
+    """Computes everything that the report shows of a set of results, as plain data."""
 
     def __init__(self, results: Results, resamples: int = 4000) -> None:
         self.results = results
@@ -38,36 +40,39 @@ class Findings:
 
     def student(self, student: str) -> dict[str, Any]:
         groups = self.results.cells[student]
-        contenders = groups.get("contenders", {})
+
+        def rows(group: Group, more: Callable[[str, Scores], dict[str, Any]]) -> dict[str, Any]:
+            return {name: self.row(scores) | more(name, scores) for name, scores in groups.get(group, {}).items()}
+
+        def over(name: str, scores: Scores) -> dict[str, Any] | None:
+            return _plain(self.between(self._get(student, name), scores))
+
+        def reference_over(scores: Scores) -> dict[str, Any] | None:
+            return _plain(self.between(scores, self._get(student, REFERENCE)))
+
         return {
-            "contenders": {
-                name: self.row(scores) | self.differences(student, scores) for name, scores in contenders.items()
-            },
-            "ablations": {
-                name: self.row(scores) | {"over_reference": self.over(student, REFERENCE, scores)}
-                for name, scores in groups.get("ablations", {}).items()
-            },
-            "compute": {
-                name: self.row(scores)
-                | {
-                    "over_equal_steps": self.over(student, name, scores),
-                    "reference_over": self.reference_over(student, scores),
-                }
-                for name, scores in groups.get("compute", {}).items()
-            },
+            "contenders": rows("contenders", lambda _, scores: {
+                "over_start": over(START, scores),
+                "over_baseline": over(BASELINE, scores),
+                "reference_over": reference_over(scores),
+            }),
+            "ablations": rows("ablations", lambda _, scores: {"over_reference": over(REFERENCE, scores)}),
+            "compute": rows("compute", lambda name, scores: {
+                "over_equal_steps": over(name, scores), "reference_over": reference_over(scores),
+            }),
             "single": self.better_single(student),
             "passes": self.passes(student),
             "goals": self.goals(student),
-        }
+        }  # fmt: skip
 
     def _get(self, student: str, name: str, group: Group = "contenders") -> Scores | None:
         return self.results.get(student, group, name)
 
     def row(self, scores: Scores) -> dict[str, Any]:
-        """Mean, skills, seeds, what the judge did, and what the training cost."""
+        """Return mean, skills and seeds, the judge's agreement, and what the training cost."""
         seconds = [s for done in scores.done if (s := seconds_of(done)) is not None]
         steps = [done["steps"] for done in scores.done if done.get("steps")]
-        way = [w for folder in scores.folders if (w := on_the_way(folder)) is not None]
+        validation = [v for folder in scores.folders if (v := mean_validation_score(folder)) is not None]
         return {
             "mean": self.resampling.mean(scores.values).as_dict(),
             "by_seed": [float(self.resampling.by_skill(v[None]).mean()) for v in scores.values],
@@ -76,12 +81,11 @@ class Findings:
             "judge": judge_of(scores),
             "steps": round(sum(steps) / len(steps)) if steps else None,
             "seconds": median(seconds),
-            "on_the_way": sum(way) / len(way) if way else None,
+            "on_the_way": sum(validation) / len(validation) if validation else None,
         }
 
     def between(self, a: Scores | None, b: Scores | None, skill: str = "") -> Estimate | None:
-        """b - a, paired; None where one is missing or they have no seed in common. skill: of one skill alone (None, too,
-        where no question is of it)."""
+        """Return b - a, paired, over all skills or one of them. None where there is nothing to compare."""
         if a is None or b is None:
             return None
         values, seeds = paired(a.values, b.values, a.seeds, b.seeds)
@@ -89,21 +93,8 @@ class Findings:
             return None
         return self.resampling.skill_means(values)[skill] if skill else self.resampling.mean(values)
 
-    def over(self, student: str, name: str, scores: Scores) -> dict[str, Any] | None:
-        return _plain(self.between(self._get(student, name), scores))
-
-    def reference_over(self, student: str, scores: Scores) -> dict[str, Any] | None:
-        return _plain(self.between(scores, self._get(student, REFERENCE)))
-
-    def differences(self, student: str, scores: Scores) -> dict[str, Any]:
-        return {
-            "over_start": self.over(student, START, scores),
-            "over_baseline": self.over(student, BASELINE, scores),
-            "reference_over": self.reference_over(student, scores),
-        }
-
     def better_single(self, student: str) -> str | None:
-        """The single teacher whose RIL student has the higher mean; None until both are there."""
+        """Return the single-teacher RIL with the higher mean, or None until both are finished."""
         found = {name: s for name in SINGLE if (s := self._get(student, name)) is not None}
         if len(found) < len(SINGLE):
             return None
@@ -112,8 +103,8 @@ class Findings:
     # Goals
 
     def goals(self, student: str) -> list[dict[str, Any]]:
-        """The issue's table: what was measured, with its interval, and whether the goal is reached (None: not measured
-        yet). The differences are in points of 100."""
+        """Return the table of goals: what was measured, in points of 100, and whether the goal is reached (None: not
+        measured yet)."""
         get = self._get
         both, baseline = get(student, REFERENCE), get(student, BASELINE)
         single = self.better_single(student)
@@ -134,11 +125,13 @@ class Findings:
         ]
         zero = self.between(both, get(student, "beta_0", "ablations"))
         found = None if zero is None else points(zero)
-        rows.append({"goal": "beta 0 against 0.01", "paper": "collapse", "wanted": "", "found": found, "reached": None})
+        rows.append(
+            {"goal": "beta 0 against 0.01", "paper": "collapse", "required": "", "found": found, "reached": None}
+        )
         return rows
 
     def one_teacher(self, student: str) -> Estimate | None:
-        """Mean of the two single teachers' students over the baseline."""
+        """Return the mean of the two single-teacher students over the baseline."""
         found = [s for name in SINGLE if (s := self._get(student, name)) is not None]
         baseline = self._get(student, BASELINE)
         if len(found) < len(SINGLE) or baseline is None or found[0].seeds != found[1].seeds:
@@ -146,14 +139,14 @@ class Findings:
         return self.between(baseline, Scores(found[0].seeds, (found[0].values + found[1].values) / 2))
 
     def _goal(self, goal: str, paper: str, at_least: float, measured: Estimate | None) -> dict[str, Any]:
-        wanted = f"at least +{at_least:g}" if at_least else "above 0"
+        required = f"at least +{at_least:g}" if at_least else "above 0"
         reached = None if measured is None else measured.above_zero and 100 * measured.value >= at_least
         found = None if measured is None else points(measured)
-        return {"goal": goal, "paper": paper, "wanted": wanted, "found": found, "reached": reached}
+        return {"goal": goal, "paper": paper, "required": required, "found": found, "reached": reached}
 
     def passes(self, student: str) -> dict[str, Any] | None:
-        """Skills on which the reference student is better than a teacher: than at least one, than each; and the number of
-        the first kind with its interval."""
+        """Return the skills on which the reference student is better than each teacher and than all teachers, and the
+        number of skills on which it is better than at least one, with its interval."""
         both, teachers = self._get(student, REFERENCE), self.results.teachers
         if both is None or not teachers:
             return None
@@ -171,7 +164,11 @@ class Findings:
         }
 
     def _passing_goal(self, student: str) -> dict[str, Any]:
-        row = {"goal": "skills on which the student (RIL, both) passes a teacher", "paper": "3", "wanted": "at least 3"}
+        row = {
+            "goal": "skills on which the student (RIL, both) passes a teacher",
+            "paper": "3",
+            "required": "at least 3",
+        }
         found = self.passes(student)
         if found is None:
             return {**row, "found": None, "reached": None}
@@ -181,36 +178,29 @@ class Findings:
 
     def _similarity_goal(self, student: str) -> dict[str, Any]:
         row = {"goal": "similarity reward of the student's samples", "paper": "0.2 to 0.65"}
-        row |= {"wanted": f"rises and stays between {ASLEEP:g} and {WON:g}"}
+        row |= {"required": f"rises and stays between {AT_CHANCE:g} and {SATURATED:g}"}
         both = self._get(student, REFERENCE)
         curves = [] if both is None else [series(read_jsonl(f / "metrics.jsonl"), SIMILARITY)[1] for f in both.folders]
         curves = [c for c in curves if c]
         if not curves:
             return {**row, "found": None, "reached": None}
-        ends = [(window_mean(c, 0), window_mean(c, -1)) for c in curves]
         windows = [w for c in curves for w in tenths(c)]
+        ends = [(tenths(c)[0], tenths(c)[-1]) for c in curves]
         rises = all(last > first for first, last in ends)
         shown = [f"{first:.2f} to {last:.2f}" for first, last in ends]
-        inside = all(ASLEEP <= w <= WON for w in windows)
+        inside = all(AT_CHANCE <= w <= SATURATED for w in windows)
         found = f"{', '.join(shown)} by seed; between {min(windows):.2f} and {max(windows):.2f}"
         return {**row, "found": found, "reached": bool(rises and inside)}
 
 
-SIMILARITY = "reward/student_similarity"
-
-
 def tenths(values: list[float]) -> list[float]:
-    """Means of ten equal parts of a curve (of each value, where there are fewer)."""
+    """Return the means of ten equal parts of a curve (its values, if there are fewer)."""
     return [float(part.mean()) for part in np.array_split(np.array(values), min(10, len(values)))]
 
 
-def window_mean(values: list[float], which: int) -> float:
-    return tenths(values)[which]
-
-
 def judge_of(scores: Scores) -> dict[str, Any] | None:
-    """Agreement of the cells' own verdicts with the exact rule, over seeds: of the student's samples where there are any,
-    else of the cached responses. None where no judge was asked."""
+    """Return the agreement of the cells' own verdicts with the exact rule: on the student's samples where there are any,
+    else on the cached responses. None where no judge was asked."""
     rows = [done["judge"] for done in scores.done if done.get("judge")]
     known = [row.get("student") or row.get("cached") or {} for row in rows]
     known = [k for k in known if k.get("verdicts")]
@@ -225,7 +215,7 @@ def judge_of(scores: Scores) -> dict[str, Any] | None:
 
 
 def points(e: Estimate) -> str:
-    """``+4.2 [+3.0, +5.5]``, in points of 100."""
+    """Format as ``+4.2 [+3.0, +5.5]``, in points of 100."""
     return f"{100 * e.value:+.1f} [{100 * e.low:+.1f}, {100 * e.high:+.1f}]"
 
 

@@ -1,83 +1,80 @@
-"""The study's jobs in the order in which they are worth doing, and what each needs first."""
+"""List the study's jobs in the order in which they are worth running, with what each needs first."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from openril.errors import StateError
-from openril.recipe.loading import load_recipe, load_saved_recipe, save_recipe
+from openril.errors import CacheError, StateError
+from openril.recipe.loading import load_saved_recipe, save_recipe
 from openril.recipe.schema import Recipe
-from openril.storage import changed_keys
-from playground.study.cells import Place, Recipes, Variant, result_name
-from playground.study.measures import median, seconds_of
+from openril.storage import changed_keys, read_jsonl
+from playground.runner import Job, Progress, metrics_progress
+from playground.study.metrics import median, seconds_of
 from playground.study.plan import (
     ABLATIONS,
     COMPUTE,
-    CONTENDERS,
     GROUPS,
     MAIN,
+    METHODS,
     REFERENCE,
     STUDENTS,
     TEACHERS,
     Group,
     Start,
 )
+from playground.study.recipes import Place, Recipes, Variant, result_name
 from playground.study.work import DONE, Stage
 
 START_UP = 20.0
-"""Seconds of a job besides its steps: imports, loading, scoring."""
+"""Seconds of a job in addition to its steps: imports, loading, scoring."""
 STEP = 0.8
-"""Seconds of a step of Dr.GRPO, until there are measured ones."""
+"""Seconds of a step of Dr.GRPO, until some are measured."""
 
 
-@dataclass
-class Job:
-    """name: its folder in ``out``. recipe: makes its recipe, when it starts. stage, arguments: of work.py. needs: names of
-    jobs. expected: seconds, roughly. kind: jobs whose expected seconds are wrong by the same factor."""
+def stage_progress(stage: Stage, recipe: Recipe) -> Progress:
+    """Return how far a stage of a recipe is."""
+    match stage:
+        case "collect":
+            sources = len(recipe.teachers) + recipe.collect.student
+            total = num_questions(*recipe.data.train, limit=recipe.data.limit) * recipe.collect.num_responses * sources
+            return sum(collected(recipe.cache_path)), total, "responses"
+        case "discriminator":
+            settings = recipe.discriminator.pretraining
+            trained = num_questions(*recipe.data.train, limit=recipe.data.limit) * (1 - settings.held_out_share)
+            steps = max(1, math.ceil(settings.epochs * trained / settings.questions_per_step))
+            return metrics_progress(recipe.run_path / "discriminator" / "metrics.jsonl", steps)
+        case "sft":
+            return metrics_progress(recipe.sft_student_path.parent / "metrics.jsonl", recipe.sft.max_steps)
+        case "train":
+            return metrics_progress(recipe.run_path / "metrics.jsonl", recipe.train.max_steps)
+    return 0, 0, ""
 
-    name: str
-    folder: Path
-    recipe: Callable[[], Recipe]
-    stage: Stage
-    arguments: tuple[str, ...]
-    needs: tuple[str, ...] = ()
-    expected: float = START_UP
-    kind: str = "other"
 
-    @property
-    def done(self) -> dict[str, Any] | None:
-        """What it left, if it is done."""
-        return read_done(self.folder)
+@cache
+def num_questions(*files: str, limit: int) -> int:
+    number = sum(len(read_jsonl(Path(file))) for file in files)
+    return min(number, limit or number)
 
-    @property
-    def recipe_path(self) -> Path:
-        return self.folder / "recipe.yaml"
 
-    def write_recipe(self) -> None:
-        """Raises StateError when the folder was begun with another recipe."""
-        recipe = self.recipe()
-        if changed := self.changed(recipe):
-            raise StateError(
-                f"{self.folder} was made with other values of {', '.join(changed[:6])}; restore them, remove the folder to"
-                " make it again, or name another --out"
-            )
-        if not self.recipe_path.is_file():
-            save_recipe(recipe, self.recipe_path)
+def collected(folder: Path) -> tuple[int, int]:
+    """Return the numbers of responses in a cache's shards and in its unfinished journals."""
+    import pyarrow.parquet as pq
 
-    def changed(self, recipe: Recipe) -> list[str]:
-        """Settings in which the folder's recipe is another."""
-        if not self.recipe_path.is_file():
-            return []
-        was = load_saved_recipe(self.recipe_path)
-        return list(changed_keys(was.model_dump(mode="json"), recipe.model_dump(mode="json")))
+    try:
+        lines = sum(max(0, len(p.read_bytes().splitlines()) - 1) for p in (folder / "journals").glob("*.jsonl"))
+        return sum(pq.read_metadata(p).num_rows for p in (folder / "shards").glob("*.parquet")), lines
+    except (FileNotFoundError, CacheError):
+        return 0, 0  # A journal has just become a shard. The next look counts it.
 
 
 def read_done(folder: Path) -> dict[str, Any] | None:
+    """Return what a finished job left in its folder."""
     try:
         done = json.loads((folder / DONE).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -85,43 +82,103 @@ def read_done(folder: Path) -> dict[str, Any] | None:
     return done if isinstance(done, dict) else None
 
 
+@dataclass(kw_only=True)
+class StudyJob(Job):
+    """One run of work.py in the folder of its recipe."""
+
+    folder: Path
+    recipe: Callable[[], Recipe]
+    """Makes the recipe when the job starts."""
+    stage: Stage
+    _written: Recipe | None = None
+
+    def seconds(self) -> float | None:
+        done = read_done(self.folder)
+        return None if done is None else float(done["seconds"])
+
+    @property
+    def recipe_path(self) -> Path:
+        return self.folder / "recipe.yaml"
+
+    def prepare(self) -> None:
+        """Write the recipe. Raises StateError when the folder was begun with another one."""
+        recipe = self.recipe()
+        if changed := self.changed(recipe):
+            raise StateError(
+                f"{self.folder} was made with other values of {', '.join(changed[:6])}. Restore them, remove the folder to"
+                " make it again, or name another --out."
+            )
+        save_recipe(recipe, self.recipe_path)
+        self._written = recipe
+
+    def changed(self, recipe: Recipe) -> list[str]:
+        """Return the settings in which the folder's recipe differs."""
+        if not self.recipe_path.is_file():
+            return []
+        return list(changed_keys(_plain(load_saved_recipe(self.recipe_path)), _plain(recipe)))
+
+    def progress(self) -> Progress:
+        return (0, 0, "") if self._written is None else stage_progress(self.stage, self._written)
+
+
+def _plain(recipe: Recipe) -> dict[str, Any]:
+    """Return a recipe as plain data in which the study's models have no folder.
+
+    ``study.json`` pins their weights, so a study continues after its models were moved.
+    """
+    values = recipe.model_dump(mode="json")
+    named = [
+        (values["student"], "model"),
+        (values["judge"], "model_path"),
+        *((t, "model_path") for t in values["teachers"]),
+    ]
+    for section, key in named:
+        section[key] = next((name for name in MODEL_NAMES if section[key].endswith(f"/{name}")), section[key])
+    return values
+
+
+MODEL_NAMES = (*(f"{student}/{start}" for student in STUDENTS for start in ("base", "sft")), *TEACHERS, "judge")
+"""Checkpoints in the folder of the models."""
+
+
 @dataclass
 class Plan:
-    """Which cells of the study are wanted. seeds: of the contenders and the compute table. ablation_seeds: of the
-    ablations of ``ablation_students``. only: names of cells; empty for all."""
+    """The selected cells of the study as jobs, with everything that they need."""
 
     recipes: Recipes
     score: Path
+    """The file of the questions on which the results are scored."""
     students: Sequence[str] = STUDENTS
     seeds: int = 3
+    """Seeds of the methods and of the table at equal compute."""
     ablation_seeds: int = 1
     ablation_students: Sequence[str] = STUDENTS[:1]
     groups: Sequence[Group] = GROUPS
     only: Sequence[str] = ()
-    _jobs: dict[str, Job] = field(default_factory=dict)
+    """Names of cells; empty selects all."""
+    _jobs: dict[str, StudyJob] = field(default_factory=dict)
 
     def places(self) -> Iterator[Place]:
-        """Every wanted cell, the most telling ones first: a study that is cut short is still one."""
+        """Yield every selected cell, the most informative ones first, because a study may be cut short."""
         for place in self._all_places():
             if place.group in self.groups and (not self.only or place.name in self.only):
                 yield place
 
     def _all_places(self) -> Iterator[Place]:
-        def contenders(student: str, names: Sequence[str]) -> Iterator[Place]:
+        def methods(student: str, names: Sequence[str]) -> Iterator[Place]:
             for seed in range(self.seeds):
                 for name in names:
-                    if CONTENDERS[name].how != "as_is":
+                    if METHODS[name].how != "as_is":
                         yield Place(student, "contenders", name, seed)
                     elif seed == 0:
                         yield Place(student, "contenders", name, None)
 
-        others = [name for name in CONTENDERS if name not in MAIN]
+        others = [name for name in METHODS if name not in MAIN]
         if self.students:
-            yield from contenders(self.students[0], list(CONTENDERS))
-        for student in self.students[1:]:
-            yield from contenders(student, MAIN)
-        for student in self.students[1:]:
-            yield from contenders(student, others)
+            yield from methods(self.students[0], list(METHODS))
+        for names in (MAIN, others):
+            for student in self.students[1:]:
+                yield from methods(student, names)
         for student in (s for s in self.students if s in self.ablation_students):
             for seed in range(self.ablation_seeds):
                 for _, cells in ABLATIONS.values():
@@ -130,58 +187,56 @@ class Plan:
             for seed in range(self.seeds):
                 yield from (Place(student, "compute", name, seed) for name in COMPUTE)
 
-    def jobs(self) -> list[Job]:
-        """Every wanted cell's job, each behind those it needs."""
+    def jobs(self) -> list[StudyJob]:
+        """Return the job of every selected cell, each after the jobs it needs."""
         self._jobs = {}
         if not self.only and "contenders" in self.groups and self.students:
             for teacher in TEACHERS:
-                self._teacher(teacher)
+                make = partial(self.recipes.teacher, teacher)
+                self._add(
+                    f"teachers/{teacher}", make, "none", ("--name", "base", "--score", str(self.score)), kind="score"
+                )
         for place in self.places():
             self._cell(place)
         return list(self._jobs.values())
 
-    def _add(self, job: Job) -> str:
-        self._jobs.setdefault(job.name, job)
-        return job.name
-
-    def _teacher(self, teacher: str) -> str:
-        folder = self.recipes.out / "teachers" / teacher
-        arguments = ("--name", "base", "--score", str(self.score))
-        return self._add(
-            Job(
-                f"teachers/{teacher}",
-                folder,
-                partial(self.recipes.teacher, teacher),
-                "none",
-                arguments,
-                kind="score",
-            )
-        )
+    def _add(
+        self,
+        name: str,
+        recipe: Callable[[], Recipe],
+        stage: Stage,
+        arguments: Sequence[str] = (),
+        needs: Sequence[str] = (),
+        expected: float = START_UP,
+        kind: str = "",
+    ) -> str:
+        folder = self.recipes.out / name
+        command = ("playground.study.work", "--recipe", str(folder / "recipe.yaml"), "--stage", stage, *arguments)
+        job = StudyJob(
+            name=name, arguments=command, needs=tuple(needs), expected=expected, kind=kind or stage,
+            folder=folder, recipe=recipe, stage=stage,
+        )  # fmt: skip
+        self._jobs.setdefault(name, job)
+        return name
 
     def _teacher_cache(self) -> str:
-        folder = self.recipes.out / "teachers" / "cache"
-        arguments, make = ("--sources", *TEACHERS), self.recipes.teacher_collection
-        return self._add(Job("teachers/cache", folder, make, "collect", arguments, expected=300, kind="collect"))
+        arguments = ("--sources", *TEACHERS)
+        return self._add("teachers/cache", self.recipes.teacher_collection, "collect", arguments, expected=300)
 
     def _cache(self, student: str, start: Start) -> str:
         teachers = self._teacher_cache()
         source = self._jobs[teachers].folder / "responses"
         arguments = ("--copy-from", str(source), "--sources", "student")
         make = partial(self.recipes.collection, student, start)
-        folder = self.recipes.cache(student, start)
-        name = f"{student}/caches/{start}"
-        return self._add(Job(name, folder, make, "collect", arguments, (teachers,), expected=100, kind="collect"))
+        return self._add(f"{student}/caches/{start}", make, "collect", arguments, [teachers], expected=100)
 
     def _discriminator(self, student: str, variant: Variant) -> str:
         cache = self._cache(student, variant.start)
         make = partial(self.recipes.discriminator, student, variant)
-        folder = self.recipes.discriminator_folder(student, variant)
-        name = f"{student}/discriminators/{variant.name}"
-        return self._add(Job(name, folder, make, "discriminator", (), (cache,), expected=60, kind="discriminator"))
+        return self._add(f"{student}/discriminators/{variant.name}", make, "discriminator", (), [cache], expected=60)
 
     def _cell(self, place: Place) -> str:
         recipes, cell = self.recipes, place.cell
-        folder = recipes.out / place.path
         stages: dict[str, Stage] = {"as_is": "none", "sft": "sft", "loop": "train"}
         arguments = ["--name", result_name(cell), "--score", str(self.score)]
         needs: list[str] = []
@@ -194,19 +249,16 @@ class Plan:
             target = recipes.discriminator_folder(place.student, variant) / "discriminator"
             arguments += ["--discriminator", str(target)]
         make: Callable[[], Recipe] = partial(recipes.cell, place)
-        steps = recipe.train.max_steps if cell.how != "as_is" else 0
-        expected = START_UP + STEP * cell.cost * steps
+        kind, cost = cell.how, cell.cost
         if place.group == "compute":
             needs += self._measured_first(place)
-            make = partial(self._compute_recipe, place)  # when the steps it needs are measured
-            expected = START_UP + STEP * CONTENDERS[REFERENCE].cost * steps
-        kind = cell.how if place.group != "compute" else f"{cell.how} {REFERENCE}"
-        return self._add(
-            Job(place.path, folder, make, stages[cell.how], tuple(arguments), tuple(needs), expected, kind)
-        )
+            make = partial(self._compute_recipe, place)  # Its number of steps is measured first.
+            kind, cost = f"{cell.how} {REFERENCE}", METHODS[REFERENCE].cost
+        expected = START_UP + STEP * cost * (recipe.train.max_steps if cell.how != "as_is" else 0)
+        return self._add(place.path, make, stages[cell.how], arguments, needs, expected, kind)
 
     def _measured_first(self, place: Place) -> list[str]:
-        """The jobs whose steps are timed to know how many a compute cell takes."""
+        """Add the jobs whose steps are timed to know how many a cell at equal compute takes."""
         names = (REFERENCE, place.name)
         return [
             self._cell(Place(place.student, "contenders", name, seed)) for name in names for seed in range(self.seeds)
@@ -216,10 +268,10 @@ class Plan:
         return self.recipes.cell(place, self.compute_steps(place))
 
     def compute_steps(self, place: Place) -> int:
-        """As many steps as fill the reference's training seconds. Once a cell has begun, its number stands."""
+        """Return as many steps as fill the reference's training seconds. A cell that has begun keeps its number."""
         begun = self.recipes.out / place.path / "recipe.yaml"
         if begun.is_file():
-            return load_recipe(begun).train.max_steps
+            return load_saved_recipe(begun).train.max_steps
 
         def timings(name: str) -> list[dict[str, Any]]:
             places = [Place(place.student, "contenders", name, seed) for seed in range(self.seeds)]

@@ -1,4 +1,4 @@
-"""results.json, the figures, and the generated blocks of the study's page."""
+"""Write results.json, the figures, and the generated blocks of the study's page."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ BEGIN, END = "<!-- generated: {} -->", "<!-- end: {} -->"
 
 
 def default_page(out: Path, split: str) -> Path:
-    """docs/study.md for the shipped study; a page of its own for any other folder, and for what was tuned."""
+    """Return docs/study.md for the shipped study, and study.md in its folder for any other one and for validation."""
     shipped = out.resolve() == (PAGE.parents[1] / "runs" / "study").resolve() and split == "test"
     return PAGE if shipped else out / "study.md"
 
 
 def write_report(out: Path, page: Path, resamples: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """Write ``out/results.json``, the figures and the page's blocks from what is finished; returns the findings.
+    """Write ``out/results.json``, the figures and the page's blocks from the finished cells; returns the findings.
 
-    A page that is not there yet begins as a copy of docs/study.md. Raises DataError when nothing is finished.
+    A new page begins as a copy of docs/study.md. Raises DataError when nothing is finished.
     """
     from playground.study.figures import draw_figures
 
@@ -55,13 +55,12 @@ def write_report(out: Path, page: Path, resamples: int, say: Callable[[str], Non
 
 
 def replace_blocks(text: str, blocks: Mapping[str, str]) -> str:
-    """The page with each block's content put between its markers; what is outside of markers stays as it is, and so do
-    blocks that are not given. Raises DataError for a marker without its end."""
+    """Replace the text between the markers of each given block. Raises DataError for a marker without its end."""
     for name, content in blocks.items():
         begin, end = BEGIN.format(name), END.format(name)
         if begin in text:
             if end not in text[text.index(begin) :]:
-                raise DataError(f"the page has {begin} and no {end} behind it")
+                raise DataError(f"the page has {begin} without {end} after it")
             pattern = re.escape(begin) + r".*?" + re.escape(end)
             text = re.sub(pattern, lambda _: f"{begin}\n{content.rstrip()}\n{end}", text, count=1, flags=re.DOTALL)  # noqa: B023
     return text

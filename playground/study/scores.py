@@ -1,4 +1,4 @@
-"""What the cells scored: per question, from their run folders."""
+"""Read the scores of the finished cells, by question, from their run folders."""
 
 from __future__ import annotations
 
@@ -12,51 +12,55 @@ from numpy.typing import NDArray
 
 from openril.errors import DataError
 from openril.storage import read_jsonl
-from playground.study.cells import Place
 from playground.study.jobs import read_done
 from playground.study.plan import CELLS, GROUPS, STUDENTS, TEACHERS, Group
+from playground.study.recipes import Place
 
 
 @dataclass(frozen=True)
 class Scores:
-    """A contender's scores. seeds: their numbers, or [None] for what was measured as it is. values [S, Q]: 1.0 right, 0.0
-    wrong, questions in the order of the test. done: what each seed's job left. folders: their run folders."""
+    """Scores of a method."""
 
     seeds: list[int | None]
+    """[None] for a student or teacher that is only measured."""
     values: NDArray[np.float64]
+    """[S, Q]: 1.0 right, 0.0 wrong; questions in the order of the test."""
     done: list[dict[str, Any]] = field(default_factory=list)
+    """What the job of each seed left."""
     folders: list[Path] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Questions:
-    """Questions that everything was scored on: ids and skills [Q]."""
+    """The questions that everything was scored on."""
 
     ids: list[str]
     skills: list[str]
+    """Of each question."""
 
     @property
     def names(self) -> list[str]:
-        """The skills, in the order in which they come."""
+        """The different skills, in their order."""
         return list(dict.fromkeys(self.skills))
 
 
 @dataclass
 class Results:
-    """Finished cells. cells: student -> group -> name -> scores. teachers: by name. cache: what the collection of the
-    teachers' responses left."""
+    """The finished cells."""
 
     questions: Questions
     cells: dict[str, dict[Group, dict[str, Scores]]]
+    """By student, group and name."""
     teachers: dict[str, Scores]
     cache: dict[str, Any] | None = None
+    """What the collection of the teachers' responses left."""
 
     def get(self, student: str, group: Group, name: str) -> Scores | None:
         return self.cells.get(student, {}).get(group, {}).get(name)
 
 
 def read_results(out: Path) -> Results:
-    """Everything that is finished in a study's folder. Raises DataError when nothing is."""
+    """Read everything that is finished in a study's folder. Raises DataError when nothing is."""
     reader = _Reader(out)
     teachers = {t: s for t in TEACHERS if (s := reader.scores({None: out / "teachers" / t}))}
     cells: dict[str, dict[Group, dict[str, Scores]]] = {}
@@ -85,7 +89,7 @@ class _Reader:
         self.questions: Questions | None = None
 
     def scores(self, folders: Mapping[int | None, Path]) -> Scores | None:
-        """The finished ones among the folders; None if there is none."""
+        """Read the finished folders; None if there are none."""
         found = [(seed, folder, done) for seed, folder in folders.items() if (done := read_done(folder)) is not None]
         if not found:
             return None

@@ -1,29 +1,29 @@
-"""The findings as Markdown."""
+"""Write the findings as Markdown."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from playground.study.plan import ABLATIONS, CONTENDERS, REFERENCE
+from playground.study.plan import ABLATIONS, METHODS, REFERENCE
 
 TEACHER_TITLES = {"teacher_a": "teacher A", "teacher_b": "teacher B"}
 STUDENT_TITLES = {"student_qwen": "Qwen2.5-VL student", "student_internvl": "InternVL student"}
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
-    """words: how many of the first columns hold words, and stand to the left."""
+    """Return a table whose first ``words`` columns are aligned to the left."""
     rule = [*["---"] * words, *["---:"] * (len(header) - words)]
     return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *rows)) + "\n"
 
 
 def percent(e: dict[str, Any] | None) -> str:
-    """``71.3 [70.1, 72.4]``."""
+    """Format as ``71.3 [70.1, 72.4]``."""
     return "-" if e is None else f"{100 * e['value']:.1f} [{100 * e['low']:.1f}, {100 * e['high']:.1f}]"
 
 
 def difference(e: dict[str, Any] | None) -> str:
-    """``+2.1 [+0.4, +3.9]``, bold where the interval excludes 0."""
+    """Format as ``+2.1 [+0.4, +3.9]``, bold where the interval excludes 0."""
     if e is None:
         return "-"
     text = f"{100 * e['value']:+.1f} [{100 * e['low']:+.1f}, {100 * e['high']:+.1f}]"
@@ -51,7 +51,7 @@ Block = Callable[[dict[str, Any]], str]
 
 
 def each_student(found: dict[str, Any], table: Callable[[dict[str, Any]], str]) -> str:
-    """A table for each student under its name; those that are empty are left out."""
+    """Write a table for each student under its name, except empty ones."""
     parts = []
     for student, results in found["students"].items():
         if text := table(results):
@@ -63,28 +63,21 @@ def goals(found: dict[str, Any]) -> str:
     words = {True: "yes", False: "**no**", None: "-"}
 
     def table(results: dict[str, Any]) -> str:
-        rows = [[g["goal"], g["paper"], g["wanted"], g["found"] or "-", words[g["reached"]]] for g in results["goals"]]
+        rows = [
+            [g["goal"], g["paper"], g["required"], g["found"] or "-", words[g["reached"]]] for g in results["goals"]
+        ]
         return markdown(["", "paper", "goal", "here", "reached"], rows, words=5)
 
     return each_student(found, table)
 
 
-def contenders(found: dict[str, Any]) -> str:
-    header = [
-        "",
-        "mean of the skills",
-        "over the SFT student",
-        "over Dr.GRPO",
-        "RIL, both, over it",
-        "judge agrees",
-        "steps",
-        "seconds",
-        "seeds",
-    ]
+def methods(found: dict[str, Any]) -> str:
+    header = ["", "mean of the skills", "over the SFT student", "over Dr.GRPO", "RIL, both, over it"]
+    header += ["judge agrees", "steps", "seconds", "seeds"]
 
     def table(results: dict[str, Any]) -> str:
         rows = []
-        for name, cell in CONTENDERS.items():
+        for name, cell in METHODS.items():
             if (row := results["contenders"].get(name)) is not None:
                 over = ["" if name == "sft" else difference(row["over_start"])]
                 over += ["" if name == "dr_grpo" else difference(row["over_baseline"])]
@@ -100,10 +93,10 @@ def contenders(found: dict[str, Any]) -> str:
 
 
 def skills(found: dict[str, Any]) -> str:
-    """Per cent right by skill: contenders across."""
+    """Write the per cent right by skill, methods across."""
 
     def table(results: dict[str, Any]) -> str:
-        columns = [(CONTENDERS[n].title, results["contenders"][n]) for n in CONTENDERS if n in results["contenders"]]
+        columns = [(METHODS[n].title, results["contenders"][n]) for n in METHODS if n in results["contenders"]]
         columns += [(TEACHER_TITLES[n], row) for n, row in found["teachers"].items()]
         if not columns:
             return ""
@@ -131,10 +124,10 @@ def compute(found: dict[str, Any]) -> str:
         rows = []
         for name, row in results["compute"].items():
             over = [difference(row["over_equal_steps"]), difference(row["reference_over"])]
-            rows.append([CONTENDERS[name].title, percent(row["mean"]), *over, *cost(row), seeds(row)])
+            rows.append([METHODS[name].title, percent(row["mean"]), *over, *cost(row), seeds(row)])
         reference = results["contenders"].get(REFERENCE)
         if rows and reference is not None:
-            row = [CONTENDERS[REFERENCE].title, percent(reference["mean"]), "", "", *cost(reference), seeds(reference)]
+            row = [METHODS[REFERENCE].title, percent(reference["mean"]), "", "", *cost(reference), seeds(reference)]
             rows.append(row)
         return markdown(header, rows) if rows else ""
 
@@ -142,9 +135,9 @@ def compute(found: dict[str, Any]) -> str:
 
 
 def ablations(found: dict[str, Any]) -> str:
-    header = ["", "", "mean of the skills", "over RIL, both", "on the way", "judge agrees", "seeds"]
+    header = ["", "", "mean of the skills", "over RIL, both", "while training", "judge agrees", "seeds"]
 
-    def way(row: dict[str, Any]) -> str:
+    def while_training(row: dict[str, Any]) -> str:
         return "-" if row["on_the_way"] is None else f"{100 * row['on_the_way']:.1f}"
 
     def table(results: dict[str, Any]) -> str:
@@ -154,11 +147,13 @@ def ablations(found: dict[str, Any]) -> str:
             for name, cell in cells.items():
                 if (row := results["ablations"].get(name)) is not None:
                     over = difference(row["over_reference"])
-                    rows.append([shown, cell.title, percent(row["mean"]), over, way(row), judge(row), seeds(row)])
+                    rows.append(
+                        [shown, cell.title, percent(row["mean"]), over, while_training(row), judge(row), seeds(row)]
+                    )
                     shown = ""
         reference = results["contenders"].get(REFERENCE)
         if rows and reference is not None:
-            mean = [percent(reference["mean"]), "", way(reference)]
+            mean = [percent(reference["mean"]), "", while_training(reference)]
             rows.insert(0, ["RIL, both", "", *mean, judge(reference), seeds(reference)])
         return markdown(header, rows, words=2) if rows else ""
 
@@ -166,7 +161,7 @@ def ablations(found: dict[str, Any]) -> str:
 
 
 def conditions(found: dict[str, Any]) -> str:
-    """What the numbers are of."""
+    """List what the numbers come from."""
     lines = [f"- {found['questions']} {found['split']} questions, {len(found['skills'])} skills."]
     for student, results in found["students"].items():
         counts = {group: len(results[group]) for group in ("contenders", "ablations", "compute")}
@@ -180,17 +175,17 @@ def conditions(found: dict[str, Any]) -> str:
                 f"- The judge's verdicts on them agree with the exact rule on {100 * cached['agreement']:.2f} % of"
                 f" {cached['verdicts']} ({cached['unknown']} unknown)."
             )
-    lines.append(f"- {found['jobs']} jobs, {found['hours']:.1f} hours of work, shared by the lanes.")
+    lines.append(f"- {found['jobs']} jobs, {found['hours']:.1f} hours of work in all.")
     return "\n".join(lines) + "\n"
 
 
 BLOCKS: dict[str, Block] = {
     "conditions": conditions,
     "goals": goals,
-    "contenders": contenders,
+    "contenders": methods,
     "skills": skills,
     "passes": passing,
     "compute": compute,
     "ablations": ablations,
 }
-"""Generated parts of the page, by the name in their markers."""
+"""Generated parts of the page by the name in their markers."""

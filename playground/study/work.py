@@ -1,27 +1,24 @@
-"""``python -m playground.study.work``: one job of the study, in a process of its own.
+"""``python -m playground.study.work``: run one job of the study.
 
-It runs the stages of a recipe as `ril` does, and leaves ``done.json`` in the recipe's folder. It stops, and saves, when
-the process that started it is gone.
+It runs the stages of a recipe as `ril` does, and leaves ``done.json`` in the recipe's folder.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-import signal
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from openril.errors import OpenRILError
 from openril.recipe.loading import load_recipe
 from openril.recipe.schema import Recipe
 from openril.responses.files import Lock
 from openril.storage import atomic_path, write_json
+from playground.runner import exit_code
 
 DONE = "done.json"
 Stage = Literal["collect", "discriminator", "sft", "train", "none"]
@@ -29,46 +26,44 @@ Stage = Literal["collect", "discriminator", "sft", "train", "none"]
 
 @dataclass
 class Settings:
-    """One job of the study."""
+    """Run one job of the study."""
 
     recipe: Path
-    """Its recipe; everything it makes goes into the folder this lies in."""
+    """Its recipe; the folder of this file receives everything that the job makes."""
     stage: Stage = "train"
-    """What makes its result."""
+    """The stage that makes its result."""
     score: Path | None = None
     """Question file on which the result is scored at the end."""
     name: str = "final"
     """What `ril eval` calls the result."""
     copy_from: Path | None = None
-    """collect: a response cache whose responses are taken over first."""
+    """collect: a response cache whose responses are copied first."""
     sources: tuple[str, ...] = ()
     """collect: only these."""
     discriminator: Path | None = None
     """train: folder of the pre-trained discriminator (`discriminator/` of the run that trained it), linked into ours."""
-    parent: int = 0
-    """Process to stop with; 0 for none."""
 
 
-def run(settings: Settings) -> None:
-    """The job; does nothing twice. Raises what the stages raise."""
+def run(settings: Settings) -> int:
+    """Run the job unless it is done. Raises what the stages raise."""
     from rich.console import Console
 
     folder = settings.recipe.parent
     started = time.monotonic()
-    # The process of a study that was killed may still be saving.
     with Lock(folder / ".lock"):
         if (folder / DONE).is_file():
-            return
+            return 0
         recipe = load_recipe(settings.recipe)
         console = Console(width=100)
         done = _stage(recipe, settings, console)
         if settings.score is not None:
             _score(recipe, settings, console)
         write_json(folder / DONE, {"result": settings.name, "seconds": time.monotonic() - started, **done})
+    return 0
 
 
 def _stage(recipe: Recipe, settings: Settings, console: Any) -> dict[str, Any]:
-    from playground.study import measures
+    from playground.study import metrics
 
     match settings.stage:
         case "collect":
@@ -78,7 +73,7 @@ def _stage(recipe: Recipe, settings: Settings, console: Any) -> dict[str, Any]:
                 with atomic_path(recipe.cache_path) as temporary:
                     shutil.copytree(settings.copy_from, temporary)
             run_collect(recipe, console, list(settings.sources) or None)
-            return measures.of_cache(recipe, list(settings.sources))
+            return metrics.measure_cache(recipe, settings.sources)
         case "discriminator":
             from openril.stages.discriminator import run_discriminator
 
@@ -88,26 +83,26 @@ def _stage(recipe: Recipe, settings: Settings, console: Any) -> dict[str, Any]:
             from openril.stages.sft import run_sft
 
             run_sft(recipe, console)
-            return measures.of_sft(recipe)
+            return metrics.measure_sft(recipe)
         case "train":
             from openril.stages.train import run_train
 
             if settings.discriminator is not None:
                 link(recipe.discriminator_path.parent, settings.discriminator)
             run_train(recipe, console)
-            return measures.of_loop(recipe)
+            return metrics.measure_loop(recipe)
     return {}
 
 
 def link(path: Path, target: Path) -> None:
-    """A relative link, so that the study's folder can be moved; left alone where something is."""
+    """Make a relative link, so that the study's folder can be moved. What is already there stays."""
     if not path.exists():
         path.unlink(missing_ok=True)
         path.symlink_to(os.path.relpath(target.resolve(), path.parent.resolve()))
 
 
 def _score(recipe: Recipe, settings: Settings, console: Any) -> None:
-    """`ril eval RECIPE --data.validation FILE --eval.limit 0 --checkpoints RESULT`."""
+    """Do what `ril eval RECIPE --data.validation FILE --eval.limit 0 --checkpoints RESULT` does."""
     from openril.stages.eval import find_targets, run_eval
 
     recipe = recipe.model_copy(deep=True)
@@ -116,32 +111,11 @@ def _score(recipe: Recipe, settings: Settings, console: Any) -> None:
     run_eval(recipe, console, [checkpoint])
 
 
-def watch(parent: int) -> None:
-    """Interrupt this process, which then saves, when ``parent``, which started it, is gone."""
-
-    def look() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    threading.Thread(target=look, daemon=True).start()
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     import tyro
 
     settings = tyro.cli(Settings, args=arguments, prog="python -m playground.study.work")
-    if settings.parent:
-        watch(settings.parent)
-    try:
-        run(settings)
-    except OpenRILError as e:
-        print(f"study: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as e:
-        print(f"study: {e or 'interrupted'}", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code("study", lambda: run(settings))
 
 
 if __name__ == "__main__":

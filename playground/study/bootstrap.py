@@ -1,9 +1,9 @@
-"""Means over skills, and intervals over seeds and questions. Pure.
+"""Compute means over skills and their intervals over seeds and questions.
 
-Every mean gives each skill the same weight. Its interval is a percentile bootstrap that draws seeds, and within each
-skill questions, with replacement, one fewer of each than there are: so many make the variance of the drawn means an
-unbiased estimate of that of the mean (Rao and Wu 1988), where drawing all would give (n - 1) / n of it, two thirds with
-three seeds. Contenders share the drawn seeds and questions, so a difference is a paired one.
+Every mean gives each skill the same weight. Its interval is a percentile bootstrap that draws seeds, and questions within
+each skill, with replacement. It draws one fewer of each than there are, which makes the variance of the drawn means an
+unbiased estimate of the variance of the mean (Rao and Wu 1988). Drawing all would give (n - 1) / n of it, which is two
+thirds for three seeds. All methods share the drawn seeds and questions, so their differences are paired.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Estimate:
-    """value: what was measured. low, high: its interval. seeds: how many it is of."""
+    """A measured value, its interval, and the number of seeds it comes from."""
 
     value: float
     low: float
@@ -30,7 +30,7 @@ class Estimate:
 
     @property
     def above_zero(self) -> bool:
-        """Whether the interval lies above 0."""
+        """Whether the whole interval is above 0."""
         return self.low > 0
 
     def as_dict(self) -> dict[str, Any]:
@@ -45,7 +45,9 @@ def estimate(value: float, drawn: Array, seeds: int) -> Estimate:
 class Resampling:
     """Draws of questions, the same for everything that is compared.
 
-    skills [Q]: of each question. number: of draws.
+    Args:
+        skills: The skill of each question [Q].
+        number: The number of draws B.
     """
 
     def __init__(self, skills: Sequence[str], number: int = 4000, seed: int = 0) -> None:
@@ -54,9 +56,9 @@ class Resampling:
         self.skills = list(dict.fromkeys(skills))
         rng = np.random.default_rng([seed, 0])
         self.weights = np.zeros((len(self.skills), len(skills)))
-        """[K, Q]: a row's dot product with scores is the mean of a skill."""
+        """[K, Q]: the product of a row with scores is the mean of a skill."""
         self.drawn = np.zeros((number, len(skills)))
-        """[B, Q]: the same in every draw, all skills' weights in one row."""
+        """[B, Q]: weights of the questions in every draw, of all skills in one row."""
         for k, skill in enumerate(self.skills):
             members = np.flatnonzero([s == skill for s in skills])
             n = len(members)
@@ -66,7 +68,7 @@ class Resampling:
             self.drawn[:, members] = counts / take
 
     def seed_draws(self, count: int) -> Array:
-        """[B, S]: weights of seeds in every draw."""
+        """Return weights of the seeds in every draw [B, S]."""
         if count == 1:
             return np.ones((self.number, 1))
         rng = np.random.default_rng([self.seed, count])
@@ -74,11 +76,11 @@ class Resampling:
         return rng.multinomial(take, np.full(count, 1 / count), size=self.number) / take
 
     def by_skill(self, values: Array) -> Array:
-        """[S, Q] to [K]: means over seeds and a skill's questions."""
+        """Return the means over seeds and the questions of a skill, [S, Q] to [K]."""
         return self.weights @ values.mean(0)
 
     def drawn_by_skill(self, values: Array) -> Array:
-        """[S, Q] to [B, K]."""
+        """Return the drawn means, [S, Q] to [B, K]."""
         weighted = (self.seed_draws(len(values)) @ values) * self.drawn
         return weighted @ (self.weights > 0).T.astype(float)
 
@@ -87,14 +89,14 @@ class Resampling:
         return {s: estimate(means[k], drawn[:, k], len(values)) for k, s in enumerate(self.skills)}
 
     def mean(self, values: Array) -> Estimate:
-        """Over the skills, each the same weight. values [S, Q]; may be a difference of two contenders' scores."""
+        """Return the mean over the skills of scores, or of differences of two methods' scores, [S, Q]."""
         return estimate(self.by_skill(values).mean(), self.drawn_by_skill(values).mean(1), len(values))
 
 
 def paired(
     a: Array, b: Array, a_seeds: Sequence[int | None], b_seeds: Sequence[int | None]
 ) -> tuple[Array, list[int | None]]:
-    """b - a [S, Q] on the seeds that both have; what has no seed is paired with every seed. Empty where none is common."""
+    """Return b - a [S, Q] on the common seeds. Scores without a seed are paired with every seed."""
     if list(a_seeds) == [None] or list(b_seeds) == [None]:
         seeds = list(b_seeds if list(a_seeds) == [None] else a_seeds)
         return b - a, seeds
