@@ -249,7 +249,8 @@ class Plan:
             target = recipes.discriminator_folder(place.student, variant) / "discriminator"
             arguments += ["--discriminator", str(target)]
         make: Callable[[], Recipe] = partial(recipes.cell, place)
-        kind, cost = cell.how, cell.cost
+        kind: str = cell.how
+        cost = cell.cost
         if place.group == "compute":
             needs += self._measured_first(place)
             make = partial(self._compute_recipe, place)  # Its number of steps is measured first.

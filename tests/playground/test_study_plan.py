@@ -1,16 +1,17 @@
-"""Cells, their recipes, their order, and what they need."""
+"""Cells, their recipes, their order, what they need, and which of them are recognized as done."""
 
 import pytest
+import yaml
 
 from openril.errors import DataError, RecipeError, StateError
 from openril.recipe.checks import cross_check
 from openril.recipe.loading import load_recipe
+from openril.recipe.validation import RENAMED_KEYS
 from openril.storage import write_json
-from playground.study.cells import Place, Recipes, put
 from playground.study.command import Settings, check, prepare
 from playground.study.jobs import Plan
-from playground.study.lanes import Lanes, seconds_left
-from playground.study.plan import ABLATIONS, CELLS, COMPUTE, CONTENDERS, MAIN, REFERENCE
+from playground.study.plan import ABLATIONS, CELLS, COMPUTE, MAIN, METHODS, REFERENCE
+from playground.study.recipes import RECIPES, Place, Recipes, baseline_settings, put
 from support.finished_study import write_cell
 
 TRAINED = [(g, n) for g in ("contenders", "ablations") for n, c in CELLS[g].items() if c.how != "as_is"]
@@ -21,12 +22,12 @@ def recipes(tmp_path, *overrides):
     return Recipes(tmp_path / "out", tmp_path / "models", overrides)
 
 
-def plan(tmp_path, **wanted):
-    return Plan(recipes(tmp_path), tmp_path / "out/world/test.jsonl", **wanted)
+def plan(tmp_path, **selected):
+    return Plan(recipes(tmp_path), tmp_path / "out/world/test.jsonl", **selected)
 
 
 @pytest.mark.parametrize(("group", "name"), TRAINED, ids=[n for _, n in TRAINED])
-def test_recipe_of_a_cell_contradicts_itself_nowhere(tmp_path, group, name):
+def test_recipe_of_a_cell_is_consistent(tmp_path, group, name):
     recipe = recipes(tmp_path).cell(Place("student_qwen", group, name, 0))
     stage = "sft" if recipe.sft.enabled else "train"
     problems = [str(p) for p in cross_check(recipe, stage) if p.key != "train.beta"]
@@ -100,7 +101,7 @@ def test_cells_that_begin_alike_share_a_discriminator(tmp_path):
     assert variant("d_none") is variant("dr_grpo", "contenders") is variant("sft_teacher_text", "contenders") is None
 
 
-def test_a_discriminators_recipe_is_what_its_cells_ask_for(tmp_path):
+def test_a_discriminators_recipe_has_the_settings_of_its_cells(tmp_path):
     made = recipes(tmp_path)
     place = Place("student_qwen", "contenders", "gad_like", 0)
     recipe, cell = made.discriminator("student_qwen", made.variant(place)), made.cell(place)
@@ -110,7 +111,7 @@ def test_a_discriminators_recipe_is_what_its_cells_ask_for(tmp_path):
     assert recipe.cache_path == cell.cache_path
 
 
-def test_the_most_telling_cells_come_first(tmp_path):
+def test_the_most_informative_cells_come_first(tmp_path):
     places = list(plan(tmp_path).places())
     first_of = {(p.student, p.group): i for i, p in reversed(list(enumerate(places)))}
     order = [
@@ -123,14 +124,14 @@ def test_the_most_telling_cells_come_first(tmp_path):
     assert second[: len(mains)] == mains
 
 
-def test_every_job_stands_behind_what_it_needs(tmp_path):
+def test_every_job_comes_after_what_it_needs(tmp_path):
     seen = set()
     for job in plan(tmp_path).jobs():
         assert set(job.needs) <= seen, job.name
         seen.add(job.name)
 
 
-def test_selection_brings_what_it_needs_and_no_more(tmp_path):
+def test_selected_cells_bring_what_they_need_and_no_more(tmp_path):
     jobs = plan(tmp_path, students=["student_qwen"], seeds=1, only=["ril_a"], groups=["contenders"]).jobs()
     assert [j.name for j in jobs] == [
         "teachers/cache",
@@ -151,75 +152,114 @@ def test_the_teachers_recipes_are_the_same_for_any_students(tmp_path):
 
 
 def test_equal_compute_is_computed_from_measured_steps(tmp_path):
-    wanted = plan(tmp_path, students=["student_qwen"], seeds=2, groups=["compute"])
+    selected = plan(tmp_path, students=["student_qwen"], seeds=2, groups=["compute"])
     for seed in range(2):
         write_cell(tmp_path / "out", Place("student_qwen", "contenders", REFERENCE, seed), 1)  # 20 steps of 1.5 s
         write_cell(tmp_path / "out", Place("student_qwen", "contenders", "dr_grpo", seed), 1)  # of 0.5 s
-    assert wanted.compute_steps(Place("student_qwen", "compute", "dr_grpo", 1)) == 60
-    with pytest.raises(StateError, match="no measured seconds of ril_both and grpo"):
-        wanted.compute_steps(Place("student_qwen", "compute", "grpo", 1))
+    assert selected.compute_steps(Place("student_qwen", "compute", "dr_grpo", 1)) == 60
+    with pytest.raises(StateError, match="ril_both and grpo"):
+        selected.compute_steps(Place("student_qwen", "compute", "grpo", 1))
 
 
 def test_a_begun_compute_cell_keeps_its_steps(tmp_path):
-    wanted = plan(tmp_path, students=["student_qwen"], seeds=1, groups=["compute"])
+    selected = plan(tmp_path, students=["student_qwen"], seeds=1, groups=["compute"])
     for name in (REFERENCE, "dr_grpo"):
         write_cell(tmp_path / "out", Place("student_qwen", "contenders", name, 0), 1)
-    job = next(j for j in wanted.jobs() if j.name == "student_qwen/compute/dr_grpo/seed_0")
+    job = next(j for j in selected.jobs() if j.name == "student_qwen/compute/dr_grpo/seed_0")
     assert {REFERENCE, "dr_grpo"} <= {n.split("/")[2] for n in job.needs}
-    job.write_recipe()
+    job.prepare()
     write_cell(tmp_path / "out", Place("student_qwen", "contenders", REFERENCE, 0), 1, steps=40)
-    job.write_recipe()
+    job.prepare()
     assert load_recipe(job.recipe_path).train.max_steps == 60
 
 
 def test_a_folder_of_other_settings_is_refused(tmp_path):
     def job(*overrides):
-        wanted = Plan(recipes(tmp_path, *overrides), tmp_path / "t", ["student_qwen"], 1, only=["dr_grpo"])
-        return next(j for j in wanted.jobs() if "contenders/dr_grpo" in j.name)
+        selected = Plan(recipes(tmp_path, *overrides), tmp_path / "t", ["student_qwen"], 1, only=["dr_grpo"])
+        return next(j for j in selected.jobs() if "contenders/dr_grpo" in j.name)
 
-    job().write_recipe()
-    job().write_recipe()
-    with pytest.raises(StateError, match=r"seed_0 was made with other values of train\.beta"):
-        job("train.beta=0.5").write_recipe()
-
-
-def lanes(tmp_path, **wanted):
-    return Lanes(plan(tmp_path, **wanted).jobs(), tmp_path / "logs", lambda line: None)
+    job().prepare()
+    job().prepare()
+    with pytest.raises(StateError, match=r"seed_0 .*train\.beta"):
+        job("train.beta=0.5").prepare()
 
 
-def test_finished_jobs_are_passed_over_and_the_needed_ones_waited_for(tmp_path):
-    wanted = {"students": ["student_qwen"], "seeds": 1, "only": ["dr_grpo", "ril_both"], "groups": ["contenders"]}
-    assert lanes(tmp_path, **wanted).next_job().name.endswith("dr_grpo/seed_0")
-    write_cell(tmp_path / "out", Place("student_qwen", "contenders", "dr_grpo", 0), 1)
-    runner = lanes(tmp_path, **wanted)
-    assert runner.next_job().name == "teachers/cache"
-    runner.running["teachers/cache"] = (None, None, 0.0)
-    assert runner.next_job() is None
+def test_settings_of_a_method_come_from_its_baseline_recipe(tmp_path):
+    with_recipe = {name for name, method in METHODS.items() if method.baseline}
+    assert with_recipe == {path.stem for path in (RECIPES / "baselines").glob("*.yaml")}
+    made = recipes(tmp_path)
+    reference = made.cell(Place("student_qwen", "contenders", REFERENCE, 0)).model_dump()
+    for name in with_recipe:
+        assert METHODS[name].baseline == name and not METHODS[name].overrides
+        settings = baseline_settings(name)
+        values = made.cell(Place("student_qwen", "contenders", name, 0)).model_dump()
+        for key, value in settings.items():
+            section, *rest = key.split(".")
+            found, expected = values[section], reference[section]
+            for part in rest[:-1]:
+                found, expected = found[part], expected[part]
+            assert found.pop(rest[-1]) == value
+            expected.pop(rest[-1])
+        for own in ("enabled", "max_steps", "batch_size") if METHODS[name].how == "sft" else ():
+            values["sft"].pop(own)
+            reference["sft"].pop(own)
+        values.pop("run_dir")
+        assert values == {key: value for key, value in reference.items() if key != "run_dir"}
+        reference = made.cell(Place("student_qwen", "contenders", REFERENCE, 0)).model_dump()
 
 
-def test_what_needs_a_failed_job_is_left_out_and_the_rest_goes_on(tmp_path):
-    runner = lanes(tmp_path, students=["student_qwen"], seeds=1, only=["ril_both", "grpo"], groups=["contenders"])
-    runner.failed["teachers/cache"] = "exit code 2"
-    assert runner.next_job().name.endswith("grpo/seed_0")
-    assert runner.failed["student_qwen/contenders/ril_both/seed_0"].startswith("needs")
+def test_the_method_settings_are_few():
+    assert baseline_settings("dr_grpo") == {"train.algorithm": "dr_grpo"}
+    assert baseline_settings("grpo") == {"train.algorithm": "grpo"}
+    assert baseline_settings("gail") == {"train.algorithm": "gail"}
+    assert baseline_settings("sft_teacher_text") == {"sft.targets": "teacher_responses"}
+    assert baseline_settings("rejection_sampling") == {
+        "sft.targets": "judged_responses", "collect.judge_responses": True,
+    }  # fmt: skip
+    assert baseline_settings("gad_like") == {
+        "train.algorithm": "gail", "train.teacher_responses_in_update": False, "discriminator.loss": "bradley_terry",
+        "discriminator.inputs": "question", "rewards.similarity.kind": "continuous",
+    }  # fmt: skip
 
 
-def test_time_left_follows_what_was_measured(tmp_path):
-    jobs = plan(tmp_path, students=["student_qwen"], seeds=2, only=["dr_grpo"], groups=["contenders"]).jobs()
-    assert seconds_left(jobs, set(), {}, 2) == pytest.approx(sum(j.expected for j in jobs) / 2)
-    write_cell(tmp_path / "out", Place("student_qwen", "contenders", "dr_grpo", 0), 1)  # took 60 s
-    assert seconds_left(jobs, {jobs[0].name}, {jobs[1].name: 20.0}, 1) == pytest.approx(40.0)
+def test_a_finished_cell_with_earlier_setting_names_and_moved_models_is_recognized(tmp_path):
+    def job(models):
+        made = Recipes(tmp_path / "out", tmp_path / models)
+        selected = Plan(made, tmp_path / "t", ["student_qwen"], 1, only=["gad_like"], groups=["contenders"])
+        return next(j for j in selected.jobs() if "contenders/gad_like" in j.name)
+
+    before = job("old/weights")
+    before.prepare()
+    values = yaml.safe_load(before.recipe_path.read_text())
+    for old, new in RENAMED_KEYS.items():
+        *sections, last = old.split(".")
+        section = values
+        for name in sections:
+            section = section[name]
+        section[last] = section.pop(new.split(".")[-1])
+    assert {"on", "optimiser"} <= set(values["sft"]) and values["discriminator"]["sees"] == "question"
+    before.recipe_path.write_text(yaml.safe_dump(values))
+    write_cell(tmp_path / "out", Place("student_qwen", "contenders", "gad_like", 0), 1)
+
+    after = job("new/weights")
+    assert after.seconds() == 60.0
+    assert after.changed(after.recipe()) == []
+    after.prepare()  # Also a cell that has begun continues.
+    assert load_recipe(after.recipe_path) == after.recipe()
+    values["discriminator"]["sees"] = "image"
+    after.recipe_path.write_text(yaml.safe_dump(values))
+    assert after.changed(after.recipe()) == ["discriminator.inputs"]
 
 
 def test_a_key_that_is_no_setting_is_refused():
-    with pytest.raises(RecipeError, match=r"train\.betta is no setting"):
+    with pytest.raises(RecipeError, match=r"train\.betta"):
         put({"train": {"beta": 1}}, "train.betta", 2)
 
 
 def test_unknown_names_and_missing_models_are_refused(tmp_path):
-    with pytest.raises(DataError, match="no cell ril_c"):
+    with pytest.raises(DataError, match="ril_c"):
         check(Settings(only=("ril_c",)))
-    with pytest.raises(DataError, match="lacks student_qwen/base"):
+    with pytest.raises(DataError, match="student_qwen/base"):
         check(Settings(models=tmp_path))
 
 
@@ -228,7 +268,7 @@ def test_another_study_in_the_same_folder_is_refused(tmp_path):
     prepare(settings)
     prepare(settings)
     settings.num_test = 28
-    with pytest.raises(StateError, match="begun with other num_test"):
+    with pytest.raises(StateError, match="num_test"):
         prepare(settings)
 
 
@@ -238,9 +278,9 @@ def test_other_models_in_the_same_folder_are_refused(tmp_path):
     write_json(weights, 1)
     prepare(settings)
     write_json(weights, 2)
-    with pytest.raises(StateError, match="begun with other models: teacher_a"):
+    with pytest.raises(StateError, match=r"models\.teacher_a"):
         prepare(settings)
 
 
-def test_contenders_of_the_second_table_are_contenders_of_the_first():
-    assert set(COMPUTE) < set(CONTENDERS)
+def test_methods_at_equal_compute_are_methods_at_equal_steps():
+    assert set(COMPUTE) < set(METHODS)

@@ -1,4 +1,4 @@
-"""From finished cells to findings, tables, figures and the page; and what a job's own files say."""
+"""Findings, tables, figures and the page from finished cells, and the measurements of a single cell."""
 
 import json
 import re
@@ -8,12 +8,12 @@ import pytest
 from openril.errors import DataError
 from openril.records import Question
 from openril.storage import write_json, write_jsonl
-from playground.study.cells import Place
-from playground.study.figures import ways_figure
+from playground.study.figures import styles_figure
 from playground.study.findings import Findings
-from playground.study.measures import agreement, median, on_the_way, seconds_of
+from playground.study.metrics import agreement, mean_validation_score, median, seconds_of
 from playground.study.page import PAGE, default_page, replace_blocks, write_report
-from playground.study.plan import ABLATIONS, CONTENDERS, STUDENTS
+from playground.study.plan import ABLATIONS, METHODS, STUDENTS
+from playground.study.recipes import Place
 from playground.study.scores import read_results
 from playground.study.tables import BLOCKS
 from support.finished_study import write_cell, write_scores
@@ -23,7 +23,7 @@ QWEN = "student_qwen"
 
 def finish(out, seeds=2, ablations=("beta_0", "similarity_3", "cached_1", "cached_4")):
     for student in STUDENTS:
-        for name, cell in CONTENDERS.items():
+        for name, cell in METHODS.items():
             for seed in [None] if cell.how == "as_is" else range(seeds):
                 write_cell(out, Place(student, "contenders", name, seed))
     for name in ablations:
@@ -61,21 +61,21 @@ def test_goals_are_judged_by_value_and_interval(found):
     assert goal(found, "beta 0", "student_internvl")["found"] is None
 
 
-def test_a_manner_that_no_student_has_gets_no_panel(tmp_path):
+def test_a_response_style_that_no_student_has_gets_no_panel(tmp_path):
     def panels():
-        figure = ways_figure(read_results(tmp_path))
+        figure = styles_figure(read_results(tmp_path))
         assert figure is not None
         return [axes.get_title(loc="left") for axes in figure.axes]
 
     folder = write_cell(tmp_path, Place(QWEN, "contenders", "ril_both", 0))
-    assert panels() == ["answers alone", "derivations in a third manner"]
+    assert panels() == ["answers alone", "derivations in a third style"]
     done = json.loads((folder / "done.json").read_text())
     done["ways"] = {step: ways | {"own": 0.01, "b": 0.5} for step, ways in done["ways"].items()}
     write_json(folder / "done.json", done)
-    assert panels() == ["answers alone", "derivations in teacher B's manner"]
+    assert panels() == ["answers alone", "derivations in teacher B's style"]
 
 
-def test_a_figure_without_anything_to_draw_leaves_no_older_one_on_the_page(tmp_path):
+def test_a_figure_with_nothing_to_draw_removes_the_older_one_from_the_page(tmp_path):
     out, page = finish(tmp_path / "study", seeds=1, ablations=()), tmp_path / "study.md"
     begin, end = "<!-- generated: figure_responses -->", "<!-- end: figure_responses -->"
     page.write_text(f"{begin}\n![old](images/study/responses.png)\n{end}\n")
@@ -126,12 +126,12 @@ def test_cells_that_are_not_finished_are_left_out(tmp_path):
 def test_cells_scored_on_other_questions_are_refused(tmp_path):
     write_cell(tmp_path, Place(QWEN, "contenders", "dr_grpo", 0), 2)
     write_cell(tmp_path, Place(QWEN, "contenders", "ril_both", 0), 1)
-    with pytest.raises(DataError, match="has no score of 14 questions"):
+    with pytest.raises(DataError, match="14 questions"):
         read_results(tmp_path)
 
 
 def test_an_empty_folder_has_nothing_to_report(tmp_path):
-    with pytest.raises(DataError, match="no cell is finished"):
+    with pytest.raises(DataError, match="finished"):
         read_results(tmp_path)
 
 
@@ -140,17 +140,17 @@ def test_report_writes_results_figures_and_page(study, tmp_path):
     write_report(study, page, 200, lambda line: None)
     text = page.read_text()
     assert "| RIL, both teachers | " in text
-    assert "99.0 %" in text  # the judge's agreement, beside the result
+    assert "99.0 %" in text  # the judge's agreement
     figures = {p.name for p in (tmp_path / "images/study").iterdir()}
-    assert figures == {"skills.png", "curves.png", "ways.png", "similarity.png", "responses.png"}
+    assert figures == {"skills.png", "curves.png", "styles.png", "similarity.png", "responses.png"}
     assert all(f"images/study/{f}" in text for f in figures)
     results = json.loads((study / "results.json").read_text())
     assert set(results["students"]) == set(STUDENTS)
 
 
-@pytest.mark.parametrize("name", CONTENDERS)
+@pytest.mark.parametrize("name", METHODS)
 def test_report_of_one_cell_says_what_is_missing(tmp_path, name):
-    write_cell(tmp_path, Place(QWEN, "contenders", name, None if CONTENDERS[name].how == "as_is" else 0))
+    write_cell(tmp_path, Place(QWEN, "contenders", name, None if METHODS[name].how == "as_is" else 0))
     write_json(tmp_path / "study.json", {"split": "validation"})
     write_report(tmp_path, tmp_path / "study.md", 100, lambda line: None)
     text = (tmp_path / "study.md").read_text()
@@ -164,12 +164,12 @@ def test_report_of_one_cell_says_what_is_missing(tmp_path, name):
 
 def test_the_shipped_page_has_every_block():
     text = PAGE.read_text()
-    for name in [*BLOCKS, "figure_skills", "figure_curves", "figure_ways", "figure_similarity", "figure_responses"]:
+    for name in [*BLOCKS, "figure_skills", "figure_curves", "figure_styles", "figure_similarity", "figure_responses"]:
         assert f"<!-- generated: {name} -->" in text
         assert f"<!-- end: {name} -->" in text
 
 
-def test_only_what_stands_between_markers_is_replaced():
+def test_only_text_between_markers_is_replaced():
     text = (
         "mine\n<!-- generated: a -->\nold\n<!-- end: a -->\nalso mine\n<!-- generated: b -->\nkept\n<!-- end: b -->\n"
     )
@@ -178,7 +178,7 @@ def test_only_what_stands_between_markers_is_replaced():
 
 
 def test_a_marker_without_its_end_is_refused():
-    with pytest.raises(DataError, match="no <!-- end: a -->"):
+    with pytest.raises(DataError, match="<!-- end: a -->"):
         replace_blocks("<!-- generated: a -->\n", {"a": "x"})
 
 
@@ -207,13 +207,13 @@ def test_agreement_counts_by_the_exact_rule():
     assert agreement([])["agreement"] is None
 
 
-def test_a_run_is_measured_on_its_way(tmp_path, found):
-    assert on_the_way(tmp_path) is None
+def test_validation_scores_during_training_are_averaged(tmp_path, found):
+    assert mean_validation_score(tmp_path) is None
     write_jsonl(
         tmp_path / "metrics.jsonl", [{"step": 1}, {"step": 2, "eval/score": 0.2}, {"step": 4, "eval/score": 0.7}]
     )
-    assert on_the_way(tmp_path) == pytest.approx(0.45)
-    # 0.4 + 0.3 times 1/4, 2/4, 3/4 and 4/4 of the way (support/finished_study.py).
+    assert mean_validation_score(tmp_path) == pytest.approx(0.45)
+    # 0.4 + 0.3 times 1/4, 2/4, 3/4 and 4/4 of the run (support/finished_study.py).
     assert found["students"][QWEN]["ablations"]["beta_0"]["on_the_way"] == pytest.approx(0.5875)
     assert found["students"][QWEN]["contenders"]["sft_teacher_text"]["on_the_way"] is None
 

@@ -1,4 +1,4 @@
-"""The command itself on tiny random models: stopped in the middle, continued, reported, and then nothing left to do."""
+"""The study's command on tiny random models: stopped in the middle, continued and reported."""
 
 import json
 import os
@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -14,6 +13,7 @@ from openril.storage import read_jsonl
 from openril.testing.tiny_models import build_tiny_model
 from playground.study.plan import TEACHERS
 from playground.world import corpus
+from support.waiting import wait_until
 
 STEPS = 6
 OVERRIDES = [
@@ -26,7 +26,7 @@ OVERRIDES = [
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A study's models: random, the judge only a name (rules score here)."""
+    """Random models; the judge is never asked, because rules score here."""
     folder = tmp_path_factory.mktemp("study_models")
     first = folder / "student_qwen" / "base"
     sizes = {"hidden_size": 32, "num_layers": 2, "max_pixels": 84 * 84, "vocab_size": 400}
@@ -52,23 +52,21 @@ def run(out, models, *more):
     return done.stdout
 
 
-def test_study_goes_on_where_it_was_stopped(tmp_path, models):
+def test_the_study_continues_where_it_was_stopped(tmp_path, models):
     out = tmp_path / "study"
     cell = out / "student_qwen/contenders/dr_grpo/seed_0"
     first = subprocess.Popen(command(out, models), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    deadline = time.monotonic() + 120
-    while not read_jsonl(cell / "metrics.jsonl") and time.monotonic() < deadline and first.poll() is None:
-        time.sleep(0.02)
+    wait_until(lambda: read_jsonl(cell / "metrics.jsonl") or first.poll() is not None, 120)
     first.send_signal(signal.SIGINT)
-    said, _ = first.communicate(timeout=120)
-    assert first.returncode == 130, said
+    output, _ = first.communicate(timeout=120)
+    assert first.returncode == 130, output
     before = (cell / "metrics.jsonl").read_text()
     assert not (cell / "done.json").exists()
     assert list((cell / "checkpoints").glob("step_*"))
 
-    said = run(out, models)
-    assert "5 of 5 jobs done" in said
-    assert (cell / "metrics.jsonl").read_text().startswith(before)  # the steps that were done are not done again
+    output = run(out, models)
+    assert "5 of 5 jobs done" in output
+    assert (cell / "metrics.jsonl").read_text().startswith(before)  # No step is done twice.
     for name in ("dr_grpo", "ril_both"):
         folder = out / f"student_qwen/contenders/{name}/seed_0"
         assert [row["step"] for row in read_jsonl(folder / "metrics.jsonl")] == list(range(1, STEPS + 1))

@@ -1,4 +1,4 @@
-"""A study's folder as if its cells had run: scores drawn from chances, made-up metrics."""
+"""Write a study's folder as if its cells had run, with random scores and made-up metrics."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import random
 from pathlib import Path
 
 from openril.storage import write_json, write_jsonl
-from playground.study.cells import Place, result_name
+from playground.study.recipes import Place, result_name
 from playground.world import SKILLS
 
 CHANCES = {
     "base": 0.35, "sft": 0.4, "dr_grpo": 0.5, "grpo": 0.48, "ril_both": 0.8, "ril_a": 0.7, "ril_b": 0.72,
     "sft_teacher_text": 0.68, "rejection_sampling": 0.71, "gail": 0.55, "gad_like": 0.52,
 }  # fmt: skip
-"""Of a right answer."""
+"""Probability of a right answer."""
 
 
 def write_scores(folder: Path, result: str, scores: dict[str, float], **done: object) -> None:
-    """A finished cell. scores: by question id, which ends in the question's skill."""
+    """Write the scores of a finished cell by question id, which ends in the question's skill."""
     rows = [
         {
             "question_id": i,
@@ -34,7 +34,7 @@ def write_scores(folder: Path, result: str, scores: dict[str, float], **done: ob
 
 
 def write_cell(out: Path, place: Place, each: int = 10, chance: float | None = None, steps: int = 20) -> Path:
-    """A cell with ``each`` questions of every skill."""
+    """Write a finished cell with ``each`` questions of every skill."""
     rng = random.Random(place.path)
     chance = CHANCES.get(place.name, 0.75) if chance is None else chance
     ids = [f"test{i}-{skill}" for i in range(each) for skill in SKILLS]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from playground.study.statistics import Estimate, Resampling, paired
+from playground.study.bootstrap import Estimate, Resampling, paired
 
 
 def test_every_skill_counts_the_same():
