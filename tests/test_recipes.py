@@ -1,16 +1,23 @@
-"""Every recipe that is shipped can be read and fits together."""
+"""Every shipped recipe is valid, and the baselines run on a user's own data."""
 
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from ruamel.yaml import YAML
 
 from openril.recipe.checks import cross_check
 from openril.recipe.loading import load_recipe
+from openril.stages.check import run_check
+from openril.storage import changed_keys
+from playground.study.recipes import baseline_settings
+from support.playground_models import tiny_playground
+from support.tiny import tiny_questions, write_questions
 
 ROOT = Path(__file__).parents[1] / "recipes"
 RECIPES = sorted(p for p in ROOT.rglob("*.yaml") if p.parent.name != "accelerate")
-BASES = {"base.yaml", "world.yaml", "ril.yaml"}
+BASES = {"base.yaml", "world.yaml"}
+BASELINES = sorted((ROOT / "baselines").glob("*.yaml"))
 
 
 def name(path):
@@ -27,12 +34,12 @@ def test_recipe_is_read(path):
 
 
 def complete():
-    return [p for p in RECIPES if p.name not in BASES or name(p) == "demo/ril.yaml"]
+    return [p for p in RECIPES if p.name not in BASES and p not in BASELINES]
 
 
 @pytest.mark.parametrize("path", complete(), ids=name)
-def test_recipe_contradicts_itself_nowhere(path):
-    """Only what is not on this disk may be missing: data, checkpoints, caches."""
+def test_recipe_is_consistent(path):
+    """Only data, checkpoints and caches may be missing, which are not part of the repository."""
     recipe = load_recipe(path)
     stage = "run" if recipe.teachers else "sft"
     missing = ("no such file", "no such folder", "holds no", "holds no config.json", "no responses")
@@ -55,18 +62,50 @@ def test_paper_recipes_keep_the_papers_values(path):
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.repetition_penalty) == (1.0, 0.95, 50, 1.05)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "baselines").glob("*.yaml")), ids=name)
-def test_baselines_take_as_many_steps_on_the_same_questions(path):
-    recipe, ril = load_recipe(path), load_recipe(ROOT / "demo" / "ril.yaml")
-    assert recipe.data == ril.data
-    assert recipe.cache_path == ril.cache_path
-    assert recipe.run_path != ril.run_path
-    assert recipe.seed == ril.seed
-    if recipe.sft.enabled:
-        assert recipe.sft.max_steps == ril.train.max_steps
-    else:
-        assert recipe.train.max_steps == ril.train.max_steps
-    assert recipe.student.model == ril.start_student
+# Baselines
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return tiny_playground(tmp_path_factory.mktemp("models"))
+
+
+@pytest.mark.parametrize("path", BASELINES, ids=name)
+def test_a_baseline_is_ready_to_run_on_a_users_data(path, tmp_path, models):
+    for split, count in (("train", 8), ("validation", 4)):
+        questions = tiny_questions(tmp_path / split, count)
+        write_questions(tmp_path / f"{split}.jsonl", questions)
+    mine = tmp_path / "my.yaml"
+    mine.write_text(f"""
+base: {path}
+run_dir: {tmp_path / "run"}
+data: {{train: [{tmp_path / "train.jsonl"}], validation: [{tmp_path / "validation.jsonl"}], selection: {{enabled: false}}}}
+student: {{model: {models / "student_qwen" / "sft"}}}
+teachers:
+  - {{name: a, model_path: {models / "teacher_a"}}}
+  - {{name: b, model_path: {models / "teacher_b"}}}
+judge: {{model_path: {models / "judge"}, base_urls: []}}
+train: {{questions_per_step: 4}}
+""")
+    console = Console(record=True, width=200)
+    assert run_check(load_recipe(mine), console) == 0, console.export_text()
+
+
+@pytest.mark.parametrize("path", BASELINES, ids=name)
+def test_the_header_of_a_baseline_names_the_commands_that_it_needs(path):
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert any(f"`base: recipes/{name(path)}`" in line for line in header)
+    commands = [line.split()[2] for line in header if line.startswith("#   ril ")]
+    recipe = load_recipe(path)
+    assert commands == (["check", "run"] if recipe.sft.targets == "answers" else ["collect", "sft"])
+
+
+def test_the_demo_runs_the_baseline_and_nothing_else_differs():
+    ril, dr_grpo = (load_recipe(ROOT / "demo" / f"{run}.yaml").model_dump() for run in ("ril", "dr_grpo"))
+    changed = {key: new for key, (_, new) in changed_keys(ril, dr_grpo).items()}
+    assert changed.pop("run_dir") == "runs/demo/dr_grpo"
+    assert changed.pop("cache_dir") == "runs/demo/ril/responses"
+    assert changed == baseline_settings("dr_grpo")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "accelerate").glob("*.yaml")), ids=name)
