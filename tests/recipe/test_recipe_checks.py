@@ -1,4 +1,4 @@
-"""Cross-checks: each reason a recipe cannot work, and that a good recipe passes."""
+"""Cross-checks find each reason why a recipe cannot work, and a good recipe passes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from openril.recipe.schema import Recipe
 
 @pytest.fixture
 def good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
-    """A recipe for which everything is in place: data, checkpoints, a cache, a pre-trained discriminator."""
+    """A recipe with everything in place: data, checkpoints, a cache, a pre-trained discriminator."""
     monkeypatch.chdir(tmp_path)
     for folder in ("model", "run/sft/student", "run/discriminator/discriminator"):
         (tmp_path / folder).mkdir(parents=True)
@@ -36,7 +36,7 @@ def good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
 
 
 def change(recipe: Recipe, **changes: Any) -> Recipe:
-    """changes: dotted names with __ for the dots."""
+    """Return a copy with other values. The names of ``changes`` are dotted, with __ for the dots."""
     values = recipe.model_dump()
     for name, value in changes.items():
         *sections, last = name.split("__")
@@ -64,9 +64,9 @@ CASES: list[tuple[str, dict[str, Any], str, str]] = [
         "teachers",
         "no teachers",
     ),
-    ("train", {"cache_dir": "elsewhere"}, "cache_dir", "run `ril collect` first"),
-    ("discriminator", {"cache_dir": "elsewhere"}, "cache_dir", "run `ril collect` first"),
-    ("train", {"discriminator__mode": "none"}, "discriminator.mode", "or rewards.similarity.weight to 0"),
+    ("train", {"cache_dir": "elsewhere"}, "cache_dir", "ril collect"),
+    ("discriminator", {"cache_dir": "elsewhere"}, "cache_dir", "ril collect"),
+    ("train", {"discriminator__mode": "none"}, "discriminator.mode", "rewards.similarity.weight"),
     ("train", {"discriminator__mode": "none", "train__algorithm": "gail"}, "discriminator.mode", "updated or fixed"),
     (
         "train",
@@ -78,42 +78,42 @@ CASES: list[tuple[str, dict[str, Any], str, str]] = [
         "run",
         {"discriminator__mode": "fixed", "discriminator__pretraining__enabled": False},
         "discriminator.pretraining.enabled",
-        "would know nothing",
+        "fixed",
     ),
     ("train", {"judge__base_urls": []}, "judge", "neither base_urls nor model_path"),
     ("train", {"judge__base_urls": [], "rewards__answer__kind": "rules_then_judge"}, "judge", "rules_then_judge"),
     ("eval", {"judge__base_urls": [], "eval__score": "judge"}, "judge", "eval.score"),
-    ("train", {"judge__model_path": "model"}, "judge.model_path", "keep one"),
-    ("train", {"judge__model": ""}, "judge.model", "is empty"),
+    ("train", {"judge__model_path": "model"}, "judge.model_path", "base_urls"),
+    ("train", {"judge__model": ""}, "judge.model", "nothing"),
     ("train", {"judge__base_urls": ["localhost:8000"]}, "judge.base_urls", "http"),
     ("train", {"judge__api_key_env": "OPENRIL_NOT_SET"}, "judge.api_key_env", "export OPENRIL_NOT_SET"),
     ("collect", {"teachers__0__base_urls": []}, "teachers.0", "neither base_urls nor model_path"),
-    ("collect", {"teachers__0__model_path": "model"}, "teachers.0.model_path", "keep one"),
+    ("collect", {"teachers__0__model_path": "model"}, "teachers.0.model_path", "base_urls"),
     ("collect", {"teachers__0__name": "student"}, "teachers.0.name", "reserved"),
     ("collect", {"teachers__0__name": "intern78b"}, "teachers.1.name", "used twice"),
-    ("collect", {"teachers__0__name": ""}, "teachers.0.name", "is empty"),
-    ("collect", {"teachers": [], "collect__student": False}, "collect", "add teachers"),
-    ("train", {"train__teachers": ["qwen27b"]}, "train.teachers", "did you mean qwen72b?"),
+    ("collect", {"teachers__0__name": ""}, "teachers.0.name", "nothing"),
+    ("collect", {"teachers": [], "collect__student": False}, "collect", "collect.student"),
+    ("train", {"train__teachers": ["qwen27b"]}, "train.teachers", "mean qwen72b"),
     (
         "sft",
         {"sft__targets": "teacher_responses", "sft__sources": ["intern"]},
         "sft.sources",
-        "did you mean intern78b?",
+        "mean intern78b",
     ),
-    ("sft", {"sft__targets": "teacher_responses", "cache_dir": "elsewhere"}, "sft.targets", "run `ril collect` first"),
+    ("sft", {"sft__targets": "teacher_responses", "cache_dir": "elsewhere"}, "sft.targets", "ril collect"),
     ("sft", {"sft__batch_size": 10, "sft__micro_batch_size": 4}, "sft.batch_size", "multiple"),
-    ("train", {"train__num_teacher_responses": 0}, "train.num_teacher_responses", "nothing to compare with"),
-    ("train", {"train__num_teacher_responses": -1}, "train.num_teacher_responses", "negative"),
+    ("train", {"train__num_teacher_responses": 0}, "train.num_teacher_responses", "got 0"),
+    ("train", {"train__num_teacher_responses": -1}, "train.num_teacher_responses", "-1"),
     ("train", {"train__algorithm": "grpo", "train__num_generations": 1}, "train.num_generations", "standard deviation"),
     (
         "train",
         {"train__num_generations": 1, "train__teacher_responses_in_update": False},
         "train.num_generations",
-        "of one",
+        "one response",
     ),
-    ("train", {"train__eval_every": 5, "data__validation": []}, "train.eval_every", "data.validation is empty"),
-    ("train", {"rewards__answer__rule": "exakt"}, "rewards.answer.rule", "did you mean exact?"),
-    ("train", {"rewards__answer__kind": "none", "rewards__similarity__weight": 0}, "rewards", "nothing to learn"),
+    ("train", {"train__eval_every": 5, "data__validation": []}, "train.eval_every", "data.validation"),
+    ("train", {"rewards__answer__rule": "exakt"}, "rewards.answer.rule", "mean exact"),
+    ("train", {"rewards__answer__kind": "none", "rewards__similarity__weight": 0}, "rewards", "weight"),
     ("train", {"rewards__functions": [{"function": "nowhere"}]}, "rewards.functions.0.function", "package.module:name"),
     ("train", {"rewards__functions": [{"function": "no.py:f"}]}, "rewards.functions.0.function", "no such file"),
     (
@@ -123,37 +123,37 @@ CASES: list[tuple[str, dict[str, Any], str, str]] = [
         "student",
     ),
     ("run", {"data__selection": {"enabled": True, "reference": "./model"}}, "data.selection.reference", "itself"),
-    ("run", {"collect__student": False}, "collect.student", "pre-training needs student responses"),
+    ("run", {"collect__student": False}, "collect.student", "student responses"),
     (
         "run",
         {"discriminator__pretraining__responses_per_question": 17},
         "discriminator.pretraining.responses_per_question",
-        "17 are wanted of 16",
+        "(16), got 17",
     ),
-    ("select", {"cache_dir": "elsewhere"}, "data.selection.drop_overlong", "run `ril collect` first"),
-    ("select", {"run_dir": "fresh", "cache_dir": "run/responses"}, "sft.enabled", "run `ril sft` first"),
-    ("eval", {"data__validation": []}, "data.validation", "is empty"),
-    ("train", {"data__train": []}, "data.train", "is empty"),
+    ("select", {"cache_dir": "elsewhere"}, "data.selection.drop_overlong", "ril collect"),
+    ("select", {"run_dir": "fresh", "cache_dir": "run/responses"}, "sft.enabled", "ril sft"),
+    ("eval", {"data__validation": []}, "data.validation", "empty list"),
+    ("train", {"data__train": []}, "data.train", "empty list"),
     ("train", {"data__train": ["trian.jsonl"]}, "data.train", "no such file"),
-    ("train", {"data__columns": {"qestion": "q"}}, "data.columns.qestion", "did you mean question?"),
-    ("run", {"student__model": ""}, "student.model", "is empty"),
+    ("train", {"data__columns": {"qestion": "q"}}, "data.columns.qestion", "mean question"),
+    ("run", {"student__model": ""}, "student.model", "nothing"),
     ("run", {"student__model": "./nowhere"}, "student.model", "no such folder"),
-    ("train", {"run_dir": "fresh", "cache_dir": "run/responses"}, "sft.enabled", "run `ril sft` first"),
-    ("run", {"student__min_pixels": 9, "student__max_pixels": 4}, "student.min_pixels", "larger"),
+    ("train", {"run_dir": "fresh", "cache_dir": "run/responses"}, "sft.enabled", "ril sft"),
+    ("run", {"student__min_pixels": 9, "student__max_pixels": 4}, "student.min_pixels", "(4), got 9"),
     ("run", {"run_dir": "train.jsonl"}, "run_dir", "is a file"),
-    ("run", {"discriminator__at_chance_accuracy": 0.99}, "discriminator.at_chance_accuracy", "not below"),
+    ("run", {"discriminator__at_chance_accuracy": 0.99}, "discriminator.at_chance_accuracy", "(0.98), got 0.99"),
 ]
 
 
 @pytest.mark.parametrize(("stage", "changes", "key", "words"), CASES)
-def test_errors_name_key_reason_and_cure(good: Recipe, stage: str, changes: dict, key: str, words: str) -> None:
+def test_errors_name_key_value_and_fix(good: Recipe, stage: str, changes: dict, key: str, words: str) -> None:
     problems = found(change(good, **changes), stage)
     assert key in problems and words in problems[key], problems
 
 
 WARNINGS: list[tuple[str, dict[str, Any], str, str]] = [
     ("train", {"train__beta": 0}, "train.beta", "collapse"),
-    ("train", {"train__precision": "pure_bf16"}, "train.precision", "round away"),
+    ("train", {"train__precision": "pure_bf16"}, "train.precision", "1e-06"),
     ("train", {"train__num_teacher_responses": 1}, "train.num_teacher_responses", "absent from every group"),
     # 9 over two teachers is 5 + 4, one more than the 4 that were collected.
     (
@@ -168,12 +168,12 @@ WARNINGS: list[tuple[str, dict[str, Any], str, str]] = [
         "train.num_teacher_responses",
         "more than once",
     ),
-    ("train", {"discriminator__replay": 0.5, "discriminator__mode": "fixed"}, "discriminator.replay", "does not learn"),
+    ("train", {"discriminator__replay": 0.5, "discriminator__mode": "fixed"}, "discriminator.replay", "fixed"),
     (
         "run",
         {"train__num_generations": 20, "train__num_teacher_responses": 4},
         "collect.num_responses",
-        "pre-training sees",
+        "16 student responses",
     ),
     ("train", {"data__validation": ["train.jsonl"]}, "data.validation", "also in data.train"),
     (
@@ -186,7 +186,7 @@ WARNINGS: list[tuple[str, dict[str, Any], str, str]] = [
 
 
 @pytest.mark.parametrize(("stage", "changes", "key", "words"), WARNINGS)
-def test_warnings_are_said_but_stop_nothing(good: Recipe, stage: str, changes: dict, key: str, words: str) -> None:
+def test_warnings_are_returned_and_stop_nothing(good: Recipe, stage: str, changes: dict, key: str, words: str) -> None:
     recipe = change(good, **changes)
     assert words in found(recipe, stage, level="warning")[key]
     assert key in [p.key for p in require(recipe, stage)]
@@ -202,7 +202,7 @@ def test_uneven_shares_of_teachers_are_fine(good: Recipe) -> None:
     assert found(change(good, train__num_teacher_responses=5), "train") == {}
 
 
-def test_one_student_sample_is_enough_beside_teacher_responses(good: Recipe) -> None:
+def test_one_student_sample_is_enough_next_to_teacher_responses(good: Recipe) -> None:
     assert found(change(good, train__num_generations=1, train__num_teacher_responses=1), "train") == {}
 
 

@@ -1,6 +1,7 @@
-"""Whether a recipe's settings fit together, before anything is loaded or paid for. Imports no torch.
+"""Checks that the settings of a recipe fit together, before anything is loaded or paid for.
 
-``cross_check`` looks at the recipe, at what lies on this disk and at the environment; it opens no model and no socket.
+``cross_check`` looks at the recipe, at files on this machine and at environment variables. It opens no model and no
+connection, and this module does not import torch.
 """
 
 from __future__ import annotations
@@ -8,21 +9,21 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 from openril.errors import RecipeError
-from openril.recipe.loading import nearest
 from openril.recipe.schema import EndpointConfig, ModuleGroup, OptimizerConfig, Recipe
+from openril.recipe.validation import nearest
 from openril.records import STUDENT
 
 Stage = Literal["sft", "collect", "select", "discriminator", "train", "eval", "run"]
 STAGES: tuple[str, ...] = get_args(Stage)
 
 ANSWER_RULES = ("auto", "exact", "choice", "number", "relaxed_number", "boolean", "contains")
-"""Names of the answer rules that recipes and questions may ask for."""
+"""Names of the answer rules that recipes and questions may use."""
 
 QUESTION_FIELDS = ("id", "images", "question", "answer", "choices", "rule")
 """Fields of a question that ``data.columns`` can map."""
@@ -31,35 +32,44 @@ DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
 
 _ATTENTION_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 _TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
+_FROM_HERE = "Correct the path; relative paths start at the current directory"
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that does not fit. key: dotted setting. level: "error" stops the stage, "warning" is only said."""
+    """A setting that does not work."""
 
     key: str
+    """Dotted name of the setting."""
     reason: str
     fix: str
+    """What to change, as a sentence without a full stop."""
     level: Literal["error", "warning"] = "error"
+    """An error stops the stage; a warning is only printed."""
 
     def __str__(self) -> str:
-        return f"{self.key}: {self.reason}; {self.fix}"
+        return f"{self.key}: {self.reason}. {self.fix}."
 
 
 def cross_check(recipe: Recipe, stage: str, world_size: int = 1) -> list[Problem]:
-    """Everything in ``recipe`` that would make ``stage`` fail or waste its work.
+    """Return everything in ``recipe`` that would make ``stage`` fail or waste its work.
 
-    stage: sft, collect, select, discriminator, train, eval, or run (all in order: nothing has to be there yet).
-    world_size: number of training processes. Raises RecipeError for an unknown stage.
+    Args:
+        stage: sft, collect, select, discriminator, train, eval, or run (all of them in order, so that no file that an
+            earlier stage writes has to exist yet).
+        world_size: Number of training processes.
+
+    Raises:
+        RecipeError: For an unknown stage.
     """
     if stage not in STAGES:
-        raise RecipeError(f"unknown stage {stage!r}; one of {', '.join(STAGES)} is wanted")
+        raise RecipeError(f"stage: expected one of {', '.join(STAGES)}, got {stage!r}.")
     checks = (_folders, _data, _student, _teachers, _judge, _sft, _collection, _discriminator, _rewards, _groups, _loop)
     return [problem for check in checks for problem in check(recipe, stage, world_size)]
 
 
 def require(recipe: Recipe, stage: str, world_size: int = 1) -> list[Problem]:
-    """Raise RecipeError with all errors that ``cross_check`` finds; returns the warnings."""
+    """Raise RecipeError with all errors that ``cross_check`` finds, or return its warnings."""
     problems = cross_check(recipe, stage, world_size)
     errors = [str(p) for p in problems if p.level == "error"]
     if errors:
@@ -72,35 +82,37 @@ def _loop_in(stage: str) -> bool:
 
 
 def _collects(recipe: Recipe) -> bool:
-    """Whether ``ril run`` needs responses in the cache."""
+    """Return whether ``ril run`` needs responses in the cache."""
     pretrains = recipe.uses_discriminator and recipe.discriminator.pretraining.enabled
-    learns_text = recipe.sft.enabled and recipe.sft.targets != "answers"
+    trains_on_text = recipe.sft.enabled and recipe.sft.targets != "answers"
     filters = recipe.data.selection.enabled and recipe.data.selection.drop_overlong
-    return bool(recipe.teacher_responses_per_question) or pretrains or learns_text or filters
+    return bool(recipe.teacher_responses_per_question) or pretrains or trains_on_text or filters
 
 
-def _suggest(word: str, choices: list[str] | tuple[str, ...]) -> str:
+def _unknown(key: str, what: str, word: str, choices: Sequence[str]) -> Problem:
     match = nearest(word, choices)
-    listed = ", ".join(choices) or "none"
-    return f"did you mean {match}? There are: {listed}" if match else f"there are: {listed}"
+    fix = f"Did you mean {match}? Choices: " if match else "Choices: "
+    return Problem(key, f"expected {what}, got {word!r}", fix + (", ".join(choices) or "none"))
 
 
 def _folders(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
     if not recipe.run_dir:
         yield Problem(
-            "run_dir", "is empty", "name the folder that holds what this recipe makes, for instance runs/mine"
+            "run_dir", "expected a folder, got nothing", "Name a folder for the results, for instance runs/mine"
         )
     for key, path in (("run_dir", recipe.run_path), ("cache_dir", recipe.cache_path)):
         if path.exists() and not path.is_dir():
-            yield Problem(key, f"{path} is a file", "name a folder")
+            yield Problem(key, f"expected a folder, but {path} is a file", "Name a folder")
 
 
 def _data(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
     data = recipe.data
     if stage != "eval" and not data.train:
-        yield Problem("data.train", "is empty", "list question files, datasets folders or hub names")
+        fix = "List question files, `datasets` folders or hub names"
+        yield Problem("data.train", "expected questions, got an empty list", fix)
     if stage == "eval" and not data.validation:
-        yield Problem("data.validation", "is empty, and `ril eval` scores these questions", "list question files there")
+        reason = "expected the questions that `ril eval` scores, got an empty list"
+        yield Problem("data.validation", reason, "List question files")
     validates = stage in ("eval", "run") or (stage == "train" and recipe.train.eval_every > 0)
     read = [("data.train", data.train)] if stage != "eval" else []
     read += [("data.validation", data.validation)] if validates else []
@@ -108,43 +120,38 @@ def _data(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
         for name in names:
             path = Path(name).expanduser()
             if not re.search(r"[*?\[]", name) and path.suffix in DATA_SUFFIXES and not path.exists():
-                yield Problem(
-                    key, f"no such file: {path.resolve()}", "paths count from the current directory; correct it"
-                )
+                yield Problem(key, f"no such file: {path.resolve()}", _FROM_HERE)
     both = {n for n in data.train if n in data.validation}
-    if data.split != data.validation_split:  # then folders and hub names stand for two different things
+    if data.split != data.validation_split:  # then a folder or hub name means two different splits
         both = {n for n in both if Path(n).suffix in DATA_SUFFIXES}
     if both:
-        fix = "keep validation questions out of training, or the score says nothing"
-        yield Problem("data.validation", f"also in data.train: {', '.join(sorted(both))}", fix, "warning")
+        reason = f"these are also in data.train: {', '.join(sorted(both))}"
+        fix = "Keep validation questions out of training, or their score means nothing"
+        yield Problem("data.validation", reason, fix, "warning")
     for field in data.columns:
         if field not in QUESTION_FIELDS:
-            yield Problem(f"data.columns.{field}", "is no field of a question", _suggest(field, QUESTION_FIELDS))
+            yield _unknown(f"data.columns.{field}", "a field of a question", field, QUESTION_FIELDS)
     if (data.selection.enabled and _loop_in(stage)) or stage == "select":
+        key = "data.selection.drop_overlong"
         if stage == "select" and data.selection.drop_overlong and not _cached(recipe):
-            reason = f"looks at cached student responses, and {recipe.cache_path} holds none"
-            yield Problem("data.selection.drop_overlong", reason, "run `ril collect` first, or turn it off")
+            reason = f"it needs cached student responses, and {recipe.cache_path} holds none"
+            yield Problem(key, reason, "Run `ril collect` first, or turn it off")
         if data.selection.drop_overlong and not recipe.collect.student:
-            yield Problem(
-                "data.selection.drop_overlong",
-                "looks at cached student responses, and collect.student is off",
-                "set collect.student to true, or drop_overlong to false",
-            )
+            reason = "it needs cached student responses, and collect.student is off"
+            yield Problem(key, reason, "Set collect.student to true, or drop_overlong to false")
         if data.selection.drop_overlong and recipe.collect.max_completion_length != recipe.train.max_completion_length:
-            yield Problem(
-                "data.selection.drop_overlong",
-                f"counts responses cut at collect.max_completion_length ({recipe.collect.max_completion_length}), "
-                f"while the loop cuts at train.max_completion_length ({recipe.train.max_completion_length})",
-                "make them equal",
-                "warning",
+            reason = (
+                f"it counts responses cut at collect.max_completion_length ({recipe.collect.max_completion_length}), "
+                f"but the loop cuts at train.max_completion_length ({recipe.train.max_completion_length})"
             )
+            yield Problem(key, reason, "Set both to the same value", "warning")
         if data.selection.reference and data.selection.reference in (recipe.student.model, recipe.start_student):
-            fix = "name a larger model, or leave it empty to use the student alone"
-            yield Problem("data.selection.reference", "is the student itself, so every score is 0", fix)
+            fix = "Name a larger model, or leave it empty to use the student alone"
+            yield Problem("data.selection.reference", "it is the student itself, so every score is 0", fix)
 
 
 def _missing_checkpoint(name: str) -> str | None:
-    """Why ``name`` cannot be a checkpoint, judged from this disk alone; None when it may be one (or a hub name)."""
+    """Return why ``name`` cannot be a checkpoint on this machine, or None if it can be one (or a hub name)."""
     path = Path(name).expanduser()
     if path.is_dir():
         return None if (path / "config.json").is_file() else f"{path} holds no config.json"
@@ -158,55 +165,53 @@ def _student(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
     student = recipe.student
     uses = stage != "collect" or recipe.collect.student
     if uses and not student.model:
-        yield Problem("student.model", "is empty", "name a checkpoint folder or a hub model")
+        yield Problem("student.model", "expected a model, got nothing", "Name a checkpoint folder or a hub model")
     elif uses and (why := _missing_checkpoint(student.model)):
-        yield Problem("student.model", why, "correct the path (it counts from the current directory)")
+        yield Problem("student.model", why, _FROM_HERE)
     # SFT on cached text comes after the collection, which then uses the student as it is.
     after_sft = ("select", "discriminator", "train", *(["collect"] if recipe.sft.targets == "answers" else []))
     if recipe.sft.enabled and uses and stage in after_sft:
         why = _missing_checkpoint(str(recipe.sft_student_path))
         if why:
-            yield Problem(
-                "sft.enabled",
-                f"this stage starts from the SFT student, but {why}",
-                "run `ril sft` first, or turn it off",
-            )
+            reason = f"this stage starts from the SFT student, but {why}"
+            yield Problem("sft.enabled", reason, "Run `ril sft` first, or turn it off")
     name = student.attn_implementation
     if (package := _ATTENTION_PACKAGES.get(name)) and not importlib.util.find_spec(package):
         reason = f"{name} needs the package {package.replace('_', '-')}, which is not installed"
-        yield Problem("student.attn_implementation", reason, "install it, or use sdpa")
+        yield Problem("student.attn_implementation", reason, "Install it, or use sdpa")
     if package and recipe.train.precision == "float32" and stage in ("discriminator", "train", "run"):
-        reason = f"{name} takes 16-bit numbers only, but train.precision is float32"
-        yield Problem("student.attn_implementation", reason, "use sdpa, or another precision")
+        reason = f"{name} works with 16-bit numbers only, but train.precision is float32"
+        yield Problem("student.attn_implementation", reason, "Use sdpa, or another precision")
     if student.min_pixels and student.max_pixels and student.min_pixels > student.max_pixels:
-        yield Problem("student.min_pixels", "is larger than student.max_pixels", "exchange them")
+        reason = f"expected at most student.max_pixels ({student.max_pixels}), got {student.min_pixels}"
+        yield Problem("student.min_pixels", reason, "Lower it, or raise student.max_pixels")
     if stage in ("sft", "train", "run"):
         if student.lora.enabled and not student.lora.target_modules:
-            yield Problem("student.lora.target_modules", "is empty, so nothing would train", "name linear layers")
+            reason = "expected linear layers, got an empty list, so nothing would train"
+            yield Problem("student.lora.target_modules", reason, "Name the linear layers that get adapters")
         if not student.lora.enabled and set(student.freeze) == set(get_args(ModuleGroup)):
-            yield Problem("student.freeze", "names every part, so nothing would train", "leave some part out")
+            yield Problem("student.freeze", "it names every part, so nothing would train", "Remove a part from it")
 
 
 def _endpoint(endpoint: EndpointConfig, key: str, calls: bool) -> Iterator[Problem]:
-    """calls: this stage asks the endpoint something, so it has to be set."""
+    """Check a server or local model. ``calls``: the stage sends it requests, so it has to be set."""
     if endpoint.base_urls and endpoint.model_path:
-        yield Problem(f"{key}.model_path", "is set beside base_urls", "keep one: servers, or a local checkpoint")
+        yield Problem(f"{key}.model_path", "base_urls is set too", "Keep one of them: servers, or a local checkpoint")
     for url in endpoint.base_urls:
         if not re.match(r"^https?://[^/]+", url):
-            yield Problem(
-                f"{key}.base_urls", f"{url!r} is no http(s) address", "write for instance http://127.0.0.1:8000/v1"
-            )
+            reason = f"expected an http(s) address, got {url!r}"
+            yield Problem(f"{key}.base_urls", reason, "Write for instance http://127.0.0.1:8000/v1")
     if not calls:
         return
     if endpoint.base_urls and not endpoint.model:
-        yield Problem(f"{key}.model", "is empty", "write the model name that the servers know")
+        yield Problem(f"{key}.model", "expected a model name, got nothing", "Write the name that the servers know")
     if not endpoint.base_urls and not endpoint.model_path:
-        yield Problem(key, "has neither base_urls nor model_path", "set base_urls and model, or model_path")
+        yield Problem(key, "neither base_urls nor model_path is set", "Set base_urls and model, or model_path")
     if endpoint.model_path and not endpoint.base_urls and (why := _missing_checkpoint(endpoint.model_path)):
-        yield Problem(f"{key}.model_path", why, "correct the path (it counts from the current directory)")
+        yield Problem(f"{key}.model_path", why, _FROM_HERE)
     if endpoint.base_urls and endpoint.api_key_env and not os.environ.get(endpoint.api_key_env):
         name = endpoint.api_key_env
-        yield Problem(f"{key}.api_key_env", f"environment variable {name} is not set", f"export {name}=... first")
+        yield Problem(f"{key}.api_key_env", f"environment variable {name} is not set", f"Run export {name}=... first")
 
 
 def _teachers(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
@@ -214,36 +219,37 @@ def _teachers(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
     for i, teacher in enumerate(recipe.teachers):
         key = f"teachers.{i}"
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", teacher.name):
-            shown = repr(teacher.name) if teacher.name else "is empty"
-            yield Problem(f"{key}.name", f"{shown}: a teacher needs a short name", "use letters, digits and . _ -")
+            reason = f"expected a short name, got {repr(teacher.name) if teacher.name else 'nothing'}"
+            yield Problem(f"{key}.name", reason, "Use letters, digits and . _ -")
         elif teacher.name == STUDENT:
-            yield Problem(f"{key}.name", "'student' is reserved for the student's own responses", "choose another name")
+            reason = "'student' is reserved for the student's own responses"
+            yield Problem(f"{key}.name", reason, "Choose another name")
         elif teacher.name in seen:
-            yield Problem(f"{key}.name", f"{teacher.name!r} is used twice", "give every teacher a name of its own")
+            yield Problem(f"{key}.name", f"{teacher.name!r} is used twice", "Give every teacher a different name")
         seen.add(teacher.name)
         yield from _endpoint(teacher, key, calls=stage == "collect" or (stage == "run" and _collects(recipe)))
     names = [t.name for t in recipe.teachers]
     for name in recipe.train.teachers:
         if name not in names:
-            yield Problem("train.teachers", f"no teacher is named {name!r}", _suggest(name, names))
+            yield _unknown("train.teachers", "the name of a teacher", name, names)
     for name in recipe.sft.sources:
         if name not in (*names, STUDENT):
-            yield Problem("sft.sources", f"no teacher is named {name!r}", _suggest(name, [*names, STUDENT]))
+            yield _unknown("sft.sources", "the name of a teacher", name, [*names, STUDENT])
 
 
 def _judge(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
-    wanted_by = ""
+    needed_by = ""
     if _loop_in(stage) and recipe.answer_kind in ("judge", "rules_then_judge"):
-        wanted_by = f"rewards.answer.kind is {recipe.answer_kind}"
+        needed_by = f"rewards.answer.kind is {recipe.answer_kind}"
     elif stage in ("eval", "run") and recipe.data.validation and recipe.eval.score in ("judge", "rules_then_judge"):
-        wanted_by = f"eval.score is {recipe.eval.score}"
+        needed_by = f"eval.score is {recipe.eval.score}"
     elif stage in ("collect", "run") and recipe.collect.judge_responses:
-        wanted_by = "collect.judge_responses is on" if recipe.answer_kind in ("judge", "rules_then_judge") else ""
-    if wanted_by and not recipe.judge.base_urls and not recipe.judge.model_path:
-        fix = "set judge.base_urls and judge.model, or judge.model_path, or use rules"
-        yield Problem("judge", f"{wanted_by}, but the judge has neither base_urls nor model_path", fix)
+        needed_by = "collect.judge_responses is on" if recipe.answer_kind in ("judge", "rules_then_judge") else ""
+    if needed_by and not recipe.judge.base_urls and not recipe.judge.model_path:
+        fix = "Set judge.base_urls and judge.model, or judge.model_path, or use rules"
+        yield Problem("judge", f"{needed_by}, but neither base_urls nor model_path is set", fix)
     else:
-        yield from _endpoint(recipe.judge, "judge", calls=bool(wanted_by))
+        yield from _endpoint(recipe.judge, "judge", calls=bool(needed_by))
 
 
 def _cached(recipe: Recipe) -> bool:
@@ -256,37 +262,31 @@ def _sft(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
         return
     if sft.targets != "answers":
         if not recipe.teachers and STUDENT not in sft.sources:
-            yield Problem(
-                "sft.targets",
-                f"is {sft.targets}, but the recipe has no teachers",
-                "add teachers, or set sft.targets to answers",
-            )
+            reason = f"got {sft.targets}, but the recipe has no teachers"
+            yield Problem("sft.targets", reason, "Add teachers, or set sft.targets to answers")
         if stage == "sft" and not _cached(recipe):
-            yield Problem(
-                "sft.targets",
-                f"is {sft.targets}, but {recipe.cache_path} holds no responses",
-                "run `ril collect` first",
-            )
+            reason = f"got {sft.targets}, but {recipe.cache_path} holds no responses"
+            yield Problem("sft.targets", reason, "Run `ril collect` first")
         if sft.targets == "judged_responses" and recipe.rewards.answer.kind == "none":
-            fix = "set it to judge, rules or rules_then_judge"
-            yield Problem("rewards.answer.kind", "is none, so no response can be judged right", fix)
+            reason = "got none, so no response can be judged right"
+            yield Problem("rewards.answer.kind", reason, "Set it to judge, rules or rules_then_judge")
     share, rest = divmod(sft.batch_size, world_size)
     if rest or share % min(sft.micro_batch_size, share):
-        fix = f"make it a multiple of micro_batch_size ({sft.micro_batch_size}) x processes ({world_size})"
-        yield Problem("sft.batch_size", f"{sft.batch_size} cannot be divided over processes and micro batches", fix)
+        reason = f"expected a multiple of micro_batch_size ({sft.micro_batch_size}) x processes ({world_size}), "
+        yield Problem("sft.batch_size", f"{reason}got {sft.batch_size}", "Change one of them")
     yield from _schedule(sft.optimizer, "sft.optimizer")
 
 
 def _schedule(optimizer: OptimizerConfig, key: str) -> Iterator[Problem]:
     if optimizer.schedule != "constant" and optimizer.final_learning_rate > optimizer.learning_rate:
-        yield Problem(
-            f"{key}.final_learning_rate", "is above learning_rate", "the rate would rise; lower it", "warning"
-        )
+        reason = "it is larger than learning_rate, so the rate would rise"
+        yield Problem(f"{key}.final_learning_rate", reason, "Lower it", "warning")
 
 
 def _collection(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
     if stage == "collect" and not recipe.teachers and not recipe.collect.student:
-        yield Problem("collect", "there are no teachers and collect.student is off", "add teachers, or turn it on")
+        reason = "there are no teachers and collect.student is off"
+        yield Problem("collect", reason, "Add teachers, or turn collect.student on")
 
 
 def _discriminator(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
@@ -297,57 +297,49 @@ def _discriminator(recipe: Recipe, stage: str, world_size: int) -> Iterator[Prob
         return
     d = recipe.discriminator
     if not recipe.teacher_names:
-        yield Problem(
-            "teachers", "the discriminator needs teacher responses, and there are no teachers", "add teachers"
-        )
+        reason = "the discriminator needs teacher responses, but there are no teachers"
+        yield Problem("teachers", reason, "Add teachers")
     if d.at_chance_accuracy >= d.saturated_accuracy:
-        yield Problem(
-            "discriminator.at_chance_accuracy", "is not below saturated_accuracy", "for instance 0.55 and 0.98"
-        )
+        reason = f"expected less than saturated_accuracy ({d.saturated_accuracy:g}), got {d.at_chance_accuracy:g}"
+        yield Problem("discriminator.at_chance_accuracy", reason, "Use for instance 0.55 and 0.98")
     if d.replay and d.mode == "fixed":
-        reason = "is set, but a fixed discriminator does not learn in the loop"
-        yield Problem("discriminator.replay", reason, "set it to 0, or discriminator.mode to updated", "warning")
+        reason = "it is set, but a fixed discriminator does not train in the loop"
+        yield Problem("discriminator.replay", reason, "Set it to 0, or discriminator.mode to updated", "warning")
     if d.init and (why := _missing_checkpoint(d.init)):
-        yield Problem("discriminator.init", why, "correct the path (it counts from the current directory)")
+        yield Problem("discriminator.init", why, _FROM_HERE)
     if set(d.freeze) == set(get_args(ModuleGroup)):
-        yield Problem(
-            "discriminator.freeze", "names every part: only the head trains", "leave some part out", "warning"
-        )
+        reason = "it names every part, so only the head trains"
+        yield Problem("discriminator.freeze", reason, "Remove a part from it", "warning")
     if pretrains:
         n = recipe.collect.num_responses
         if not recipe.collect.student:
-            yield Problem(
-                "collect.student",
-                "is off, but the discriminator's pre-training needs student responses",
-                "turn it on",
-                "warning" if stage == "discriminator" and _cached(recipe) else "error",
-            )
+            reason = "it is off, but pre-training of the discriminator needs student responses"
+            level: Literal["error", "warning"]
+            level = "warning" if stage == "discriminator" and _cached(recipe) else "error"
+            yield Problem("collect.student", reason, "Turn it on", level)
         if d.pretraining.responses_per_question > n:
-            fix = "lower it, or raise collect.num_responses"
-            key = "discriminator.pretraining.responses_per_question"
-            yield Problem(key, f"{d.pretraining.responses_per_question} are wanted of {n} collected", fix)
+            reason = f"expected at most collect.num_responses ({n}), got {d.pretraining.responses_per_question}"
+            fix = "Lower it, or raise collect.num_responses"
+            yield Problem("discriminator.pretraining.responses_per_question", reason, fix)
         if recipe.train.num_generations > n and stage == "run":
-            yield Problem(
-                "collect.num_responses",
-                f"pre-training sees {n} student responses a question, the loop train.num_generations = "
-                f"{recipe.train.num_generations}",
-                "raise it so that the discriminator is trained on as many as it will meet",
-                "warning",
+            reason = (
+                f"pre-training uses {n} student responses per question, but the loop {recipe.train.num_generations}"
             )
+            fix = "Raise it to train.num_generations, so that both train on the same number"
+            yield Problem("collect.num_responses", reason, fix, "warning")
         if d.pretraining.questions_per_step % world_size:
-            yield Problem(
-                "discriminator.pretraining.questions_per_step",
-                f"{d.pretraining.questions_per_step} questions cannot be shared by {world_size} processes",
-                "make it a multiple of their number",
-            )
+            key = "discriminator.pretraining.questions_per_step"
+            reason = f"expected a multiple of the {world_size} processes, got {d.pretraining.questions_per_step}"
+            yield Problem(key, reason, f"Use a multiple of {world_size}")
         yield from _schedule(d.pretraining.optimizer, "discriminator.pretraining.optimizer")
     if stage == "discriminator" and not _cached(recipe):
-        yield Problem("cache_dir", f"{recipe.cache_path} holds no responses", "run `ril collect` first")
+        yield Problem("cache_dir", f"{recipe.cache_path} holds no responses", "Run `ril collect` first")
     if _loop_in(stage) and not enabled and d.mode == "fixed":
-        fix = "turn it on, or set discriminator.mode to updated"
-        yield Problem("discriminator.pretraining.enabled", "is off, so a fixed discriminator would know nothing", fix)
+        reason = "it is off, so a fixed discriminator would never be trained"
+        fix = "Turn it on, or set discriminator.mode to updated"
+        yield Problem("discriminator.pretraining.enabled", reason, fix)
     if stage == "train" and enabled and (why := _missing_checkpoint(str(recipe.discriminator_path))):
-        yield Problem("discriminator.mode", f"is {d.mode}, but {why}", "run `ril discriminator` first")
+        yield Problem("discriminator.mode", f"got {d.mode}, but {why}", "Run `ril discriminator` first")
 
 
 def _rewards(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
@@ -355,70 +347,69 @@ def _rewards(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
     rules += [("rewards.answer.rule", recipe.rewards.answer.rule)] if stage != "eval" else []
     for key, rule in rules:
         if rule not in ANSWER_RULES:
-            yield Problem(key, f"no answer rule is named {rule!r}", _suggest(rule, ANSWER_RULES))
+            yield _unknown(key, "an answer rule", rule, ANSWER_RULES)
     if not _loop_in(stage):
         return
     rewards, algorithm = recipe.rewards, recipe.train.algorithm
-    wants_similarity = algorithm in ("ril", "gail") and rewards.similarity.weight != 0
-    if wants_similarity and recipe.discriminator.mode == "none":
-        fix = "set it to updated or fixed" + ("" if algorithm == "gail" else ", or rewards.similarity.weight to 0")
-        yield Problem("discriminator.mode", "is none, but the similarity reward comes from the discriminator", fix)
-    earned = [recipe.uses_discriminator and rewards.similarity.weight != 0]
-    earned += [recipe.answer_kind != "none" and rewards.answer.weight != 0]
-    earned += [f.weight != 0 for f in rewards.functions]
-    if not any(earned) and not (wants_similarity and recipe.discriminator.mode == "none"):
-        yield Problem(
-            "rewards", "nothing that is switched on has a weight, so there is nothing to learn", "give one a weight"
-        )
+    needs_similarity = algorithm in ("ril", "gail") and rewards.similarity.weight != 0
+    if needs_similarity and recipe.discriminator.mode == "none":
+        fix = "Set it to updated or fixed" + ("" if algorithm == "gail" else ", or rewards.similarity.weight to 0")
+        yield Problem("discriminator.mode", "got none, but the similarity reward needs a discriminator", fix)
+    weighted = [recipe.uses_discriminator and rewards.similarity.weight != 0]
+    weighted += [recipe.answer_kind != "none" and rewards.answer.weight != 0]
+    weighted += [f.weight != 0 for f in rewards.functions]
+    if not any(weighted) and not (needs_similarity and recipe.discriminator.mode == "none"):
+        reason = "no reward in use has a weight other than 0, so there is nothing to learn"
+        yield Problem("rewards", reason, "Give one a weight")
     for i, f in enumerate(rewards.functions):
         place, colon, name = f.function.rpartition(":")
         key = f"rewards.functions.{i}.function"
         if not colon or not place or not name.isidentifier():
-            yield Problem(key, f"{f.function!r} names no function", "write package.module:name or path/to/file.py:name")
+            fix = "Write package.module:name or path/to/file.py:name"
+            yield Problem(key, f"expected the location of a function, got {f.function!r}", fix)
         elif place.endswith(".py") and not Path(place).expanduser().is_file():
-            yield Problem(key, f"no such file: {Path(place).resolve()}", "paths count from the current directory")
+            yield Problem(key, f"no such file: {Path(place).resolve()}", _FROM_HERE)
 
 
 def _groups(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
-    """Whether every group can be filled and has something to compare."""
+    """Check that every group can be filled and has responses to compare."""
     if not _loop_in(stage):
         return
     train, names = recipe.train, recipe.teacher_names
     if train.sampler.engine == "vllm" and not train.sampler.base_urls:
-        fix = "start `vllm serve` for the student (docs/vllm.md) and name it there, or use engine: transformers"
-        yield Problem("train.sampler.base_urls", "the engine is vllm, but no server is named", fix)
+        fix = "Start `vllm serve` for the student (docs/vllm.md) and list it, or use engine: transformers"
+        yield Problem("train.sampler.base_urls", "expected servers for the engine vllm, got an empty list", fix)
     if train.num_teacher_responses is not None and train.num_teacher_responses < 0:
-        yield Problem("train.num_teacher_responses", "is negative", "use 0 or more, or leave it out for G")
+        reason = f"expected a number >= 0, got {train.num_teacher_responses}"
+        yield Problem("train.num_teacher_responses", reason, "Leave it out to use train.num_generations")
         return
-    wanted = recipe.teacher_responses_per_question
+    count = recipe.teacher_responses_per_question
     if train.algorithm == "ril" and not names and not recipe.uses_discriminator:
-        fix = "add teachers, or set train.algorithm to dr_grpo or grpo"
-        yield Problem("teachers", "ril puts teacher responses into every group, and there are no teachers", fix)
-    if recipe.uses_discriminator and names and wanted == 0:
-        fix = "raise it, or use the algorithms dr_grpo or grpo"
-        yield Problem("train.num_teacher_responses", "is 0, so the discriminator has nothing to compare with", fix)
-    if names and wanted:
-        each = -(-wanted // len(names))  # balanced to within one, so the fullest share rounds up
+        fix = "Add teachers, or set train.algorithm to dr_grpo or grpo"
+        yield Problem("teachers", "ril puts teacher responses into every group, but there are no teachers", fix)
+    if recipe.uses_discriminator and names and count == 0:
+        fix = "Raise it, or use the algorithm dr_grpo or grpo"
+        yield Problem("train.num_teacher_responses", "got 0, so the discriminator has nothing to compare with", fix)
+    if names and count:
+        each = -(-count // len(names))  # shares differ by at most one, so the largest is rounded up
         if each > recipe.collect.num_responses:
-            yield Problem(
-                "train.num_teacher_responses",
-                f"a group draws up to {each} responses of one teacher, but collect.num_responses is "
-                f"{recipe.collect.num_responses}, so some come more than once",
-                "lower it, or raise collect.num_responses and collect more",
-                "warning",
+            reason = (
+                f"a group needs up to {each} responses of one teacher, but collect.num_responses is "
+                f"{recipe.collect.num_responses}, so some are used more than once"
             )
-        if train.num_teacher_responses is not None and not train.per_teacher and wanted < len(names):
-            fix = "raise it, or turn on train.per_teacher"
-            reason = f"{wanted} responses a group for {len(names)} teachers: some are absent from every group"
+            fix = "Lower it, or raise collect.num_responses and collect more"
             yield Problem("train.num_teacher_responses", reason, fix, "warning")
+        if train.num_teacher_responses is not None and not train.per_teacher and count < len(names):
+            reason = f"got {count} for {len(names)} teachers, so some are absent from every group"
+            yield Problem("train.num_teacher_responses", reason, "Raise it, or turn on train.per_teacher", "warning")
         if stage == "train" and not _cached(recipe):
-            reason = f"teacher responses are wanted, but {recipe.cache_path} holds none"
-            yield Problem("cache_dir", reason, "run `ril collect` first")
-    size = train.num_generations + (wanted if train.teacher_responses_in_update else 0)
+            reason = f"the loop needs teacher responses, but {recipe.cache_path} holds none"
+            yield Problem("cache_dir", reason, "Run `ril collect` first")
+    size = train.num_generations + (count if train.teacher_responses_in_update else 0)
     if size < 2:
         std = " (and a standard deviation of 0)" if train.algorithm == "grpo" else ""
         reason = f"a group of one response has advantage 0{std}"
-        yield Problem("train.num_generations", reason, "use at least 2")
+        yield Problem("train.num_generations", reason, "Use at least 2")
 
 
 def _loop(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
@@ -428,19 +419,18 @@ def _loop(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
     if train.questions_per_step % world_size:
         lower = train.questions_per_step // world_size * world_size
         near = " or ".join(str(n) for n in (lower, lower + world_size) if n)
-        reason = f"{train.questions_per_step} questions cannot be shared by {world_size} processes"
-        yield Problem("train.questions_per_step", reason, f"use a multiple of {world_size}, for instance {near}")
+        reason = f"expected a multiple of the {world_size} processes, got {train.questions_per_step}"
+        yield Problem("train.questions_per_step", reason, f"Use for instance {near}")
     for tracker in train.log_to:
         if not any(importlib.util.find_spec(package) for package in _TRACKERS[tracker]):
-            yield Problem("train.log_to", f"{tracker} is not installed", f'pip install "openril[{tracker}]"')
+            yield Problem("train.log_to", f"{tracker} is not installed", f'Run pip install "openril[{tracker}]"')
     if train.eval_every and not recipe.data.validation:
-        yield Problem(
-            "train.eval_every", "is set, but data.validation is empty", "list questions there, or set it to 0"
-        )
+        reason = "it is set, but data.validation is empty"
+        yield Problem("train.eval_every", reason, "List questions in data.validation, or set it to 0")
     if train.beta == 0 and train.algorithm in ("ril", "gail"):
-        reason = "is 0: nothing holds the student near its start (the paper's runs collapse, Table 5)"
-        yield Problem("train.beta", reason, "0.01 is the paper's", "warning")
+        reason = "got 0, so no KL term keeps the student near its start (the paper's runs collapse, Table 5)"
+        yield Problem("train.beta", reason, "The paper uses 0.01", "warning")
     if train.precision == "pure_bf16" and train.optimizer.learning_rate < 1e-5 and not recipe.student.lora.enabled:
-        reason = "bfloat16 weights round away steps as small as this learning rate makes"
-        yield Problem("train.precision", reason, "use bfloat16, which keeps float32 weights", "warning")
+        reason = f"bfloat16 weights round off updates at learning rate {train.optimizer.learning_rate:g}"
+        yield Problem("train.precision", reason, "Use bfloat16, which keeps float32 weights", "warning")
     yield from _schedule(train.optimizer, "train.optimizer")
