@@ -1,7 +1,8 @@
-"""Recipes from YAML, bases and overrides: what is accepted, and what the messages say."""
+"""Recipes from YAML, bases and overrides: accepted values, and the contents of error messages."""
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from openril.errors import RecipeError
-from openril.recipe.loading import load_recipe, save_recipe, setting_names
+from openril.recipe.loading import load_recipe, save_recipe
 from openril.recipe.schema import DiscriminatorConfig, Recipe, TeacherConfig, TrainConfig
+from openril.recipe.validation import setting_names
 
 SHIPPED = Path(__file__).parents[2] / "recipes"
 # recipes/accelerate holds configurations of the launcher.
@@ -48,11 +50,11 @@ def test_sections_without_content_keep_their_defaults(tmp_path: Path) -> None:
     assert load_recipe(write(tmp_path, "student:\nteachers:\ntrain:\n  beta:\n")) == Recipe()
 
 
-def test_the_key_on_is_a_key_and_not_a_truth_value(tmp_path: Path) -> None:
+def test_targets_of_sft_are_text(tmp_path: Path) -> None:
     assert load_recipe(write(tmp_path, "sft:\n  targets: teacher_responses\n")).sft.targets == "teacher_responses"
 
 
-def test_yes_and_off_are_understood_where_a_switch_is_wanted(tmp_path: Path) -> None:
+def test_yes_and_off_are_understood_in_place_of_true_and_false(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, "sft: {enabled: off}\ndata: {allow_urls: yes}\n"))
     assert (recipe.sft.enabled, recipe.data.allow_urls) == (False, True)
 
@@ -69,44 +71,51 @@ def test_nested_request_fields_pass_with_their_truth_values(tmp_path: Path) -> N
 
 def test_unknown_key_names_file_line_and_nearest(tmp_path: Path) -> None:
     text = message(tmp_path, "seed: 1\ntrain:\n  betta: 0.1\n")
-    assert text == f"{tmp_path}/r.yaml:3: train.betta: unknown key; did you mean train.beta?"
+    assert text.startswith("train.betta: ") and f"({tmp_path}/r.yaml:3)" in text and "train.beta?" in text
 
 
 def test_right_key_in_the_wrong_section_is_found(tmp_path: Path) -> None:
-    assert "did you mean train.optimizer.learning_rate" in message(tmp_path, "train: {learning_rate: 1e-5}")
-    assert "did you mean train.num_generations?" in message(tmp_path, "num_generations: 8")
+    assert "mean train.optimizer.learning_rate" in message(tmp_path, "train: {learning_rate: 1e-5}")
+    assert "mean train.num_generations?" in message(tmp_path, "num_generations: 8")
 
 
 def test_unknown_key_in_a_list_entry(tmp_path: Path) -> None:
-    assert "teachers.0.nam: unknown key; did you mean teachers.0.name?" in message(tmp_path, "teachers: [{nam: x}]")
+    text = message(tmp_path, "teachers: [{nam: x}]")
+    assert text.startswith("teachers.0.nam: ") and "mean teachers.0.name?" in text
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
+    ("text", "key", "expected", "got"),
     [
-        ("train: {num_generations: four}", "train.num_generations: 'four' found; a whole number is wanted"),
-        ("train: {num_generations: 2.5}", "train.num_generations: 2.5 found; a whole number is wanted"),
-        ("train: {beta: true}", "train.beta: true found; a number is wanted"),
-        ("train: {beta: -1}", "train.beta: -1 found; a number >= 0 is wanted"),
-        ("train: {beta: .nan}", "train.beta: nan found; a number >= 0 is wanted"),
-        ("rewards: {answer: {weight: .inf}}", "rewards.answer.weight: inf found; a finite number is wanted"),
-        ("data: {train: q.jsonl}", "data.train: 'q.jsonl' found; a list is wanted"),
-        ("train: 3", "train: 3 found; a section with keys of its own is wanted"),
-        ("train: {algorithm: gril}", "one of ril, dr_grpo, grpo, gail is wanted (did you mean ril?)"),
-        ("student: {model: 7}", "student.model: 7 found; text is wanted"),
+        ("train: {num_generations: four}", "train.num_generations", "whole number", "'four'"),
+        ("train: {num_generations: 2.5}", "train.num_generations", "whole number", "2.5"),
+        ("train: {beta: true}", "train.beta", "number", "true"),
+        ("train: {beta: -1}", "train.beta", ">= 0", "-1"),
+        ("train: {beta: .nan}", "train.beta", ">= 0", "nan"),
+        ("rewards: {answer: {weight: .inf}}", "rewards.answer.weight", "finite number", "inf"),
+        ("data: {train: q.jsonl}", "data.train", "list", "'q.jsonl'"),
+        ("train: 3", "train", "section", "3"),
+        ("train: {algorithm: gril}", "train.algorithm", "ril, dr_grpo, grpo, gail", "'gril'"),
+        ("student: {model: 7}", "student.model", "text", "7"),
     ],
 )
-def test_wrong_types_say_found_and_wanted(tmp_path: Path, text: str, expected: str) -> None:
-    assert expected in message(tmp_path, text)
+def test_wrong_values_name_key_expected_and_got(tmp_path: Path, text: str, key: str, expected: str, got: str) -> None:
+    found = message(tmp_path, text)
+    assert re.fullmatch(rf"{key}: expected .*{expected}.*, got {got} \(.*r\.yaml:1\)\.( Did you mean ril\?)?", found)
 
 
 def test_all_problems_come_at_once_in_the_order_of_the_file(tmp_path: Path) -> None:
-    lines = message(tmp_path, "train:\n  betta: 1\n  epochs: -1\ndata:\n  train: x\n").splitlines()
-    assert [line.split(": ")[0].rsplit(":", 1)[1] for line in lines] == ["2", "3", "5"]
+    text = message(tmp_path, "train:\n  betta: 1\n  epochs: -1\ndata:\n  train: x\n")
+    assert re.findall(r"^(\S+): .*r\.yaml:(\d)\)", text, re.M) == [
+        ("train.betta", "2"),
+        ("train.epochs", "3"),
+        ("data.train", "5"),
+    ]
 
 
 def test_a_key_written_twice_is_refused(tmp_path: Path) -> None:
-    assert ":2: not YAML: key 'seed' is written twice" in message(tmp_path, "seed: 1\nseed: 2\n")
+    text = message(tmp_path, "seed: 1\nseed: 2\n")
+    assert "r.yaml:2" in text and "'seed'" in text
 
 
 @pytest.mark.parametrize("text", ["a: [1", "- a\n- b", "{a: &x [*x]}", "\tseed: 1"])
@@ -120,7 +129,7 @@ def test_tags_that_would_run_code_are_refused(tmp_path: Path) -> None:
 
 def test_missing_recipe_names_the_nearest_file(tmp_path: Path) -> None:
     write(tmp_path, "", "paper.yaml")
-    with pytest.raises(RecipeError, match=r"no such recipe; did you mean .*paper\.yaml"):
+    with pytest.raises(RecipeError, match=r"papr\.yaml: .*paper\.yaml\?"):
         load_recipe(tmp_path / "papr.yaml")
 
 
@@ -139,12 +148,13 @@ def test_an_empty_key_takes_back_what_the_base_set(tmp_path: Path) -> None:
 
 def test_problems_in_a_base_name_the_base(tmp_path: Path) -> None:
     write(tmp_path, "train:\n  betta: 1\n", "base.yaml")
-    assert "base.yaml:2: train.betta" in message(tmp_path, "base: base.yaml\n")
+    text = message(tmp_path, "base: base.yaml\n")
+    assert "base.yaml:2" in text and "train.betta" in text
 
 
 def test_bases_in_a_circle_are_refused(tmp_path: Path) -> None:
     write(tmp_path, "base: r.yaml\n", "base.yaml")
-    assert "each other's base" in message(tmp_path, "base: base.yaml\n")
+    assert re.search(r"^base: .*r\.yaml -> .*base\.yaml", message(tmp_path, "base: base.yaml\n"))
 
 
 def test_saved_recipe_reads_back_equal(tmp_path: Path) -> None:
@@ -181,18 +191,18 @@ def test_switches_can_be_written_both_ways(tmp_path: Path, arguments: list[str])
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ("--train.betta 1", "--train.betta: unknown setting; did you mean --train.beta?"),
-        ("--beta 1", "did you mean --train.beta?"),
-        ("--train.beta x", "--train.beta: could not convert"),
-        ("--train.beta -1", "greater than or equal to 0"),
-        ("--train.algorithm ppo", "invalid choice 'ppo'"),
-        ("--sft.enabled maybe", "true or false is wanted"),
-        ("--rewards.answer.weight inf", "a finite number is wanted"),
+        ("--train.betta 1", r"^--train\.betta: .*mean --train\.beta\?"),
+        ("--beta 1", r"^--beta: .*mean --train\.beta\?"),
+        ("--train.beta x", r"--train\.beta: .*'x'"),
+        ("--train.beta -1", r"\btrain\b.*\bbeta\b.* 0$"),
+        ("--train.algorithm ppo", r"invalid choice 'ppo'"),
+        ("--sft.enabled maybe", r"^--sft\.enabled: .*true or false.*'maybe'"),
+        ("--rewards.answer.weight inf", r"^--rewards\.answer\.weight: .*finite.* inf"),
         ("stray", "Unrecognized options: stray"),
     ],
 )
 def test_bad_overrides_are_recipe_errors(tmp_path: Path, arguments: str, expected: str) -> None:
-    assert expected in message(tmp_path, "", *arguments.split())
+    assert re.search(expected, message(tmp_path, "", *arguments.split()))
 
 
 def test_help_shows_the_docstring_of_every_setting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,7 +36,7 @@ def test_every_setting_has_a_row_of_four_filled_cells() -> None:
     assert all(len(row) == 4 and all(row) for row in rows())
     keys = {row[0].strip("`") for row in rows()}
     assert set(setting_names()) - {"teachers", "rewards.functions"} <= keys
-    assert {"teachers.N.name", "rewards.functions.N.weight"} <= keys
+    assert {"teachers.0.name", "rewards.functions.0.weight"} <= keys
 
 
 def test_types_and_defaults() -> None:

@@ -1,9 +1,9 @@
-"""A recipe from a YAML file and dotted overrides, and back to YAML. Imports no torch.
+"""Load a recipe from a YAML file and command-line overrides, and save it. This module does not import torch.
 
-A recipe file may start from another one: ``base: other.yaml`` (relative to the file that says so). Sections are merged
-key by key, lists are replaced whole, and an empty key (``null``) takes the schema's default again. Every other relative
-path in a recipe (run_dir, cache_dir, data files, model folders) counts from the current directory, so that one recipe
-serves several run folders.
+A recipe file may be based on another one: ``base: other.yaml``, relative to the file that contains the line. Sections are
+merged key by key, lists are replaced as a whole, and an empty key (``null``) restores the default of the schema. All
+other relative paths in a recipe (run_dir, cache_dir, data files, model folders) start at the current directory, so that
+one recipe serves several run folders.
 """
 
 from __future__ import annotations
@@ -24,21 +24,25 @@ from openril import storage
 from openril.errors import RecipeError
 from openril.recipe.overrides import override
 from openril.recipe.schema import Recipe
-from openril.recipe.validation import RENAMED_KEYS, KeyPath, describe, nearest, setting_names, validate
+from openril.recipe.validation import RENAMED_KEYS, KeyPath, describe, nearest, validate
 
 BASE = "base"
-"""Key of a recipe file that names the file it starts from; not part of the resolved recipe."""
+"""Key that names the recipe a file is based on. It is not part of the resolved recipe."""
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), prog: str = "ril COMMAND RECIPE") -> Recipe:
-    """Read a recipe file and apply command-line overrides such as ``["--train.beta", "0.02"]``.
+    """Load a recipe file and apply command-line overrides.
 
-    overrides: ``--section.key value`` or ``--section.key=value``; switches take ``--sft.enabled``, ``--sft.no-enabled``
-    or a word (``--sft.enabled false``); lists take several values; an entry of a list in the file is reached by its
-    number (``--teachers.0.model name``). ``--help`` prints every setting and raises SystemExit(0). prog: how the help
-    text calls the command.
+    Args:
+        path: Path of the recipe.
+        overrides: Options such as ``["--train.beta", "0.02"]`` or ``["--train.beta=0.02"]``. Switches are written
+            ``--sft.enabled``, ``--sft.no-enabled`` or ``--sft.enabled false``; lists take several values; an entry of a
+            list in the file is addressed by its number (``--teachers.0.model name``). ``--help`` prints every setting and
+            raises SystemExit(0).
+        prog: Name of the command in the help text.
 
-    Raises RecipeError with every problem found: file, line, key, what was found, what is wanted.
+    Raises:
+        RecipeError: With every mistake: key, what was expected, what was found, file and line.
     """
     path = Path(path).expanduser()
     values, lines = _read(path, ())
@@ -51,7 +55,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), prog: str = "ri
 
 
 def load_saved_recipe(path: str | Path) -> Recipe:
-    """Read a recipe that a run saved in its own folder, also one whose settings had earlier names.
+    """Load a recipe that a run saved in its folder, even if its settings have earlier names.
 
     Raises:
         RecipeError: As for ``load_recipe``.
@@ -69,9 +73,9 @@ def load_saved_recipe(path: str | Path) -> Recipe:
 
 
 def save_recipe(recipe: Recipe, path: str | Path) -> None:
-    """Write the resolved recipe, every setting spelled out; ``load_recipe`` reads back an equal one.
+    """Write the resolved recipe with every setting, so that ``load_recipe`` returns an equal one.
 
-    Keys of servers are named by environment variable in a recipe, so none is ever written.
+    A recipe names the environment variables of API keys, so no key is ever written.
     """
     _refuse_secrets(recipe, "recipe")
     text = io.StringIO("# Every setting of this run. Written by ril; usable as a recipe again.\n")
@@ -114,15 +118,17 @@ Lines = dict[KeyPath, tuple[str, int]]
 
 
 def _read(path: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], Lines]:
-    """Values of a recipe file merged over its base, and where each key was written."""
+    """Return the values of a recipe file, merged over those of its base, and the place of each key."""
     if path.resolve() in chain:
-        raise RecipeError(f"{path}: recipes are each other's base: {' -> '.join(str(p) for p in (*chain, path))}")
+        raise RecipeError(
+            f"base: recipes are based on each other: {' -> '.join(map(str, (*chain, path)))}. Remove one."
+        )
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise RecipeError(f"{path}: no such recipe" + _similar_file(path)) from None
+        raise RecipeError(f"{path}: no such recipe.{_similar_file(path)}") from None
     except (OSError, UnicodeDecodeError) as e:
-        raise RecipeError(f"{path}: cannot be read ({e})") from e
+        raise RecipeError(f"{path}: expected a text file in UTF-8, got an error: {e}") from e
     lines: Lines = {}
     try:
         node = _yaml().compose(text)
@@ -132,21 +138,21 @@ def _read(path: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], Lines]:
     except YAMLError as e:
         mark = getattr(e, "problem_mark", None)
         line = f":{mark.line + 1}" if mark is not None else ""
-        raise RecipeError(f"{path}{line}: not YAML: {getattr(e, 'problem', None) or e}") from e
+        raise RecipeError(f"{path}{line}: not valid YAML: {getattr(e, 'problem', None) or e}.") from e
     except (RecursionError, ValueError) as e:
-        raise RecipeError(f"{path}: cannot be read as YAML ({e})") from e
+        raise RecipeError(f"{path}: not valid YAML: {e}.") from e
     if values is None:
         values = {}
     if not isinstance(values, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of sections (data:, student:, ...); found {describe(values)}")
+        raise RecipeError(f"{path}: expected sections (data:, student:, ...), got {describe(values)}.")
     base = values.pop(BASE, None)
     if base is None:
         return values, lines
     if not isinstance(base, str) or not base:
-        raise RecipeError(f"{path}: base: {describe(base)} found; the path of another recipe is wanted")
+        raise RecipeError(f"base: expected the path of another recipe, got {describe(base)} ({path}).")
     base_path = (path.parent / Path(base).expanduser()).resolve()
     if not base_path.is_file():
-        raise RecipeError(f"{path}: base: no such recipe: {base_path}" + _similar_file(base_path))
+        raise RecipeError(f"base: no such recipe: {base_path} ({path}).{_similar_file(base_path)}")
     base_values, base_lines = _read(base_path, (*chain, path.resolve()))
     return _merge(base_values, values), {**base_lines, **lines}
 
@@ -155,20 +161,20 @@ def _similar_file(path: Path) -> str:
     if path.is_dir() or not path.parent.is_dir():
         return ""
     match = nearest(path.name, [p.name for p in path.parent.iterdir() if p.suffix in (".yaml", ".yml")])
-    return f"; did you mean {path.parent / match}?" if match else ""
+    return f" Did you mean {path.parent / match}?" if match else ""
 
 
 def _note_lines(node: Node, key: KeyPath, file: str, lines: Lines, above: set[int]) -> None:
-    """Record file and line of every key; refuse keys written twice, of which YAML would silently keep the last."""
+    """Record file and line of every key, and refuse duplicate keys. Messages must not contain values: they may be secret."""
     if id(node) in above:
-        raise MarkedYAMLError(problem="an anchor that holds itself", problem_mark=node.start_mark)
+        raise MarkedYAMLError(problem="an anchor contains itself", problem_mark=node.start_mark)
     above = above | {id(node)}
     if isinstance(node, MappingNode):
         seen: set[str] = set()
         for name_node, value_node in node.value:
             name = name_node.value if isinstance(name_node, ScalarNode) else str(name_node.value)
             if name in seen:
-                raise MarkedYAMLError(problem=f"key {name!r} is written twice", problem_mark=name_node.start_mark)
+                raise MarkedYAMLError(problem=f"duplicate key {name!r}", problem_mark=name_node.start_mark)
             seen.add(name)
             lines[(*key, name)] = (file, name_node.start_mark.line + 1)
             _note_lines(value_node, (*key, name), file, lines, above)
@@ -187,21 +193,18 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_secrets(recipe: Recipe, file: str) -> None:
-    """Keys belong into the environment: refuse one that was pasted into the recipe, without repeating it."""
+    """Refuse API keys that were pasted into the recipe, without repeating them in the message."""
     for name, endpoint in [("judge", recipe.judge), *((f"teachers.{i}", t) for i, t in enumerate(recipe.teachers))]:
         if endpoint.api_key_env and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", endpoint.api_key_env):
             raise RecipeError(
-                f"{file}: {name}.api_key_env: the name of an environment variable is wanted, like OPENAI_API_KEY; "
-                "what is there looks like the key itself. Export it under a name and write that name here"
+                f"{name}.api_key_env: expected the name of an environment variable such as OPENAI_API_KEY, got what looks "
+                f"like the key itself ({file}). Export the key under a name, and write that name in the recipe."
             )
         if any(re.match(r"^[a-z]+://[^/]*@", url) for url in endpoint.base_urls):
-            raise RecipeError(f"{file}: {name}.base_urls: a URL holds a user name or password; use api_key_env instead")
+            raise RecipeError(f"{name}.base_urls: a URL contains a user name or password ({file}). Use api_key_env.")
         for field, value in endpoint.extra_body.items():
             names = " ".join([field, *re.findall(r'"([^"]*)"\s*:', value if isinstance(value, str) else "")])
             if re.search(r"api_?key|authorization|password|secret", names, re.IGNORECASE):
                 raise RecipeError(
-                    f"{file}: {name}.extra_body.{field} would be written to the run folder; use api_key_env"
+                    f"{name}.extra_body.{field}: a secret would be written to the run folder ({file}). Use api_key_env."
                 )
-
-
-__all__ = ["load_recipe", "load_saved_recipe", "nearest", "save_recipe", "setting_names"]

@@ -1,4 +1,4 @@
-"""Dotted command-line overrides of a recipe, parsed and documented by tyro."""
+"""Override settings of a recipe on the command line, with dotted names. tyro parses them and prints the help."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from openril.recipe.validation import nearest, settings, suspicious, translate
 
 
 def override(recipe: Recipe, overrides: list[str], prog: str) -> Recipe:
+    """Return ``recipe`` with ``overrides`` applied; see ``loading.load_recipe``."""
     import tyro
 
     known = {".".join(map(str, key)): value for key, value in settings(recipe, ())}
@@ -29,19 +30,19 @@ def override(recipe: Recipe, overrides: list[str], prog: str) -> Recipe:
             changed = tyro.cli(Recipe, default=recipe, args=arguments, prog=prog)
         changed = Recipe.model_validate(changed.model_dump())
     except ValidationError as e:
-        raise RecipeError("\n".join(f"--{'.'.join(map(str, k))}: {text}" for k, text in translate(e))) from e
+        raise RecipeError("\n".join(mistake.sentence("--") for mistake in translate(e))) from e
     except SystemExit as e:
         if wants_help:
             raise
         raise RecipeError(_plain(printed.getvalue())) from e
-    problems = [f"--{'.'.join(map(str, key))}: {text}" for key, text in suspicious(changed.model_dump(), changed, ())]
-    if problems:
-        raise RecipeError("\n".join(problems))
+    mistakes = [mistake.sentence("--") for mistake in suspicious(changed.model_dump(), changed, ())]
+    if mistakes:
+        raise RecipeError("\n".join(mistakes))
     return changed
 
 
 def _spell_switches(overrides: list[str], known: Mapping[str, Any]) -> list[str]:
-    """Refuse unknown names with the nearest one, and turn ``--sft.enabled false`` into the switch tyro knows."""
+    """Refuse unknown names, and turn ``--sft.enabled false`` into the switch that tyro knows."""
     arguments: list[str] = []
     names = {name.replace("-", "_"): name for name in known}
     i = 0
@@ -58,8 +59,8 @@ def _spell_switches(overrides: list[str], known: Mapping[str, Any]) -> list[str]
             match = nearest(name, list(names))
             if match is None or (match.rpartition(".")[0] != name.rpartition(".")[0] and name in _last_words(names)):
                 match = _last_words(names).get(name, match)
-            hint = f"; did you mean --{match}?" if match else "; --help lists every setting"
-            raise RecipeError(f"--{raw}: unknown setting{hint}")
+            hint = f"Did you mean --{match}?" if match else "--help lists every setting."
+            raise RecipeError(f"--{raw}: unknown setting. {hint}")
         if isinstance(known.get(names.get(name, "")), bool):
             word = value if equals else (overrides[i] if i < len(overrides) else "")
             if equals or not word.startswith("-"):
@@ -67,7 +68,7 @@ def _spell_switches(overrides: list[str], known: Mapping[str, Any]) -> list[str]
                 if switch is None and word.lower() in ("false", "no", "off", "0"):
                     switch = False
                 if switch is None and (equals or word):
-                    raise RecipeError(f"--{raw}: {word!r} found; true or false is wanted")
+                    raise RecipeError(f"--{raw}: expected true or false, got {word!r}.")
                 i += int(not equals and bool(word))
                 if switch is False:
                     head, _, last = name.rpartition(".")
@@ -83,7 +84,7 @@ def _last_words(names: Mapping[str, str]) -> dict[str, str]:
 
 
 def _plain(boxed: str) -> str:
-    """tyro's message without its frame and its pointers."""
+    """Return tyro's message without its frame and its pointers."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", boxed)
     rows = [row.strip().strip("│").strip() for row in text.splitlines()]
     rows = [row for row in rows if row and not re.match(r"^[╭╰─]", row)]

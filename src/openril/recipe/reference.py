@@ -47,7 +47,9 @@ def _section(section: Section, prefix: str, meaning: str) -> Iterator[str]:
         value = getattr(section, name)
         meaning = (fields[name].description if kind in _SHARED else kind.__doc__) or ""
         if isinstance(value, list):
-            yield from _section(kind(), f"{_key(prefix, name)}.N", f"{meaning} N is the position in the list, from 0.")
+            yield from _section(
+                kind(), f"{_key(prefix, name)}.0", f"{meaning} The number is the position in the list, from 0."
+            )
         else:
             yield from _section(value, _key(prefix, name), meaning)
 

@@ -1,4 +1,4 @@
-"""Turning a mapping into a Recipe, with every problem said in a recipe's words: key, what was found, what is wanted."""
+"""Turn a mapping into a Recipe. Every problem is reported with its key, what was expected and what was found."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any, NamedTuple, Union, get_args, get_origin
 
 from pydantic import ValidationError
 
@@ -26,17 +26,41 @@ RENAMED_KEYS = {
     "discriminator.asleep_accuracy": "discriminator.at_chance_accuracy",
     "discriminator.won_accuracy": "discriminator.saturated_accuracy",
 }
-"""Earlier names of settings. A user's recipe that has one gets the new name in the message; a recipe that a run saved
-itself is read with the new name (``loading.load_saved_recipe``)."""
+"""Earlier names of settings. The error for a user's recipe suggests the new name; ``loading.load_saved_recipe`` renames
+the keys of a recipe that a run saved."""
+
+_RANGES = {"greater_than_equal": ">=", "greater_than": ">", "less_than_equal": "<=", "less_than": "<"}
+_EXPECTED = {
+    **dict.fromkeys(("int_parsing", "int_type", "int_from_float"), "a whole number"),
+    **dict.fromkeys(("float_parsing", "float_type"), "a number"),
+    **dict.fromkeys(("bool_parsing", "bool_type"), "true or false"),
+    "string_type": "text in quotes",
+    "list_type": "a list, for instance [a, b]",
+    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "a section with keys"),
+    "tuple_type": "a list, for instance [0.9, 0.999]",
+}
+
+
+class Mistake(NamedTuple):
+    """A value that is not valid. text: what was expected and found. hint: a sentence on what to write, or ""."""
+
+    key: KeyPath
+    text: str
+    hint: str = ""
+
+    def sentence(self, prefix: str = "", place: str = "") -> str:
+        """Return ``<prefix><key>: <text> (<place>). <hint>``."""
+        message = f"{prefix}{'.'.join(map(str, self.key))}: {self.text}" + (f" ({place})" if place else "")
+        return f"{message}. {self.hint}".strip()
 
 
 def setting_names(recipe: Recipe | None = None) -> list[str]:
-    """Dotted names of all settings, for instance ``train.optimizer.learning_rate``; list entries as in ``recipe``."""
+    """Return the dotted names of all settings, with the entries of lists as they are in ``recipe``."""
     return [".".join(map(str, key)) for key, _ in settings(recipe or Recipe(), ())]
 
 
 def nearest(word: str, choices: Sequence[str]) -> str | None:
-    """The choice that ``word`` was probably meant to be, or None."""
+    """Return the choice that ``word`` was probably meant to be, or None."""
     found = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
     if found:
         return found[0]
@@ -46,7 +70,7 @@ def nearest(word: str, choices: Sequence[str]) -> str | None:
 
 
 def settings(value: Any, key: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
-    """Every setting under ``value`` with its present value; entries of lists of sections by number."""
+    """Yield every setting under ``value`` with its current value. Entries of lists of sections are numbered from 0."""
     if isinstance(value, Section):
         for name in type(value).model_fields:
             yield from settings(getattr(value, name), (*key, name))
@@ -60,65 +84,58 @@ def settings(value: Any, key: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
 
 
 def validate(values: dict[str, Any], file: str, where: Mapping[KeyPath, str]) -> Recipe:
+    """Return the recipe with these values.
+
+    Args:
+        file: Place to report for a key that is not in ``where``.
+        where: "file:line" of every key, in the order of the file.
+
+    Raises:
+        RecipeError: With all mistakes, in the order of the file.
+    """
     values = _without_empty(values, Recipe)
-    problems: list[tuple[KeyPath, str]] = []
-    recipe = None
     try:
         recipe = Recipe.model_validate(values)
+        mistakes = list(suspicious(values, recipe, ()))
     except ValidationError as e:
-        problems = list(translate(e))
-    if recipe is not None:
-        problems += list(suspicious(values, recipe, ()))
-    if problems or recipe is None:
+        mistakes = list(translate(e))
+    if mistakes:
         order = {key: i for i, key in enumerate(where)}
         rows = []
-        for key, text in dict(problems).items():
+        for mistake in {m.key: m for m in mistakes}.values():
+            key = mistake.key
             written = next((key[:n] for n in range(len(key), 0, -1) if key[:n] in where), None)
             place = where[written] if written is not None else file
-            rows.append((order.get(written or (), -1), f"{place}: {'.'.join(map(str, key))}: {text}"))
+            rows.append((order.get(written or (), -1), mistake.sentence(place=place)))
         raise RecipeError("\n".join(text for _, text in sorted(rows)))
     return recipe
 
 
-def translate(error: ValidationError) -> Iterator[tuple[KeyPath, str]]:
-    """pydantic's errors in a recipe's words: (key, what was found and what is wanted)."""
+def translate(error: ValidationError) -> Iterator[Mistake]:
+    """Yield pydantic's errors as mistakes in a recipe."""
     for e in error.errors(include_url=False):
         key: KeyPath = tuple(e["loc"])
-        if e["type"] == "missing":
-            yield key, "a value is missing here"
-            continue
-        found = describe(e["input"])
-        kind, ctx = e["type"], e.get("ctx", {})
-        if kind == "extra_forbidden":
-            yield key, f"unknown key{_did_you_mean_key(key)}"
+        found, kind, ctx = describe(e["input"]), e["type"], e.get("ctx", {})
+        if kind == "missing":
+            yield Mistake(key, "expected a value, got nothing")
+        elif kind == "extra_forbidden":
+            yield Mistake(key, "unknown key", _hint_for_key(key))
         elif kind == "literal_error":
             options = re.findall(r"'([^']*)'", str(ctx.get("expected", "")))
             match = nearest(str(e["input"]), options)
-            yield (
-                key,
-                f"{found} found; one of {', '.join(options)} is wanted"
-                + (f" (did you mean {match}?)" if match else ""),
-            )
-        elif kind in ("greater_than_equal", "greater_than", "less_than_equal", "less_than"):
-            signs = {"greater_than_equal": ">=", "greater_than": ">", "less_than_equal": "<=", "less_than": "<"}
+            hint = f"Did you mean {match}?" if match else ""
+            yield Mistake(key, f"expected one of {', '.join(options)}, got {found}", hint)
+        elif kind in _RANGES:
             bound = next(v for k, v in ctx.items() if k in ("ge", "gt", "le", "lt"))
-            yield key, f"{found} found; a number {signs[kind]} {bound:g} is wanted"
+            yield Mistake(key, f"expected a number {_RANGES[kind]} {bound:g}, got {found}")
+        elif kind in _EXPECTED:
+            yield Mistake(key, f"expected {_EXPECTED[kind]}, got {found}")
         else:
-            yield key, f"{found} found; {_WANTED.get(kind, e['msg'])}"
-
-
-_WANTED = {
-    **dict.fromkeys(("int_parsing", "int_type", "int_from_float"), "a whole number is wanted"),
-    **dict.fromkeys(("float_parsing", "float_type"), "a number is wanted"),
-    **dict.fromkeys(("bool_parsing", "bool_type"), "true or false is wanted"),
-    "string_type": "text is wanted; put it in quotes",
-    "list_type": "a list is wanted, for instance [a, b]",
-    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "a section with keys of its own is wanted"),
-    "tuple_type": "a list of fixed length is wanted, for instance [0.9, 0.999]",
-}
+            yield Mistake(key, f"{e['msg']}, got {found}")
 
 
 def describe(value: Any) -> str:
+    """Return a short description of a value for messages."""
     if value is None:
         return "nothing"
     if isinstance(value, dict):
@@ -132,7 +149,7 @@ def describe(value: Any) -> str:
     return str(value)
 
 
-def _did_you_mean_key(key: KeyPath) -> str:
+def _hint_for_key(key: KeyPath) -> str:
     word = str(key[-1])
     section = _section_at(key[:-1])
     if section is None:
@@ -142,21 +159,21 @@ def _did_you_mean_key(key: KeyPath) -> str:
     prefix = f"{here}." if here else ""
     renamed = RENAMED_KEYS.get(f"{prefix}{word}")
     if renamed:
-        return f"; it is now called {renamed}"
+        return f"It is now called {renamed}."
     match = nearest(word, siblings)
     if match:
-        return f"; did you mean {prefix}{match}?"
-    # The right name in the wrong section is the other common slip.
+        return f"Did you mean {prefix}{match}?"
+    # Another common mistake is the right name in the wrong section.
     elsewhere = sorted(
         (n for n in setting_names() if n.rsplit(".", 1)[-1] == word), key=lambda n: not n.startswith(prefix)
     )
     if elsewhere:
-        return f"; did you mean {' or '.join(elsewhere[:3])}?"
-    return f"; {here or 'a recipe'} takes {', '.join(siblings)}"
+        return f"Did you mean {' or '.join(elsewhere[:3])}?"
+    return f"Keys of {here or 'a recipe'}: {', '.join(siblings)}."
 
 
 def _section_at(key: KeyPath) -> type[Section] | None:
-    """The section class that holds ``key``'s entries."""
+    """Return the class of the section at ``key``, or None if there is no section."""
     section: type[Section] = Recipe
     for part in key:
         if isinstance(part, int):
@@ -170,6 +187,7 @@ def _section_at(key: KeyPath) -> type[Section] | None:
 
 
 def inner_section(annotation: Any) -> type[Section] | None:
+    """Return the class of section that a field of this type holds, itself or in a list, or None."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
     return next((s for s in map(inner_section, get_args(annotation)) if s is not None), None)
@@ -180,7 +198,7 @@ def _allows_none(annotation: Any) -> bool:
 
 
 def _without_empty(values: Any, section: type[Section]) -> Any:
-    """Drop keys without a value: ``student:`` with everything under it commented out means the defaults."""
+    """Drop keys without a value, so that a section with everything commented out means the defaults."""
     if not isinstance(values, dict):
         return values
     kept: dict[Any, Any] = {}
@@ -200,8 +218,8 @@ def _without_empty(values: Any, section: type[Section]) -> Any:
     return kept
 
 
-def suspicious(values: Any, parsed: Any, key: KeyPath) -> Iterator[tuple[KeyPath, str]]:
-    """What pydantic lets through: true where a number belongs, and numbers that are not finite."""
+def suspicious(values: Any, parsed: Any, key: KeyPath) -> Iterator[Mistake]:
+    """Yield mistakes that pydantic accepts: true or false in place of a number, and numbers that are not finite."""
     if isinstance(values, dict):
         for name, value in values.items():
             inner = parsed.get(name) if isinstance(parsed, dict) else getattr(parsed, str(name), None)
@@ -210,6 +228,6 @@ def suspicious(values: Any, parsed: Any, key: KeyPath) -> Iterator[tuple[KeyPath
         for i, (value, inner) in enumerate(zip(values, parsed, strict=False)):
             yield from suspicious(value, inner, (*key, i))
     elif isinstance(values, bool) and isinstance(parsed, int | float) and not isinstance(parsed, bool):
-        yield key, f"{describe(values)} found; a number is wanted"
+        yield Mistake(key, f"expected a number, got {describe(values)}")
     elif isinstance(parsed, float) and not math.isfinite(parsed):
-        yield key, f"{describe(values)} found; a finite number is wanted"
+        yield Mistake(key, f"expected a finite number, got {describe(values)}")
