@@ -163,7 +163,7 @@ class Maker:
     rng: random.Random
 
     def other(self, q: SkillQuestion) -> str:
-        """A wrong answer: a slip's, a neighbour of the right number, or any other of its kind."""
+        """A wrong answer: a slip's, a neighbor of the right number, or any other of its kind."""
         sort = self.rng.random()
         if sort < 0.4:
             return self.rng.choice(q.slips).answer

@@ -130,7 +130,7 @@ def equal_pictures_together(model: Any) -> Iterator[None]:
 
 def _one_frame(patches: Any) -> Callable[[Tensor], Tensor]:
     def forward(pixels: Tensor) -> Tensor:
-        weight = patches.proj.weight  # [width, colours, frames, height, width]
+        weight = patches.proj.weight  # [width, colors, frames, height, width]
         frame = pixels.view(len(pixels), weight.shape[1], weight.shape[2], -1)[:, :, 0].flatten(1)
         return nn.functional.linear(frame, weight.sum(2).flatten(1))
 

@@ -1,7 +1,7 @@
-"""The fourteen skills: questions about drawn pictures, each skill standing for the family of one of the paper's benchmarks.
+"""Fourteen skills: questions about drawn pictures. Each skill represents the family of one of the paper's benchmarks.
 
-``python -m playground.world --out FOLDER --num-train N`` writes them as question files; docs/skills.md shows one
-of each.
+``python -m playground.world --out FOLDER --num-train N`` writes them as question files. docs/skills.md
+shows one question of each skill.
 """
 
 from playground.world.questions import STYLES, Derivation, SkillQuestion, Style, style_of

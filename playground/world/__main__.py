@@ -1,4 +1,4 @@
-"""``python -m playground.world``: write the fourteen skills as question files, or their page of the docs."""
+"""``python -m playground.world``: write the fourteen skills as question files, or the gallery of the docs."""
 
 from __future__ import annotations
 
@@ -14,36 +14,37 @@ from playground.world.skills import SKILLS, write_skills_world
 
 @dataclass
 class Settings:
-    """Draw questions of the fourteen skills: train, validation and test files that share no scene."""
+    """Write questions of the fourteen skills to train, validation and test files that share no scene."""
 
     out: Path | None = None
     """Folder to write."""
     num_train: int = 4000
-    """Training questions, the skills in turn."""
+    """Number of training questions. The skills take turns."""
     num_validation: int = 280
-    """Validation questions."""
+    """Number of validation questions."""
     num_test: int = 560
-    """Test questions."""
+    """Number of test questions."""
     difficulty: list[int] = field(default_factory=lambda: [1])
-    """1, 2 or 3; or several of them, in turn."""
+    """1, 2 or 3, or several of them, which take turns."""
     skills: list[str] = field(default_factory=lambda: list(SKILLS))
-    """Which skills."""
+    """The skills to ask about."""
     seed: int = 0
-    """Of the questions. Which split a scene belongs to does not depend on it."""
+    """Seed of the questions. The split of a scene does not depend on it."""
     page: Path | None = None
-    """Write the docs page that shows one question of each skill to this file instead."""
+    """Write the gallery to this file instead: the docs page that shows one question of each skill."""
 
 
 def run(settings: Settings) -> None:
+    """Write what the settings ask for."""
     if (settings.out is None) == (settings.page is None):
-        raise DataError("name a folder to write with --out, or a page to write with --page")
+        raise DataError("expected either --out (a folder to write) or --page (a page to write)")
     if settings.page is not None:
         write_page(settings.page)
         print(settings.page)
         return
     assert settings.out is not None
     if settings.out.exists() and not (settings.out / "train.jsonl").is_file() and any(settings.out.iterdir()):
-        raise DataError(f"{settings.out} holds other files, which would be lost; name a new folder")
+        raise DataError(f"{settings.out} holds other files, which would be lost. Name a new folder.")
     numbers = (settings.num_train, settings.num_validation, settings.num_test)
     paths = write_skills_world(settings.out, *numbers, settings.seed, settings.difficulty, settings.skills)
     for path in paths.values():

@@ -1,6 +1,6 @@
-"""Bitmaps of the few characters the pictures need. No fonts: the pixels are the same everywhere.
+"""Bitmaps of the few characters that the pictures need, instead of a font, so that pixels are the same on every machine.
 
-A glyph is five by six dots of two pixels each, so it fits into one 14-pixel patch.
+A glyph is five by six dots of two pixels each, which fits into one 14-pixel patch.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ GLYPHS = tuple(_ROWS)
 
 @cache
 def glyph(character: str) -> Image.Image:
-    """The character's mask, WIDTH x HEIGHT, mode "1"."""
+    """Return the character's mask: WIDTH x HEIGHT pixels, mode "1"."""
     dots = Image.new("1", (5, 6))
     dots.putdata([255 * int(dot) for row in _ROWS[character].split() for dot in row])
     return dots.resize((WIDTH, HEIGHT), Image.Resampling.NEAREST)

@@ -1,7 +1,7 @@
-"""disciplines (MMMU) and disciplines_pro (MMMU-Pro): what a picture of a subject shows, put through that subject's rule.
+"""disciplines (MMMU) and disciplines_pro (MMMU-Pro): apply a rule of a subject to what the picture shows.
 
-disciplines: the question names subject and quantity, four options. disciplines_pro: the question is drawn into the
-picture's top row, ten options.
+In disciplines the question names the subject and the quantity, and there are four options. In disciplines_pro the question
+is drawn into the top row of the picture, and there are ten options.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from playground.world.questions import (
     sum_steps,
     times_step,
 )
-from playground.world.scenes import COLOURS, DRAWN_WORDS, ROWS, SIDE, Scene, Thing
+from playground.world.scenes import COLORS, DRAWN_WORDS, ROWS, SIDE, Scene, Thing
 
 LEGS = {"dog": 4, "person": 2}
 
 
 @dataclass(frozen=True)
 class _Case:
-    """Facts of one subject. work: facts and a slip of arithmetic to steps and result."""
+    """Facts of one subject. work: makes steps and a result of facts and an arithmetic error."""
 
     subject: str
     facts: tuple[tuple[str, int], ...]
@@ -46,14 +46,14 @@ QUESTIONS = {
     "physics": ("physics: how large is the pull to the right?", "pull"),
     "biology": ("biology: how many legs are there?", "legs"),
 }
-"""In words, and the word that asks for it in the picture."""
+"""The question of each subject, and the word that asks it in the picture."""
 
 
 def _maths(rng: random.Random, difficulty: int) -> _Case:
-    """Boxes that are so wide and so high. A hole is taken away; two boxes are added up."""
+    """Draw a box with its width and height. Difficulty 2 subtracts a hole, and 3 adds two boxes."""
     rows = sorted(rng.sample((1, 2), 2 if difficulty == 3 else 1))
     most = 4 if difficulty == 3 else 6
-    colour = rng.choice(list(COLOURS))
+    color = rng.choice(list(COLORS))
     facts: list[tuple[str, int]] = []
     things = {}
     for row in rows:
@@ -62,7 +62,7 @@ def _maths(rng: random.Random, difficulty: int) -> _Case:
         if difficulty == 2:
             sides.append(("hole", rng.randint(1, max(1, min(9, sides[0][1] * sides[1][1] - 1)))))
         for column, (name, size) in zip(columns, sides, strict=False):
-            things[row * SIDE + column] = Thing(name, "" if name == "hole" else colour, str(size))
+            things[row * SIDE + column] = Thing(name, "" if name == "hole" else color, str(size))
         facts += sides
 
     def work(read: tuple[tuple[str, int], ...], slip: int) -> tuple[list[Step], int]:
@@ -89,41 +89,41 @@ def _maths(rng: random.Random, difficulty: int) -> _Case:
 
 
 def _physics(rng: random.Random, difficulty: int) -> _Case:
-    """Arrows that pull to the right and to the left."""
+    """Draw arrows that pull to the right and to the left."""
     rights, lefts = {1: (1, 1), 2: (2, 1), 3: (2, 2)}[difficulty]
     cells = sorted(rng.sample(range(SIDE, SIDE * SIDE), rights + lefts))
-    ways = rng.sample(["right"] * rights + ["left"] * lefts, len(cells))
+    directions = rng.sample(["right"] * rights + ["left"] * lefts, len(cells))
     while True:
         sizes = [rng.randint(1, 9) for _ in cells]
-        if sum(s if w == "right" else -s for s, w in zip(sizes, ways, strict=True)) >= 0:
+        if sum(s if w == "right" else -s for s, w in zip(sizes, directions, strict=True)) >= 0:
             break
-    colour = rng.choice(list(COLOURS))
-    things = {c: Thing(w, colour, str(s)) for c, w, s in zip(cells, ways, sizes, strict=True)}
+    color = rng.choice(list(COLORS))
+    things = {c: Thing(w, color, str(s)) for c, w, s in zip(cells, directions, sizes, strict=True)}
 
     def work(read: tuple[tuple[str, int], ...], slip: int) -> tuple[list[Step], int]:
         steps: list[Step] = []
         pulls = []
-        for way in ("right", "left"):
-            found = [size for name, size in read if name == way]
+        for direction in ("right", "left"):
+            found = [size for name, size in read if name == direction]
             said = " and ".join(map(str, found))
-            steps.append((f"to the {way} there is {said}", f"{way} {', '.join(map(str, found))}"))
+            steps.append((f"to the {direction} there is {said}", f"{direction} {', '.join(map(str, found))}"))
             sums, pull = sum_steps(found or [0])
             steps += sums
             pulls.append(pull)
         step, result = minus_step(pulls[0], pulls[1], slip)
         return [*steps, step], result
 
-    return _Case("physics", tuple(zip(ways, sizes, strict=True)), things, work)
+    return _Case("physics", tuple(zip(directions, sizes, strict=True)), things, work)
 
 
 def _biology(rng: random.Random, difficulty: int) -> _Case:
-    """Herds by a tree: a label says how many there are."""
+    """Draw animals next to a tree. A label gives the number of each."""
     most = {1: 9, 2: 4, 3: 3}[difficulty]
     *cells, tree = rng.sample(range(SIDE, SIDE * SIDE), difficulty + 1)
     cells.sort()
     facts = [(rng.choice(list(LEGS)), rng.randint(1, most)) for _ in cells]
     things = {cell: Thing(name, "", str(count)) for cell, (name, count) in zip(cells, facts, strict=True)}
-    things[tree] = Thing("tree", rng.choice(list(COLOURS)))
+    things[tree] = Thing("tree", rng.choice(list(COLORS)))
 
     def work(read: tuple[tuple[str, int], ...], slip: int) -> tuple[list[Step], int]:
         steps: list[Step] = []
@@ -155,7 +155,7 @@ def _question(rng: random.Random, difficulty: int, pro: bool) -> SkillQuestion:
     case = CASES[subject](rng, difficulty)
 
     def other() -> str:
-        """An answer of another question with the same text."""
+        """Draw the answer of another question with the same text."""
         return str(CASES[rng.choice(list(CASES)) if pro else subject](rng, difficulty).result)
 
     choices = drawn_choices(str(case.result), other, 10 if pro else 4, rng)
@@ -173,7 +173,7 @@ def _question(rng: random.Random, difficulty: int, pro: bool) -> SkillQuestion:
     assert right is not None
 
     def misread() -> tuple[tuple[tuple[str, int], ...], int, str]:
-        """A number misread, a slip of arithmetic that leads to another option, or a letter mixed up."""
+        """Draw a misread number, an arithmetic error that leads to another option, or a wrong letter."""
         sort = rng.random()
         if sort < 0.1:
             return case.facts, 0, other_letter(right, choices, rng)

@@ -1,4 +1,4 @@
-"""choice (MMBench) and choice_cn (MMBench-CN): count, then find the letter. One skill in two languages."""
+"""choice (MMBench) and choice_cn (MMBench-CN): count things, then find the option. One skill in two languages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from playground.world.questions import (
     other_letter,
     sum_steps,
 )
-from playground.world.scenes import COLOURS, NAMES, Scene, Thing, where
+from playground.world.scenes import COLORS, NAMES, Scene, Thing, where
 
 _CHINESE = {
     "red": "红", "green": "绿", "blue": "蓝", "yellow": "黄",
@@ -26,7 +26,7 @@ _CHINESE = {
 
 @dataclass(frozen=True)
 class _Group:
-    """The things of one name: (cell, colour) each."""
+    """The things of one name, each as (cell, color)."""
 
     name: str
     members: tuple[tuple[int, str], ...]
@@ -41,8 +41,10 @@ def choice_cn(rng: random.Random, difficulty: int) -> SkillQuestion:
 
 
 def _count(rng: random.Random, difficulty: int, chinese: bool) -> SkillQuestion:
-    """How many of one name; hardest: of two names together. Every possible number is as likely as the others, and the
-    options are drawn from them."""
+    """Ask how many things of a name there are. Difficulty 3: of two names together.
+
+    All possible numbers are equally likely, and the options are drawn from them.
+    """
     names = rng.sample(NAMES, 2 if difficulty == 3 else 1)
     total_things, numbers = {1: (5, range(1, 5)), 2: (7, range(1, 7)), 3: (8, range(2, 8))}[difficulty]
     total = rng.choice(numbers)
@@ -54,10 +56,10 @@ def _count(rng: random.Random, difficulty: int, chinese: bool) -> SkillQuestion:
     named = [name for name, count in zip(names, counts, strict=True) for _ in range(count)]
     named += [rng.choice(others) for _ in range(total_things - total)]
     cells = rng.sample(range(9), total_things)
-    scene = Scene.of({c: Thing(n, rng.choice(list(COLOURS))) for c, n in zip(cells, named, strict=True)})
+    scene = Scene.of({c: Thing(n, rng.choice(list(COLORS))) for c, n in zip(cells, named, strict=True)})
     offered = [total, *rng.sample([n for n in numbers if n != total], 3)]
     choices = tuple(map(str, rng.sample(offered, 4)))
-    facts = [_Group(n, tuple((c, t.colour) for c, t in scene.things.items() if t.name == n)) for n in names]
+    facts = [_Group(n, tuple((c, t.color) for c, t in scene.things.items() if t.name == n)) for n in names]
 
     def explain(groups: list[_Group], letter: str = "") -> Derivation | None:
         said = [len(g.members) for g in groups]
@@ -75,11 +77,11 @@ def _count(rng: random.Random, difficulty: int, chinese: bool) -> SkillQuestion:
     assert right is not None
 
     def misread() -> tuple[list[_Group], str]:
-        """One is passed over, something else is counted in, or the letter is mixed up."""
+        """Draw a thing that is missed, a thing that is counted by mistake, or a wrong letter."""
         if rng.random() < 0.2:
             return facts, other_letter(right, choices, rng)
         which = rng.randrange(len(facts))
-        wrong = [(c, t.colour) for c, t in scene.things.items() if t.name not in names]
+        wrong = [(c, t.color) for c, t in scene.things.items() if t.name not in names]
         members = list(facts[which].members)
         if rng.random() < 0.5 and len(members) > 1:
             members = rng.sample(members, rng.randint(1, len(members) - 1))
@@ -99,16 +101,16 @@ def _count(rng: random.Random, difficulty: int, chinese: bool) -> SkillQuestion:
 
 
 def _seen(group: _Group) -> Step:
-    """In a sentence by colour, in a note by place; both end in the number."""
+    """Return the step: the sentence lists colors, the note lists places, and both end in the number."""
     number = len(group.members)
-    colours = listed([colour for _, colour in group.members])
+    colors = listed([color for _, color in group.members])
     places = ", ".join(where(cell) for cell, _ in group.members)
     said = f"the {group.name}s are" if number > 1 else f"the {group.name} is"
-    return f"{said} {colours}, {number} in all", f"{group.name} {places} : {number}"
+    return f"{said} {colors}, {number} in all", f"{group.name} {places} : {number}"
 
 
 def _seen_cn(group: _Group) -> Step:
     name, number = _CHINESE[group.name], len(group.members)
-    colours = ", ".join(f"{_CHINESE[colour]} {name}" for _, colour in group.members)
+    colors = ", ".join(f"{_CHINESE[color]} {name}" for _, color in group.members)
     places = ", ".join(" ".join(_CHINESE[word] for word in where(cell).split()) for cell, _ in group.members)
-    return f"我 看到 {colours}, 一共 {number} 个", f"{name} {places} : {number}"
+    return f"我 看到 {colors}, 一共 {number} 个", f"{name} {places} : {number}"

@@ -1,4 +1,4 @@
-"""charts (ChartQA), arithmetic (MathVista) and text_rich (SEED-2+): numbers to read and to reckon with."""
+"""charts (ChartQA), arithmetic (MathVista) and text_rich (SEED-2+): numbers to read and to calculate with."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from playground.world.questions import (
     sum_steps,
     times_step,
 )
-from playground.world.scenes import COLOURS, MOST_BLOCKS, ROWS, SIDE, Scene, Thing, where
+from playground.world.scenes import COLORS, MOST_BLOCKS, ROWS, SIDE, Scene, Thing, where
 
 
 def charts(rng: random.Random, difficulty: int) -> SkillQuestion:
-    """How much larger is one bar than another; in two charts; hardest: the sum of one colour in three charts."""
+    """Ask how much larger one bar is than another: in one chart, then in two. Difficulty 3: add one color in three charts."""
     rows = {1: [rng.randrange(SIDE)], 2: [0, 2], 3: [0, 1, 2]}[difficulty]
-    red, blue = rng.sample(list(COLOURS), 2)
+    red, blue = rng.sample(list(COLORS), 2)
     heights: dict[int, tuple[str, int]] = {}
     for row in rows:
-        rest = rng.choice([c for c in COLOURS if c not in (red, blue)])
-        for column, colour in enumerate(rng.sample([red, blue, rest], SIDE)):
-            heights[row * SIDE + column] = colour, rng.randint(1, MOST_BLOCKS)
+        rest = rng.choice([c for c in COLORS if c not in (red, blue)])
+        for column, color in enumerate(rng.sample([red, blue, rest], SIDE)):
+            heights[row * SIDE + column] = color, rng.randint(1, MOST_BLOCKS)
     if difficulty == 3:
-        asked = [cell for cell, (colour, _) in heights.items() if colour == red]
+        asked = [cell for cell, (color, _) in heights.items() if color == red]
         text = f"what is the sum of the {red} bars?"
     else:
         tall, low = (rows[0], rows[-1]) if rng.random() < 0.5 else (rows[-1], rows[0])
         asked = [
             next(c for c in heights if c // SIDE == r and heights[c][0] == w) for r, w in ((tall, red), (low, blue))
         ]
-        difference = rng.randint(1, MOST_BLOCKS - 1)  # every difference as likely as the others
+        difference = rng.randint(1, MOST_BLOCKS - 1)  # every difference is equally likely
         lower = rng.randint(1, MOST_BLOCKS - difference)
         heights[asked[0]], heights[asked[1]] = (red, lower + difference), (blue, lower)
         charts_ = [f" in the {ROWS[row]} chart" * (difficulty == 2) for row in (tall, low)]
         text = f"how much larger is the {red} bar{charts_[0]} than the {blue} bar{charts_[1]}?"
-    scene = Scene.of({c: Thing("bar", colour, str(h)) for c, (colour, h) in heights.items()}, "chart")
+    scene = Scene.of({c: Thing("bar", color, str(h)) for c, (color, h) in heights.items()}, "chart")
 
     def explain(read: list[int], slip: int = 0) -> Derivation | None:
         if difficulty == 3:
@@ -52,9 +52,9 @@ def charts(rng: random.Random, difficulty: int) -> SkillQuestion:
             return Derivation((*steps, *sums), str(result))
         steps = []
         for cell, height in zip(asked, read, strict=True):
-            colour, row = heights[cell][0], ROWS[cell // SIDE]
-            sentence = f"the {row} {colour} bar is {height}" if difficulty == 2 else f"the {colour} bar is {height}"
-            steps.append((sentence, f"{row} {colour} {height}" if difficulty == 2 else f"{colour} {height}"))
+            color, row = heights[cell][0], ROWS[cell // SIDE]
+            sentence = f"the {row} {color} bar is {height}" if difficulty == 2 else f"the {color} bar is {height}"
+            steps.append((sentence, f"{row} {color} {height}" if difficulty == 2 else f"{color} {height}"))
         step, result = minus_step(read[0], read[1], slip)
         return Derivation((*steps, step), str(result)) if result >= 0 else None
 
@@ -63,7 +63,7 @@ def charts(rng: random.Random, difficulty: int) -> SkillQuestion:
     assert right is not None
 
     def misread() -> tuple[list[int], int]:
-        """A block more or less, another bar's height, or a slip of arithmetic."""
+        """Draw a height that is off by one, another bar's height, or an arithmetic error."""
         if rng.random() < 0.25:
             return facts, rng.choice((-1, 1))
         read = list(facts)
@@ -77,19 +77,17 @@ def charts(rng: random.Random, difficulty: int) -> SkillQuestion:
 
 
 def arithmetic(rng: random.Random, difficulty: int) -> SkillQuestion:
-    """The sum of the digits of one colour; hardest: less the digit of another colour."""
+    """Ask for the sum of the digits of one color. Difficulty 3: minus the digit of another color."""
     number, others = {1: (2, 2), 2: (3, 3), 3: (3, 4)}[difficulty]
-    red, blue = rng.sample(list(COLOURS), 2)
+    red, blue = rng.sample(list(COLORS), 2)
     cells = rng.sample(range(9), number + others)
-    colours = [red] * number + [rng.choice([c for c in COLOURS if c != red]) for _ in range(others)]
+    colors = [red] * number + [rng.choice([c for c in COLORS if c != red]) for _ in range(others)]
     if difficulty == 3:
-        rest = [c for c in COLOURS if c not in (red, blue)]
-        colours[number:] = [blue, *(rng.choice(rest) for _ in range(others - 1))]
-    scene = Scene.of(
-        {c: Thing("card", colour, str(rng.randint(1, 9))) for c, colour in zip(cells, colours, strict=True)}
-    )
-    asked = [cell for cell, thing in scene.things.items() if thing.colour == red]
-    away = [cell for cell, thing in scene.things.items() if thing.colour == blue][:1] if difficulty == 3 else []
+        rest = [c for c in COLORS if c not in (red, blue)]
+        colors[number:] = [blue, *(rng.choice(rest) for _ in range(others - 1))]
+    scene = Scene.of({c: Thing("card", color, str(rng.randint(1, 9))) for c, color in zip(cells, colors, strict=True)})
+    asked = [cell for cell, thing in scene.things.items() if thing.color == red]
+    away = [cell for cell, thing in scene.things.items() if thing.color == blue][:1] if difficulty == 3 else []
     text = f"what is the sum of the {red} digits?"
     if away:
         text = f"what is the sum of the {red} digits minus the {blue} digit?"
@@ -114,11 +112,11 @@ def arithmetic(rng: random.Random, difficulty: int) -> SkillQuestion:
     digits = {cell: int(thing.label) for cell, thing in scene.things.items()}
     facts = {cell: digits[cell] for cell in sorted(asked) + away}
     right = explain(facts)
-    if right is None:  # less than nothing would be left
+    if right is None:  # the result would be negative
         return arithmetic(rng, difficulty)
 
     def misread() -> tuple[dict[int, int], int]:
-        """A slip of arithmetic, a digit misread, one of another colour in the place of one asked for."""
+        """Draw an arithmetic error, a misread digit, or a digit of another color."""
         sort = rng.random()
         if sort < 0.35:
             return facts, rng.choice((-2, -1, 1, 2))
@@ -136,7 +134,7 @@ def arithmetic(rng: random.Random, difficulty: int) -> SkillQuestion:
 
 
 def text_rich(rng: random.Random, difficulty: int) -> SkillQuestion:
-    """A bill of two or three lines: what is bought, how many of it, and what one costs."""
+    """Ask for a price on a bill of two or three lines, which hold an item, its number and its price."""
     most, dearest = {1: (5, 9), 2: (5, 7), 3: (3, 6)}[difficulty]
     filled = sorted(rng.sample(range(SIDE), 2 if difficulty == 1 else SIDE))
     letters = dict(zip(filled, rng.sample(LETTERS, len(filled)), strict=True))
@@ -150,7 +148,7 @@ def text_rich(rng: random.Random, difficulty: int) -> SkillQuestion:
     text = f"what is the price of {'one' if difficulty == 1 else 'all'} {listed(names)}?"
 
     def explain(rows: list[int], read: list[tuple[int, int]], slip: int = 0) -> Derivation:
-        """rows: where the lines are looked for."""
+        """rows: the rows in which the items are found."""
         if difficulty == 1:
             price = read[0][1]
             steps: list[Step] = [
@@ -173,7 +171,7 @@ def text_rich(rng: random.Random, difficulty: int) -> SkillQuestion:
     right = explain(*facts)
 
     def misread() -> tuple[list[int], list[tuple[int, int]], int] | None:
-        """Another line, a digit misread, or a slip of arithmetic."""
+        """Draw another line, a misread digit, or an arithmetic error."""
         if rng.random() < 0.3 and difficulty > 1:
             slip = rng.choice((-2, -1, 1, 2))
             return (*facts, slip) if int(right.answer) + slip >= 0 else None

@@ -1,20 +1,20 @@
-"""open (MM-Vet) and open_multi (MM-Vet-v2): answers in words of one's own, about one picture and about two."""
+"""open (MM-Vet) and open_multi (MM-Vet-v2): free answers about one picture, and about two."""
 
 from __future__ import annotations
 
 import random
 
 from playground.world.questions import Derivation, SkillQuestion, Step, find_slips, listed
-from playground.world.scenes import COLOURS, NAMES, Scene, Thing
+from playground.world.scenes import COLORS, NAMES, Scene, Thing
 
 
 def _kinds(rng: random.Random, number: int) -> list[tuple[str, str]]:
-    """Different (colour, name) pairs."""
-    return rng.sample([(colour, name) for colour in COLOURS for name in NAMES], number)
+    """Draw different (color, name) pairs."""
+    return rng.sample([(color, name) for color in COLORS for name in NAMES], number)
 
 
 def open_answer(rng: random.Random, difficulty: int) -> SkillQuestion:
-    """Which thing has the largest (or smallest) number?"""
+    """Ask which thing has the largest or smallest number."""
     number = {1: 3, 2: 4, 3: 5}[difficulty]
     kinds = _kinds(rng, number)
     digits = rng.sample(range(1, 10), number)
@@ -36,7 +36,7 @@ def open_answer(rng: random.Random, difficulty: int) -> SkillQuestion:
     assert right is not None
 
     def misread() -> tuple[dict[str, int], str]:
-        """A digit misread, or a wrong comparison."""
+        """Draw a misread digit or a wrong comparison."""
         if rng.random() < 0.4:
             return facts, rng.choice(list(facts))
         return {**facts, rng.choice(list(facts)): rng.randint(1, 9)}, ""
@@ -47,14 +47,14 @@ def open_answer(rng: random.Random, difficulty: int) -> SkillQuestion:
 
 
 def open_multi(rng: random.Random, difficulty: int) -> SkillQuestion:
-    """What is in one picture and not in the other? In both directions: something is gone and something is new."""
+    """Ask which thing is in one picture and not in the other. Each picture has one thing that the other lacks."""
     number = {1: 2, 2: 3, 3: 4}[difficulty]
     kinds = _kinds(rng, number + 1)
     both, gone, new = kinds[: number - 1], kinds[number - 1], kinds[number]
     scenes = []
     for members in ([*both, gone], [*both, new]):
         cells = rng.sample(range(9), number)
-        scenes.append(Scene.of({c: Thing(name, colour) for c, (colour, name) in zip(cells, members, strict=True)}))
+        scenes.append(Scene.of({c: Thing(name, color) for c, (color, name) in zip(cells, members, strict=True)}))
     seen = [[thing.kind for thing in scene.things.values()] for scene in scenes]
     asked, other = (0, 1) if rng.random() < 0.5 else (1, 0)
     words = ("first", "second")
@@ -74,16 +74,15 @@ def open_multi(rng: random.Random, difficulty: int) -> SkillQuestion:
     assert right is not None
 
     def misread() -> list[list[str]]:
-        """Something in the other picture is taken for what was asked for, so that another thing seems to be missing; or
-        the asked thing itself is misread."""
+        """Draw an error: a thing of the other picture is taken for the right answer, or the answer itself is misread."""
         lists = [list(kinds) for kinds in seen]
         if rng.random() < 0.6:
             which = rng.randrange(number)
             lists[other][which] = right.answer
         else:
             which = lists[asked].index(right.answer)
-            colour, name = right.answer.split()
-            wrong = (rng.choice(list(COLOURS)), name) if rng.random() < 0.5 else (colour, rng.choice(NAMES))
+            color, name = right.answer.split()
+            wrong = (rng.choice(list(COLORS)), name) if rng.random() < 0.5 else (color, rng.choice(NAMES))
             lists[asked][which] = " ".join(wrong)
         return lists
 

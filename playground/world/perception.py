@@ -13,26 +13,26 @@ from playground.world.questions import (
     find_slips,
     other_letter,
 )
-from playground.world.scenes import COLOURS, COLUMNS, NAMES, ROWS, SIDE, Scene, Thing, neighbour, where
+from playground.world.scenes import COLORS, COLUMNS, NAMES, ROWS, SIDE, Scene, Thing, neighbor, where
 
 RELATIONS = {"left of": "left", "right of": "right", "above": "up", "below": "down"}
-"""How a question names the next cell in a direction."""
+"""The words of a question for the next cell in a direction."""
 
 
 def different_things(rng: random.Random, number: int) -> dict[int, Thing]:
-    """Things of different names in cells drawn at random."""
+    """Draw things of different names in random cells."""
     names = rng.sample(NAMES, number)
-    return {c: Thing(n, rng.choice(list(COLOURS))) for c, n in zip(rng.sample(range(9), number), names, strict=True)}
+    return {c: Thing(n, rng.choice(list(COLORS))) for c, n in zip(rng.sample(range(9), number), names, strict=True)}
 
 
 def needs_image(rng: random.Random, difficulty: int) -> SkillQuestion:
-    """Which colour? All four are offered in any order. Hardest: of the thing beside the one that is named."""
+    """Ask for a color, with all four offered in random order. Difficulty 3: of the thing next to the named one."""
     things = different_things(rng, {1: 3, 2: 5, 3: 6}[difficulty])
-    choices = tuple(rng.sample(list(COLOURS), len(COLOURS)))
+    choices = tuple(rng.sample(list(COLORS), len(COLORS)))
     relation = ""
     cell = asked = rng.choice(list(things))
     if difficulty == 3:
-        pairs = [(c, r, n) for c in things for r, d in RELATIONS.items() if (n := neighbour(c, d)) in things]
+        pairs = [(c, r, n) for c in things for r, d in RELATIONS.items() if (n := neighbor(c, d)) in things]
         if not pairs:
             return needs_image(rng, difficulty)
         cell, relation, asked = rng.choice(pairs)
@@ -40,23 +40,23 @@ def needs_image(rng: random.Random, difficulty: int) -> SkillQuestion:
 
     def explain(seen: dict[int, Thing], at: int, letter: str = "") -> Derivation:
         thing = seen[at]
-        steps: list[Step] = [(f"the {name} is {thing.colour}", f"{name} {thing.colour}")]
+        steps: list[Step] = [(f"the {name} is {thing.color}", f"{name} {thing.color}")]
         if relation:
             steps = [
                 (f"the {name} is at {where(cell)}", f"{name} {where(cell)}"),
                 (f"{relation} it is a {thing.kind}", f"{relation} it {thing.kind}"),
             ]
-        return chosen(steps, thing.colour, choices, letter)
+        return chosen(steps, thing.color, choices, letter)
 
     right = explain(things, asked)
 
     def misread() -> tuple[dict[int, Thing], int, str]:
         if rng.random() < 0.3:
             return things, asked, other_letter(right, choices, rng)
-        if rng.random() < 0.5:  # another thing's colour
-            other = things[rng.choice(list(things))].colour
+        if rng.random() < 0.5:  # another thing's color
+            other = things[rng.choice(list(things))].color
             return {**things, asked: Thing(things[asked].name, other)}, asked, ""
-        return {**things, asked: Thing(things[asked].name, rng.choice(list(COLOURS)))}, asked, ""
+        return {**things, asked: Thing(things[asked].name, rng.choice(list(COLORS)))}, asked, ""
 
     said = f"thing {relation} the {name}" if relation else name
     slips = find_slips(right, lambda facts: explain(*facts), misread)
@@ -66,27 +66,27 @@ def needs_image(rng: random.Random, difficulty: int) -> SkillQuestion:
 
 
 def perception(rng: random.Random, difficulty: int) -> SkillQuestion:
-    """The odd one out. Hardest: the others share a colour or a name, but not both."""
+    """Ask for the odd one out. Difficulty 3: the others share a color or a name, but not both."""
     number = {1: 4, 2: 6, 3: 8}[difficulty]
     cells = sorted(rng.sample(range(9), number))
     odd = rng.choice(cells)
-    by_colour = rng.random() < 0.5
-    colours, names = rng.sample(list(COLOURS), 2), rng.sample(NAMES, 2)
+    by_color = rng.random() < 0.5
+    colors, names = rng.sample(list(COLORS), 2), rng.sample(NAMES, 2)
     things = {}
     for cell in cells:
-        colour = colours[cell == odd and by_colour]
-        name = names[cell == odd and not by_colour]
-        if difficulty == 3 and by_colour:
+        color = colors[cell == odd and by_color]
+        name = names[cell == odd and not by_color]
+        if difficulty == 3 and by_color:
             name = rng.choice(NAMES)
         elif difficulty == 3:
-            colour = rng.choice(list(COLOURS))
-        things[cell] = Thing(name, colour)
-    usual = f"{colours[0]} {names[0]}s"
+            color = rng.choice(list(COLORS))
+        things[cell] = Thing(name, color)
+    usual = f"{colors[0]} {names[0]}s"
     if difficulty == 3:
-        others = Counter(t.name if by_colour else t.colour for t in things.values())
+        others = Counter(t.name if by_color else t.color for t in things.values())
         if max(others.values()) > number - 2:  # two odd ones
             return perception(rng, difficulty)
-        usual = colours[0] if by_colour else f"{names[0]}s"
+        usual = colors[0] if by_color else f"{names[0]}s"
 
     def explain(cell: int, kind: str) -> Derivation:
         steps = ((f"most things are {usual}", f"most {usual}"), (f"one is a {kind}", f"one {kind}"))
@@ -95,7 +95,7 @@ def perception(rng: random.Random, difficulty: int) -> SkillQuestion:
     right = explain(odd, things[odd].kind)
 
     def misread() -> tuple[int, str]:
-        """The wrong place."""
+        """Draw a wrong place."""
         return rng.choice(cells), things[odd].kind
 
     slips = find_slips(right, lambda facts: explain(*facts), misread)
@@ -105,7 +105,7 @@ def perception(rng: random.Random, difficulty: int) -> SkillQuestion:
 
 
 def spatial(rng: random.Random, difficulty: int) -> SkillQuestion:
-    """Where one thing lies, seen from another. Hardest: also across corners."""
+    """Ask where one thing is relative to another. Difficulty 3: also diagonally."""
     things = different_things(rng, {1: 2, 2: 4, 3: 6}[difficulty])
     wanted = rng.choice([(-1, 0), (1, 0), (0, -1), (0, 1)] + [(-1, -1), (-1, 1), (1, -1), (1, 1)] * (difficulty == 3))
     pairs = [(a, b) for a in things for b in things if a != b and _signs(a, b) == wanted]
@@ -151,6 +151,6 @@ def spatial(rng: random.Random, difficulty: int) -> SkillQuestion:
 
 
 def _signs(a: int, b: int) -> tuple[int, int]:
-    """Whether cell a lies above (-1) or below (1), left (-1) or right (1) of cell b."""
+    """Return whether cell a is above (-1) or below (1), and left (-1) or right (1) of cell b; 0 for neither."""
     down, right = a // SIDE - b // SIDE, a % SIDE - b % SIDE
     return (down > 0) - (down < 0), (right > 0) - (right < 0)

@@ -1,4 +1,4 @@
-"""A question of the skills' world, its derivations in three styles, and plausible wrong ones."""
+"""A question of the world, its derivations in three response styles, and plausible wrong derivations."""
 
 from __future__ import annotations
 
@@ -12,18 +12,22 @@ from playground.world.scenes import Scene
 
 Style = Literal["a", "b", "c"]
 STYLES: tuple[Style, ...] = ("a", "b", "c")
-"""a: a teacher that talks in sentences. b: a teacher that notes steps, a line each. c: a third way, which no teacher has."""
+"""Response styles. a: a teacher that writes sentences. b: a teacher that writes one note a line. c: a third style, which no
+teacher has."""
 
 LETTERS = "ABCDEFGHIJ"
 
 Step = tuple[str, str]
-"""One step as a sentence and as a note."""
+"""One step of a derivation, as a sentence and as a note."""
 
 
 @dataclass(frozen=True)
 class Derivation:
-    """The way to an answer. answer: what it ends in. said: how it says that, where it is not by the answer itself: an
-    option's own words for its letter."""
+    """The steps to an answer.
+
+    said: the last words of its text where they are not the answer itself. For a choice they are the option's text, and the
+    answer is its letter.
+    """
 
     steps: tuple[Step, ...]
     answer: str
@@ -32,11 +36,14 @@ class Derivation:
 
     @property
     def ending(self) -> str:
-        """What its text ends in."""
+        """The last words of its text."""
         return self.said or self.answer
 
     def text(self, style: Style) -> str:
-        """In b every line but the last begins with a dash, so that what follows is the same token as elsewhere."""
+        """Return the derivation in a style.
+
+        In style b, every line but the last begins with a dash, so that the word after it has the same token as elsewhere.
+        """
         sentences, notes = [s for s, _ in self.steps], [n for _, n in self.steps]
         if self.chinese:
             match style:
@@ -57,21 +64,24 @@ _MARKS: tuple[tuple[Style, str], ...] = (
     ("b", r"answer:|答案:"), ("c", r"answer =|; 答案 是"), ("a", r"answer is|答案 是"),
     ("b", r"^- "), ("c", r"^(see|先) "),
 )  # fmt: skip
-"""How derivations end; and how they begin, for those that were cut off. In the order in which they are looked for."""
+"""The closing markers of the styles, then the opening markers for responses that were cut off, in search order."""
 
 
 def style_of(text: str) -> Style | None:
-    """The style that a response is derived in; None for an answer alone. Told by how it ends, since a model may begin badly."""
+    """Return the style of a response, or None for an answer without a derivation.
+
+    The style is detected from the closing marker, because sampled responses often start with a malformed token.
+    """
     return next((style for style, mark in _MARKS if re.search(mark, text)), None)
 
 
 @dataclass(frozen=True)
 class SkillQuestion:
-    """A question as a skill makes it.
+    """A question of a skill.
 
-    rule: the answer rule (rewards/rules.py). derivation: the right way to the answer. slips: plausible wrong ways (a
-    misread cell, a miscount, a slip of arithmetic), each ending in another answer. choices: for rule choice, whose
-    answer is a letter.
+    rule: the answer rule (rewards/rules.py). derivation: the right derivation. slips: plausible wrong derivations (a
+    misread cell, a miscount, an arithmetic error), each with another answer. choices: the options for the rule
+    ``choice``, whose answer is a letter.
     """
 
     skill: str
@@ -85,13 +95,16 @@ class SkillQuestion:
 
     @property
     def answer(self) -> str:
-        """The ground truth; of an option its letter."""
+        """The ground truth; the letter for a choice."""
         return self.derivation.answer
 
     @property
     def direct_answer(self) -> str:
-        """The answer alone, as a student says it; of an option its own words. The rule takes its letter as well, but to
-        find it is a search that models of this size learn only late, and which has little to do with seeing."""
+        """The answer that a student gives without a derivation: the option's text for a choice.
+
+        The rule accepts the letter too. Finding the letter is a search that models of this size learn late, and that has
+        little to do with seeing.
+        """
         return self.derivation.ending
 
     @property
@@ -99,7 +112,7 @@ class SkillQuestion:
         return {style: self.derivation.text(style) for style in STYLES}
 
     def wrong_derivation(self, style: Style, slip: int = 0) -> str:
-        """A plausible derivation that ends in a wrong answer. slip: which of its wrong ways, from 0, in turn."""
+        """Return a plausible derivation of a wrong answer. slip: its index, from 0; the indices wrap around."""
         return self.slips[slip % len(self.slips)].text(style)
 
     @property
@@ -120,9 +133,12 @@ def find_slips(
     explain: Callable[[Facts], Derivation | None],
     misread: Callable[[], Facts | None],
 ) -> tuple[Derivation, ...]:
-    """Up to NUM_SLIPS, at least one, derivations from misread facts that end in an answer other than the right one.
+    """Return one to NUM_SLIPS derivations from misread facts whose answers are wrong.
 
-    explain: facts to derivation, None where they lead nowhere. misread: draws wrong facts, None for a bad draw.
+    Args:
+        right: The right derivation.
+        explain: Makes a derivation of facts, or returns None where they lead to no answer.
+        misread: Draws wrong facts, or returns None for a draw that is of no use.
     """
     found: list[Derivation] = []
     for _ in range(300):
@@ -137,12 +153,12 @@ def find_slips(
 
 
 def listed(words: Sequence[str]) -> str:
-    """ "x", "x and y", "x, y and z"."""
+    """Join words as in "x", "x and y", "x, y and z"."""
     return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]
 
 
 def sum_steps(numbers: Sequence[int], slip: int = 0) -> tuple[list[Step], int]:
-    """Adding up one after the other. slip: what the last sum is off by."""
+    """Return the steps that add up numbers one after the other, and the sum. slip: error of the last step."""
     steps, total = [], numbers[0]
     for i, number in enumerate(numbers[1:], 2):
         result = total + number + (slip if i == len(numbers) else 0)
@@ -164,19 +180,22 @@ def times_step(a: int, b: int, slip: int = 0) -> tuple[Step, int]:
 def chosen(
     steps: Iterable[Step], value: str, choices: Sequence[str], letter: str = "", chinese: bool = False
 ) -> Derivation:
-    """A way to one of the options, which is said in its own words. letter: of the option that is taken by mistake."""
+    """Return a derivation that ends in an option's text. letter: the option that is taken by mistake, if any."""
     letter = letter or LETTERS[choices.index(value)]
     return Derivation(tuple(steps), letter, chinese, choices[LETTERS.index(letter)])
 
 
 def other_letter(right: Derivation, choices: Sequence[str], rng: random.Random) -> str:
-    """Another option's letter."""
+    """Draw the letter of a wrong option."""
     return rng.choice([letter for letter in LETTERS[: len(choices)] if letter != right.answer])
 
 
 def drawn_choices(answer: str, draw: Callable[[], str], number: int, rng: random.Random) -> tuple[str, ...]:
-    """The answer among ``number`` options in any order. draw: gives the answer of another question of the same kind, so
-    that no option looks likelier than another."""
+    """Return the answer among ``number`` options in random order.
+
+    Args:
+        draw: Draws the answer of another question of the same kind, so that no option looks more likely than another.
+    """
     options = [answer]
     while len(options) < number:
         if (other := draw()) not in options:

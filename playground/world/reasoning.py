@@ -5,33 +5,33 @@ from __future__ import annotations
 import random
 
 from playground.world.questions import LETTERS, Derivation, SkillQuestion, Step, find_slips
-from playground.world.scenes import COLOURS, DIRECTIONS, SIDE, Scene, Thing, neighbour, where
+from playground.world.scenes import COLORS, DIRECTIONS, SIDE, Scene, Thing, neighbor, where
 
 
 def diagrams(rng: random.Random, difficulty: int) -> SkillQuestion:
-    """Boxes with letters, and arrows from box to box: where do so many arrows lead?"""
+    """Ask where a number of arrows between lettered boxes leads."""
     number, follow = {1: (5, 2), 2: (7, 3), 3: (9, 4)}[difficulty]
-    while True:  # a path that never comes back
+    while True:  # draw a path that visits no cell twice
         path = [rng.randrange(9)]
         moves: list[str] = []
         while len(moves) < follow:
-            ways = [d for d in DIRECTIONS if (n := neighbour(path[-1], d)) is not None and n not in path]
-            if not ways:
+            free = [d for d in DIRECTIONS if (n := neighbor(path[-1], d)) is not None and n not in path]
+            if not free:
                 break
-            moves.append(rng.choice(ways))
-            step = neighbour(path[-1], moves[-1])
+            moves.append(rng.choice(free))
+            step = neighbor(path[-1], moves[-1])
             assert step is not None
             path.append(step)
         if len(moves) == follow:
             break
-    free = [cell for cell in range(9) if cell not in path]
-    cells = sorted(path + rng.sample(free, number - len(path)))
+    others = [cell for cell in range(9) if cell not in path]
+    cells = sorted(path + rng.sample(others, number - len(path)))
     letters = dict(zip(cells, rng.sample(LETTERS, number), strict=True))
     arrows = dict(zip(path, moves, strict=False))
     for cell in cells:
-        ways = [d for d in DIRECTIONS if neighbour(cell, d) in cells]
-        if cell not in arrows and ways:
-            arrows[cell] = rng.choice(ways)
+        possible = [d for d in DIRECTIONS if neighbor(cell, d) in cells]
+        if cell not in arrows and possible:
+            arrows[cell] = rng.choice(possible)
     scene = Scene.of({cell: Thing(arrows.get(cell, "box"), "", letters[cell]) for cell in cells})
 
     def explain(shown: dict[int, str], times: int) -> Derivation | None:
@@ -40,7 +40,7 @@ def diagrams(rng: random.Random, difficulty: int) -> SkillQuestion:
             if cell not in shown:
                 return None
             direction = shown[cell]
-            after = neighbour(cell, direction)
+            after = neighbor(cell, direction)
             if after not in letters:
                 return None
             steps.append((
@@ -54,7 +54,7 @@ def diagrams(rng: random.Random, difficulty: int) -> SkillQuestion:
     assert right is not None
 
     def misread() -> tuple[dict[int, str], int]:
-        """An arrow misread, or one arrow too few or too many."""
+        """Draw a misread arrow, or one arrow too few or too many."""
         if rng.random() < 0.25:
             return arrows, follow + rng.choice((-1, 1))
         cell = rng.choice(path[:-1])
@@ -66,9 +66,9 @@ def diagrams(rng: random.Random, difficulty: int) -> SkillQuestion:
 
 
 def everyday(rng: random.Random, difficulty: int) -> SkillQuestion:
-    """A street: stop at a red light, wait for a person on the road, go slower than the sign says, else go on.
+    """Ask what a driver should do: stop at a red light, wait for a person on the road, slow down for a sign, or go.
 
-    Easiest: light and person. Then a speed sign. Hardest: two cars, and people beside the road.
+    Difficulty 1 has a light and maybe a person, 2 adds a speed sign, and 3 adds a second car and people next to the road.
     """
     answer = rng.choice(("stop", "wait", "go") if difficulty == 1 else ("stop", "wait", "slow", "go"))
     light = "red" if answer == "stop" else "green"
@@ -77,29 +77,29 @@ def everyday(rng: random.Random, difficulty: int) -> SkillQuestion:
         speed, limit = rng.randint(1, 9), rng.randint(1, 9)
         if answer in ("stop", "wait") or (speed > limit) == (answer == "slow"):
             break
-    colours = rng.sample(list(COLOURS), 2)
+    colors = rng.sample(list(COLORS), 2)
     columns = rng.sample(range(SIDE), SIDE)
     road = 2 * SIDE
-    things = {road + columns[0]: Thing("car", colours[0], str(speed) if difficulty > 1 else "")}
+    things = {road + columns[0]: Thing("car", colors[0], str(speed) if difficulty > 1 else "")}
     if person:
         things[road + columns[1]] = Thing("person")
     if difficulty == 3:
-        things[road + columns[2]] = Thing("car", colours[1], str(rng.randint(1, 9)))
-    beside = rng.sample(range(2 * SIDE), 4)
-    things[beside[0]] = Thing("light", light)
+        things[road + columns[2]] = Thing("car", colors[1], str(rng.randint(1, 9)))
+    sidewalk = rng.sample(range(2 * SIDE), 4)
+    things[sidewalk[0]] = Thing("light", light)
     if difficulty > 1:
-        things[beside[1]] = Thing("sign", "", str(limit))
-    for cell in beside[2 : 2 + difficulty - 1] or beside[2:3]:
-        things[cell] = Thing(rng.choice(("tree", "house")), rng.choice(list(COLOURS)))
+        things[sidewalk[1]] = Thing("sign", "", str(limit))
+    for cell in sidewalk[2 : 2 + difficulty - 1] or sidewalk[2:3]:
+        things[cell] = Thing(rng.choice(("tree", "house")), rng.choice(list(COLORS)))
     if difficulty == 3 and rng.random() < 0.7:
-        things[beside[3]] = Thing("person")
-    car = f"the {colours[0]} car"
+        things[sidewalk[3]] = Thing("person")
+    car = f"the {colors[0]} car"
 
-    def explain(colour: str, on_road: bool, drives: int, allowed: int, done: str = "") -> Derivation:
+    def explain(color: str, on_road: bool, drives: int, allowed: int, done: str = "") -> Derivation:
         at = where(road + columns[0])
-        steps: list[Step] = [(f"{car} is at {at}", f"{colours[0]} car {at}")] if difficulty == 3 else []
-        steps.append((f"the light is {colour}", f"light {colour}"))
-        if colour == "red":
+        steps: list[Step] = [(f"{car} is at {at}", f"{colors[0]} car {at}")] if difficulty == 3 else []
+        steps.append((f"the light is {color}", f"light {color}"))
+        if color == "red":
             return Derivation(tuple(steps), done or "stop")
         steps.append(("a person is on the road", "person on road") if on_road else ("the road is free", "road free"))
         if on_road:
@@ -107,7 +107,7 @@ def everyday(rng: random.Random, difficulty: int) -> SkillQuestion:
         if difficulty == 1:
             return Derivation(tuple(steps), done or "go")
         faster = drives > allowed
-        steps.append((f"{car} has {drives} and the sign has {allowed}", f"{colours[0]} car {drives}, sign {allowed}"))
+        steps.append((f"{car} has {drives} and the sign has {allowed}", f"{colors[0]} car {drives}, sign {allowed}"))
         steps.append((f"{drives} is {'' if faster else 'not '}larger than {allowed}",
                       f"{drives} {'larger' if faster else 'not larger'} {allowed}"))  # fmt: skip
         return Derivation(tuple(steps), done or ("slow" if faster else "go"))
@@ -116,7 +116,7 @@ def everyday(rng: random.Random, difficulty: int) -> SkillQuestion:
     assert right.answer == answer
 
     def misread() -> tuple[str, bool, int, int, str]:
-        """The light, a person or a number misread; or the wrong rule at the end."""
+        """Draw a misread light, person or number, or a wrong conclusion."""
         if rng.random() < 0.2:
             return light, person, speed, limit, rng.choice(("stop", "wait", "go"))
         sort = rng.randrange(3)

@@ -1,6 +1,6 @@
 """The table of skills, splits that share no scene, and the question files.
 
-Which split a scene belongs to follows from the scene itself, so no seed and no number of questions can mix them up.
+The split of a scene is computed from the scene itself, so that no seed and no number of questions can mix splits.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ DESCRIBE = "describe the picture."
 
 @dataclass(frozen=True)
 class Skill:
-    """benchmark: whose family it stands for. make: draws a question of a difficulty. task: what is asked for."""
+    """benchmark: the benchmark it represents. make: draws a question of a difficulty. task: what it asks for."""
 
     benchmark: str
     make: Callable[[random.Random, int], SkillQuestion]
@@ -41,23 +41,23 @@ class Skill:
 SKILLS: dict[str, Skill] = {
     "diagrams": Skill("AI2D", diagrams, "follow arrows from box to box"),
     "charts": Skill("ChartQA", charts, "read bars, then subtract or add"),
-    "arithmetic": Skill("MathVista", arithmetic, "find the digits of a colour and reckon"),
-    "choice": Skill("MMBench", choice, "count, then find the letter of the number"),
+    "arithmetic": Skill("MathVista", arithmetic, "find the digits of a color and add them"),
+    "choice": Skill("MMBench", choice, "count things, then find the option"),
     "choice_cn": Skill("MMBench-CN", choice_cn, "the same in Chinese"),
     "open": Skill("MM-Vet", open_answer, "read the numbers of things and compare them"),
     "open_multi": Skill("MM-Vet-v2", open_multi, "compare two pictures thing by thing"),
-    "disciplines": Skill("MMMU", disciplines, "apply a rule of maths, physics or biology"),
-    "disciplines_pro": Skill("MMMU-Pro", disciplines_pro, "the same with the question drawn, and ten options"),
-    "needs_image": Skill("MMStar", needs_image, "a colour, with all colours offered"),
+    "disciplines": Skill("MMMU", disciplines, "apply a rule of mathematics, physics or biology"),
+    "disciplines_pro": Skill("MMMU-Pro", disciplines_pro, "the same with a drawn question and ten options"),
+    "needs_image": Skill("MMStar", needs_image, "a color, with all colors offered"),
     "perception": Skill("BLINK", perception, "the odd one out"),
-    "spatial": Skill("SEED", spatial, "where one thing lies from another"),
+    "spatial": Skill("SEED", spatial, "where one thing is relative to another"),
     "text_rich": Skill("SEED-2+", text_rich, "read the lines of a bill"),
     "everyday": Skill("RealWorldQA", everyday, "what a driver should do"),
 }
 
 
 def split_of(scene: Scene) -> Split:
-    """Three fifths of all scenes are for training, a fifth each for validation and test."""
+    """Return the split of a scene: three fifths are for training, one fifth each for validation and test."""
     share = stable_hash("skills", str(scene)) % 5
     return "validation" if share == 0 else "test" if share == 1 else "train"
 
@@ -73,22 +73,27 @@ def make_questions(
     difficulty: int | Sequence[int] = 1,
     skills: Sequence[str] = tuple(SKILLS),
 ) -> list[SkillQuestion]:
-    """``number`` different questions of a split, the skills in turn; the same for the same seed.
+    """Return ``number`` different questions of a split. The skills take turns. The same seed gives the same questions.
 
-    difficulty: 1, 2 or 3, or several of them in turn. Raises DataError for an unknown difficulty or skill, and when a
-    skill has no more different questions to give.
+    Args:
+        difficulty: 1, 2 or 3, or several of them, which take turns.
+
+    Raises:
+        DataError: For an unknown difficulty or skill, or a skill that has too few different questions.
     """
     levels = [difficulty] if isinstance(difficulty, int) else list(difficulty)
     if not levels or (unknown := sorted(set(levels) - set(DIFFICULTIES))):
-        raise DataError(f"difficulty {unknown if levels else levels} is not one of {', '.join(map(str, DIFFICULTIES))}")
+        raise DataError(
+            f"difficulty: expected some of {', '.join(map(str, DIFFICULTIES))}, got {unknown if levels else levels}"
+        )
     if not skills or (missing := sorted(set(skills) - set(SKILLS))):
-        raise DataError(f"unknown skill {missing if skills else ''}; choose from {', '.join(SKILLS)}")
+        raise DataError(f"skills: expected some of {', '.join(SKILLS)}, got {missing if skills else []}")
     made: list[SkillQuestion] = []
     seen: set[tuple[tuple[Scene, ...], str, tuple[str, ...]]] = set()
     for i in range(number):
         skill, which = skills[i % len(skills)], i // len(skills)
         level = levels[which % len(levels)]
-        # A source of its own: what one skill draws changes nothing of the others.
+        # A separate generator for each question, so that one skill's draws do not affect the others.
         rng = random.Random(stable_hash("skills", split, seed, skill, which))
         for _ in range(5000):
             question = SKILLS[skill].make(rng, level)
@@ -96,16 +101,21 @@ def make_questions(
             if key not in seen and belongs_to(question, split):
                 break
         else:
-            raise DataError(f"skill {skill} has no {which + 1}th {split} question of difficulty {level}; ask for fewer")
+            raise DataError(
+                f"{skill} has only {which} different {split} questions of difficulty {level}. Ask for fewer."
+            )
         seen.add(key)
         made.append(question)
     return made
 
 
 def row(question: SkillQuestion, question_id: str, images: list[str]) -> dict[str, Any]:
-    """A row of a question file. Beside Question's own fields: direct_answer (of an option its own words, where the
-    answer is its letter), skill, benchmark, difficulty, num_steps, scenes, the
-    derivations (derivation_a, ...) and plausible wrong ones (wrong_derivation_a, ..., which end in wrong_answer)."""
+    """Return a row of a question file.
+
+    Next to Question's own fields it has direct_answer (the option's text where the answer is a letter), skill, benchmark,
+    difficulty, num_steps, scenes, the derivations (derivation_a, ...) and plausible wrong derivations
+    (wrong_derivation_a, ...), which end in wrong_answer.
+    """
     out: dict[str, Any] = {
         "id": question_id,
         "images": images,
@@ -136,11 +146,13 @@ def write_skills_world(
     difficulty: int | Sequence[int] = 1,
     skills: Sequence[str] = tuple(SKILLS),
 ) -> dict[Split, Path]:
-    """Write ``train.jsonl``, ``validation.jsonl``, ``test.jsonl``, ``descriptions.jsonl`` and ``images/`` to ``folder``;
-    returns the three splits' files.
+    """Write ``train.jsonl``, ``validation.jsonl``, ``test.jsonl``, ``descriptions.jsonl`` and ``images/`` to ``folder``.
 
-    The descriptions are one row per training picture, "describe the picture." with every cell's content as answer: what
-    random models learn to see with before they learn to answer.
+    The descriptions have one row for each training picture. The question is "describe the picture." and the answer is every
+    cell's content. Models that start from random weights can learn to see from them.
+
+    Returns:
+        The files of the three splits.
     """
     numbers: dict[Split, int] = {"train": num_train, "validation": num_validation, "test": num_test}
     with atomic_path(folder) as temporary:
@@ -170,7 +182,7 @@ def _description_row(scene: Scene, image: str) -> dict[str, Any]:
 
 
 def corpus(number: int = 2000, seed: int = 0, difficulty: int | Sequence[int] = DIFFICULTIES) -> list[str]:
-    """Texts of the training split, to train tokenizers on: questions, choices, answers, derivations, descriptions."""
+    """Return texts of the training split for tokenizers: questions, choices, answers, derivations and descriptions."""
     texts = [DESCRIBE]
     for q in make_questions("train", number, seed, difficulty):
         texts += [q.question, q.answer, *q.choices, *q.derivations.values(), *map(describe, q.scenes)]

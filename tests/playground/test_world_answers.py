@@ -1,4 +1,4 @@
-"""Every skill's answers, worked out again from the scene's own words, and what the answer rules say of its texts."""
+"""Every skill's answers, recomputed from the scene in words, and the answer rules' scores of its texts."""
 
 import re
 from collections import Counter
@@ -13,12 +13,12 @@ from playground.world.questions import Derivation, listed
 
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "center", "right")
 STEP = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
-BESIDE = {"left of": "left", "right of": "right", "above": "up", "below": "down"}
+NEXT_TO = {"left of": "left", "right of": "right", "above": "up", "below": "down"}
 CHINESE = {"圆": "circle", "方块": "square", "三角": "triangle", "车": "car", "树": "tree", "房子": "house"}
 
 
 def cells(scene):
-    """{(row, column): words} of a scene's words."""
+    """Return {(row, column): words} of a scene in words."""
     parts = scene.split(":", 1)[1].split("|")
     assert len(parts) == 9
     return {(i // 3, i % 3): part.split() for i, part in enumerate(parts) if part}
@@ -34,7 +34,7 @@ def place_of(seen, name):
 
 
 def solve(skill, question, scenes, choices=()):
-    """The answer, from the question's words and the scenes' words."""
+    """Return the answer, computed from the question and the scenes in words."""
     value = SOLVERS[skill](question, [cells(scene) for scene in scenes])
     return "ABCDEFGHIJ"[choices.index(value)] if choices else value
 
@@ -53,8 +53,8 @@ def solve_charts(question, scenes):
     if total := re.search(r"sum of the (\w+) bars", question):
         return str(sum(int(w[2]) for w in seen.values() if w[0] == total[1]))
     heights = []
-    for colour, row in re.findall(r"the (\w+) bar(?: in the (\w+) chart)?", question):
-        (height,) = [int(w[2]) for p, w in seen.items() if w[0] == colour and (not row or ROWS[p[0]] == row)]
+    for color, row in re.findall(r"the (\w+) bar(?: in the (\w+) chart)?", question):
+        (height,) = [int(w[2]) for p, w in seen.items() if w[0] == color and (not row or ROWS[p[0]] == row)]
         heights.append(height)
     return str(heights[0] - heights[1])
 
@@ -110,8 +110,8 @@ def solve_disciplines(question, scenes):
 
 def solve_needs_image(question, scenes):
     (seen,) = scenes
-    if beside := re.search(r"thing (.*) the (\w+)\?", question):
-        return seen[moved(place_of(seen, beside[2]), BESIDE[beside[1]])][0]
+    if found := re.search(r"thing (.*) the (\w+)\?", question):
+        return seen[moved(place_of(seen, found[2]), NEXT_TO[found[1]])][0]
     return seen[place_of(seen, re.search(r"the (\w+)\?", question)[1])][0]
 
 
@@ -142,12 +142,12 @@ def solve_text_rich(question, scenes):
 
 def solve_everyday(question, scenes):
     (seen,) = scenes
-    colour = re.search(r"the (\w+) car", question)[1]
+    color = re.search(r"the (\w+) car", question)[1]
     if ["red", "light"] in seen.values():
         return "stop"
     if any(p[0] == 2 and w == ["person"] for p, w in seen.items()):
         return "wait"
-    (car,) = [w for w in seen.values() if w[:2] == [colour, "car"]]
+    (car,) = [w for w in seen.values() if w[:2] == [color, "car"]]
     limits = [int(w[1]) for w in seen.values() if w[0] == "sign"]
     return "slow" if limits and int(car[2]) > limits[0] else "go"
 
@@ -159,7 +159,7 @@ SOLVERS = {
     "spatial": solve_spatial, "text_rich": solve_text_rich, "everyday": solve_everyday,
 }  # fmt: skip
 
-# Drawn up and answered by hand; cells run from the top left, row by row.
+# Written and answered by hand. Cells run from the top left, row by row.
 BY_HAND = [
     # A right to B, B down to D
     ("diagrams", "start at A and follow 2 arrows: what is at the end?", [":right A|down B||up C|box D||||"], (), "D"),
@@ -191,7 +191,7 @@ BY_HAND = [
     # 2 x 3 + 3 x 4
     ("text_rich", "what is the price of all B and D?",
      ["table:text B|text 2x|text $3|text A|text 5x|text $9|text D|text 3x|text $4"], (), "18"),
-    # green, nobody on the road (one stands beside it), 4 is not above 4
+    # green, nobody on the road (a person is next to it), 4 is not above 4
     ("everyday", "what should the red car do?",
      ["road:green light|person|||sign 4||red car 4||blue car 9"], (), "go"),
 ]  # fmt: skip
@@ -230,7 +230,7 @@ def test_wrong_texts_score_0_in_every_style(made):
         assert rules.score(q.rule, asked(q), q.slips[0].answer) == 0.0
 
 
-def test_no_text_passes_for_repetitive(made):
+def test_no_text_counts_as_repetitive(made):
     assert not [text for q in made for text in q.derivations.values() if is_repetitive(text)]
 
 
@@ -245,13 +245,13 @@ def test_right_derivations_hold_only_right_equations(made):
     assert found > 300
 
 
-def test_options_are_said_in_their_own_words(made):
+def test_direct_answers_of_choices_are_the_options_texts(made):
     found = 0
     for q in made:
         if q.rule == "choice":
-            own = q.choices["ABCDEFGHIJ".index(q.answer)]
-            assert q.direct_answer == own
-            assert re.fullmatch(rf"(?s).*(?:answer|答案): {own}", q.derivations["b"])
+            text = q.choices["ABCDEFGHIJ".index(q.answer)]
+            assert q.direct_answer == text
+            assert re.fullmatch(rf"(?s).*(?:answer|答案): {text}", q.derivations["b"])
             assert rules.score(q.rule, asked(q), q.direct_answer) == 1.0
             found += 1
         else:
@@ -259,8 +259,8 @@ def test_options_are_said_in_their_own_words(made):
     assert found > 50
 
 
-def test_places_in_notes_hold_what_is_said(made):
-    """Where a note says "colour name place", "place colour name" or "colour place digit", the scene agrees."""
+def test_notes_agree_with_the_scene(made):
+    """A note such as "color name place" or "color place digit" describes the scene."""
     checked = 0
     for q in made:
         if q.skill == "arithmetic":
@@ -278,29 +278,29 @@ def test_places_in_notes_hold_what_is_said(made):
 
 
 def test_styles_of_one_derivation():
-    way = Derivation((("3 plus 4 is 7", "3 + 4 = 7"),), "B", said="7")
-    assert way.text("a") == "3 plus 4 is 7. so the answer is 7."
-    assert way.text("b") == "- 3 + 4 = 7\nanswer: 7"
-    assert way.text("c") == "see 3 + 4 = 7; answer = 7"
+    derivation = Derivation((("3 plus 4 is 7", "3 + 4 = 7"),), "B", said="7")
+    assert derivation.text("a") == "3 plus 4 is 7. so the answer is 7."
+    assert derivation.text("b") == "- 3 + 4 = 7\nanswer: 7"
+    assert derivation.text("c") == "see 3 + 4 = 7; answer = 7"
     chinese = Derivation((("3 + 4 = 7", "3 + 4 = 7"), ("7", "7")), "B", chinese=True)
     assert chinese.text("a") == "3 + 4 = 7. 7. 所以 答案 是 B."
     assert chinese.text("b") == "- 3 + 4 = 7\n- 7\n答案: B"
     assert chinese.text("c") == "先 3 + 4 = 7, 再 7; 答案 是 B"
 
 
-def test_lists_read_well():
+def test_words_are_joined_as_in_a_sentence():
     assert [listed(words) for words in (["x"], ["x", "y"], ["x", "y", "z"])] == ["x", "x and y", "x, y and z"]
 
 
-def test_one_question_by_the_letter():
-    """Every word of one, so that a seed's questions do not change unnoticed: results name their seeds."""
+def test_one_question_is_pinned_word_for_word():
+    """Results name their seeds, so the questions of a seed must not change."""
     (q,) = make_questions("train", 1, seed=0, skills=["charts"])
     assert q.question == "how much larger is the green bar than the yellow bar?"
     assert str(q.scenes[0]) == "chart:||||||blue bar 6|yellow bar 1|green bar 6"
     assert q.derivations["a"] == "the green bar is 6. the yellow bar is 1. 6 minus 1 is 5. so the answer is 5."
 
 
-def test_the_style_of_a_derivation_is_told_from_its_text() -> None:
+def test_the_style_of_a_derivation_is_detected_from_its_text() -> None:
     for made in make_questions("train", 280):
         assert {style: style_of(text) for style, text in made.derivations.items()} == {s: s for s in STYLES}
         assert style_of(made.answer) is None
@@ -316,10 +316,10 @@ def test_the_style_of_a_derivation_is_told_from_its_text() -> None:
         ("the red cell shows 3. so the answer is 7.", "a"),
         ("红 是 3. 所以 答案 是 7.", "a"),
         ("- red 3\n- blue 4\nanswer: 7", "b"),
-        ("- red 3\n- blue", "b"),  # cut off
+        ("- red 3\n- blue", "b"),  # truncated
         ("see red 3, then", "c"),
-        ("legs red 3\n- blue 4\nanswer: 7", "b"),  # begun badly
+        ("legs red 3\n- blue 4\nanswer: 7", "b"),  # malformed at its start
     ],
 )
-def test_styles_are_told_from_cut_and_badly_begun_texts_too(text: str, style: str | None) -> None:
+def test_styles_are_detected_in_truncated_and_malformed_texts(text: str, style: str | None) -> None:
     assert style_of(text) == style
