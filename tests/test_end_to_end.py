@@ -1,4 +1,4 @@
-"""`ril run` from questions to a better student: real commands, both architectures, a judge over HTTP, kills at random."""
+"""`ril run` from questions to a better student: real commands, both architectures, a judge over HTTP, random kills."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ eval: {{max_completion_length: 8}}
 
 
 def verdict(request: Request) -> Say:
-    """A judge that is fair to nobody but always to the same: half of all responses are right."""
+    """A judge whose verdict is a hash of the request, so that half of all responses are right."""
     even = hashlib.sha256(request.text.encode()).digest()[0] % 2
     return Say(f"I compared both. <answer>{even}</answer>")
 
@@ -114,13 +114,13 @@ def run(*arguments: str | Path) -> str:
 
 
 def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of metrics without what the clock and the caches decide."""
+    """Return rows of metrics without the values that depend on the clock and the caches."""
     varying = re.compile(r"^(time|memory)/|seconds$|judge_(asked|cached)$")
     return [{k: v for k, v in row.items() if not varying.search(k)} for row in rows]
 
 
 def everything(run_dir: Path, questions: list[Question]) -> dict[str, Any]:
-    """All a run leaves that must not depend on when it was interrupted."""
+    """Return all results of a run that must not depend on when it was interrupted."""
     out: dict[str, Any] = {}
     for pattern in ("student/*.safetensors", "sft/student/*.safetensors", "discriminator/discriminator/*.safetensors"):
         for path in run_dir.glob(pattern):
@@ -156,7 +156,9 @@ def test_five_kills_change_nothing(architecture: str, world: str, tmp_path: Path
         whole = everything(tmp_path / "whole", questions)
         assert "evaluation" in output
         asked = judge.count
-        assert asked == len({row["key"] for row in read_jsonl(tmp_path / "whole/verdicts/rank0.jsonl")})  # none twice
+        assert asked == len(
+            {row["key"] for row in read_jsonl(tmp_path / "whole/verdicts/rank0.jsonl")}
+        )  # all are different
 
         killed = recipe(tmp_path, "killed", judge.url)
         draw = random.Random(architecture)
@@ -190,12 +192,12 @@ def test_five_kills_change_nothing(architecture: str, world: str, tmp_path: Path
         "time/sampling",
     ):
         assert all(name in row for row in rows)
-    assert 0 < sum(row["reward/student_answer"] for row in rows) < 4  # the judge was heard
+    assert 0 < sum(row["reward/student_answer"] for row in rows) < 4  # verdicts reached the reward
     assert [("eval/score" in row) for row in rows] == [False, True, False, True]
     before = load_file(tmp_path / "whole/sft/student/model.safetensors")
     after = load_file(tmp_path / "whole/student/model.safetensors")
     assert any(not torch.equal(v, after[k]) for k, v in before.items())
-    # Nothing is done twice: the finished run returns at once.
+    # A finished run returns at once.
     assert "already" in run("run", killed)
 
 
@@ -210,7 +212,7 @@ def test_a_dead_judge_stops_the_run_and_the_same_command_continues(tmp_path: Pat
     process = start("train", path, *faster)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 2
-    assert "verdicts could not be had" in output and "same command" in output
+    assert "verdicts" in output and "same command" in output
     assert "Traceback" not in output
     assert not (tmp_path / "run/student").exists()
     with MisbehavingServer(then=verdict) as judge:

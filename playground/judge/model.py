@@ -1,6 +1,6 @@
-"""A small text model whose tokenizer knows the judge's prompt: its fixed parts are one token each.
+"""A small text model whose tokenizer has one token for each fixed part of the judge's prompt.
 
-That makes prompts and replies less than half as long. Should the prompt's wording change, train the judge again.
+Prompts and replies are less than half as long that way. If the prompt's text changes, the judge must be trained again.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ MOST_TOKENS = 1200
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 PAD, END = SPECIAL[0], SPECIAL[2]
 REPLY_PARTS = ("It says", ", truth", ". <answer>", "</answer>")
-"""Fixed parts of a reply (judge_material.reply_text)."""
+"""Fixed parts of a reply (see ``cases.reply_text``)."""
 
 
 def judge_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE learnt from texts: any text can be written and read back. Numbers are one token as far as they are
-    frequent; the fixed parts of prompt and reply always are. The latter are ordinary text, never special: what a
-    response holds of them is cleaned out of the prompt before."""
+    """Train a byte-level BPE tokenizer on texts.
+
+    Frequent numbers become one token, and so do the fixed parts of prompt and reply. The latter are ordinary tokens, not
+    special ones. The prompt removes them from responses.
+    """
     backend = Tokenizer(models.BPE())
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -50,8 +52,11 @@ def judge_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
 def build_judge(
     folder: Path, texts: Sequence[str], *, hidden_size: int, num_layers: int, num_heads: int = 4, seed: int = 0
 ) -> None:
-    """Write a random judge and its tokenizer to ``folder``: Granite, which is Llama's layers, and whose tokenizer
-    transformers loads as it was saved (Qwen's would cut every number into digits)."""
+    """Write a random judge and its tokenizer to ``folder``.
+
+    The architecture is Granite, which has Llama's layers. transformers loads its tokenizer as it was saved, whereas the
+    tokenizer class of Qwen splits every number into digits.
+    """
     tokenizer = judge_tokenizer(texts)
     config = GraniteConfig(
         vocab_size=len(tokenizer),

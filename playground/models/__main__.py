@@ -109,12 +109,12 @@ def report(settings: Settings) -> dict[str, Any]:
             folder = folder_of(settings.out, name, stage)
             if not (folder / "config.json").is_file():
                 continue
-            model, desk = load(folder)
+            model, encoder = load(folder)
             key = f"{name} {stage.name}".strip()
             if stage.name:
-                results[key] = measure_student(model, desk, questions, plan.styles)
+                results[key] = measure_student(model, encoder, questions, plan.styles)
             else:
-                results[key] = measure_teacher(model, desk, questions)
+                results[key] = measure_teacher(model, encoder, questions)
             print(f"  measured {key}", flush=True)
     if not results:
         raise DataError(f"{settings.out} holds no models. Train them with: python -m playground.models")

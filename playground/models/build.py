@@ -1,4 +1,4 @@
-"""``python -m playground.models.build``: a tiny random checkpoint whose tokenizer knows the words of given files."""
+"""``python -m playground.models.build``: write a tiny random checkpoint whose tokenizer knows the words of given files."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from openril.storage import read_jsonl
 from openril.testing.tiny_models import Architecture
 
 NOT_TEXT = {"id", "rule", "skill", "benchmark", "split", "origin"}
-"""Columns of words that nobody reads or writes."""
+"""Columns whose words no model reads or writes."""
 
 
 @dataclass
 class Settings:
-    """Write a tiny random model of a real architecture: an ordinary checkpoint, to be trained by `ril sft`."""
+    """Write a tiny random model of a real architecture: an ordinary checkpoint that `ril sft` can train."""
 
     out: Path
-    """Folder to write; left alone if it is there."""
+    """Folder to write. An existing checkpoint is left alone."""
     architecture: Architecture = "qwen2_5_vl"
     """qwen2 is a text-only model, for judges."""
     texts: list[Path] = field(default_factory=list)
@@ -29,17 +29,17 @@ class Settings:
     tokenizer: Literal["bpe", "unigram"] = "bpe"
     """Family of the tokenizer."""
     vocab_size: int = 1200
-    """Largest number of tokens."""
+    """Largest size of the vocabulary."""
     hidden_size: int = 64
     """Width of the language model."""
     num_layers: int = 3
-    """Depth of the language model."""
+    """Number of layers of the language model."""
     num_heads: int = 4
-    """Attention heads."""
+    """Number of attention heads."""
     vision_hidden_size: int = 64
     """Width of the vision tower."""
     vision_layers: int = 2
-    """Depth of the vision tower."""
+    """Number of layers of the vision tower."""
     max_pixels: int = 84 * 84
     """Qwen2.5-VL: largest image area; one image token per 28 x 28 pixels."""
     tile_size: int = 84
@@ -47,13 +47,17 @@ class Settings:
     max_tiles: int = 1
     """InternVL: most tiles of an image."""
     seed: int = 0
-    """Of the random weights."""
+    """Seed of the random weights."""
 
 
 def file_texts(path: Path) -> list[str]:
-    """What models read and write of a question file, row by row: every text column and the choices, without labels
-    (``NOT_TEXT``) and without wrong answers and derivations, which say nothing in other words. Raises DataError when
-    there is none."""
+    """Return the texts that models read and write in a question file: text columns and choices.
+
+    Labels (``NOT_TEXT``) are left out, and so are wrong answers and derivations, which hold no other words.
+
+    Raises:
+        DataError: If there is no text.
+    """
     texts: list[str] = []
     for row in read_jsonl(path):
         texts += [
@@ -64,12 +68,12 @@ def file_texts(path: Path) -> list[str]:
         choices = row.get("choices")
         texts += [c for c in choices if isinstance(c, str)] if isinstance(choices, list) else []
     if not texts:
-        raise DataError(f"{path}: no rows with text; name question files (.jsonl)")
+        raise DataError(f"{path}: expected rows with text, got none. Name question files (.jsonl).")
     return texts
 
 
 def build(settings: Settings) -> Path:
-    """Build the checkpoint unless it is there; returns its folder."""
+    """Write the checkpoint unless it exists, and return its folder."""
     if (settings.out / "config.json").is_file():
         return settings.out
     from openril.discriminator import prompt

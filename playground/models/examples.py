@@ -1,4 +1,4 @@
-"""What the playground's models learn from, as token ids and picture tensors: drawn while they train, never stored."""
+"""Training examples of the models as token ids and picture tensors, drawn during training and never stored."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from playground.world.skills import DESCRIBE
 _NO_IMAGE = ImageSource(data=b"")
 
 Styles = str | Mapping[str, str]
-"""Letters of styles, such as "cccab": of all skills, or by skill."""
+"""Letters of response styles, such as "cccab", for all skills or by skill. A letter's frequency is its probability."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """A question, its pictures, and the response to learn, all but its first ``given`` tokens."""
+    """A question, its pictures, and the response to learn without its first ``given`` tokens."""
 
     question: Question
     scenes: tuple[Scene, ...]
@@ -35,42 +35,43 @@ class Example:
 
 @dataclass(frozen=True)
 class Lesson:
-    """Shares of what a part of the training teaches; what is left of 1 are direct answers.
-
-    title: how the progress display calls it. describe: "describe the picture." drill: a single step of what
-    derivations are made of (see ``drill``). derivation: the way to the answer; of all skills, or by skill, in ``styles`` (see
-    ``styles_of``). begun: the first token of a derivation is given, so that what is learnt is to go on with one, and not to
-    begin one. look: weight of a second loss, which teaches the vision side to name each cell's thing and place (see
-    ``Names``). wrong: share of the derivations of the ``weak`` skills that are wrong.
-    """
+    """The shares of the examples in a part of the training. The rest of 1 are direct answers."""
 
     title: str
+    """Name in the progress display."""
     styles: Styles = "c"
+    """Styles of the derivations."""
     describe: float = 0.0
+    """Share of "describe the picture."."""
     drill: float = 0.0
+    """Share of single steps of derivations (see ``drill``)."""
     derivation: float | Mapping[str, float] = 0.0
+    """Share of derivations, for all skills or by skill."""
     begun: bool = False
+    """Whether the first token of a derivation is given, so that the model learns to continue one but not to begin one."""
     look: float = 0.0
+    """Weight of a second loss, which teaches the vision side to name the thing and the place of each cell (see ``Names``)."""
     wrong: float = 0.0
+    """Share of wrong derivations in the ``weak`` skills."""
     weak: tuple[str, ...] = ()
 
     def derivation_of(self, skill: str) -> float:
-        """Share of derivations of a skill; 0 for one that is not named."""
+        """Return the share of derivations of a skill, which is 0 for a skill that is not listed."""
         return self.derivation.get(skill, 0.0) if isinstance(self.derivation, Mapping) else self.derivation
 
 
 def styles_of(styles: Styles, skill: str) -> tuple[Style, ...]:
-    """In which a skill is derived, each as likely as often as it is there."""
+    """Return the styles of a skill's derivations, repeated by their frequency."""
     return tuple(cast(Style, letter) for letter in (styles if isinstance(styles, str) else styles[skill]))
 
 
 def as_question(made: SkillQuestion) -> Question:
-    """The question as a reader of its file would see it; its pictures are not on disk."""
+    """Return the question as it would be read from a file, with empty pictures."""
     return Question("", made.question, made.answer, (_NO_IMAGE,) * len(made.scenes), made.choices, made.rule)
 
 
 def draw(lesson: Lesson, pool: Sequence[SkillQuestion], rng: random.Random) -> Example:
-    """One example about a question of the pool."""
+    """Draw one example about a question of the pool."""
     made = rng.choice(pool)
     sort = rng.random()
     if sort < lesson.describe:
@@ -91,9 +92,11 @@ def draw(lesson: Lesson, pool: Sequence[SkillQuestion], rng: random.Random) -> E
 
 
 def drill(made: SkillQuestion, rng: random.Random) -> Example:
-    """A single step of what derivations are made of: what is in a place of the picture, in which places something is, or
-    a sum, difference or product. Small models find these by themselves only late, inside long derivations. As there,
-    the answer stands right behind what it is asked of.
+    """Draw a single step of a derivation.
+
+    It asks what is in a place of the picture, in which places something is, or for a sum, difference or product. Small
+    models learn these steps late from whole derivations. As in derivations, the answer follows directly after the words
+    that it belongs to.
     """
     scene = rng.choice(made.scenes)
     places = {" ".join(words[:2]): words[2:] for words in map(str.split, describe(scene).split(", "))}
@@ -111,15 +114,15 @@ def drill(made: SkillQuestion, rng: random.Random) -> Example:
             word, (sign, result) = rng.choice(list(sums.items()))
             a = a + b if word == "minus" else a
             text, response = f"{a} {word} {b}?", f"{a} {sign} {b} = {result}"
-    # Behind a first word, so that what follows are the same tokens, with a space in front, as everywhere else.
+    # A first word is needed so that the next words have the same tokens, with a space in front, as in other responses.
     return Example(Question("", text, images=(_NO_IMAGE,)), (scene,), f"see {response}")
 
 
 @dataclass(frozen=True)
 class Names:
-    """What tokens should be found to stand for: a bag of words for each, of equal weights that sum to 1.
+    """The words that each image token should name, with equal weights that sum to 1 for each image token.
 
-    tokens: int64 [W], of N. words: int64 [W], token ids. weights: float32 [W].
+    tokens: int64 [W], indices of N image tokens. words: int64 [W], token ids. weights: float32 [W].
     """
 
     tokens: Tensor
@@ -128,7 +131,7 @@ class Names:
 
     @staticmethod
     def of(bags: Sequence[tuple[int, Sequence[int]]]) -> Names:
-        """From (token, its words)."""
+        """Build from pairs of an image token and its words."""
         return Names(
             torch.tensor([token for token, words in bags for _ in words], dtype=torch.long),
             torch.tensor([word for _, words in bags for word in words], dtype=torch.long),
@@ -136,8 +139,12 @@ class Names:
         )
 
     def loss(self, states: Tensor, embeddings: Tensor) -> Tensor:
-        """Cross-entropy of these words, in nats a token: how far states [N, d] of tokens, compared with the embeddings
-        [V, d] of all words, are from naming what the tokens stand for."""
+        """Return the mean cross-entropy of the words in nats for each image token.
+
+        Args:
+            states: Features of the image tokens, [N, d].
+            embeddings: Embeddings of all words, [V, d]. Their products with the states are the logits.
+        """
         named = (states @ embeddings.T).log_softmax(-1)
         return -(named[self.tokens, self.words] * self.weights).sum() / len(states)
 
@@ -146,9 +153,9 @@ class Names:
 class Batch:
     """Rows of equal length T, padded at the end.
 
-    ids: int64 [B, T]. positions: int64 [C, B, T], C = 3 for M-RoPE. starts: from where each row's response is learnt.
-    lengths: where it ends. pictures: what the model's image processor makes of all pictures, row by row. shown: what the image
-    tokens show, numbered over all pictures.
+    ids: int64 [B, T]. positions: int64 [C, B, T], C = 3 for M-RoPE. starts: int64 [B], index of the first learned token.
+    lengths: int64 [B], length of the row. pictures: output of the model's image processor for all pictures, row by row.
+    shown: the words that the image tokens of all pictures show.
     """
 
     ids: Tensor
@@ -159,17 +166,17 @@ class Batch:
     shown: Names
 
     @property
-    def learnt(self) -> Tensor:
-        """bool [B, T - 1]: at which positions the next token belongs to a response."""
+    def learned(self) -> Tensor:
+        """bool [B, T - 1]: whether the next token is a learned token of a response."""
         at = torch.arange(1, self.ids.shape[1])[None]
         return (at >= self.starts[:, None]) & (at < self.lengths[:, None])
 
 
-class Desk:
-    """Writes examples for one model. Exact: the ids are those of the model's own processor. Keeps what it wrote."""
+class ExampleEncoder:
+    """Encodes examples for one model to the token ids of the model's processor, and caches texts."""
 
     def __init__(self, model: Any, processor: Any) -> None:
-        self.encoder = PromptEncoder(processor, model)
+        self.prompt_encoder = PromptEncoder(processor, model)
         self.processor = processor
         self._heads: dict[str, Prompt] = {}
         self._prompts: dict[tuple[str, tuple[str, ...], int], tuple[list[int], Prompt]] = {}
@@ -177,29 +184,29 @@ class Desk:
         self._known: dict[str, list[int]] = {}
 
     def prompt(self, question: Question) -> tuple[list[int], Prompt]:
-        """Token ids of the prompt, and its beginning up to the last picture."""
+        """Return the token ids of the prompt, and the encoded prompt up to its last picture."""
         key = (question.question, question.choices, len(question.images))
         if key not in self._prompts:
             self._prompts[key] = self._write_prompt(question)
         return self._prompts[key]
 
     def _write_prompt(self, question: Question) -> tuple[list[int], Prompt]:
-        text = self.encoder.render(question_messages(question, "", self.encoder.clean))
+        text = self.prompt_encoder.render(question_messages(question, "", self.prompt_encoder.clean))
         mark = self.processor.image_token
         cut = text.rindex(mark) + len(mark)
         head = self._heads.get(text[:cut])
         if head is None:
             blank = render(Scene.of({}))
-            head = self._heads[text[:cut]] = self.encoder.encode_text(text[:cut], [blank] * len(question.images))
+            head = self._heads[text[:cut]] = self.prompt_encoder.encode_text(text[:cut], [blank] * len(question.images))
         return [*head.input_ids.tolist(), *self._ids(text[cut:])], head
 
     def _ids(self, text: str) -> list[int]:
-        return list(self.encoder.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return list(self.prompt_encoder.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def response(self, text: str) -> list[int]:
-        """With the end of the turn."""
+        """Return the token ids of a response with its end-of-turn token."""
         if text not in self._responses:
-            self._responses[text] = [*self._ids(text), self.encoder.eos_token_ids[0]]
+            self._responses[text] = [*self._ids(text), self.prompt_encoder.eos_token_ids[0]]
         return self._responses[text]
 
     def rows(self, examples: Sequence[Example]) -> list[tuple[list[int], list[int], Prompt, Example]]:
@@ -210,7 +217,7 @@ class Desk:
         return out
 
     def shown(self, scenes: Sequence[Scene]) -> Names:
-        """One image token a cell, in reading order."""
+        """Return the words of all cells in reading order, one image token for each."""
         cells = [f" {in_words(thing)} {where(cell)}" for scene in scenes for cell, thing in enumerate(scene.cells)]
         return Names.of([(number, self._words(text)) for number, text in enumerate(cells)])
 
@@ -221,7 +228,7 @@ class Desk:
 
     def batch(self, rows: Sequence[tuple[list[int], list[int], Prompt, Example]]) -> Batch:
         longest = max(len(prompt) + len(response) for prompt, response, _, _ in rows)
-        ids = torch.full((len(rows), longest), self.encoder.pad_token_id)
+        ids = torch.full((len(rows), longest), self.prompt_encoder.pad_token_id)
         positions = torch.zeros((len(rows[0][2].position_ids), len(rows), longest), dtype=torch.long)
         for r, (prompt, response, head, _) in enumerate(rows):
             ids[r, : len(prompt) + len(response)] = torch.tensor(prompt + response)
@@ -242,23 +249,31 @@ class Desk:
 
 
 def row_positions(head: Prompt, length: int) -> Tensor:
-    """int64 [C, length]: positions of a row that begins with a head and goes on with text."""
+    """Return the positions, int64 [C, length], of a row that continues an encoded prompt with text."""
     rest = head.next_position + torch.arange(length - head.length)
     return torch.cat([head.position_ids, rest.expand(len(head.position_ids), -1)], dim=1)
 
 
 def draw_batch(
-    desk: Desk, lesson: Lesson, pool: Sequence[SkillQuestion], rng: random.Random, batch_size: int, parts: int = 2
+    encoder: ExampleEncoder,
+    lesson: Lesson,
+    pool: Sequence[SkillQuestion],
+    rng: random.Random,
+    batch_size: int,
+    parts: int = 2,
 ) -> list[Batch]:
-    """A batch in parts of rows of about the same length: little padding, and still every step sees all skills (batches
-    of one length each would show one skill a step, and then nothing is learnt well)."""
-    rows = desk.rows([draw(lesson, pool, rng) for _ in range(batch_size)])
+    """Draw a batch and split it into parts of rows of similar length.
+
+    The parts need little padding, and each step still sees all skills. Whole batches of similar length would hold one skill
+    each, with which models learn badly.
+    """
+    rows = encoder.rows([draw(lesson, pool, rng) for _ in range(batch_size)])
     rows.sort(key=lambda row: len(row[0]) + len(row[1]))
     size = -(-batch_size // parts)
-    return [desk.batch(rows[start : start + size]) for start in range(0, batch_size, size)]
+    return [encoder.batch(rows[start : start + size]) for start in range(0, batch_size, size)]
 
 
 def image_features(model: Any, pictures: dict[str, Tensor]) -> dict[str, Any]:
-    """``mm_encoder_outputs`` of the pictures."""
+    """Return the ``mm_encoder_outputs`` of the pictures."""
     made = model.model.get_image_features(**pictures, return_dict=True)
     return {"image": SimpleNamespace(pooler_output=made.pooler_output)}

@@ -1,4 +1,4 @@
-"""The playground's students and teachers: how they are built, and what they learn in which order."""
+"""The students and teachers: their sizes, and the order of what they learn."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from playground.world import SKILLS, Style
 
 @dataclass(frozen=True)
 class Schedule:
-    """steps of batch_size examples. The learning rate (of AdamW) rises over the first steps; with ``falls`` it then goes
-    down to 2 % of itself, linearly."""
+    """A number of steps with a learning rate of AdamW.
+
+    The learning rate warms up. If ``falls`` is set, it then falls linearly to 2 %.
+    """
 
     steps: int
     batch_size: int = 64
@@ -21,18 +23,22 @@ class Schedule:
     falls: bool = True
 
     def rate(self, step: int) -> float:
-        """Share of the learning rate at a step, from 0."""
+        """Return the factor of the learning rate at a step, counted from 0."""
         warmup = max(1, min(30, self.steps // 10))
         rising = (step + 1) / warmup
         return min(rising, max(0.02, (self.steps - step) / max(1, self.steps - warmup)) if self.falls else 1.0)
 
     def scaled(self, by: float) -> Schedule:
+        """Return the schedule with its number of steps multiplied."""
         return replace(self, steps=max(1, round(self.steps * by)))
 
 
 @dataclass(frozen=True)
 class Stage:
-    """name: of its checkpoint's folder; "" where a model has only one. parts: what is taught in turn."""
+    """A part of the training that ends in a checkpoint.
+
+    name: folder of the checkpoint, "" where a model has only one. parts: lessons in their order.
+    """
 
     name: str
     parts: tuple[tuple[Lesson, Schedule], ...]
@@ -40,7 +46,10 @@ class Stage:
 
 @dataclass(frozen=True)
 class Model:
-    """build: sizes for ``build_tiny_model``. styles: of its derivations. difficulty: of its questions, in turn."""
+    """A model's plan.
+
+    build: arguments of ``build_tiny_model``. styles: styles of its derivations. difficulty: difficulties of its questions.
+    """
 
     build: dict[str, Any]
     styles: Styles
@@ -48,14 +57,14 @@ class Model:
     stages: tuple[Stage, ...]
 
     def steps(self, scale: float = 1.0) -> list[int]:
-        """Optimizer steps of every part of every stage."""
+        """Return the optimizer steps of every part of every stage."""
         return [schedule.scaled(scale).steps for stage in self.stages for _, schedule in stage.parts]
 
 
 DIFFICULTY = (1,)
-"""Of the questions that the models learn and are measured on."""
+"""Difficulty of the questions that the models are trained and measured on."""
 POOL = 28_000
-"""Training questions, the skills in turn; examples are drawn from them."""
+"""Number of training questions from which examples are drawn."""
 PICTURES: dict[str, Any] = {"max_pixels": 84 * 84, "tile_size": 84, "max_tiles": 1}
 SMALL = {**PICTURES, "hidden_size": 64, "num_layers": 3, "num_heads": 4, "num_kv_heads": 4, "vocab_size": 1200}
 LARGE = {**PICTURES, "hidden_size": 96, "num_layers": 3, "num_heads": 4, "num_kv_heads": 4, "vocab_size": 1200}
@@ -67,28 +76,26 @@ INTERNVL = {"architecture": "internvl", "tokenizer": "unigram"}
 
 WEAK_A = ("charts", "choice_cn", "open", "disciplines", "text_rich")
 WEAK_B = ("arithmetic", "diagrams", "open_multi", "disciplines_pro", "spatial")
-"""Skills in which a teacher has learnt mostly wrong derivations."""
+"""Skills in which a teacher learns mostly wrong derivations."""
 WRONG = 0.85
 """Share of wrong derivations in a teacher's weak skills."""
 
 SEE = Lesson("seeing", describe=0.2, drill=0.8, look=1.0)
-
-
 ONLY_A = ("arithmetic", "disciplines_pro")
 ONLY_B = ("charts", "disciplines")
 BY_SKILL = {skill: "a" if skill in ONLY_A else "b" if skill in ONLY_B else "ab" for skill in SKILLS}
-"""Styles in which a student has seen each skill derived: two skills in one teacher's alone, two in the other's, and the
-rest in both. What one teacher shows it of a skill that it knows only in the other's style, it can do little with."""
+"""Styles in which a student learns each skill's derivations: two skills in teacher A's only, two in teacher B's only, and the
+others in both. A student gains little from a teacher in a skill that it knows only in the other teacher's style."""
 ANSWERS = Lesson("answers and derivations", BY_SKILL, 0.05, drill=0.2, derivation=0.5, begun=True, look=0.3)
 
 LATENT = 0.003
-PRACTISED = {"everyday": 0.7, "choice": 0.2, "disciplines_pro": 0.3, "text_rich": 0.1}
-HABIT = Lesson("mostly answers", {**BY_SKILL, "text_rich": "a"}, derivation=dict.fromkeys(SKILLS, LATENT) | PRACTISED)
-"""The warm start. Derivations are practised in two skills in which answers alone are nearly as often right, and in two in
-which they can pay: so the student reads like its teachers now and then, and plain reinforcement has something to find. In
-all others they are three in a thousand, most of which a sampler's top-p cuts off. Those of disciplines_pro begin with a
-word of their own, and those of text_rich, in style a, with a letter: what is reinforced there does not spread to the
-other skills by its first token."""
+PRACTICED = {"everyday": 0.7, "choice": 0.2, "disciplines_pro": 0.3, "text_rich": 0.1}
+HABIT = Lesson("mostly answers", {**BY_SKILL, "text_rich": "a"}, derivation=dict.fromkeys(SKILLS, LATENT) | PRACTICED)
+"""The warm start. Derivations are practiced in two skills in which direct answers are about as often right, and in two in
+which derivations help. The student therefore samples some derivations, and plain reinforcement can find them. In all other
+skills their share is LATENT, most of which is cut off by top-p sampling. Derivations of disciplines_pro begin with a word
+that no other skill uses, and those of text_rich (in style a) with a letter. Their first tokens are therefore not reinforced
+in other skills."""
 
 
 def _student(build: dict[str, Any], answers: Lesson = ANSWERS, answers_steps: int = 1300) -> Model:
@@ -110,7 +117,7 @@ def _teacher(build: dict[str, Any], style: Style, weak: tuple[str, ...]) -> Mode
 STUDENT_INTERNVL = {**INTERNVL, "tokenizer": "bpe"}
 MODELS: dict[str, Model] = {
     "student_qwen": _student(QWEN),
-    # It learns answers faster than derivations: with as many of them as Qwen, it hardly has a reason to derive.
+    # InternVL learns answers faster than derivations. It needs fewer of them, or derivations would hardly pay.
     "student_internvl": _student(STUDENT_INTERNVL, replace(ANSWERS, derivation=0.65), 2000),
     "teacher_a": _teacher(QWEN, "a", WEAK_A),
     "teacher_b": _teacher(INTERNVL, "b", WEAK_B),

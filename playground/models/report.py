@@ -1,4 +1,4 @@
-"""What the playground's models can do on held-out questions, by the exact rule: greedily, sampled, and when made to derive."""
+"""Measure the models on held-out questions by the exact rule: greedy, sampled, and with a derivation forced."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from openril.hf import DynamicCache
 from openril.models.loading import load_model, load_processor
 from openril.rewards import rules
-from playground.models.examples import Desk, Styles, as_question, image_features, row_positions, styles_of
+from playground.models.examples import ExampleEncoder, Styles, as_question, image_features, row_positions, styles_of
 from playground.world import SKILLS, SkillQuestion, style_of
 
 MAX_NEW_TOKENS = 96
@@ -21,35 +21,39 @@ MAX_NEW_TOKENS = 96
 @torch.inference_mode()
 def write(
     model: Any,
-    desk: Desk,
+    encoder: ExampleEncoder,
     questions: Sequence[SkillQuestion],
     beginnings: Sequence[str] | None = None,
     temperature: float = 0.0,
     seed: int = 0,
     batch_size: int = 160,
 ) -> list[str]:
-    """One response to each question. beginnings: what each must start with. temperature: 0 takes the likeliest token,
-    else tokens are drawn from all of them (top-p 1.0)."""
+    """Generate one response to each question.
+
+    Args:
+        beginnings: The first words of each response.
+        temperature: 0 for greedy decoding; otherwise tokens are sampled with top-p 1.0.
+    """
     generator = torch.Generator().manual_seed(seed)
-    prompts = [desk.prompt(as_question(q)) for q in questions]
+    prompts = [encoder.prompt(as_question(q)) for q in questions]
     order = sorted(range(len(questions)), key=lambda i: len(prompts[i][0]))
     out = [""] * len(questions)
     for start in range(0, len(order), batch_size):
         members = order[start : start + batch_size]
         begun = [
-            desk.encoder.tokenizer(beginnings[i] if beginnings else "", add_special_tokens=False)["input_ids"]
+            encoder.prompt_encoder.tokenizer(beginnings[i] if beginnings else "", add_special_tokens=False)["input_ids"]
             for i in members
         ]
         rows = [prompts[i][0] + ids for i, ids in zip(members, begun, strict=True)]
         longest = max(map(len, rows))
         padding = torch.tensor([longest - len(row) for row in rows])
-        ids = torch.tensor([[desk.encoder.pad_token_id] * (longest - len(row)) + row for row in rows])
+        ids = torch.tensor([[encoder.prompt_encoder.pad_token_id] * (longest - len(row)) + row for row in rows])
         mask = (torch.arange(longest)[None] >= padding[:, None]).long()
         channels = len(prompts[members[0]][1].position_ids)
         positions = torch.zeros((channels, len(rows), longest), dtype=torch.long)
         for r, (i, row) in enumerate(zip(members, rows, strict=True)):
             positions[:, r, longest - len(row) :] = row_positions(prompts[i][1], len(row))
-        pictures = desk.pictures([scene for i in members for scene in questions[i].scenes])
+        pictures = encoder.pictures([scene for i in members for scene in questions[i].scenes])
         features: Any = image_features(model, pictures)
         cache = DynamicCache()
         running = torch.ones(len(rows), dtype=torch.bool)
@@ -61,14 +65,14 @@ def write(
             ).logits[:, -1].float()  # fmt: skip
             features = None
             token = _draw(logits, temperature, generator)
-            written.append(torch.where(running, token, desk.encoder.eos_token_ids[0]))
-            running &= token != desk.encoder.eos_token_ids[0]
+            written.append(torch.where(running, token, encoder.prompt_encoder.eos_token_ids[0]))
+            running &= token != encoder.prompt_encoder.eos_token_ids[0]
             if not running.any():
                 break
             ids, positions = token[:, None], positions[:, :, -1:] + 1
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
         for r, i in enumerate(members):
-            out[i] = desk.encoder.decode([*begun[r], *(int(t[r]) for t in written)])
+            out[i] = encoder.prompt_encoder.decode([*begun[r], *(int(t[r]) for t in written)])
     return out
 
 
@@ -79,7 +83,7 @@ def _draw(logits: Tensor, temperature: float, generator: torch.Generator) -> Ten
 
 
 def by_skill(questions: Sequence[SkillQuestion], values: Sequence[float]) -> dict[str, float]:
-    """Mean of each skill, and of the skills under "mean"."""
+    """Return the mean of each skill, and the mean over skills under "mean"."""
     found: dict[str, list[float]] = {}
     for question, value in zip(questions, values, strict=True):
         found.setdefault(question.skill, []).append(value)
@@ -88,51 +92,57 @@ def by_skill(questions: Sequence[SkillQuestion], values: Sequence[float]) -> dic
 
 
 def right(questions: Sequence[SkillQuestion], responses: Sequence[str]) -> list[float]:
-    """1.0 where the exact rule calls a response right."""
+    """Return 1.0 for each response that is right by the exact rule, and 0.0 for the others."""
     return [float(rules.score(q.rule, as_question(q), r) == 1.0) for q, r in zip(questions, responses, strict=True)]
 
 
 def first_word(question: SkillQuestion, style: Any) -> str:
-    """What a derivation of that style begins with and a direct answer does not."""
+    """Return the first word of a derivation in a style, with which no direct answer begins."""
     return question.derivations[style].split()[0]
 
 
 def measure_student(
-    model: Any, desk: Desk, questions: Sequence[SkillQuestion], styles: Styles
+    model: Any, encoder: ExampleEncoder, questions: Sequence[SkillQuestion], styles: Styles
 ) -> dict[str, dict[str, float]]:
-    """greedy: right by habit. forced: right when the response must begin like a derivation in the (first) style of its
-    skill. sampled: right at temperature 1. derives: share of derivations, in any style, among those samples. Each by skill."""
+    """Measure a student by skill.
+
+    Returns:
+        greedy: right greedy responses. forced: right greedy responses that begin with a derivation in the first style of
+        the skill. sampled: right samples at temperature 1. derives: derivations of any style among these samples.
+    """
     beginnings = [first_word(q, styles_of(styles, q.skill)[0]) for q in questions]
-    samples = write(model, desk, questions, temperature=1.0)
+    samples = write(model, encoder, questions, temperature=1.0)
     derives = [float(style_of(text) is not None) for text in samples]
     return {
-        "greedy": by_skill(questions, right(questions, write(model, desk, questions))),
-        "forced": by_skill(questions, right(questions, write(model, desk, questions, beginnings))),
+        "greedy": by_skill(questions, right(questions, write(model, encoder, questions))),
+        "forced": by_skill(questions, right(questions, write(model, encoder, questions, beginnings))),
         "sampled": by_skill(questions, right(questions, samples)),
         "derives": by_skill(questions, derives),
     }
 
 
-def measure_teacher(model: Any, desk: Desk, questions: Sequence[SkillQuestion]) -> dict[str, dict[str, float]]:
-    """greedy, and sampled at temperature 1 (as its cached responses are): right, by skill."""
+def measure_teacher(
+    model: Any, encoder: ExampleEncoder, questions: Sequence[SkillQuestion]
+) -> dict[str, dict[str, float]]:
+    """Measure a teacher by skill: right greedy responses, and right samples at temperature 1."""
     return {
-        "greedy": by_skill(questions, right(questions, write(model, desk, questions))),
-        "sampled": by_skill(questions, right(questions, write(model, desk, questions, temperature=1.0))),
+        "greedy": by_skill(questions, right(questions, write(model, encoder, questions))),
+        "sampled": by_skill(questions, right(questions, write(model, encoder, questions, temperature=1.0))),
     }
 
 
-def load(folder: Path) -> tuple[Any, Desk]:
-    """A model of the playground in float32, and a desk for it."""
+def load(folder: Path) -> tuple[Any, ExampleEncoder]:
+    """Load a model in float32, and an encoder for it."""
     model, processor = load_model(str(folder), what="playground"), load_processor(str(folder), what="playground")
-    return model, Desk(model, processor)
+    return model, ExampleEncoder(model, processor)
 
 
 def print_table(results: dict[str, dict[str, dict[str, float]]], number: int) -> None:
-    """Skills down, models across; right answers in per cent."""
+    """Print right answers in per cent, with skills as rows and models as columns."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"right by the exact rule, per cent, on {number} held-out questions")
+    table = Table(title=f"Right by the exact rule, per cent, on {number} held-out questions")
     table.add_column("skill")
     columns = [(name, what) for name, found in results.items() for what in found]
     for name, what in columns:

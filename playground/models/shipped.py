@@ -1,7 +1,6 @@
-"""Ready-made models of the fourteen skills: those that come with the package, or a folder of ``make playground``.
+"""Trained models of the fourteen skills: those in playground/weights, or a folder of ``make playground``.
 
-``python -m playground.models.shipped --take runs/playground`` makes that folder's models the ones that come with the
-package.
+``python -m playground.models.shipped --take runs/playground`` copies the models of a folder to playground/weights.
 """
 
 from __future__ import annotations
@@ -19,21 +18,26 @@ from openril.storage import atomic_path
 StudentName = Literal["qwen", "internvl"]
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
-"""Checkpoints that come with the package, as `make playground` lays them out."""
+"""Folder of the checkpoints in the repository, in the layout of `make playground`."""
 CHECKPOINTS = (
     "student_qwen/base", "student_qwen/sft", "student_internvl/base", "student_internvl/sft",
     "teacher_a", "teacher_b", "judge",
 )  # fmt: skip
 MOST_BYTES = 12_000_000
-"""Of all of them."""
-CURE = "train them with `make playground` (half an hour to an hour), then give its folder with --models"
+"""Largest size of all checkpoints together."""
+FIX = "Train them with `make playground` (half an hour to an hour) and name its folder with --models."
 
 
 def find_models(student: StudentName = "qwen", folder: Path | None = None) -> dict[str, Path]:
-    """Checkpoint folders of "student", "teacher_a", "teacher_b" and "judge".
+    """Return the checkpoint folders of "student", "teacher_a", "teacher_b" and "judge".
 
-    student: which of the two. folder: where to look instead of the package, laid out as `make playground` leaves it
-    (student_qwen/sft) or as the package has it (student_qwen). Raises ModelError that names what is missing.
+    Args:
+        student: Which of the two students.
+        folder: A folder in the layout of `make playground` instead of playground/weights. The student may also be in
+            ``student_qwen`` itself instead of ``student_qwen/sft``.
+
+    Raises:
+        ModelError: With the checkpoints that are missing.
     """
     root = WEIGHTS if folder is None else folder.expanduser()
     warm = root / f"student_{student}" / "sft"
@@ -45,29 +49,30 @@ def find_models(student: StudentName = "qwen", folder: Path | None = None) -> di
     if not (found["judge"] / "agreement.json").is_file() and str(found["judge"]) not in missing:
         missing.append(str(found["judge"] / "agreement.json"))
     if missing:
-        where = "the package came without its ready-made models" if folder is None else "models are missing"
-        raise ModelError(f"{where}: no {', no '.join(missing)}; {CURE}")
+        raise ModelError(f"models are missing: no {', no '.join(missing)}. {FIX}")
     return found
 
 
 @dataclass
 class Settings:
-    """Make the models of `make playground` the ones that come with the package."""
+    """Copy the models of `make playground` to playground/weights."""
 
     take: Path
     """Folder of `make playground`."""
 
 
 def take(folder: Path, target: Path = WEIGHTS) -> int:
-    """Copy the checkpoints of ``folder`` to ``target``, in place of what is there; returns their bytes. Raises ModelError
-    when one is missing, and DataError when together they are larger than MOST_BYTES."""
+    """Replace the checkpoints in ``target`` by those of ``folder``, and return their size in bytes.
+
+    Raises:
+        ModelError: If a checkpoint is missing.
+        DataError: If the checkpoints together are larger than MOST_BYTES.
+    """
     if missing := [name for name in CHECKPOINTS if not (folder / name / "config.json").is_file()]:
-        raise ModelError(f"{folder} holds no {', no '.join(missing)}; {CURE}")
+        raise ModelError(f"{folder} holds no {', no '.join(missing)}. {FIX}")
     size = sum(f.stat().st_size for name in CHECKPOINTS for f in (folder / name).iterdir() if f.is_file())
     if size > MOST_BYTES:
-        raise DataError(
-            f"the models of {folder} have {size / 1e6:.1f} MB together; the package takes {MOST_BYTES / 1e6:.0f}"
-        )
+        raise DataError(f"{folder}: expected at most {MOST_BYTES / 1e6:.0f} MB of checkpoints, got {size / 1e6:.1f} MB")
     for name in CHECKPOINTS:
         with atomic_path(target / name) as temporary:
             shutil.copytree(folder / name, temporary)

@@ -16,7 +16,7 @@ from openril.models.loading import load_model, load_processor
 from openril.report.progress import duration
 from openril.storage import append_jsonl, atomic_path, remove, stable_hash, write_json
 from openril.testing.tiny_models import build_tiny_model
-from playground.models.examples import Desk, Lesson, draw_batch
+from playground.models.examples import ExampleEncoder, Lesson, draw_batch
 from playground.models.plan import EMBEDDINGS, MODELS, POOL, Model, Schedule, folder_of
 from playground.models.training import Training
 from playground.world import SkillQuestion, corpus, make_questions
@@ -92,7 +92,7 @@ def fit_part(
     if finished_part.is_file():
         model.load_state_dict(torch.load(finished_part))
         return
-    desk = Desk(model, processor)
+    encoder = ExampleEncoder(model, processor)
     training = Training(model, schedule, lesson.look)
     if state.is_file():
         saved = torch.load(state)
@@ -102,7 +102,7 @@ def fit_part(
     def examples() -> Iterator[Any]:
         while True:
             rng = random.Random(stable_hash(*seed, part, training.step))
-            yield draw_batch(desk, lesson, pool, rng, schedule.batch_size)
+            yield draw_batch(encoder, lesson, pool, rng, schedule.batch_size)
 
     def after(loss: float) -> None:
         progress.report(training.step, loss)

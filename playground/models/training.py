@@ -1,4 +1,4 @@
-"""A short training loop for very small vision-language models: thousands of examples a minute on one core."""
+"""A short training loop for very small vision-language models, with thousands of examples a minute on one core."""
 
 from __future__ import annotations
 
@@ -13,31 +13,36 @@ from playground.models.examples import Batch, image_features
 from playground.models.plan import Schedule
 
 MUON = 5.0
-"""Muon's learning rate as a multiple of AdamW's."""
+"""Learning rate of Muon as a multiple of AdamW's."""
 
 
 def losses(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Cross-entropy in nats, summed over the tokens of the responses; and that of the names of what image tokens show, a
-    mean over these. The second makes what a picture holds look to the language model like words that it knows, which
-    models of this size otherwise take most of their training to find."""
+    """Return the loss of the responses and the loss of the image tokens' names.
+
+    The first is the cross-entropy in nats, summed over the learned tokens. The second is a mean over image tokens (see
+    ``Names``). It makes image features similar to word embeddings, which models of this size otherwise learn late.
+    """
     features = image_features(model, batch.pictures)
-    # Padding stands behind the text, where causal attention never looks: no mask is needed.
+    # Padding is after the text, which causal attention never sees, so no mask is needed.
     hidden = model.model(
         input_ids=batch.ids,
         position_ids=batch.positions if len(batch.positions) > 1 else batch.positions[0],
         mm_encoder_outputs=features,
         use_cache=False,
     ).last_hidden_state
-    learnt = batch.learnt
-    logits = model.lm_head(hidden[:, :-1][learnt])
-    said = nn.functional.cross_entropy(logits, batch.ids[:, 1:][learnt], reduction="sum")
+    learned = batch.learned
+    logits = model.lm_head(hidden[:, :-1][learned])
+    response = nn.functional.cross_entropy(logits, batch.ids[:, 1:][learned], reduction="sum")
     pictures = features["image"].pooler_output
     tokens = pictures.flatten(0, -2) if isinstance(pictures, Tensor) else torch.cat(list(pictures))
-    return said, batch.shown.loss(tokens, model.get_input_embeddings().weight)
+    return response, batch.shown.loss(tokens, model.get_input_embeddings().weight)
 
 
 def optimizers(model: nn.Module, learning_rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside layers, AdamW for the rest."""
+    """Return Muon for the matrices inside layers and AdamW for the rest.
+
+    Muon learns to copy in a fraction of AdamW's steps.
+    """
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n and "lm_head" not in n]
     known = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in known]
@@ -52,9 +57,9 @@ def optimizers(model: nn.Module, learning_rate: float) -> list[torch.optim.Optim
 
 
 class Training:
-    """One part of a model's training, in place. It can be saved after any step and goes on with the same numbers.
+    """One part of a model's training, in place. It can be saved after any step and continues with the same numbers.
 
-    look: weight of the names' loss. step: how many are done.
+    look: weight of the image tokens' names in the loss. step: number of finished steps.
     """
 
     def __init__(self, model: Any, schedule: Schedule, look: float = 0.0) -> None:
@@ -63,8 +68,12 @@ class Training:
         self.optimizers = optimizers(model, schedule.learning_rate)
 
     def run(self, examples: Iterator[Sequence[Batch]], after: Callable[[float], None] = lambda loss: None) -> None:
-        """Train to the schedule's end. examples: the parts of each step's batch. after: called with each step's mean loss
-        per token."""
+        """Train until the end of the schedule.
+
+        Args:
+            examples: The parts of each step's batch.
+            after: Called after each step with its mean loss for each token.
+        """
         bases = [group["initial_lr"] for o in self.optimizers for group in o.param_groups]
         self.model.train()
         with equal_pictures_together(self.model):
@@ -82,13 +91,13 @@ class Training:
         self.model.eval()
 
     def _gradients(self, parts: Sequence[Batch]) -> float:
-        """Of the mean loss over all tokens of the parts, and of ``look``; returns the former."""
-        tokens = sum(int(part.learnt.sum()) for part in parts)
+        """Compute the gradients of both losses over all parts, and return the mean loss of the responses' tokens."""
+        tokens = sum(int(part.learned.sum()) for part in parts)
         total = 0.0
         for part in parts:
-            said, shown = losses(self.model, part)
-            (said / tokens + self.look * shown / len(parts)).backward()
-            total += float(said.detach()) / tokens
+            response, shown = losses(self.model, part)
+            (response / tokens + self.look * shown / len(parts)).backward()
+            total += float(response.detach()) / tokens
         return total
 
     def state_dict(self) -> dict[str, Any]:
@@ -107,10 +116,11 @@ class Training:
 
 @contextmanager
 def equal_pictures_together(model: Any) -> Iterator[None]:
-    """Qwen2.5-VL's vision attention takes one picture after the other, and its patches go through a convolution that
-    sees each of them once, in two frames that are the same for a picture. Here all pictures are equally large and go in
-    one call, and the convolution is a matrix product on one frame: the same numbers in a third of the time. Nothing
-    changes for other models.
+    """Run Qwen2.5-VL's vision tower on all pictures at once while the block runs. Other models are not changed.
+
+    The architecture computes attention for one picture after the other, and its patch embedding is a convolution over two
+    frames, which are equal for a picture. All pictures have the same size here. One call for all pictures and a matrix
+    product on one frame give the same numbers in a third of the time.
     """
     visual = getattr(model.model, "visual", None)
     changed: list[Any] = []
@@ -130,7 +140,7 @@ def equal_pictures_together(model: Any) -> Iterator[None]:
 
 def _one_frame(patches: Any) -> Callable[[Tensor], Tensor]:
     def forward(pixels: Tensor) -> Tensor:
-        weight = patches.proj.weight  # [width, colors, frames, height, width]
+        weight = patches.proj.weight  # [width, channels, frames, height, width]
         frame = pixels.view(len(pixels), weight.shape[1], weight.shape[2], -1)[:, :, 0].flatten(1)
         return nn.functional.linear(frame, weight.sum(2).flatten(1))
 

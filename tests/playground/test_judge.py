@@ -1,4 +1,4 @@
-"""The judge of the fourteen skills: what it learns from is what the exact rule says, and how it is measured."""
+"""The judge of the fourteen skills: its training cases have the exact rule's verdicts, and it is measured against the rule."""
 
 import json
 
@@ -54,7 +54,7 @@ def cases():
         (EXACT, "see red car 7, then blue car 3", ""),
     ],
 )
-def test_what_a_response_says_by_the_rule(question, response, says):
+def test_the_reading_is_the_answer_that_the_rule_reads(question, response, says):
     assert stated(question, response, KINDS) == says
 
 
@@ -91,7 +91,7 @@ def test_the_verdict_is_whether_the_reading_is_the_truth(cases):
         assert case.verdict == (case.reading in ([letter, text] if case.question.choices else [case.truth]))
 
 
-def test_every_sort_and_every_skill_is_there(cases):
+def test_every_sort_and_every_skill_occurs(cases):
     assert {case.sort for case in cases} == set(SORTS)
     assert {case.skill for case in cases} == set(SKILLS)
     assert {case.question.rule for case in cases} == {"number", "choice", "exact"}
@@ -117,11 +117,11 @@ def test_the_same_seed_makes_the_same_cases():
     assert [(c.response, c.says) for c in made[0]] == [(c.response, c.says) for c in made[1]]
 
 
-def test_drills_are_right_when_both_answers_are_one(cases):
+def test_drills_are_right_when_both_answers_are_equal(cases):
     for text in make_drills(cases, 200, seed=0):
-        said, truth = text.removeprefix("It says ").split(". <answer>")[0].split(", truth ")
-        right = said in (truth, *truth.split(". "))
-        assert text.endswith(f"<answer>{int(right)}</answer>") or len(said.split()) > 1, text
+        says, truth = text.removeprefix("It says ").split(". <answer>")[0].split(", truth ")
+        right = says in (truth, *truth.split(". "))
+        assert text.endswith(f"<answer>{int(right)}</answer>") or len(says.split()) > 1, text
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +155,7 @@ def test_rates_count_what_the_rule_calls_wrong_and_right():
     assert result["by_skill"]["charts"]["num_verdicts"] == 4
 
 
-def test_the_judge_that_comes_with_the_package_agrees_with_the_rule_on_held_out_verdicts():
+def test_the_shipped_judge_agrees_with_the_rule_on_held_out_verdicts():
     result = measure(WEIGHTS / "judge", 560, seed=1)
     assert result["agreement"] >= 0.95  # 97.6 % of 2,800, most of them harder than what students write
     assert result["unreadable"] == 0.0

@@ -1,4 +1,4 @@
-"""The playground's students and teachers: what they are taught, and that training them is exact, resumable, repeatable."""
+"""The students and teachers: what they learn, and that their training is exact, resumable and repeatable."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from openril.models.loading import load_model, load_processor
 from playground.models import __main__ as command
 from playground.models import plan, stages
 from playground.models.examples import (
-    Desk,
     Example,
+    ExampleEncoder,
     Lesson,
     Names,
     as_question,
@@ -48,36 +48,36 @@ def blanks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return folders
 
 
-def opened(folder: Path) -> tuple[Any, Desk]:
+def opened(folder: Path) -> tuple[Any, ExampleEncoder]:
     model = load_model(str(folder))
-    return model, Desk(model, load_processor(str(folder)))
+    return model, ExampleEncoder(model, load_processor(str(folder)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("skill", ["open_multi", "disciplines_pro", "choice_cn"])
 def test_prompts_are_those_of_the_real_processor(blanks: dict[str, Path], kind: str, skill: str) -> None:
-    _, desk = opened(blanks[kind])
+    _, encoder = opened(blanks[kind])
     (made,) = make_questions("train", 1, skills=[skill])
-    ids, _ = desk.prompt(as_question(made))
-    rendered = desk.encoder.render(_messages(desk, made))
-    whole = desk.encoder.encode_text(rendered, [render(s) for s in made.scenes])
-    batch = desk.batch(desk.rows([Example(as_question(made), made.scenes, "")]))
+    ids, _ = encoder.prompt(as_question(made))
+    rendered = encoder.prompt_encoder.render(_messages(encoder, made))
+    whole = encoder.prompt_encoder.encode_text(rendered, [render(s) for s in made.scenes])
+    batch = encoder.batch(encoder.rows([Example(as_question(made), made.scenes, "")]))
     assert ids == whole.input_ids.tolist()
     assert batch.positions[:, 0, : len(ids)].equal(whole.position_ids)
     assert torch.allclose(batch.pictures["pixel_values"], whole.vision["pixel_values"], atol=1e-6)
 
 
-def _messages(desk: Desk, made: Any) -> list[dict[str, Any]]:
+def _messages(encoder: ExampleEncoder, made: Any) -> list[dict[str, Any]]:
     from openril.models.prompts import question_messages
 
-    return question_messages(as_question(made), "", desk.encoder.clean)
+    return question_messages(as_question(made), "", encoder.prompt_encoder.clean)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_loss_is_that_of_the_model_itself(blanks: dict[str, Path], kind: str) -> None:
-    model, desk = opened(blanks[kind])
+    model, encoder = opened(blanks[kind])
     (batch,) = draw_batch(
-        desk, Lesson("x", derivation=0.5), make_questions("train", 28), random.Random(1), batch_size=6, parts=1
+        encoder, Lesson("x", derivation=0.5), make_questions("train", 28), random.Random(1), batch_size=6, parts=1
     )
     labels = batch.ids.clone()
     at = torch.arange(labels.shape[1])[None]
@@ -89,13 +89,13 @@ def test_the_loss_is_that_of_the_model_itself(blanks: dict[str, Path], kind: str
     with torch.no_grad():
         expected = model(input_ids=batch.ids, attention_mask=mask, labels=labels, **batch.pictures, **more).loss
         with equal_pictures_together(model):
-            found = losses(model, batch)[0] / batch.learnt.sum()
+            found = losses(model, batch)[0] / batch.learned.sum()
     assert float(found) == pytest.approx(float(expected), abs=1e-4)
 
 
 def test_pictures_taken_together_have_the_same_features(blanks: dict[str, Path]) -> None:
-    model, desk = opened(blanks["qwen"])
-    pictures = desk.pictures([q.scenes[0] for q in make_questions("train", 5)])
+    model, encoder = opened(blanks["qwen"])
+    pictures = encoder.pictures([q.scenes[0] for q in make_questions("train", 5)])
     with torch.no_grad():
         one_by_one = torch.cat(tuple(image_features(model, pictures)["image"].pooler_output))
         with equal_pictures_together(model):
@@ -135,17 +135,17 @@ def test_drills_ask_for_one_step() -> None:
 
 
 def test_image_tokens_are_named_by_what_they_show(blanks: dict[str, Path]) -> None:
-    _, desk = opened(blanks["qwen"])
+    _, encoder = opened(blanks["qwen"])
     scene = Scene.of({4: Thing("car", "red")})
-    names = desk.shown([scene])
+    names = encoder.shown([scene])
     words = names.words[names.tokens == 4]
-    assert desk.encoder.tokenizer.decode(words) == " red car middle center"
-    # By hand: two tokens that stand for one word of three, at logits (1, 0, 0) and (0, 1, 0).
+    assert encoder.prompt_encoder.tokenizer.decode(words) == " red car middle center"
+    # By hand: two tokens that should name word 0 of 3, with logits (1, 0, 0) and (0, 1, 0).
     hand = Names(torch.tensor([0, 1]), torch.tensor([0, 0]), torch.ones(2))
     assert float(hand.loss(torch.eye(3)[:2], torch.eye(3))) == pytest.approx(math.log(math.e + 2) - 0.5)
 
 
-def test_only_weak_skills_are_taught_wrong() -> None:
+def test_only_weak_skills_have_wrong_derivations() -> None:
     rng, pool = random.Random(0), make_questions("train", 280)
     lesson = Lesson("x", "a", derivation=1.0, wrong=1.0, weak=("charts", "open"))
     from openril.rewards import rules
@@ -162,7 +162,7 @@ def test_teachers_are_weak_in_different_skills() -> None:
     assert {*weak["teacher_a"], *weak["teacher_b"]} < set(SKILLS)
 
 
-def test_a_student_knows_a_skill_in_the_styles_of_those_who_derive_it() -> None:
+def test_a_student_learns_each_skill_in_the_planned_styles() -> None:
     rng, pool = random.Random(0), make_questions("train", 280)
     lesson = MODELS["student_qwen"].stages[0].parts[-1][0]
     known = {(made.question, made.scenes): made for made in pool}
@@ -188,17 +188,17 @@ def test_shares_of_derivations_may_differ_by_skill() -> None:
 
 
 def test_the_beginning_of_a_derivation_is_given_and_not_learnt(blanks: dict[str, Path]) -> None:
-    _, desk = opened(blanks["qwen"])
+    _, encoder = opened(blanks["qwen"])
     (made,) = pool = make_questions("train", 1, skills=["charts"])
     rng = random.Random(0)
     whole, begun = (draw(Lesson("x", "b", derivation=1.0, begun=begun), pool, rng) for begun in (False, True))
     assert whole.response == begun.response == made.derivations["b"]
-    learnt = [desk.batch(desk.rows([example])) for example in (whole, begun)]
-    first, rest = (batch.ids[0, 1:][batch.learnt[0]].tolist() for batch in learnt)
-    assert desk.encoder.tokenizer.decode(first[:1]) == "-"
+    learned = [encoder.batch(encoder.rows([example])) for example in (whole, begun)]
+    first, rest = (batch.ids[0, 1:][batch.learned[0]].tolist() for batch in learned)
+    assert encoder.prompt_encoder.tokenizer.decode(first[:1]) == "-"
     assert rest == first[1:]
     direct = draw(Lesson("x", "b", begun=True), pool, rng)
-    assert desk.batch(desk.rows([direct])).learnt.sum() == len(desk.response(made.direct_answer))
+    assert encoder.batch(encoder.rows([direct])).learned.sum() == len(encoder.response(made.direct_answer))
 
 
 def test_the_learning_rate_rises_and_falls() -> None:
@@ -211,12 +211,14 @@ def test_the_learning_rate_rises_and_falls() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_greedy_responses_are_those_of_the_librarys_own_generation(blanks: dict[str, Path], kind: str) -> None:
-    model, desk = opened(blanks[kind])
+def test_greedy_responses_equal_generate(blanks: dict[str, Path], kind: str) -> None:
+    model, encoder = opened(blanks[kind])
     questions = make_questions("validation", 3, skills=["open_multi", "spatial", "choice"])
-    responses = write(model, desk, questions)
+    responses = write(model, encoder, questions)
     for made, response in zip(questions, responses, strict=True):
-        prompt = desk.encoder.encode_text(desk.encoder.render(_messages(desk, made)), [render(s) for s in made.scenes])
+        prompt = encoder.prompt_encoder.encode_text(
+            encoder.prompt_encoder.render(_messages(encoder, made)), [render(s) for s in made.scenes]
+        )
         more = {} if prompt.token_types is None else {prompt.token_type_key: prompt.token_types[None]}
         pictures = {k: v for k, v in prompt.vision.items() if k in ("pixel_values", "image_grid_thw")}
         ids = prompt.input_ids[None]
@@ -229,14 +231,14 @@ def test_greedy_responses_are_those_of_the_librarys_own_generation(blanks: dict[
                 max_new_tokens=12,
                 do_sample=False,
             )
-        expected = desk.encoder.decode(made_ids[0, ids.shape[1] :].tolist())
+        expected = encoder.prompt_encoder.decode(made_ids[0, ids.shape[1] :].tolist())
         assert response.startswith(expected) and expected
 
 
-def test_a_forced_response_begins_as_told(blanks: dict[str, Path]) -> None:
-    model, desk = opened(blanks["qwen"])
+def test_a_forced_response_begins_with_its_given_words(blanks: dict[str, Path]) -> None:
+    model, encoder = opened(blanks["qwen"])
     questions = make_questions("validation", 4)
-    assert all(r.startswith("see") for r in write(model, desk, questions, ["see"] * 4))
+    assert all(r.startswith("see") for r in write(model, encoder, questions, ["see"] * 4))
 
 
 def test_means_are_over_skills() -> None:
@@ -245,10 +247,10 @@ def test_means_are_over_skills() -> None:
     assert by_skill(questions, [1.0, 1.0, 0.0]) == {"charts": 0.5, "open": 1.0, "mean": 0.75}
 
 
-def test_students_are_measured_by_habit_and_by_force(blanks: dict[str, Path]) -> None:
-    model, desk = opened(blanks["qwen"])
+def test_students_are_measured_greedy_forced_and_sampled(blanks: dict[str, Path]) -> None:
+    model, encoder = opened(blanks["qwen"])
     questions = make_questions("validation", 14)
-    measured = measure_student(model, desk, questions, "c")
+    measured = measure_student(model, encoder, questions, "c")
     assert set(measured) == {"greedy", "forced", "sampled", "derives"}
     assert all(set(found) == {*SKILLS, "mean"} for found in measured.values())
 
@@ -261,7 +263,7 @@ def test_interrupted_training_ends_with_the_same_weights(
 
     def run(work: Path, stop_after: int | None = None) -> dict[str, torch.Tensor]:
         work.mkdir(exist_ok=True)
-        model, desk = opened(blanks["qwen"])
+        model, encoder = opened(blanks["qwen"])
 
         class Stopping(stages.Progress):
             def report(self, step: int, loss: float) -> None:
@@ -270,7 +272,7 @@ def test_interrupted_training_ends_with_the_same_weights(
 
         progress = Stopping("x", work / "log.jsonl", 5)
         stages.fit_part(
-            model, desk.processor, make_questions("train", 28), lesson, schedule, work, "part", ("x", 0), progress
+            model, encoder.processor, make_questions("train", 28), lesson, schedule, work, "part", ("x", 0), progress
         )
         return dict(model.state_dict())
 
@@ -282,11 +284,11 @@ def test_interrupted_training_ends_with_the_same_weights(
 
 
 def test_a_batch_in_parts_has_the_gradient_of_the_whole(blanks: dict[str, Path]) -> None:
-    model, desk = opened(blanks["qwen"])
+    model, encoder = opened(blanks["qwen"])
     pool, gradients = make_questions("train", 28), []
     for parts in (1, 3):
         training = Training(model, Schedule(1))
-        batch = draw_batch(desk, Lesson("x", derivation=0.5), pool, random.Random(2), 6, parts)
+        batch = draw_batch(encoder, Lesson("x", derivation=0.5), pool, random.Random(2), 6, parts)
         training._gradients(batch)
         gradients.append(model.lm_head.weight.grad.clone())
         model.zero_grad()
@@ -294,8 +296,8 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(blanks: dict[str, Path])
 
 
 def test_training_learns(blanks: dict[str, Path]) -> None:
-    model, desk = opened(blanks["internvl"])
-    batch = draw_batch(desk, Lesson("x", describe=1.0), make_questions("train", 28), random.Random(0), batch_size=8)
+    model, encoder = opened(blanks["internvl"])
+    batch = draw_batch(encoder, Lesson("x", describe=1.0), make_questions("train", 28), random.Random(0), batch_size=8)
     losses: list[float] = []
     Training(model, Schedule(24)).run(iter([batch] * 24), losses.append)
     assert losses[-1] < 0.7 * losses[0]

@@ -1,4 +1,4 @@
-"""Models for the demo that take a second to make: random students and teachers, and a judge that calls everything right."""
+"""Models for the demo that are built in a second: random students and teachers, and a judge that accepts every response."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ REPLY = "yes. <answer>1</answer>"
 
 
 def tiny_playground(folder: Path) -> Path:
-    """``folder`` as `make playground` lays it out, with a Qwen2.5-VL student."""
+    """Write a Qwen2.5-VL student, teachers and judge in the layout of `make playground`."""
     texts = corpus(140)
     sizes: dict[str, Any] = {"hidden_size": 32, "num_layers": 1, "max_pixels": 84 * 84, "tile_size": 84, "max_tiles": 1}
     build_tiny_model(folder / "student_qwen" / "sft", "qwen2_5_vl", texts=texts, **sizes)
@@ -30,7 +30,7 @@ def tiny_playground(folder: Path) -> Path:
 
 
 def approving_judge(folder: Path, texts: list[str]) -> None:
-    """A judge whose every token follows from the one before: the prompt's last, then ``REPLY``, then the end."""
+    """Write a judge whose next token depends only on the last one: after the prompt it writes ``REPLY`` and ends."""
     folder.mkdir(parents=True)
     build_judge(folder, [*texts, *[REPLY] * 50], hidden_size=64, num_layers=1)
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
