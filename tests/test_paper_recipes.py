@@ -11,6 +11,7 @@ from openril.recipe.loading import load_recipe
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 PAPER = sorted((RECIPES / "paper").glob("*teacher*.yaml"))
+BASELINES = sorted((RECIPES / "baselines").glob("*.yaml"))
 LAUNCHER = RECIPES / "accelerate" / "ddp.yaml"
 PROCESSES = (1, 2, 3, 4, 6)
 DIVIDED = {
@@ -30,7 +31,7 @@ def test_the_comments_and_the_launcher_name_these_process_counts():
 
 @pytest.mark.parametrize("processes", PROCESSES)
 @pytest.mark.parametrize("stage", DIVIDED)
-@pytest.mark.parametrize("path", PAPER, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [*PAPER, *BASELINES], ids=lambda p: p.stem)
 def test_every_stage_accepts_every_process_count(path: Path, stage: str, processes: int):
     keys = {problem.key for problem in cross_check(load_recipe(path), stage, processes)}
     assert not keys & set(DIVIDED.values())
