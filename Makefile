@@ -15,7 +15,7 @@ help:
 	@echo "make study         compare RIL with its parts and with baselines, in at most three hours (runs/study)"
 	@echo "make test          run the tests"
 	@echo "make test-vllm     run the tests against a real vLLM server (builds .venv-vllm first)"
-	@echo "make test-versions run the quick tests with the lowest and the newest supported versions"
+	@echo "make test-versions run the core tests with the lowest declared versions (ARGS=--newest: the newest ones)"
 	@echo "make check         run the linter and the type checker, and build the documentation"
 	@echo "make docs          build the documentation into site/"
 	@echo "make format        apply the formatter and the linter's fixes"
@@ -51,9 +51,9 @@ test-vllm: $(INSTALLED)
 	@echo "==> running the tests against a real vLLM server on the CPU; the first run builds .venv-vllm"
 	$(BIN)/python -m pytest tests/vllm_server -m vllm -s $(ARGS)
 
-test-versions: $(INSTALLED)
-	@echo "==> running the quick tests in separate environments with other versions"
-	$(BIN)/python scripts/test_versions.py $(ARGS)
+test-versions:
+	@echo "==> running the core tests in a separate environment"
+	$(PYTHON) scripts/test_versions.py $(ARGS)
 
 check: $(INSTALLED) docs
 	$(BIN)/ruff check .
