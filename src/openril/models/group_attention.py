@@ -53,6 +53,10 @@ def enable(model: Any) -> None:
             raise CannotPack(f"its attention implementation is {name!r}, which does not take groups")
         if getattr(config, "attention_dropout", 0):
             raise CannotPack("it has attention dropout")
+    inside = {id(m) for m in decoder.modules()}
+    for module in model.modules():  # keywords may reach the vision tower too, which attends as before
+        if id(module) not in inside:
+            module.ignores_group_layout = True
     for name, implementation in list(implementations.items()):  # all, because a model's may be exchanged later
         if implementation is not _registered.get(name):
             _registered[name] = _dispatch(implementation)
@@ -101,7 +105,7 @@ def _dispatch(before: Any) -> Any:
         if hasattr(module, "group_rows_read"):
             read: Any = module.group_rows_read
             read[0] = getattr(group_layout, "rows_read", None)
-        if group_layout is None:
+        if group_layout is None or hasattr(module, "ignores_group_layout"):
             return before(module, query, key, value, attention_mask, *args, **kwargs)
         for feature in ("sliding_window", "softcap", "s_aux", "position_bias"):
             if kwargs.get(feature) is not None:
