@@ -1,18 +1,20 @@
-"""Images of every kind become upright RGB; everything else is a DataError that names it."""
+"""Images of every kind become upright RGB; everything else raises a DataError that names the image."""
 
 from __future__ import annotations
 
 import base64
 import http.server
 import io
+import struct
 import threading
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import BmpImagePlugin, Image
 
 from openril.data import images
 from openril.data.images import load_image, to_data_url
@@ -39,12 +41,12 @@ def test_rotation_tag_is_applied() -> None:
     assert load_image(encoded(RED, "JPEG", exif=exif)).size == (4, 6)
 
 
-def test_transparency_is_laid_on_white() -> None:
+def test_transparent_pixels_become_white() -> None:
     clear = Image.new("RGBA", (2, 2), (0, 0, 0, 0))
     assert load_image(encoded(clear)).getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_transparent_palette_colour_is_white() -> None:
+def test_transparent_palette_color_is_white() -> None:
     image = Image.new("P", (2, 2), 0)
     image.putpalette([10, 20, 30] + [0] * 765)
     assert load_image(encoded(image, transparency=0)).getpixel((0, 0)) == (255, 255, 255)
@@ -56,9 +58,9 @@ def test_modes_become_rgb(mode: str, kind: str) -> None:
     assert image.mode == "RGB" and image.getpixel((1, 1)) == (255, 255, 255)
 
 
-def test_sixteen_bit_grey_keeps_its_range() -> None:
-    grey = Image.fromarray(np.array([[0, 32896, 65535]], dtype=np.uint16))
-    image = load_image(encoded(grey))
+def test_sixteen_bit_gray_keeps_its_range() -> None:
+    gray = Image.fromarray(np.array([[0, 32896, 65535]], dtype=np.uint16))
+    image = load_image(encoded(gray))
     assert [image.getpixel((x, 0))[0] for x in range(3)] == [0, 128, 255]
 
 
@@ -71,26 +73,49 @@ def test_animation_gives_its_first_frame() -> None:
 def test_cut_off_files_are_refused(kind: str) -> None:
     noise = Image.effect_noise((64, 64), 80).convert("RGB")
     data = encoded(noise, kind).data or b""
-    with pytest.raises(DataError, match=r"damaged|no image"):
+    with pytest.raises(DataError, match=r"damaged|not an image"):
         load_image(ImageSource(data=data[: len(data) // 2]))
 
 
 @pytest.mark.parametrize("data", [b"", b"not an image", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"%PDF-1.4", b"<svg/>"])
 def test_what_is_no_image_is_refused(data: bytes) -> None:
-    with pytest.raises(DataError, match=r"empty|no image"):
+    with pytest.raises(DataError, match=r"empty|not an image"):
         load_image(ImageSource(data=data))
+
+
+@pytest.mark.parametrize("error", [OSError, SyntaxError, TypeError, IndexError, RuntimeError, struct.error, zlib.error])
+def test_errors_of_decoders_mean_a_damaged_image(monkeypatch: pytest.MonkeyPatch, error: type[Exception]) -> None:
+    def fail(self: Image.Image) -> None:
+        raise error("bad bytes")
+
+    source = encoded(RED, "BMP")
+    monkeypatch.setattr(BmpImagePlugin.BmpImageFile, "load", fail)
+    with pytest.raises(DataError, match=r"damaged.*bad bytes"):
+        load_image(source)
+
+
+@pytest.mark.parametrize("error", [AttributeError, NameError, AssertionError])
+def test_errors_of_our_own_are_not_called_a_damaged_image(
+    monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    def fail(image: Image.Image) -> None:
+        raise error("has_transparency_data")
+
+    monkeypatch.setattr(images, "_to_rgb", fail)
+    with pytest.raises(error, match="has_transparency_data"):
+        load_image(encoded(RED))
 
 
 def test_bomb_is_refused_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     source = encoded(Image.new("L", (3000, 3000)))  # 9 million pixels in a few kilobytes
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
-    with pytest.raises(DataError, match=r"decompression bomb.*3000 x 3000"):
+    with pytest.raises(DataError, match=r"bomb.*3000 x 3000"):
         load_image(source, max_pixels=1_000_000)
 
 
-def test_pillows_own_bomb_error_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bomb_error_of_pillow_becomes_a_data_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4)
-    with pytest.raises(DataError, match="decompression bomb"):
+    with pytest.raises(DataError, match="bomb"):
         load_image(encoded(RED))
 
 
@@ -114,7 +139,7 @@ def test_data_url_of_a_plain_file_keeps_its_bytes() -> None:
         assert load_image(ImageSource(url=url)).size == (6, 4)
 
 
-def test_data_url_of_what_servers_read_differently_is_what_we_see() -> None:
+def test_what_servers_decode_differently_is_sent_as_we_see_it() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     clear = Image.new("RGBA", (4, 6), (0, 0, 0, 0))

@@ -17,8 +17,8 @@ from openril.recipe.schema import DataConfig
 from openril.records import Question
 
 
-def image(folder: Path, name: str, size: tuple[int, int] = (8, 6), colour: int = 0) -> str:
-    Image.new("RGB", size, (colour, 0, 0)).save(folder / name)
+def image(folder: Path, name: str, size: tuple[int, int] = (8, 6), color: int = 0) -> str:
+    Image.new("RGB", size, (color, 0, 0)).save(folder / name)
     return name
 
 
@@ -88,7 +88,7 @@ def test_answers_that_are_not(tmp_path: Path, answer: str) -> None:
 
 
 def test_identical_content_is_found_through_copies_of_the_image(tmp_path: Path) -> None:
-    names = image(tmp_path, "a.png"), image(tmp_path, "copy.png"), image(tmp_path, "other.png", colour=9)
+    names = image(tmp_path, "a.png"), image(tmp_path, "copy.png"), image(tmp_path, "other.png", color=9)
     rows = [{"id": str(i), "question": "q", "answer": str(i), "images": [n]} for i, n in enumerate(names)]
     report = run(tmp_path, *rows)
     assert kinds(report) == [("2", "duplicate content", "warning")]
@@ -105,7 +105,10 @@ def test_too_long_prompts_say_how_long(tmp_path: Path) -> None:
         {"question": "abc", "answer": "1"},
     ]
     report = run(tmp_path, *rows, counter=counter, settings={"max_prompt_length": 50})
-    assert kinds(report) == [("1", "too long", "error")] and "51 tokens (48 of images)" in report.problems[0].cause
+    assert (
+        kinds(report) == [("1", "too long", "error")]
+        and "(50) tokens, got 51 (48 of images)" in report.problems[0].cause
+    )
     assert report.prompt_tokens == Quantiles(3, 3, 51, 51, 54) or report.prompt_tokens == Quantiles(3, 51, 51, 51, 54)
     assert report.image_tokens is not None and report.image_tokens.total == 48
 
@@ -134,7 +137,9 @@ def test_report_prints_and_becomes_json(tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=200)
     report.print(console)
     shown = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "[bold]missing.png" in shown and "1 error: missing image" in shown and "1 rows held chat-template" in shown
+    assert (
+        "[bold]missing.png" in shown and "1 error: missing image" in shown and "1 rows contain chat-template" in shown
+    )
     again = json.loads(json.dumps(report.to_json()))
     assert (
         again["counts"] == {"missing image": 1, "empty answer": 1} and again["problems"][0]["kind"] == "missing image"

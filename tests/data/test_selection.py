@@ -1,4 +1,4 @@
-"""Selection of the loop's questions, with numbers worked by hand."""
+"""Selection of questions for the loop, with numbers worked by hand."""
 
 from __future__ import annotations
 
@@ -110,12 +110,12 @@ def test_questions_without_an_answer_are_not_chosen() -> None:
 
 def test_missing_responses_scores_and_nonsense_are_errors() -> None:
     scores: dict[str, float | None] = {"q0": -1.0, "q1": -1.0}
-    with pytest.raises(DataError, match=r"1 questions have no cached student responses \(first: q1\)"):
+    with pytest.raises(DataError, match=r"drop_overlong: 1 questions .*first: q1"):
         select(questions(2), scores, None, {"q0": 0.0}, config(2, drop_overlong=True), seed=0)
-    with pytest.raises(DataError, match="question q2: the student's log-probability is missing"):
+    with pytest.raises(DataError, match="question q2: the student's log-probability"):
         select(questions(3), scores, None, None, config(2), seed=0)
     for wrong in (float("nan"), 0.5):
-        with pytest.raises(DataError, match="no log-probability of the reference"):
+        with pytest.raises(DataError, match=f"log-probability of the reference .*{wrong}"):
             select(questions(2), scores, {"q0": wrong, "q1": -1.0}, None, config(2), seed=0)
 
 
@@ -129,5 +129,5 @@ def test_selection_is_written_and_read(tmp_path: Path) -> None:
     selection = select(questions(5), {f"q{i}": -float(i) for i in range(5)}, None, None, config(2), seed=0)
     write_selection(tmp_path / "selection.jsonl", selection)
     assert read_selection(tmp_path / "selection.jsonl") == selection
-    with pytest.raises(DataError, match="no selection here"):
+    with pytest.raises(DataError, match=r"none\.jsonl"):
         read_selection(tmp_path / "none.jsonl")

@@ -1,7 +1,7 @@
-"""Images that come embedded in Parquet or datasets files, without filling the memory.
+"""Keep images that are embedded in Parquet or datasets files, without filling the memory.
 
-The first ``MEMORY_LIMIT`` bytes of a process stay in memory; the rest goes to files named by content, which later runs
-share. The folder is ``$OPENRIL_IMAGE_CACHE``, else ``~/.cache/openril/images``; between runs it may be deleted.
+The first ``MEMORY_LIMIT`` bytes of a process stay in memory. The rest goes to files named by their content, which later
+runs reuse. They are in ``$OPENRIL_IMAGE_CACHE``, by default ``~/.cache/openril/images``, and may be deleted between runs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def cache_folder() -> Path:
 
 
 def keep_bytes(data: bytes) -> ImageSource:
-    """An image source for encoded bytes: in memory while there is room, else a file. Its content is the same."""
+    """Return an image source for encoded bytes: in memory up to the limit, then in a file."""
     global _held
     if _held + len(data) <= MEMORY_LIMIT:
         _held += len(data)

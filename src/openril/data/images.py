@@ -1,7 +1,7 @@
-"""Opening images from anywhere, safely, and handing them to servers as they are.
+"""Open images from files, memory and URLs safely, and prepare them for requests to servers.
 
-Every image becomes upright 8-bit RGB: EXIF rotation is applied, transparency is laid on white, palettes, grey, CMYK and
-16-bit are converted, and animations give their first frame. The size is checked before anything is decoded.
+Every image becomes upright 8-bit RGB: EXIF rotation is applied, transparent pixels are put on white, palettes, gray, CMYK
+and 16-bit images are converted, and of animations the first frame is used. The size is checked before decoding.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ import base64
 import binascii
 import io
 import re
+import struct
 import time
 import urllib.parse
 import warnings
+import zlib
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -25,27 +27,38 @@ if TYPE_CHECKING:
 
 MAX_PIXELS = 50_000_000
 MAX_BYTES = 64 * 2**20
-"""Largest download or data URL."""
+"""Maximum size of a download or data URL."""
 FETCH_SECONDS = 30.0
-"""Longest a download may take, all in all."""
+"""Maximum duration of a whole download."""
 
-# Formats with a decoder of Pillow's own. Others start helper programs (EPS) or are containers of many things (PDF).
+# Formats that Pillow decodes itself. Others start external programs (EPS) or contain arbitrary data (PDF).
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+# What Pillow raises for damaged bytes, found by changing random bytes of files of each format. AttributeError and NameError
+# are missing on purpose: they are errors of this code or of the Pillow version.
+_DAMAGED = (
+    OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, ArithmeticError, RuntimeError, struct.error, zlib.error
+)  # fmt: skip
 _SENDABLE = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
 
 
 def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS, allow_urls: bool = False) -> Image.Image:
-    """The image as upright 8-bit RGB. Raises DataError for anything that is missing, broken, too large or forbidden."""
+    """Return the image as upright 8-bit RGB.
+
+    Raises:
+        DataError: If it is missing, damaged or too large, or if it may not be fetched.
+    """
     image, _ = _decode(source, read_bytes(source, allow_urls), max_pixels)
     return image
 
 
 def to_data_url(source: ImageSource, max_pixels: int = MAX_PIXELS, allow_urls: bool = False) -> str:
-    """The image as a data URL for a chat request.
+    """Return the image as a data URL for a chat request.
 
-    A plain upright PNG, JPEG or WebP keeps its own bytes. Anything a server could read differently from us (rotation
-    tags, transparency, animation, 16 bits, other formats) is sent as PNG of what ``load_image`` returns.
-    Raises DataError like ``load_image``.
+    A plain upright PNG, JPEG or WebP file is sent unchanged. Everything that a server could decode differently (rotation
+    tags, transparency, animation, 16 bits, other formats) is sent as a PNG of the result of ``load_image``.
+
+    Raises:
+        DataError: As for ``load_image``.
     """
     data = read_bytes(source, allow_urls)
     image, kept = _decode(source, data, max_pixels)
@@ -73,13 +86,13 @@ def image_url_parts(question: Question, *, max_pixels: int, allow_urls: bool = F
 
 
 def _decode(source: ImageSource, data: bytes, max_pixels: int) -> tuple[Image.Image, str | None]:
-    """The RGB image, and the media type under which its own bytes may be sent, or None."""
+    """Return the RGB image, and the media type under which its bytes may be sent unchanged, or None."""
     if not data:
         raise DataError(f"image {source.name} is empty (0 bytes)")
     Image.init()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's own size warning; the limit here is the recipe's
+            warnings.simplefilter("ignore")  # Pillow warns at a fixed size; the limit here is the recipe's
             opened = Image.open(io.BytesIO(data), formats=[f for f in _FORMATS if f in Image.OPEN])
             with opened:
                 width, height = opened.size
@@ -94,21 +107,19 @@ def _decode(source: ImageSource, data: bytes, max_pixels: int) -> tuple[Image.Im
     except Image.DecompressionBombError as e:
         raise _bomb(source, str(e), max_pixels) from e
     except UnidentifiedImageError as e:
-        raise DataError(f"image {source.name} is no image in a known format ({', '.join(_FORMATS)})") from e
-    except DataError:
-        raise
+        raise DataError(f"image {source.name} is not an image in a known format ({', '.join(_FORMATS)})") from e
     except MemoryError as e:
-        raise DataError(f"image {source.name} does not fit into memory; set data.max_image_pixels lower") from e
-    except Exception as e:  # on damaged bytes Pillow's plugins raise nearly every class there is
-        raise DataError(f"image {source.name} is damaged or cut off ({e})") from e
+        raise DataError(f"image {source.name} does not fit into memory; lower data.max_image_pixels") from e
+    except _DAMAGED as e:
+        raise DataError(f"image {source.name} is damaged or truncated ({e})") from e
     plain = kind in _SENDABLE and mode in ("RGB", "L", "P", "1") and not (rotated or transparent or frames > 1)
     return image, _SENDABLE[kind] if plain else None
 
 
 def _bomb(source: ImageSource, size: str, max_pixels: int) -> DataError:
     return DataError(
-        f"image {source.name} is too large, possibly a decompression bomb: {size}; data.max_image_pixels is "
-        f"{max_pixels:,}. Scale it down, or raise the limit if you trust it"
+        f"image {source.name} is too large, possibly a decompression bomb: expected at most data.max_image_pixels "
+        f"({max_pixels:,}), got {size}. Scale it down, or raise the limit if you trust it"
     )
 
 
@@ -129,7 +140,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def read_bytes(source: ImageSource, allow_urls: bool = False) -> bytes:
-    """The encoded image. Raises DataError when it is missing, unreadable or may not be fetched."""
+    """Return the encoded image. Raises DataError if it is missing or unreadable, or if it may not be fetched."""
     if source.data is not None:
         return source.data
     if source.path is not None:
@@ -144,10 +155,10 @@ def read_bytes(source: ImageSource, allow_urls: bool = False) -> bytes:
     if scheme == "data":
         return _from_data_url(source)
     if scheme not in ("http", "https"):
-        raise DataError(f"image {source.name}: {scheme}: addresses are refused; use a path, http(s) or a data URL")
+        raise DataError(f"image {source.name}: addresses with {scheme}: are refused; use a path, http(s) or a data URL")
     if not allow_urls:
         raise DataError(
-            f"image {source.name} is on the network; set data.allow_urls to true to fetch it, or download it"
+            f"image {source.name} is on the network. Set data.allow_urls to true to fetch it, or download it"
         )
     return _fetch(source.url, source.name)
 
@@ -156,7 +167,7 @@ def _from_data_url(source: ImageSource) -> bytes:
     assert source.url is not None
     match = re.match(r"data:([^,]*),", source.url[:200], re.IGNORECASE)
     if match is None:
-        raise DataError(f"image {source.name} is no data URL (data:image/png;base64,...)")
+        raise DataError(f"image {source.name} is not a valid data URL (data:image/png;base64,...)")
     body = source.url[match.end() :]
     if len(body) > MAX_BYTES * 4 // 3:
         raise DataError(f"image {source.name} is larger than {MAX_BYTES >> 20} MiB")

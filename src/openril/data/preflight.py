@@ -1,4 +1,4 @@
-"""Reading all data once before it costs anything: every row, every image, every prompt's length."""
+"""Check all data once before a run: every row, every image and the length of every prompt."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Size = tuple[int, int]
 """(width, height) in pixels."""
 
 CountTokens = Callable[[Question, Sequence[Size]], tuple[int, int]]
-"""(question, its images' sizes) -> (prompt tokens with image tokens, image tokens alone)."""
+"""(question, sizes of its images) -> (prompt tokens including image tokens, image tokens)."""
 
 _BATCH = 256
 _SHOWN = 20
@@ -33,7 +33,7 @@ _SHOWN = 20
 
 @dataclass
 class Quantiles:
-    """Spread of a count over the questions; all 0 when there are none."""
+    """Distribution of a count over the questions; all 0 if there are none."""
 
     smallest: float = 0
     median: float = 0
@@ -55,10 +55,10 @@ class Quantiles:
 
 @dataclass
 class Report:
-    """What a pass over ``data.train`` or ``data.validation`` found.
+    """Result of a check of ``data.train`` or ``data.validation``.
 
-    num_questions: readable questions. num_usable: those without an error of any kind. problems: errors and warnings in
-    the data's order. prompt_tokens, image_tokens: None when no processor was there to count with.
+    num_questions: questions that can be read. num_usable: those without an error. problems: errors and warnings in the
+    order of the data. prompt_tokens, image_tokens: None without a processor to count with.
     """
 
     which: str
@@ -83,14 +83,14 @@ class Report:
         return [p for p in self.problems if p.level == "warning"]
 
     def counts(self) -> dict[str, int]:
-        """Number of problems of each kind, the most frequent first."""
+        """Return the number of problems of each kind, the most frequent first."""
         return dict(Counter(p.kind for p in self.problems).most_common())
 
     def to_json(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "counts": self.counts()}
 
     def print(self, console: Console, shown: int = _SHOWN) -> None:
-        """One readable block: counts, lengths, then at most ``shown`` problems."""
+        """Print counts and lengths, then at most ``shown`` problems."""
         from rich.markup import escape
         from rich.table import Table
 
@@ -106,9 +106,9 @@ class Report:
                 table.add_row(name, *(f"{v:,.0f}" for v in (q.smallest, q.median, q.p95, q.largest)))
         console.print(table)
         if self.dropped_turns:
-            console.print(f"  {self.dropped_turns:,} later turns of conversations are not used")
+            console.print(f"  {self.dropped_turns:,} later turns of conversations are ignored")
         if self.num_stripped:
-            console.print(f"  {self.num_stripped:,} rows held chat-template tokens, which are taken out")
+            console.print(f"  {self.num_stripped:,} rows contain chat-template tokens, which are removed")
         for kind, number in self.counts().items():
             level = next(p.level for p in self.problems if p.kind == kind)
             console.print(f"  [{'red' if level == 'error' else 'yellow'}]{number:,} {level}: {kind}[/]")
@@ -128,13 +128,16 @@ def preflight(
     threads: int = 4,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
-    """Read and open everything; nothing is trained, sent or written.
+    """Read all rows and open all images; nothing is trained, sent or written.
 
-    count_tokens: of the student's processor; None skips lengths. answers_needed: an empty answer is an error (judge and
-    rules have nothing to compare with) or only a warning. rule: the recipe's answer rule, for questions that name none.
-    progress: called with (questions done, questions in all).
+    Args:
+        count_tokens: Counter of the student's processor; None skips lengths.
+        answers_needed: Whether an empty answer is an error (judge and rules need an answer) or only a warning.
+        rule: The recipe's answer rule, for questions that name none.
+        progress: Called with (checked questions, all questions).
 
-    Raises DataError only for a source that cannot be read at all; bad rows and images are in the report.
+    Raises:
+        DataError: Only for a source that cannot be read at all. Bad rows and images are in the report.
     """
     report = Report(which)
     questions = read_questions(data, which, problems=report.problems)
@@ -149,7 +152,6 @@ def preflight(
             batch = questions[start : start + _BATCH]
             new = list(dict.fromkeys(i for q in batch for i in q.images if i not in opened))
             results = pool.map(lambda i: _open(i, data), new)
-            # Bytes held in memory are not kept as keys: one image of a Parquet file belongs to one row.
             opened.update(zip(new, results, strict=True))
             for q in batch:
                 found, sizes, digests = _check_question(q, opened, answers_needed, rule)
@@ -162,16 +164,15 @@ def preflight(
                     try:
                         prompt, image = count_tokens(q, [s for s in sizes if s is not None])
                     except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as e:
-                        found.append(
-                            RowProblem("processor", q.origin, q.id, f"the student's processor refuses it: {e}")
-                        )
+                        cause = f"the student's processor refuses it: {e}"
+                        found.append(RowProblem("processor", q.origin, q.id, cause))
                     else:
                         prompt_tokens.append(prompt)
                         image_tokens.append(image)
                         if prompt > data.max_prompt_length:
                             cause = (
-                                f"the prompt has {prompt:,} tokens ({image:,} of images), data.max_prompt_length is "
-                                f"{data.max_prompt_length:,}; raise it, lower student.max_pixels, or leave the row out"
+                                f"expected at most data.max_prompt_length ({data.max_prompt_length:,}) tokens, got "
+                                f"{prompt:,} ({image:,} of images). Raise it, lower student.max_pixels, or remove the row"
                             )
                             found.append(RowProblem("too long", q.origin, q.id, cause))
                 report.num_images += len(q.images)
@@ -181,7 +182,7 @@ def preflight(
                 report.dropped_turns += int(q.metadata.get("dropped_turns", 0))
                 report.problems += found
                 pixels += [s[0] * s[1] for s in sizes if s is not None]
-            for image_source in new:
+            for image_source in new:  # an image in a Parquet file belongs to one row, so its bytes need not be kept
                 if image_source.data is not None:
                     del opened[image_source]
             if progress is not None:
@@ -194,12 +195,12 @@ def preflight(
 
 
 def _open(source: ImageSource, data: DataConfig) -> tuple[Size, str] | str:
-    """(size, digest of the content), or why the image cannot be used."""
+    """Return (size, digest of the content), or why the image cannot be used."""
     try:
         content = read_bytes(source, data.allow_urls)
         size = load_image(ImageSource(data=content), data.max_image_pixels).size
     except DataError as e:
-        # The content was read under no name of its own: give it back the one it has in the data.
+        # Replace the generic name of the bytes by the name of the image.
         return re.sub(r"^image <\d+ bytes>", lambda _: f"image {source.name}", str(e))
     return size, hashlib.sha256(content).hexdigest()[:32]
 
@@ -233,24 +234,23 @@ def _check_question(
             sizes.append(result[0])
             digests.append(result[1])
     if not q.answer:
-        cause = "the answer is empty, so no response can be scored"
+        cause = "answer: expected text, got nothing, so no response can be scored"
         found.append(RowProblem("empty answer", q.origin, q.id, cause, "error" if answers_needed else "warning"))
     if q.rule is not None and q.rule not in ANSWER_RULES:
-        cause = f"no answer rule is named {q.rule!r}; there are {', '.join(ANSWER_RULES)}"
+        cause = f"rule: expected one of {', '.join(ANSWER_RULES)}, got {q.rule!r}"
         found.append(RowProblem("unknown rule", q.origin, q.id, cause))
     if (q.rule or rule) == "choice" and not q.choices and not re.fullmatch(r"\(?[A-Za-z]\)?\.?", q.answer):
-        cause = f"the rule is choice, but there are no choices and the answer {q.answer[:40]!r} is no letter"
+        cause = f"answer: expected a letter for the rule choice without choices, got {q.answer[:40]!r}"
         found.append(RowProblem("no choices", q.origin, q.id, cause, "warning"))
     if q.choices and q.answer and not _among(q.answer, q.choices):
-        cause = f"the answer {q.answer[:40]!r} is neither one of the {len(q.choices)} choices nor a letter of one"
+        cause = f"answer: expected one of the {len(q.choices)} choices or its letter, got {q.answer[:40]!r}"
         found.append(RowProblem("answer not among choices", q.origin, q.id, cause))
     return found, sizes, tuple(digests)
 
 
 def _among(answer: str, choices: Sequence[str]) -> bool:
-    """The text of a choice, its letter, or both as in "B. cat" or "(B) cat"."""
-    wanted = {c.strip().casefold() for c in choices}
-    if answer.strip().casefold() in wanted:
+    """Return whether the answer is the text of a choice, its letter, or both as in "B. cat" or "(B) cat"."""
+    if answer.strip().casefold() in {c.strip().casefold() for c in choices}:
         return True
     match = re.fullmatch(r"\(?([A-Za-z])\)?(?:[.:)]?\s*(.*))", answer.strip(), re.DOTALL)
     if match is None or ord(match[1].upper()) - ord("A") >= len(choices):

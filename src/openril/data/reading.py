@@ -1,4 +1,4 @@
-"""Questions from files, datasets folders and the hub; every bad row is named with its place and its cause."""
+"""Read questions from files, `datasets` folders and the hub. Every bad row is reported with its place and its cause."""
 
 from __future__ import annotations
 
@@ -20,26 +20,31 @@ _SHOWN = 8
 
 @dataclass(frozen=True)
 class RowProblem:
-    """What is wrong with one row. kind: a short name to count by. origin: "file:line" (row number in Parquet and
-    folders, both from 1). level: "error" rows cannot be used, "warning" rows can."""
+    """A problem with one row."""
 
     kind: str
+    """Short name, for counting."""
     origin: str
+    """"file:line", or the number of the row in Parquet files and folders. Both start at 1."""
     id: str
     cause: str
     level: Literal["error", "warning"] = "error"
+    """A row with an error cannot be used; one with a warning can."""
 
     def __str__(self) -> str:
-        return f"{self.origin}{f' ({self.id})' if self.id else ''}: {self.cause}"
+        return f"{self.origin}{f' ({self.id})' if self.id else ''}: {self.cause}."
 
 
 def read_questions(
     data: DataConfig, which: Literal["train", "validation"] = "train", problems: list[RowProblem] | None = None
 ) -> list[Question]:
-    """All questions of ``data.train`` or ``data.validation``, in order, ids unique (``data.limit`` cuts train).
+    """Return all questions of ``data.train`` or ``data.validation`` in order, with unique ids.
 
-    problems: when given, bad rows are added to it and left out; otherwise any bad row is an error.
-    Raises DataError naming file, line and cause of the first few bad rows, or a file that cannot be read at all.
+    Args:
+        problems: If given, bad rows are appended to it and left out. Otherwise any bad row is an error.
+
+    Raises:
+        DataError: With file, line and cause of the first bad rows, or for a file that cannot be read at all.
     """
     found: list[RowProblem] = []
     questions: list[Question] = []
@@ -48,17 +53,13 @@ def read_questions(
     split = data.split if which == "train" else data.validation_split
     names = data.train if which == "train" else data.validation
     if not names:
-        raise DataError(f"data.{which} is empty; list question files, datasets folders or hub names there")
+        raise DataError(f"data.{which}: expected question files, datasets folders or hub names, got an empty list.")
     for name in names:
         for question in _questions(name, data.columns, split, found):
             if question.id in first:
-                cause = (
-                    f"id {question.id!r} was used before, at {first[question.id]}; ids must be unique over all files"
-                )
+                cause = f"id {question.id!r} is already used at {first[question.id]}; ids must be unique over all files"
                 if question.id.startswith("auto-"):
-                    cause = (
-                        f"the same question, answer and images as {first[question.id]}; remove one, or give both an id"
-                    )
+                    cause = f"same question, answer and images as {first[question.id]}; remove one, or give both an id"
                 found.append(RowProblem("duplicate id", question.origin, question.id, cause))
                 continue
             first[question.id] = question.origin
@@ -67,9 +68,9 @@ def read_questions(
                 break
         if limit and len(questions) >= limit:
             break
-    _settle(found, problems)
+    _report(found, problems)
     if not questions and problems is None:
-        raise DataError(f"data.{which}: no questions in {', '.join(names)}")
+        raise DataError(f"data.{which}: no questions in {', '.join(names)}.")
     return questions
 
 
@@ -79,14 +80,14 @@ def read_file(
     split: str = "train",
     problems: list[RowProblem] | None = None,
 ) -> list[Question]:
-    """Questions of one file, datasets folder or hub name; ids may repeat. Arguments and errors as in read_questions."""
+    """Return the questions of one file, folder or hub name; ids may repeat. See ``read_questions`` for ``problems``."""
     found: list[RowProblem] = []
     questions = list(_questions(str(path), columns or {}, split, found))
-    _settle(found, problems)
+    _report(found, problems)
     return questions
 
 
-def _settle(found: list[RowProblem], problems: list[RowProblem] | None) -> None:
+def _report(found: list[RowProblem], problems: list[RowProblem] | None) -> None:
     if problems is not None:
         problems += found
     elif found:
@@ -111,12 +112,12 @@ def _questions(name: str, columns: Mapping[str, str], split: str, found: list[Ro
             yield question
         if rows and missing:
             pairs = ", ".join(f"{ours}: {theirs}" for ours, theirs in missing.items())
-            cause = f"data.columns names columns that no row has ({pairs}); correct the names"
+            cause = f"data.columns: no row has these columns: {pairs}; correct the names"
             found.append(RowProblem("unknown column", source, "", cause))
 
 
 def _kind_of(cause: str) -> str:
-    if cause == "the question is empty":
+    if cause == "question: expected text, got nothing":
         return "empty question"
     if "marker" in cause:
         return "image markers"
@@ -124,17 +125,17 @@ def _kind_of(cause: str) -> str:
 
 
 def expand(name: str) -> list[str]:
-    """The files a pattern such as ``shards/*.parquet`` stands for, sorted; any other name as it is."""
+    """Return the files that match a pattern such as ``shards/*.parquet``, sorted. Other names are returned unchanged."""
     if not any(c in name for c in "*?[") or Path(name).expanduser().exists():
         return [name]
     paths = sorted(glob.glob(str(Path(name).expanduser()), recursive=True))
     if not paths:
-        raise DataError(f"{name}: no file fits this pattern")
+        raise DataError(f"{name}: no file matches this pattern.")
     return paths
 
 
 Row = tuple[str, Any, Path]
-"""Origin, content, and the folder that relative image paths count from."""
+"""Origin, content, and the folder at which relative image paths start."""
 
 
 def _rows(name: str, split: str, found: list[RowProblem]) -> Iterator[Row]:
@@ -149,11 +150,11 @@ def _rows(name: str, split: str, found: list[RowProblem]) -> Iterator[Row]:
         elif path.suffix == ".parquet":
             yield from _parquet_rows(name, path)
         else:
-            raise DataError(
-                f"{name}: {path.suffix or 'a file without a suffix'} is not supported; use {', '.join(SUFFIXES)}"
-            )
+            raise DataError(f"{name}: expected a file with suffix {', '.join(SUFFIXES)}, got {path.suffix or 'none'}.")
     elif path.suffix in SUFFIXES or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise DataError(f"{name}: no such file or folder ({path.resolve()}); paths count from the current directory")
+        raise DataError(
+            f"{name}: no such file or folder ({path.resolve()}). Relative paths start at the current directory."
+        )
     else:
         yield from _hub_rows(name, split)
 
@@ -166,7 +167,9 @@ def _jsonl_rows(name: str, path: Path, found: list[RowProblem]) -> Iterator[Row]
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as e:
-                cause = f"not UTF-8 at byte {e.start + 1} of the line; save the file as UTF-8"
+                cause = (
+                    f"expected UTF-8, got another byte at position {e.start + 1} of the line; save the file as UTF-8"
+                )
                 found.append(RowProblem("unreadable line", origin, "", cause))
                 continue
             if not text.strip():
@@ -174,25 +177,27 @@ def _jsonl_rows(name: str, path: Path, found: list[RowProblem]) -> Iterator[Row]
             try:
                 yield origin, json.loads(text), folder
             except (ValueError, RecursionError) as e:
-                found.append(RowProblem("unreadable line", origin, "", f"not JSON: {e}"))
+                found.append(RowProblem("unreadable line", origin, "", f"not valid JSON: {e}"))
 
 
 def _json_rows(name: str, path: Path, found: list[RowProblem]) -> Iterator[Row]:
     try:
         rows = json.loads(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as e:
-        raise DataError(f"{name}: not UTF-8 at byte {e.start + 1}; save the file as UTF-8") from e
+        raise DataError(
+            f"{name}: expected UTF-8, got another byte at position {e.start + 1}. Save the file as UTF-8."
+        ) from e
     except json.JSONDecodeError as e:
-        if e.msg == "Extra data":  # one object a line under the wrong suffix
+        if e.msg == "Extra data":  # JSON lines under the wrong suffix
             yield from _jsonl_rows(name, path, found)
             return
-        raise DataError(f"{name}:{e.lineno}: not JSON: {e.msg}") from e
+        raise DataError(f"{name}:{e.lineno}: not valid JSON: {e.msg}.") from e
     except RecursionError as e:
-        raise DataError(f"{name}: nested too deeply to be read") from e
+        raise DataError(f"{name}: too deeply nested JSON.") from e
     if isinstance(rows, dict) and any(k in rows for k in ("question", "prompt", "messages", "conversations")):
         rows = [rows]
     if not isinstance(rows, list):
-        raise DataError(f"{name}: a list of rows is wanted at the top, found {type(rows).__name__}")
+        raise DataError(f"{name}: expected a list of rows, got {type(rows).__name__}.")
     for number, row in enumerate(rows, start=1):
         yield f"{name}:{number}", row, path.resolve().parent
 
@@ -209,7 +214,7 @@ def _parquet_rows(name: str, path: Path) -> Iterator[Row]:
                     number += 1
                     yield f"{name}:{number}", row, path.resolve().parent
     except (pa.ArrowException, OSError) as e:
-        raise DataError(f"{name}: damaged or no Parquet file after row {number} ({e})") from e
+        raise DataError(f"{name}: damaged, or not a Parquet file, after row {number} ({e}).") from e
 
 
 def _folder_rows(name: str, path: Path, split: str) -> Iterator[Row]:
@@ -220,8 +225,8 @@ def _folder_rows(name: str, path: Path, split: str) -> Iterator[Row]:
             loaded = datasets.load_from_disk(str(path))
         else:
             loaded = datasets.load_dataset(str(path))
-    except Exception as e:  # the library raises its own, pyarrow's and the builders' errors
-        raise DataError(f"{name}: not a datasets folder or a folder of data files ({_first_line(e)})") from e
+    except Exception as e:  # errors of datasets, pyarrow and the dataset builders
+        raise DataError(f"{name}: expected a datasets folder or a folder of data files ({_first_line(e)}).") from e
     yield from _dataset_rows(name, _choose_split(name, loaded, split), path.resolve())
 
 
@@ -233,8 +238,8 @@ def _hub_rows(name: str, split: str) -> Iterator[Row]:
         loaded = datasets.load_dataset(repository, configuration or None)
     except Exception as e:  # connection, authentication, unknown name, unknown configuration
         raise DataError(
-            f"{name}: no such file or folder here, and as a hub data set it cannot be loaded ({_first_line(e)}); "
-            "correct the path (it counts from the current directory), or see that the hub can be reached"
+            f"{name}: no such file or folder, and it cannot be loaded as a hub data set ({_first_line(e)}). "
+            "Correct the path (it starts at the current directory), or check the connection to the hub."
         ) from e
     yield from _dataset_rows(name, _choose_split(name, loaded, split), Path.cwd())
 
@@ -244,14 +249,16 @@ def _choose_split(name: str, loaded: Any, split: str) -> Any:
         return loaded
     if split not in loaded:
         splits = ", ".join(map(str, loaded))
-        raise DataError(f"{name}: no split {split!r}; there are {splits} (data.split, data.validation_split)")
+        raise DataError(
+            f"{name}: expected one of the splits {splits}, got {split!r}. Set data.split or data.validation_split."
+        )
     return loaded[split]
 
 
 def _dataset_rows(name: str, dataset: Any, folder: Path) -> Iterator[Row]:
     labels = {n: f for n, f in dataset.features.items() if hasattr(f, "int2str")}
     number = 0
-    # As Arrow: image columns then stay {"bytes", "path"} and are not decoded.
+    # In Arrow format image columns stay {"bytes", "path"} and are not decoded.
     for table in dataset.with_format("arrow").iter(batch_size=64):
         for row in table.to_pylist():
             number += 1

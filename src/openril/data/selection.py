@@ -1,20 +1,20 @@
-"""Which questions the loop uses: log-probability sampling and the overlong filter (arXiv 2510.19307, section 4).
+"""Select the questions for the loop: log-probability sampling and the overlong filter (arXiv 2510.19307, section 4).
 
-The paper names two methods without their settings. What is done here:
+The paper names the two methods without their settings. This is the implementation:
 
-Overlong filter (after DAPO, arXiv 2503.14476): a question is left out when more than ``max_overlong_share`` of the
-student's cached responses were cut at the length limit: such groups teach the student to stop, not to answer.
+Overlong filter (after DAPO, arXiv 2503.14476): a question is left out if more than ``max_overlong_share`` of the student's
+cached responses were cut at the length limit, because such groups train the student to stop and not to answer.
 
 With a reference model (after NVILA's DeltaLoss, arXiv 2412.04468): score = mean over the answer's tokens of
-log p_reference - log p_student. Near 0 both know the answer or neither does, below 0 it speaks for the student: only
-questions above 0 are kept, the highest first. As in NVILA every subset (here: data file) keeps its own best; the places
-are shared in proportion to the subsets' sizes, and places a subset cannot fill go to the others. The mean over tokens,
-where a sum would favour long answers, is our choice.
+log p_reference - log p_student. It is near 0 if both models know the answer or neither does, and below 0 if the student
+is better. Only questions above 0 are kept, the highest first. As in NVILA every subset (here: data file) keeps its own
+best questions, in proportion to its size; places that a subset cannot fill go to the others. The mean over tokens is our
+choice: a sum would favor long answers.
 
-With the student alone: drawn without replacement with weight 1 - exp(mean log p_student): what the student would say
-anyway is seldom drawn, and one mislabelled question counts little more than any other hard one.
+With the student alone: sampling without replacement with weight 1 - exp(mean log p_student). Answers that the student
+already gives are rarely selected, and a wrong label counts little more than any other difficult question.
 
-Everything follows from the arguments and the seed; the order of the questions is kept.
+The result depends only on the arguments and the seed. The order of the questions is kept.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from openril.records import Question, Response
 
 @dataclass(frozen=True)
 class Decision:
-    """One question's fate. score: see the module; None when it was not scored. reason: "" for a chosen question."""
+    """The decision about one question. score: see the module; None if not scored. reason: "" if it was selected."""
 
     id: str
     selected: bool
@@ -45,13 +45,13 @@ class Decision:
 
 @dataclass(frozen=True)
 class Selection:
-    """ids: chosen questions in the data's order. decisions: one for every question, in the same order."""
+    """ids: selected questions in the order of the data. decisions: one for every question, in the same order."""
 
     ids: tuple[str, ...]
     decisions: tuple[Decision, ...]
 
     def counts(self) -> dict[str, int]:
-        """How many were selected, and how many left out for each kind of reason."""
+        """Return the number of selected questions, and of those left out for each kind of reason."""
         counts: dict[str, int] = {}
         for decision in self.decisions:
             kind = "selected" if decision.selected else decision.reason.split(":")[0]
@@ -60,7 +60,7 @@ class Selection:
 
 
 def overlong_shares(responses: Iterable[Response]) -> dict[str, float]:
-    """Question id -> share of its student responses whose finish_reason is "length", in [0, 1]."""
+    """Return question id -> share of its student responses whose finish_reason is "length", in [0, 1]."""
     cut: dict[str, list[bool]] = {}
     for response in responses:
         if response.from_student:
@@ -76,21 +76,23 @@ def select(
     config: SelectionConfig,
     seed: int,
 ) -> Selection:
-    """Choose up to ``config.num_questions`` questions.
+    """Select up to ``config.num_questions`` questions.
 
-    student_logprobs, reference_logprobs: question id -> mean log-probability per token of the ground-truth answer, in
-    nats (<= 0); None where there is no answer. reference_logprobs: None to use the student alone. overlong_share: what
-    ``overlong_shares`` returns; needed when ``config.drop_overlong``.
+    Args:
+        student_logprobs: Question id -> mean log-probability per token of the ground-truth answer under the student, in
+            nats (<= 0); None where there is no answer.
+        reference_logprobs: The same under the reference model, or None to use the student alone.
+        overlong_share: The result of ``overlong_shares``; required if ``config.drop_overlong``.
 
-    Raises DataError for numbers that are no log-probabilities, for questions that were not scored, and when questions
-    lack student responses that the overlong filter needs.
+    Raises:
+        DataError: For invalid or missing log-probabilities, and for missing student responses.
     """
     if config.drop_overlong:
         lacking = [q.id for q in questions if overlong_share is None or q.id not in overlong_share]
         if lacking:
             raise DataError(
                 f"data.selection.drop_overlong: {len(lacking)} questions have no cached student responses (first: "
-                f"{lacking[0]}); run `ril collect` with collect.student on, or set drop_overlong to false"
+                f"{lacking[0]}). Run `ril collect` with collect.student on, or set drop_overlong to false."
             )
     left_out: dict[str, str] = {}
     scores: dict[str, float] = {}
@@ -133,24 +135,22 @@ def select(
 
 def _logprob(values: Mapping[str, float | None], question_id: str, whose: str) -> float | None:
     if question_id not in values:
-        raise DataError(f"question {question_id}: the {whose}'s log-probability is missing; score all questions again")
+        raise DataError(f"question {question_id}: the {whose}'s log-probability is missing. Score all questions again.")
     value = values[question_id]
     if value is None:
         return None
-    if math.isnan(value) or value > 1e-4:  # a little above 0 is rounding
-        raise DataError(
-            f"question {question_id}: {value} is no log-probability of the {whose} (a number <= 0 is wanted)"
-        )
+    if math.isnan(value) or value > 1e-4:  # slightly above 0 is a rounding error
+        raise DataError(f"question {question_id}: expected a log-probability of the {whose} (<= 0), got {value}.")
     return min(value, 0.0)
 
 
 def _uniform(seed: int, question_id: str) -> float:
-    """In (0, 1), the same for the same question and seed whatever else is in the data."""
+    """Return a number in (0, 1) that depends only on the question and the seed."""
     return (storage.stable_hash("selection", seed, question_id) + 0.5) / 2.0**63
 
 
 def _weighted_draw(ids: Sequence[str], weights: Mapping[str, float], number: int, seed: int) -> set[str]:
-    """Without replacement, in proportion to the weights (Efraimidis and Spirakis: the smallest -log(u) / weight)."""
+    """Sample without replacement in proportion to the weights (Efraimidis and Spirakis: smallest -log(u) / weight)."""
     return set(sorted(ids, key=lambda i: (-math.log(_uniform(seed, i)) / weights[i], i))[:number])
 
 
@@ -171,7 +171,7 @@ def _best_of_each_subset(
 
 
 def share_places(number: int, sizes: Mapping[str, int], available: Mapping[str, int]) -> dict[str, int]:
-    """``number`` places in proportion to ``sizes``, at most ``available`` each; others get what one cannot fill."""
+    """Share ``number`` places in proportion to ``sizes``, at most ``available`` each; the rest goes to the others."""
     given = dict.fromkeys(sizes, 0)
     left = min(number, sum(available.values()))
     while left:
@@ -179,7 +179,7 @@ def share_places(number: int, sizes: Mapping[str, int], available: Mapping[str, 
         whole = sum(taking.values())
         exact = {n: left * s / whole for n, s in taking.items()}
         step = {n: min(int(e), available[n] - given[n]) for n, e in exact.items()}
-        if not any(step.values()):  # only remainders are left: the largest first
+        if not any(step.values()):  # only fractions are left: the largest first
             for n in sorted(taking, key=lambda n: (-exact[n], n))[:left]:
                 step[n] = 1
         for n, places in step.items():
@@ -189,16 +189,16 @@ def share_places(number: int, sizes: Mapping[str, int], available: Mapping[str, 
 
 
 def write_selection(path: Path, selection: Selection) -> None:
-    """One JSON line a question: id, selected, reason, score and what it was made of."""
+    """Write one JSON line per question: id, selected, reason, score and the values it was computed from."""
     storage.write_jsonl(path, [vars(d) for d in selection.decisions])
 
 
 def read_selection(path: Path) -> Selection:
-    """What ``write_selection`` wrote. Raises DataError when it is missing or damaged."""
+    """Read the file of ``write_selection``. Raises DataError if it is missing or damaged."""
     if not path.is_file():
-        raise DataError(f"{path}: no selection here; the loop makes it when data.selection.enabled is set")
+        raise DataError(f"{path}: no such selection. The loop writes it if data.selection.enabled is set.")
     try:
         decisions = tuple(Decision(**row) for row in storage.read_jsonl(path))
     except TypeError as e:
-        raise DataError(f"{path}: damaged ({e}); remove it to select again") from e
+        raise DataError(f"{path}: damaged ({e}). Remove it to select again.") from e
     return Selection(tuple(d.id for d in decisions if d.selected), decisions)
