@@ -13,7 +13,6 @@ import torch
 
 from openril.discriminator import prompt
 from openril.models.loading import load_model, load_processor
-from openril.report.progress import duration
 from openril.storage import append_jsonl, atomic_path, remove, stable_hash, write_json
 from openril.testing.tiny_models import build_tiny_model
 from playground.models.examples import ExampleEncoder, Lesson, draw_batch
@@ -124,13 +123,12 @@ def save(model: Any, processor: Any, folder: Path) -> None:
 
 
 class Progress:
-    """Write a line of metrics at most every ten seconds, with the time left for this model."""
+    """Write the step and the mean loss to a file and to the terminal, at most every ten seconds."""
 
     def __init__(self, name: str, path: Path, total: int) -> None:
         self.name, self.path, self.total = name, path, total
         self.offset, self.title = 0, ""
-        self.started = self.reported = time.monotonic()
-        self.first: int | None = None
+        self.reported = time.monotonic()
         self.losses: list[float] = []
 
     def begin(self, offset: int, title: str) -> None:
@@ -139,18 +137,11 @@ class Progress:
 
     def report(self, step: int, loss: float) -> None:
         at = self.offset + step
-        if self.first is None:
-            self.first, self.started = at, time.monotonic()
         self.losses.append(loss)
-        now = time.monotonic()
-        if now - self.reported < 10 and at < self.total:
+        if time.monotonic() - self.reported < 10 and at < self.total:
             return
-        self.reported = now
-        row: dict[str, Any] = {"step": at, "of": self.total, "part": self.title}
-        row["loss"] = round(sum(self.losses) / len(self.losses), 4)
-        if at > self.first:
-            row["seconds_left"] = round((self.total - at) * (now - self.started) / (at - self.first))
+        self.reported = time.monotonic()
+        mean = sum(self.losses) / len(self.losses)
         self.losses = []
-        append_jsonl(self.path, row)
-        left = f", {duration(row['seconds_left'])} left" if "seconds_left" in row else ""
-        print(f"{self.name}: {self.title}: step {at}/{self.total}, loss {row['loss']:.3f}{left}", flush=True)
+        append_jsonl(self.path, {"step": at, "of": self.total, "part": self.title, "loss": round(mean, 4)})
+        print(f"{self.name}: {self.title}: step {at}/{self.total}, loss {mean:.3f}", flush=True)

@@ -28,8 +28,6 @@ from playground.demo_report import (
     pick,
     read_evaluation,
 )
-from playground.models.build import Settings as BuildSettings
-from playground.models.build import build, file_texts
 from playground.models.plan import DIFFICULTY
 from playground.models.shipped import WEIGHTS, find_models
 from playground.world import SKILLS
@@ -82,14 +80,6 @@ def test_ready_made_models_load(student):
     GreedyDecoder.from_checkpoint(found["judge"])
     assert json.loads((found["judge"] / "agreement.json").read_text())["agreement"] > 0.9
     assert sum(f.stat().st_size for f in WEIGHTS.rglob("*") if f.is_file()) < 12e6
-
-
-def test_words_of_the_texts_are_single_tokens(tmp_path):
-    from openril.hf import AutoTokenizer
-
-    write_jsonl(tmp_path / "questions.jsonl", [{"id": str(i), "question": "Which zebra is purple?"} for i in range(20)])
-    settings = BuildSettings(tmp_path / "model", "qwen2", texts=[tmp_path / "questions.jsonl"], hidden_size=32)
-    assert len(AutoTokenizer.from_pretrained(build(settings))(" zebra purple")["input_ids"]) == 2
 
 
 # Recipes and commands
@@ -147,15 +137,6 @@ def test_dr_grpo_trains_while_responses_are_collected(tmp_path, models):
     assert jobs["dr_grpo train"].shown == f"ril train {tmp_path}/recipes/dr_grpo.yaml"
     assert len(jobs) == 10  # A collection, two discriminators, three trainings, four evaluations.
     assert jobs["collect"].progress() == (0, 672, "responses")  # 28 questions x 8 responses x 3 sources
-
-
-def test_tokenizers_learn_what_models_read_and_write(tmp_path, models):
-    prepare(Settings(tmp_path, models=models, **SMALL))
-    path = tmp_path / "world" / "train.jsonl"
-    row = next(r for r in read_jsonl(path) if "choices" in r)
-    write_jsonl(path, [row])
-    texts = [row["question"], row["answer"], row["direct_answer"], *row["choices"]]
-    assert sorted(file_texts(path)) == sorted([*texts, *(row[f"derivation_{style}"] for style in "abc")])
 
 
 # Report

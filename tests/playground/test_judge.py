@@ -112,11 +112,6 @@ def test_the_rule_reads_the_cleaned_prompt_as_it_reads_the_response(cases):
     assert any("answer>" in case.response for case in forged)
 
 
-def test_the_same_seed_makes_the_same_cases():
-    made = [make_cases(world_questions("train", 42, seed=1), 60, seed=2) for _ in range(2)]
-    assert [(c.response, c.says) for c in made[0]] == [(c.response, c.says) for c in made[1]]
-
-
 def test_drills_are_right_when_both_answers_are_equal(cases):
     for text in make_drills(cases, 200, seed=0):
         says, truth = text.removeprefix("It says ").split(". <answer>")[0].split(", truth ")

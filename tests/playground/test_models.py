@@ -29,6 +29,7 @@ from playground.models.examples import (
 )
 from playground.models.plan import MODELS, Schedule
 from playground.models.report import by_skill, measure_student, right, write
+from playground.models.shipped import WEIGHTS
 from playground.models.training import Training, equal_pictures_together, losses
 from playground.world import SKILLS, make_questions
 from playground.world.scenes import Scene, Thing, render, where
@@ -333,3 +334,11 @@ def test_unknown_models_and_empty_folders_are_refused(tmp_path: Path, capsys: py
     assert "teacher_b" in capsys.readouterr().err
     assert command.main(["--out", str(tmp_path), "--report"]) == 2
     assert "holds no models" in capsys.readouterr().err
+
+
+def test_the_weights_have_every_checkpoint_and_are_small() -> None:
+    for name, model in MODELS.items():
+        assert all((plan.folder_of(WEIGHTS, name, stage) / "config.json").is_file() for stage in model.stages)
+    files = [path for path in WEIGHTS.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 12e6
+    assert not [path for path in files if path.suffix in (".bin", ".pt", ".pkl")]

@@ -78,16 +78,6 @@ def test_a_skills_questions_do_not_depend_on_the_others():
     assert [q for q in make_questions("train", 70, seed=3) if q.skill == "charts"] == alone
 
 
-def test_same_seed_same_files(tmp_path):
-    for folder, seed in (("a", 5), ("b", 5), ("c", 6)):
-        write_skills_world(tmp_path / folder, 28, 14, 14, seed=seed)
-    files = [p.relative_to(tmp_path / "a") for p in sorted((tmp_path / "a").rglob("*")) if p.is_file()]
-    assert len(files) == 4 + 28 + 14 + 14 + 4  # open_multi has two pictures: 2 + 1 + 1 more
-    for file in files:
-        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
-    assert (tmp_path / "a/train.jsonl").read_text() != (tmp_path / "c/train.jsonl").read_text()
-
-
 def test_rows_hold_every_column(written):
     for split, path in written.items():
         for i, row in enumerate(rows_of(path)):

@@ -292,14 +292,6 @@ def test_words_are_joined_as_in_a_sentence():
     assert [listed(words) for words in (["x"], ["x", "y"], ["x", "y", "z"])] == ["x", "x and y", "x, y and z"]
 
 
-def test_one_question_is_pinned_word_for_word():
-    """Results name their seeds, so the questions of a seed must not change."""
-    (q,) = make_questions("train", 1, seed=0, skills=["charts"])
-    assert q.question == "how much larger is the green bar than the yellow bar?"
-    assert str(q.scenes[0]) == "chart:||||||blue bar 6|yellow bar 1|green bar 6"
-    assert q.derivations["a"] == "the green bar is 6. the yellow bar is 1. 6 minus 1 is 5. so the answer is 5."
-
-
 def test_the_style_of_a_derivation_is_detected_from_its_text() -> None:
     for made in make_questions("train", 280):
         assert {style: style_of(text) for style, text in made.derivations.items()} == {s: s for s in STYLES}
