@@ -164,8 +164,8 @@ def conditions(found: dict[str, Any]) -> str:
     """List what the numbers come from."""
     lines = [f"- {found['questions']} {found['split']} questions, {len(found['skills'])} skills."]
     for student, results in found["students"].items():
-        counts = {group: len(results[group]) for group in ("contenders", "ablations", "compute")}
-        shown = ", ".join(f"{n} {group}" for group, n in counts.items() if n)
+        titles = {"contenders": "methods", "ablations": "ablations", "compute": "methods at equal compute"}
+        shown = ", ".join(f"{len(results[group])} {title}" for group, title in titles.items() if results[group])
         lines.append(f"- {STUDENT_TITLES.get(student, student)}: {shown} finished.")
     if (cache := found["cache"]) is not None:
         right = ", ".join(f"{TEACHER_TITLES.get(n, n)} {100 * share:.1f} %" for n, share in cache["right"].items())
