@@ -10,16 +10,14 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from openril.errors import DataError, RecipeError
 from openril.recipe.loading import load_saved_recipe, save_recipe
 from openril.recipe.schema import Recipe
-from openril.records import Question
 from openril.storage import atomic_path, read_jsonl, refuse_changed, weights_fingerprint, write_json
 from playground.demo_report import METHODS, evaluation_file, read_evaluation, read_world, show, write_report
 from playground.models.shipped import StudentName, find_models
@@ -60,10 +58,6 @@ class Settings:
     """Settings for every recipe, as KEY=VALUE, for instance train.max_steps=5."""
 
 
-def say(line: str = "") -> None:
-    print(line, flush=True)
-
-
 def prepare(settings: Settings) -> dict[str, Recipe]:
     """Make the world, the models and the recipes that are missing; returns the recipes by run.
 
@@ -95,13 +89,13 @@ def prepare(settings: Settings) -> dict[str, Recipe]:
         from playground.world import write_skills_world
 
         write_skills_world(out / "world", *numbers, settings.seed, settings.difficulty)
-        say(f"  {numbers[0]} training, {numbers[1]} validation and {numbers[2]} test questions: {out / 'world'}")
+        print(f"  {numbers[0]} training, {numbers[1]} validation and {numbers[2]} test questions: {out / 'world'}")
     for name, folder in models.items():
         target = out / "models" / name
         if not (target / "config.json").is_file():
             with atomic_path(target) as temporary:
                 shutil.copytree(folder, temporary)
-            say(f"  {name}: {target} (from {folder})")
+            print(f"  {name}: {target} (from {folder})")
     return {run: write_recipe(run, settings) for run in RUNS}
 
 
@@ -121,92 +115,71 @@ def write_recipe(run: str, settings: Settings) -> Recipe:
 
 # Jobs
 
+START_UP = 8.0
+PER_UNIT = {"collect": 0.003, "discriminator": 0.55, "train": 3.6, "eval": 0.02}
+"""Seconds of a response, step or answer on one core of the machine where they were measured. Only their proportions
+matter. A step of Dr.GRPO takes a third."""
+
 
 @dataclass(kw_only=True)
 class DemoJob(Job):
-    """One ``ril`` command. What is done is recognized by the files that it leaves."""
+    """One ``ril`` command. The files that it leaves tell whether it is done."""
 
-    done: Callable[[], bool]
-    look: Callable[[], Progress]
-
-    def seconds(self) -> float | None:
-        return 0.0 if self.done() else None
+    out: Path
+    recipe: Recipe
+    method: str = ""
+    """Method that an evaluation scores."""
 
     def progress(self) -> Progress:
-        return self.look()
+        if self.kind != "eval":
+            return stage_progress(self.kind, self.recipe)
+        scores = [row["score"] for row in read_jsonl(evaluation_file(self.out, self.method)) if "question_id" in row]
+        right = f"right {sum(s or 0 for s in scores) / len(scores):.0%}" if scores else ""
+        return len(scores), len(read_world(self.out, "test")), right
 
-
-START_UP = 8.0
-PER_COLLECTED_RESPONSE, PER_DISCRIMINATOR_STEP, PER_ANSWER = 0.003, 0.55, 0.02
-PER_TRAINING_STEP = {"dr_grpo": 1.2, "ril_one": 3.6, "ril": 3.6}
-"""Seconds on one core of the machine where they were measured. Only their proportions matter."""
+    def seconds(self) -> float | None:
+        run = self.recipe.run_path
+        match self.kind:
+            case "collect":
+                done = collected(self.recipe.cache_path)[0] >= self.progress()[1]
+            case "discriminator":
+                done = (self.recipe.discriminator_path / "config.json").is_file()
+            case "train":
+                done = (run / "student" / "config.json").is_file() and (run / "finished.json").is_file()
+                done = done and json.loads((run / "finished.json").read_text())["step"] >= self.recipe.train.max_steps
+            case _:
+                done = read_evaluation(self.out, self.method, read_world(self.out, "test")) is not None
+        return 0.0 if done else None
 
 
 def plan(out: Path, recipes: Mapping[str, Recipe]) -> list[DemoJob]:
     """Return all commands in order. Dr.GRPO needs no responses, so it trains while they are collected."""
-    jobs: list[DemoJob] = []
 
-    def add(
-        name: str, run: str, stage: Any, done: Callable[[], bool], each: float, needs: Sequence[str] = (),
-        arguments: Sequence[str] = (), look: Callable[[], Progress] | None = None,
-    ) -> None:  # fmt: skip
-        look = look or partial(stage_progress, stage, recipes[run])
+    def job(name: str, run: str, *arguments: str, needs: Sequence[str] = (), method: str = "") -> DemoJob:
+        stage = name.split()[-1]
         command = ("openril.cli", stage, str(out / "recipes" / f"{run}.yaml"), *arguments)
-        expected = START_UP + each * look()[1]
-        jobs.append(
-            DemoJob(
-                name=name, arguments=command, needs=tuple(needs), expected=expected, kind=stage, done=done, look=look
-            )
+        made = DemoJob(
+            name=name, arguments=command, needs=tuple(needs), kind=stage, out=out, recipe=recipes[run], method=method
         )
+        made.expected = START_UP + PER_UNIT[stage] * made.progress()[1] / (3 if name == "dr_grpo train" else 1)
+        return made
 
-    def train(run: str) -> None:
-        needs = [f"{run} discriminator"] if recipes[run].uses_discriminator else []
-        add(f"{run} train", run, "train", partial(trained, recipes[run]), PER_TRAINING_STEP[run], needs)
-
-    ril = recipes["ril"]
-    responses = stage_progress("collect", ril)[1]
-    add("collect", "ril", "collect", lambda: collected(ril.cache_path)[0] >= responses, PER_COLLECTED_RESPONSE)
-    train("dr_grpo")
-    for run in ("ril", "ril_one"):
-        trained_discriminator = recipes[run].discriminator_path / "config.json"
-        add(
-            f"{run} discriminator",
-            run,
-            "discriminator",
-            trained_discriminator.is_file,
-            PER_DISCRIMINATOR_STEP,
-            ["collect"],
-        )
-    train("ril")
-    train("ril_one")
-    test = read_world(out, "test")
-    for name, method in METHODS.items():
-        checkpoint = out / "models" / "student" if name == "sft" else out / method.run / "student"
-        arguments = ["--checkpoints", str(checkpoint), "--data.validation", str(out / "world" / "test.jsonl")]
+    def evaluation(name: str) -> DemoJob:
+        run = METHODS[name].run
+        checkpoint = out / "models" / "student" if name == "sft" else out / run / "student"
+        score = ("--data.validation", str(out / "world" / "test.jsonl"), "--eval.limit", "0")
         # Two evaluations must not write the table of one folder at once.
-        needs = {"sft": [], "ril_both": ["ril train", "sft eval"]}.get(name, [f"{method.run} train"])
-        add(
-            f"{'sft' if name == 'sft' else method.run} eval", method.run, "eval", partial(scored, out, name, test), PER_ANSWER,
-            needs, [*arguments, "--eval.limit", "0"], partial(scoring_progress, evaluation_file(out, name), len(test)),
-        )  # fmt: skip
-    return jobs
+        needs = {"sft": [], "ril_both": ["ril train", "sft eval"]}.get(name, [f"{run} train"])
+        title = f"{'sft' if name == 'sft' else run} eval"
+        return job(title, run, "--checkpoints", str(checkpoint), *score, needs=needs, method=name)
 
-
-def scored(out: Path, name: str, test: Mapping[str, Question]) -> bool:
-    return read_evaluation(out, name, test) is not None
-
-
-def scoring_progress(journal: Path, total: int) -> Progress:
-    scores = [row["score"] for row in read_jsonl(journal) if "question_id" in row]
-    return len(scores), total, f"right {sum(s or 0 for s in scores) / len(scores):.0%}" if scores else ""
-
-
-def trained(recipe: Recipe) -> bool:
-    try:
-        finished = json.loads((recipe.run_path / "finished.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return False
-    return int(finished["step"]) >= recipe.train.max_steps and (recipe.run_path / "student" / "config.json").is_file()
+    return [
+        job("collect", "ril"),
+        job("dr_grpo train", "dr_grpo"),
+        *(job(f"{run} discriminator", run, needs=["collect"]) for run in ("ril", "ril_one")),
+        *(job(f"{run} train", run, needs=[f"{run} discriminator"]) for run in ("ril", "ril_one")),
+        *map(evaluation, METHODS),
+    ]
 
 
 # The command
@@ -218,14 +191,14 @@ def run_demo(settings: Settings) -> dict[str, Any]:
 
     out, console = settings.out, Console()
     clock = Clock(out / "clock.json")
-    say("1. world, models, recipes")
+    print("1. world, models, recipes")
     runner = Runner(plan(out, prepare(settings)), out / "logs", console, width=settings.width, clock=clock)
     if left := len(runner.jobs) - len(runner.finished):
         clock.tick()
-        say(f"2. {left} commands, {settings.width} at a time; their output is in {out / 'logs'}")
+        print(f"2. {left} commands, {settings.width} at a time; their output is in {out / 'logs'}")
         runner.run()
     elif (out / "summary.json").is_file():
-        say("  everything is already there")
+        print("  everything is already there")
         clock.stop()  # Looking at the results does not count.
     summary, groups = write_report(out, settings.seed, settings.student, clock)
     show(console, out, summary, groups)

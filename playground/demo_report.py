@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from openril.data.reading import read_file
 from openril.errors import StateError
@@ -29,20 +29,19 @@ GROUPS_SHOWN = 5
 TEMPLATE = Path(__file__).with_name("demo_page.html")
 
 
-@dataclass(frozen=True)
-class DemoMethod:
+class DemoMethod(NamedTuple):
     """A row of the demo's tables."""
 
     title: str
     short: str
-    """Its name as the heading of a column."""
+    """Heading of its column."""
     run: str
     """Its folder."""
     evaluation: str = "final"
     """Name of its evaluation in that folder."""
 
 
-METHODS: dict[str, DemoMethod] = {
+METHODS = {
     "sft": DemoMethod("starting student", "start", "ril", "base"),
     "dr_grpo": DemoMethod("Dr.GRPO", "Dr.GRPO", "dr_grpo"),
     "ril_one": DemoMethod("RIL, one teacher", "RIL one", "ril_one"),
@@ -156,16 +155,18 @@ def own_agreement(rows: Iterable[Mapping[str, Any]], questions: Mapping[str, Que
 
 def teachers_right(out: Path) -> dict[str, dict[str, Any]]:
     """Return the share of each teacher's cached responses that the exact rule calls right, over all and by skill."""
-    found: dict[str, dict[str, Any]] = {}
-    for name, items in cached_responses(load_saved_recipe(out / "recipes" / "ril.yaml"), list(TEACHERS)).items():
-        by_skill: dict[str, list[bool]] = {skill: [] for skill in SKILLS}
-        for question, text, _ in items:
-            by_skill[question.metadata["skill"]].append(exactly_right(question, text))
-        found[name] = {
-            "mean": share(sum(map(sum, by_skill.values())), len(items)),
-            "skills": {skill: share(sum(values), len(values)) for skill, values in by_skill.items() if values},
-        }
-    return found
+
+    def right(items: Sequence[Judged]) -> float | None:
+        return share(sum(exactly_right(question, text) for question, text, _ in items), len(items))
+
+    def of_skill(items: Sequence[Judged], skill: str) -> list[Judged]:
+        return [item for item in items if item[0].metadata["skill"] == skill]
+
+    cached = cached_responses(load_saved_recipe(out / "recipes" / "ril.yaml"), list(TEACHERS))
+    return {
+        name: {"mean": right(items), "skills": {s: right(found) for s in SKILLS if (found := of_skill(items, s))}}
+        for name, items in cached.items()
+    }
 
 
 def derivation_shares(run: Path) -> Series:
@@ -180,23 +181,19 @@ def curves_of(run: Path) -> dict[str, Series]:
     return {title: series(rows, metric) if metric else derivation_shares(run) for title, metric in CURVES.items()}
 
 
-def beginning_and_end(run: Path, width: int = 5) -> dict[str, Any]:
-    """Return the means of the curves over the first and the last steps, without empty curves."""
+def beginning_and_end(run: Path) -> dict[str, dict[str, float]]:
+    """Return the means of the curves over the first five and the last five steps, without empty curves."""
     found = {title: values for title, (_, values) in curves_of(run).items() if values}
-    return {
-        title: {"first": sum(values[:width]) / len(values[:width]), "last": sum(values[-width:]) / len(values[-width:])}
-        for title, values in found.items()
-    }
+    parts = {title: {"first": values[:5], "last": values[-5:]} for title, values in found.items()}
+    return {title: {which: sum(v) / len(v) for which, v in part.items()} for title, part in parts.items()}
 
 
 def draw_curves(out: Path, path: Path) -> None:
     """Draw the paper's Fig. 5 for all methods, and how many of the student's samples carry a derivation."""
-    curves = {name: curves_of(out / METHODS[name].run) for name in TRAINED}
-    colors = dict(zip(TRAINED, (COLORS["dr_grpo"], COLORS["ril_b"], COLORS["ril_both"]), strict=True))
+    colors = {"dr_grpo": COLORS["dr_grpo"], "ril_one": COLORS["ril_b"], "ril_both": COLORS["ril_both"]}
+    curves = {name: curves_of(out / METHODS[name].run) for name in colors}
     panels = [
-        Panel(
-            title, [(METHODS[name].title, colors[name], [found[title]]) for name, found in curves.items()], share=True
-        )
+        Panel(title, [(METHODS[n].title, colors[n], [found[title]]) for n, found in curves.items()], share=True)
         for title in CURVES
     ]
     save(curve_figure("", [panels[:2], panels[2:]], 11), path)

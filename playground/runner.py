@@ -8,14 +8,11 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from openril.errors import OpenRILError
@@ -24,7 +21,7 @@ from openril.storage import read_jsonl, write_json
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import TaskID
+    from rich.progress import Progress as Bars
 
 LINE_EVERY = 15.0
 """Seconds between two lines of progress where the output is not a terminal."""
@@ -114,44 +111,48 @@ class Runner:
     """Runs jobs, ``width`` at a time: always the first one that is not done and has what it needs.
 
     A job that fails is reported with the end of its log, and the jobs that need it are left out. With ``keep_going`` the
-    others still run; without it the first failure raises OpenRILError. When this process is asked to end (Ctrl-C,
-    SIGTERM, a closed terminal), the running commands are interrupted once, save, and end. When it is killed, they are
-    killed with it.
+    others still run; without it the first failure raises OpenRILError. An interrupt of this process (Ctrl-C) interrupts
+    the running commands once, so that they save and end. When this process is killed, they are killed with it.
     """
 
     def __init__(
-        self,
-        jobs: Sequence[Job],
-        logs: Path,
-        console: Console,
-        *,
-        width: int = 2,
-        clock: Clock | None = None,
+        self, jobs: Sequence[Job], logs: Path, console: Console, *, width: int = 2, clock: Clock | None = None,
         keep_going: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.jobs = {job.name: job for job in jobs}
         self.logs, self.console, self.width, self.clock, self.keep_going = logs, console, width, clock, keep_going
-        took = {job.name: seconds for job in jobs if (seconds := job.seconds()) is not None}
-        self.finished = set(took)
+        self.finished = {job.name: seconds for job in jobs if (seconds := job.seconds()) is not None}
+        """Seconds by job."""
         self.failed: dict[str, str] = {}
-        self.running: dict[str, tuple[subprocess.Popen[bytes], float, float]] = {}
-        """Process, start time, and share that was done at the start."""
-        self.measured = {name: (self.jobs[name].expected, seconds) for name, seconds in took.items() if seconds}
-        """Expected and measured seconds of what has been done."""
+        self.running: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
+        """Process and start time by job."""
 
     def run(self) -> dict[str, str]:
         """Run until nothing is left to do. Returns the reasons of the failures by job."""
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        terminal = self.console.is_terminal
+        columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[state]}"))
+        bars = Progress(
+            TextColumn("  {task.description}"), *columns, console=self.console, transient=True, disable=not terminal
+        )
         self.logs.mkdir(parents=True, exist_ok=True)
-        display = _Display(self)
-        with _signals_interrupt(), display:
-            try:
+        shown = time.monotonic()
+        try:
+            with bars:
                 while self._start() or self.running:
                     time.sleep(0.1)
                     for name in list(self.running):
                         self._look_at(name)
-                    display.show()
-            finally:
-                end(*(process for process, _, _ in self.running.values()))
+                    if self.clock:
+                        self.clock.tick(every=3.0)
+                    if self.running and time.monotonic() - shown > (1.0 if terminal else LINE_EVERY):
+                        shown = time.monotonic()
+                        self._show(bars)
+        finally:
+            end(*(process for process, _ in self.running.values()))
+            if self.clock:
+                self.clock.tick()
         return self.failed
 
     def say(self, line: str) -> None:
@@ -188,24 +189,21 @@ class Runner:
                     start_new_session=True,
                     preexec_fn=partial(_die_with_parent, os.getpid()),
                 )  # fmt: skip
-            self.running[job.name] = (process, time.monotonic(), job.share())
+            self.running[job.name] = (process, time.monotonic())
         return started
 
     def _look_at(self, name: str) -> None:
-        process, began, share = self.running[name]
+        job, (process, began) = self.jobs[name], self.running[name]
         code = process.poll()
         if code is None:
             return
-        job = self.jobs[name]
         del self.running[name]
         if code or job.seconds() is None:
             tail = "\n".join(self.log(job).read_text(errors="replace").splitlines()[-15:])
             self._fail(job, f"failed with exit code {code}: {job.shown}\n{tail}\n(complete log: {self.log(job)})")
             return
-        took = time.monotonic() - began
-        self.finished.add(name)
-        self.measured[name] = (job.expected * (1 - share), took)
-        self.say(f"  [{len(self.finished)}/{len(self.jobs)}] {name}: done in {duration(took)}")
+        self.finished[name] = time.monotonic() - began
+        self.say(f"  [{len(self.finished)}/{len(self.jobs)}] {name}: done in {duration(self.finished[name])}")
 
     def _fail(self, job: Job, why: str) -> None:
         self.failed[job.name] = why
@@ -217,106 +215,50 @@ class Runner:
         return self.logs / f"{job.name.replace('/', '_').replace(' ', '_')}.log"
 
     def seconds_left(self) -> float:
-        """Return the expected seconds until everything is done, corrected by what has been measured so far."""
-        measured, shares = dict(self.measured), dict.fromkeys((*self.finished, *self.failed), 1.0)
-        for name, (_, began, share) in self.running.items():
-            job, shares[name] = self.jobs[name], self.jobs[name].share()
-            if shares[name] > share and time.monotonic() - began > 20.0:
-                measured[name] = (job.expected * (shares[name] - share), time.monotonic() - began)
-        return seconds_left(list(self.jobs.values()), measured, shares, self.width)
+        shares = {name: self.jobs[name].share() for name in self.running}
+        return seconds_left(
+            self.jobs.values(), self.finished, {**shares, **dict.fromkeys(self.failed, 1.0)}, self.width
+        )
+
+    def _show(self, bars: Bars) -> None:
+        for task in bars.task_ids:
+            bars.remove_task(task)
+        parts = []
+        for name in self.running:
+            done, total, state = self.jobs[name].progress()
+            parts.append(f"{name} {done}/{total}" + (f" ({state})" if state else ""))
+            bars.add_task(name, completed=done, total=total, state=state)
+        spent = f"{duration(self.clock.seconds)} so far, " if self.clock else ""
+        state = f"{spent}about {duration(self.seconds_left())} left"
+        bars.add_task("jobs", completed=len(self.finished), total=len(self.jobs), state=state)
+        if not self.console.is_terminal:
+            self.say(f"    {'; '.join(parts)}; {state}")
 
 
-def seconds_left(
-    jobs: Sequence[Job], measured: Mapping[str, tuple[float, float]], shares: Mapping[str, float], width: int
-) -> float:
+def seconds_left(jobs: Iterable[Job], finished: Mapping[str, float], shares: Mapping[str, float], width: int) -> float:
     """Estimate the seconds until all jobs are done.
 
     Args:
-        measured: Expected and measured seconds of what has been done, by job. A kind's factor is the ratio of their
-            sums; a kind without measurements takes the factor of all measurements.
-        shares: Share of each job that is done, in [0, 1]. Jobs that are missing have not begun.
+        finished: Seconds of the jobs that are done. The jobs left are expected to be wrong by the same factor as the
+            finished ones of their kind, or as all finished ones.
+        shares: Share of each running job that is done, in [0, 1].
         width: How many jobs run at a time.
     """
-    sums: dict[str | None, list[float]] = {}
-    for job in jobs:
-        for kind in (job.kind, None) if job.name in measured else ():
-            planned, took = measured[job.name]
-            old = sums.setdefault(kind, [0.0, 0.0])
-            sums[kind] = [old[0] + planned, old[1] + took]
-    factors = {kind: took / planned for kind, (planned, took) in sums.items() if planned > 0}
+    jobs = list(jobs)
+
+    def factor(kind: str | None) -> float | None:
+        measured = [job for job in jobs if finished.get(job.name) and kind in (job.kind, None)]
+        return sum(finished[job.name] for job in measured) / sum(job.expected for job in measured) if measured else None
+
     left = [
-        job.expected * (1 - shares.get(job.name, 0.0)) * factors.get(job.kind, factors.get(None, 1.0)) for job in jobs
+        job.expected * (1 - shares.get(job.name, 0.0)) * (factor(job.kind) or factor(None) or 1.0)
+        for job in jobs
+        if job.name not in finished
     ]
-    return max(sum(left) / width, *left, 0.0)
-
-
-class _Display:
-    """Shows the running jobs: bars on a terminal, a line every fifteen seconds elsewhere. Also keeps the clock."""
-
-    def __init__(self, runner: Runner) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-        self.runner = runner
-        self.bars = Progress(
-            TextColumn("  {task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
-            TextColumn("{task.fields[state]}"),
-            console=runner.console, transient=True, disable=not runner.console.is_terminal,
-        )  # fmt: skip
-        self.tasks: dict[str, TaskID] = {}
-        self.every = 1.0 if runner.console.is_terminal else LINE_EVERY
-        self.shown = time.monotonic()
-
-    def __enter__(self) -> None:
-        self.bars.start()
-        self.tasks[""] = self.bars.add_task("jobs", total=len(self.runner.jobs), state="")
-
-    def __exit__(self, *_: object) -> None:
-        self.bars.stop()
-        if self.runner.clock:
-            self.runner.clock.tick()
-
-    def show(self) -> None:
-        runner = self.runner
-        if runner.clock:
-            runner.clock.tick(every=3.0)
-        if time.monotonic() - self.shown < self.every or not runner.running:
-            return
-        self.shown = time.monotonic()
-        parts = []
-        for name in runner.running:
-            done, total, state = runner.jobs[name].progress()
-            parts.append(f"{name} {done}/{total}" + (f" ({state})" if state else ""))
-            if name not in self.tasks:
-                self.tasks[name] = self.bars.add_task(name, total=total, state="")
-            self.bars.update(self.tasks[name], completed=done, total=total, state=state)
-        for name in set(self.tasks) - set(runner.running) - {""}:
-            self.bars.remove_task(self.tasks.pop(name))
-        spent = [f"{duration(runner.clock.seconds)} so far"] if runner.clock else []
-        state = ", ".join([*spent, f"about {duration(runner.seconds_left())} left"])
-        self.bars.update(self.tasks[""], completed=len(runner.finished), state=state)
-        if not runner.console.is_terminal:
-            runner.say(f"    {'; '.join(parts)}; {state}")
+    return max([sum(left) / width, *left])
 
 
 # Processes
-
-
-@contextmanager
-def _signals_interrupt() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP interrupt like Ctrl-C inside the block, so that child processes are ended too."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = {s: signal.signal(s, interrupt) for s in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
 
 
 _PR_SET_PDEATHSIG = 1
@@ -351,6 +293,8 @@ def exit_code(name: str, body: Callable[[], int]) -> int:
     Returns:
         What the body returns, 2 for an error that the user can fix, 130 after an interrupt. Both are printed.
     """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
     try:
         return body()
     except OpenRILError as e:

@@ -24,41 +24,46 @@ COLORS = {
     "dr_grpo": "#dd6b20", "gail": "#4fd1c5", "gad_like": "#81e6d9", "ril_a": "#90cdf4", "ril_b": "#4299e1",
     "ril_both": "#2c5282",
 }  # fmt: skip
+"""Of the methods, in their order in the figures."""
 TEACHERS = {"teacher_a": ("^", "#2f855a"), "teacher_b": ("v", "#c53030")}
-ORDER = (
-    "base", "sft", "sft_teacher_text", "rejection_sampling", "grpo", "dr_grpo", "gail", "gad_like", "ril_a", "ril_b",
-    "ril_both",
-)  # fmt: skip
 DOTS = ("sft", "dr_grpo", "ril_a", "ril_b", "ril_both")
 SIMILARITY_KINDS = {
     "ril_both": "binary", "similarity_3": "3 levels", "similarity_11": "11 levels", "similarity_continuous": "continuous",
 }  # fmt: skip
-RESPONSES = {"cached_1": 1, "cached_4": 4, "ril_both": 16}
+RESPONSES = {"cached_1": "1", "cached_4": "4", "ril_both": "16"}
 CURVES = {
     "reward/student_similarity": "Similarity reward of student samples",
     "reward/student_answer": "Answer reward of student samples",
     "eval/score": "Validation questions, share right",
 }
+STYLE_TITLES = {
+    "direct": "answers alone", "own": "derivations in a third style", "a": "derivations in teacher A's style",
+    "b": "derivations in teacher B's style",
+}  # fmt: skip
+RARE = 0.02
+"""A share of samples that is too small for a panel."""
 SMOOTHED_OVER = 0.08
 """Share of the steps over which a curve is averaged."""
 
 
 def draw_figures(results: Results, found: dict[str, Any], folder: Path) -> dict[str, tuple[str, Path | None]]:
     """Draw the figures; returns title and file by the block's name. The file is None while there is nothing to draw."""
-    figures: dict[str, tuple[str, Callable[[], Figure | None]]] = {
-        "figure_skills": ("Contenders by skill and in the mean", lambda: skills_figure(found)),
-        "figure_curves": ("Rewards and validation score over the steps", lambda: curves_figure(results)),
-        "figure_styles": ("Response styles of the students' samples", lambda: styles_figure(results)),
-        "figure_similarity": ("Kinds of similarity reward", lambda: similarity_figure(found)),
-        "figure_responses": ("Cached responses of each teacher", lambda: responses_figure(found)),
-    }
+    responses = "Cached responses of each teacher"
+    figures: dict[str, tuple[str, Figure | None]] = {
+        "figure_skills": ("Methods by skill and in the mean", skills_figure(found)),
+        "figure_curves": ("Rewards and validation score over the steps", curves_figure(results)),
+        "figure_styles": ("Response styles of the students' samples", styles_figure(results)),
+        "figure_similarity": (
+            "Kinds of similarity reward", ablation_figure(found, SIMILARITY_KINDS, "Kinds of similarity reward"),
+        ),
+        "figure_responses": (responses, ablation_figure(found, RESPONSES, responses)),
+    }  # fmt: skip
     drawn: dict[str, tuple[str, Path | None]] = {}
-    for name, (title, make) in figures.items():
-        path = folder / f"{name.removeprefix('figure_')}.png"
-        figure = make()
+    for name, (title, figure) in figures.items():
+        drawn[name] = (title, None)
         if figure is not None:
-            save(figure, path)
-        drawn[name] = (title, None if figure is None else path)
+            drawn[name] = (title, folder / f"{name.removeprefix('figure_')}.png")
+            save(figure, folder / f"{name.removeprefix('figure_')}.png")
     return drawn
 
 
@@ -104,7 +109,7 @@ def skills_figure(found: dict[str, Any]) -> Figure | None:
     for line, student in enumerate(students):
         rows = found["students"][student]["contenders"]
         axes = figure.add_subplot(grid[line, 0])
-        names = [n for n in ORDER if n in rows]
+        names = [n for n in COLORS if n in rows]
         for x, name in enumerate(names):
             mean = rows[name]["mean"]
             axes.bar(x, 100 * mean["value"], color=COLORS[name], yerr=error(mean), capsize=2, error_kw={"linewidth": 1})
@@ -188,27 +193,25 @@ def draw_seeds(axes: Axes, curves: Sequence[Series], color: str, label: str) -> 
 def with_runs(results: Results, student: str) -> list[tuple[str, Scores]]:
     """Return the main methods of a student that the loop trained, in the order of the figures."""
     cells = results.cells.get(student, {}).get("contenders", {})
-    return [(n, cells[n]) for n in ORDER if n in MAIN and n in cells and METHODS[n].how == "loop"]
+    return [(n, cells[n]) for n in COLORS if n in MAIN and n in cells and METHODS[n].how == "loop"]
 
 
 def _student_rows(
-    results: Results,
-    students: Sequence[str],
-    titles: Mapping[str, str],
-    series_of: Callable[[Scores, str], list[Series]],
+    results: Results, titles: Mapping[str, str], series_of: Callable[[Scores, str], list[Series]], share: bool = False
 ) -> list[list[Panel]]:
-    """Return a row of panels for each student, a panel for each key of ``titles``."""
-    return [
-        [
-            Panel(
-                title,
-                [(METHODS[n].title, COLORS[n], series_of(scores, key)) for n, scores in with_runs(results, student)],
-                STUDENT_TITLES[student] if column == 0 else "",
-            )
-            for column, (key, title) in enumerate(titles.items())
+    """Return a row of panels for each student that has runs, with a panel for each of the titles."""
+    rows = []
+    for student in results.cells:
+        runs = with_runs(results, student)
+        panels = [
+            Panel(title, [(METHODS[n].title, COLORS[n], series_of(scores, key)) for n, scores in runs], share=share)
+            for key, title in titles.items()
+            if runs
         ]
-        for student in students
-    ]
+        if panels:
+            panels[0].ylabel = STUDENT_TITLES[student]
+            rows.append(panels)
+    return rows
 
 
 def curves_figure(results: Results) -> Figure | None:
@@ -217,87 +220,42 @@ def curves_figure(results: Results) -> Figure | None:
     def series_of(scores: Scores, metric: str) -> list[Series]:
         return [series(read_jsonl(folder / "metrics.jsonl"), metric) for folder in scores.folders]
 
-    students = [s for s in results.cells if with_runs(results, s)]
-    rows = _student_rows(results, students, CURVES, series_of)
+    rows = _student_rows(results, CURVES, series_of)
     return curve_figure("Over the steps (thin: each seed)", rows, 13) if rows else None
-
-
-STYLE_TITLES = {
-    "direct": "answers alone",
-    "own": "derivations in a third style",
-    "a": "derivations in teacher A's style",
-    "b": "derivations in teacher B's style",
-}
-RARE = 0.02
-"""A share of samples that is too small for a panel."""
 
 
 def styles_figure(results: Results) -> Figure | None:
     """Draw the shares of direct answers and of derivations in the samples, since only sampled styles can be reinforced."""
 
     def series_of(scores: Scores, style: str) -> list[Series]:
-        found = []
-        for done in scores.done:
-            pairs = [(int(step), shares[style]) for step, shares in done["ways"].items() if style in shares]
-            found.append(([step for step, _ in pairs], [value for _, value in pairs]))
-        return found
+        by_step = [
+            {int(step): shares[style] for step, shares in d.get("ways", {}).items() if shares} for d in scores.done
+        ]
+        return [(list(shares), list(shares.values())) for shares in by_step]
 
-    students = [s for s in results.cells if any(d.get("ways") for _, c in with_runs(results, s) for d in c.done)]
-    all_shares = [
-        shares
-        for student in students
-        for _, scores in with_runs(results, student)
-        for done in scores.done
-        for shares in done["ways"].values()
-    ]
-    titles = {k: title for k, title in STYLE_TITLES.items() if any(s.get(k, 0.0) > RARE for s in all_shares)}
-    rows = _student_rows(results, students, titles, series_of)
-    for panel in (panel for row in rows for panel in row):
-        panel.share = True
+    def most(style: str) -> float:
+        runs = [scores for student in results.cells for _, scores in with_runs(results, student)]
+        return max((v for scores in runs for _, values in series_of(scores, style) for v in values), default=0.0)
+
+    titles = {style: title for style, title in STYLE_TITLES.items() if most(style) > RARE}
+    rows = _student_rows(results, titles, series_of, share=True)
     return curve_figure("Share of the students' samples", rows, 4.4 * len(titles)) if rows else None
 
 
-def _panels(
-    found: dict[str, Any], names: Sequence[str], title: str
-) -> tuple[Figure | None, list[tuple[str, Axes, dict[str, dict[str, Any]]]]]:
-    """Return a figure with axes for every student that has at least two of the cells, and the rows of these cells."""
-    rows = {
-        student: {
-            n: row for n in names if (row := results["ablations"].get(n) or results["contenders"].get(n)) is not None
-        }
-        for student, results in found["students"].items()
-    }
-    shown = {student: of_student for student, of_student in rows.items() if len(of_student) > 1}
+def ablation_figure(found: dict[str, Any], labels: Mapping[str, str], title: str) -> Figure | None:
+    """Compare cells (the reference among them) of each student that has several of them, like the paper's Fig. 6 and 7."""
+    shown: dict[str, dict[str, dict[str, Any]]] = {}
+    for student, results in found["students"].items():
+        rows = {label: results["ablations"].get(n) or results["contenders"].get(n) for n, label in labels.items()}
+        shown[student] = {label: row["mean"] for label, row in rows.items() if row is not None}
+    shown = {student: means for student, means in shown.items() if len(means) > 1}
     if not shown:
-        return None, []
+        return None
     figure = new_figure(max(6.4, 4.6 * len(shown)), 3.4, f"{title} (mean of the skills, per cent)")
-    return figure, [
-        (student, figure.add_subplot(1, len(shown), column), of_student)
-        for column, (student, of_student) in enumerate(shown.items(), 1)
-    ]
-
-
-def similarity_figure(found: dict[str, Any]) -> Figure | None:
-    """Compare the kinds of similarity reward, like the paper's Fig. 6."""
-    figure, panels = _panels(found, list(SIMILARITY_KINDS), "Kinds of similarity reward")
-    for student, axes, rows in panels:
-        for x, row in enumerate(rows.values()):
-            mean = row["mean"]
-            axes.bar(x, 100 * mean["value"], color="#4299e1" if x else "#2c5282", yerr=error(mean), capsize=3)
-        axes.set_xticks(range(len(rows)), [SIMILARITY_KINDS[n] for n in rows])
-        tidy(axes, STUDENT_TITLES[student])
-    return figure
-
-
-def responses_figure(found: dict[str, Any]) -> Figure | None:
-    """Compare numbers of cached responses, like the paper's Fig. 7."""
-    figure, panels = _panels(found, list(RESPONSES), "Cached responses of each teacher")
-    for student, axes, rows in panels:
-        places = [RESPONSES[n] for n in rows]
-        values = [100 * row["mean"]["value"] for row in rows.values()]
-        errors = np.hstack([error(row["mean"]) for row in rows.values()])
-        axes.errorbar(places, values, yerr=errors, marker="o", color="#2c5282", capsize=3)
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(places, [str(p) for p in places])
+    for column, (student, means) in enumerate(shown.items(), 1):
+        axes = figure.add_subplot(1, len(shown), column)
+        errors = np.hstack([error(mean) for mean in means.values()])
+        values = [100 * mean["value"] for mean in means.values()]
+        axes.bar(list(means), values, yerr=errors, capsize=3, color="#4299e1", width=0.6)
         tidy(axes, STUDENT_TITLES[student])
     return figure

@@ -37,7 +37,7 @@ STEP = 0.8
 """Seconds of a step of Dr.GRPO, until some are measured."""
 
 
-def stage_progress(stage: Stage, recipe: Recipe) -> Progress:
+def stage_progress(stage: str, recipe: Recipe) -> Progress:
     """Return how far a stage of a recipe is."""
     match stage:
         case "collect":

@@ -65,7 +65,7 @@ def test_jobs_that_need_a_failed_job_are_left_out_and_the_others_run(tmp_path):
     failed = runner.run()
     assert list(failed) == ["broken", "needs it"]
     assert "broken" in failed["needs it"]
-    assert runner.finished == {"other"}
+    assert list(runner.finished) == ["other"]
     assert "broken FAILED" in output.getvalue()
 
 
@@ -120,7 +120,8 @@ def test_time_left_follows_what_was_measured():
     ]
     assert seconds_left(jobs, {}, {}, 1) == 70
     assert seconds_left(jobs, {}, {}, 4) == 30  # No faster than the longest job.
-    # Half of a took twice its seconds. Left: 15 x 2 of a, 30 x 2 of b, and 10 x 2 of c, which takes the overall factor.
-    assert seconds_left(jobs, {"a": (15, 30)}, {"a": 0.5}, 1) == 110
-    # With a measurement of its kind, c has its own factor.
-    assert seconds_left(jobs, {"a": (30, 60), "c": (5, 5)}, {"a": 1.0, "c": 0.5}, 1) == 65
+    # a took twice its seconds. Left: half of 30 x 2 of b, and 10 x 2 of c, which takes the overall factor.
+    assert seconds_left(jobs, {"a": 60}, {"b": 0.5}, 1) == 50
+    jobs.append(Job(name="d", arguments=(), expected=10, kind="eval"))
+    assert seconds_left(jobs, {"a": 60, "d": 5}, {}, 1) == 65  # c now has the factor of its kind.
+    assert seconds_left(jobs, dict.fromkeys("abcd", 1.0), {}, 1) == 0
