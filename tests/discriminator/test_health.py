@@ -32,16 +32,39 @@ def test_what_cannot_be_measured_is_left_out():
     assert "margin" not in only_students and "length_only_accuracy" not in only_students
 
 
-def test_watch_warns_when_asleep_and_when_won_once_each():
-    watch = HealthWatch(window=3, asleep=0.55, won=0.98)
+def test_balanced_accuracy_weighs_both_sides_alike():
+    scored = (
+        [Scored("student", 1.0, 1)] * 3 + [Scored("student", -1.0, 1)] + [Scored("a", 1.0, 1), Scored("b", -1.0, 1)]
+    )
+    out = health(scored)
+    assert out["accuracy"] == pytest.approx(4 / 6)
+    assert out["balanced_accuracy"] == pytest.approx((3 / 4 + 1 / 2) / 2)
+    # Whoever calls everything the student's is right 4 times in 6, and knows nothing.
+    everything = health([Scored(s.source, 1.0, 1) for s in scored])
+    assert (everything["accuracy"], everything["balanced_accuracy"]) == (pytest.approx(4 / 6), 0.5)
+    assert "balanced_accuracy" not in health(scored[:4])
+
+
+def test_watch_warns_at_chance_and_when_saturated_once_each():
+    watch = HealthWatch(window=3, at_chance=0.55, saturated=0.98)
     assert [watch.see(0.5), watch.see(0.5)] == [None, None]  # the window is not full
-    assert "asleep" in (watch.see(0.5) or "")
+    assert "at chance" in (watch.see(0.5) or "")
     assert watch.see(0.5) is None  # the same episode
     for accuracy in (0.8, 0.8, 0.8):
         assert watch.see(accuracy) is None
     assert watch.see(None) is None
     assert [watch.see(1.0), watch.see(1.0)] == [None, None]
-    assert "won" in (watch.see(1.0) or "")
+    assert "saturated" in (watch.see(1.0) or "")
     for accuracy in (0.8, 0.8, 0.5, 0.5):
         watch.see(accuracy)
-    assert "asleep" in (watch.see(0.5) or "")  # a new episode
+    assert "at chance" in (watch.see(0.5) or "")  # a new episode
+
+
+def test_the_warning_at_chance_names_the_options_and_promises_nothing():
+    message = HealthWatch(window=1, at_chance=0.55, saturated=0.98).see(0.512) or ""
+    for part in (
+        "0.512", "noise", "length_only_accuracy", "discriminator.match_length", "discriminator.optimizer.learning_rate",
+        "rewards.similarity.weight: 0",
+    ):  # fmt: skip
+        assert part in message
+    assert "pre-train" not in message and "raise" not in message

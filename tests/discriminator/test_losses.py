@@ -9,7 +9,7 @@ from openril.discriminator.losses import (
     bce_loss,
     bce_terms,
     bradley_terry_loss,
-    centred,
+    centered,
     length_only_accuracy,
 )
 
@@ -66,8 +66,8 @@ def test_weighted_terms_are_the_loss_however_they_are_split():
     assert parts == pytest.approx(whole, rel=1e-6)
 
 
-def test_centred_puts_zero_half_way_between_the_sides():
+def test_centered_puts_zero_half_way_between_the_sides():
     # Means 5 and 1: zero moves to 3.
     logits = torch.tensor([4.0, 6.0, 1.0])
-    assert centred(logits, torch.tensor([True, True, False])).tolist() == [1.0, 3.0, -2.0]
-    assert centred(logits, torch.tensor([True, True, True])).tolist() == [4.0, 6.0, 1.0]  # one side only
+    assert centered(logits, torch.tensor([True, True, False])).tolist() == [1.0, 3.0, -2.0]
+    assert centered(logits, torch.tensor([True, True, True])).tolist() == [4.0, 6.0, 1.0]  # one side only

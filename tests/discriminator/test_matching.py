@@ -157,6 +157,18 @@ def test_loss_and_scores_are_those_of_the_pairs(loss: str, tiny_qwen: Path, tmp_
     assert d.update([g])["loss"] == pytest.approx(expected, abs=1e-6)
 
 
-def test_a_side_alone_is_a_mistake_of_the_caller(tiny_qwen: Path, tmp_path: Path):
-    with pytest.raises(AssertionError, match="matched"):
-        made(tiny_qwen, tmp_path).score([group(["red"], [])])
+@pytest.mark.parametrize("loss", ["bce", "bradley_terry"])
+def test_without_the_other_side_all_but_the_last_token_is_shown(loss: str, tiny_qwen: Path, tmp_path: Path):
+    """A question whose teacher responses are all too long has none in its group."""
+    d = made(tiny_qwen, tmp_path, discriminator__loss=loss)
+    alone = group(["red red red", "blue"], [])
+    lengths = [d.prompts.length(r.response.text) for r in alone.rollouts]
+    tail = len(d.prompts.tail("", d.prompts.head(alone.question)[1]))
+    assert [len(v.tokens) - tail for v in d._views(alone)] == [n - 1 if n > 1 else n for n in lengths]
+    assert [v.weight for v in d._views(alone)] == [0.5, 0.5]
+    metrics = d.update([alone, group(["red"], ["blue"], "other")])
+    # At chance Eq. 1 is log 2 for the one side of the first group and 2 log 2 for the second; pairs are in the second alone.
+    chance = math.log(2) * (1.5 if loss == "bce" else 0.5)
+    assert metrics["loss"] - metrics["loss_minus_chance"] == pytest.approx(chance)
+    d.score([alone])
+    assert all(r.student_prob is not None for r in alone.rollouts)

@@ -48,9 +48,9 @@ def test_discriminator_learns_before_it_rewards(tiny_qwen: Path, tmp_path: Path)
     for name in ("update", "score"):
         original = getattr(trainer.discriminator, name)
 
-        def noted(*groups: Any, name: str = name, original: Any = original) -> Any:
+        def noted(*arguments: Any, name: str = name, original: Any = original) -> Any:
             rewards.order.append(name)
-            return original(*groups)
+            return original(*arguments)
 
         setattr(trainer.discriminator, name, noted)
     trainer.step(trainer.batch_at(0))

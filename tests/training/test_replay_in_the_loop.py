@@ -43,7 +43,7 @@ def test_the_discriminator_alone_meets_earlier_groups(
     learned: list[list[Group]] = []
     update, learn = trainer.discriminator.update, trainer.policy.update
     monkeypatch.setattr(
-        trainer.discriminator, "update", lambda g, o=(): shown.append((list(g), list(o))) or update(g, o)
+        trainer.discriminator, "update", lambda g, o, when: shown.append((list(g), list(o))) or update(g, o, when)
     )
     monkeypatch.setattr(trainer.policy, "update", lambda g, step: learned.append(list(g)) or learn(g, step))
     trainer.train()

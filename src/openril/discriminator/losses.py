@@ -1,6 +1,8 @@
-"""Discriminator losses. Pure; logits are of student_prob, so sigmoid(logit) is the probability that a student wrote it."""
+"""Discriminator losses as pure functions. Logits are of student_prob: sigmoid(logit) = P(the student wrote it)."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -8,9 +10,16 @@ from torch.nn.functional import logsigmoid
 
 
 def bce_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """Eq. 1 of RIL for one question, as a loss: -(mean log D(student) + mean log(1 - D(teacher))). Label: student is one.
+    """Return Eq. 1 of RIL for one question as a loss: -(mean log D(student) + mean log(1 - D(teacher))).
 
-    student_logits [S], teacher_logits [T]; scalar in nats, 2 log 2 at chance. A side without responses adds 0.
+    The label of a student response is one. A side without responses adds 0.
+
+    Args:
+        student_logits: [S].
+        teacher_logits: [T].
+
+    Returns:
+        Scalar in nats, 2 log 2 at chance.
     """
     loss = student_logits.sum() * 0.0 + teacher_logits.sum() * 0.0
     if student_logits.numel():
@@ -21,18 +30,37 @@ def bce_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 
 
 def bce_terms(logits: Tensor, labels_student_is_one: Tensor) -> Tensor:
-    """The terms of ``bce_loss`` one by one, [N] in nats: -log D for a student's response, -log(1 - D) for a teacher's.
+    """Return the terms of ``bce_loss``: -log D for a student response, -log(1 - D) for a teacher response.
 
-    logits: [N]; labels: bool [N]. Summed with weights 1/S and 1/T they are ``bce_loss``, however they are batched.
+    Their sum with weights 1/S and 1/T is ``bce_loss``, however the responses are batched.
+
+    Args:
+        logits: [N].
+        labels_student_is_one: bool [N].
+
+    Returns:
+        [N] in nats.
     """
     return -logsigmoid(torch.where(labels_student_is_one, logits, -logits))
 
 
-def centred(logits: Tensor, labels_student_is_one: Tensor) -> Tensor:
-    """Logits of one question's responses with the zero half-way between the two sides' means, [N].
+def chance_loss(loss: str, has_student: bool, has_teacher: bool) -> float:
+    """Return the loss of one question, in nats, when every logit is 0.
 
-    Bradley-Terry learns differences alone: where its logits are zero means nothing until it is put somewhere. A side
-    without responses leaves them as they are.
+    Args:
+        loss: ``bce`` (2 log 2) or ``bradley_terry`` (log 2).
+        has_student: Whether the question has student responses; without them Eq. 1 has one term only.
+        has_teacher: The same for teacher responses.
+    """
+    sides = has_student + has_teacher
+    return math.log(2) * (sides if loss == "bce" else sides // 2)
+
+
+def centered(logits: Tensor, labels_student_is_one: Tensor) -> Tensor:
+    """Return the logits [N] of one question, shifted so that zero is half-way between the means of the two sides.
+
+    Bradley-Terry learns differences alone, so the zero of its logits is arbitrary. If one side has no responses, the
+    logits are returned as they are.
     """
     labels = labels_student_is_one
     if labels.all() or not labels.any():
@@ -41,10 +69,15 @@ def centred(logits: Tensor, labels_student_is_one: Tensor) -> Tensor:
 
 
 def bradley_terry_loss(student_logits: Tensor, teacher_logits: Tensor, weights: Tensor | None = None) -> Tensor:
-    """-log sigmoid(z_student - z_teacher), the mean over all pairs of one question (GAD, arXiv 2511.10643).
+    """Return -log sigmoid(z_student - z_teacher), averaged over the pairs of one question (GAD, arXiv 2511.10643).
 
-    student_logits [S], teacher_logits [T]; weights [S, T] with sum 1: of the pairs, where not all count alike. Scalar in
-    nats, log 2 at chance. 0 if either side is empty.
+    Args:
+        student_logits: [S].
+        teacher_logits: [T].
+        weights: [S, T] with sum 1, where not all pairs count alike.
+
+    Returns:
+        Scalar in nats, log 2 at chance, 0 if one side is empty.
     """
     if not student_logits.numel() or not teacher_logits.numel():
         return student_logits.sum() * 0.0 + teacher_logits.sum() * 0.0
@@ -53,8 +86,17 @@ def bradley_terry_loss(student_logits: Tensor, teacher_logits: Tensor, weights: 
 
 
 def length_only_accuracy(lengths: Tensor, labels_student_is_one: Tensor) -> float:
-    """Accuracy of the best single threshold on length, in either direction, on this very batch: what a discriminator
-    that only looks at length could reach. lengths: [N], any unit; labels: bool [N]. NaN for an empty batch."""
+    """Return the accuracy of the best threshold on length, in either direction, on this batch.
+
+    A discriminator that looks at nothing but length could reach it.
+
+    Args:
+        lengths: [N], in any unit.
+        labels_student_is_one: bool [N].
+
+    Returns:
+        A share, NaN for an empty batch.
+    """
     n = lengths.numel()
     if n == 0:
         return float("nan")

@@ -1,4 +1,4 @@
-"""The discriminator at work: it scores the responses of groups, and learns from them by Eq. 1."""
+"""Score the responses of groups with the discriminator, and update it on them by Eq. 1."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from openril.discriminator.health import Scored, health
-from openril.discriminator.losses import bce_terms, bradley_terry_loss, centred
-from openril.discriminator.matching import matched_pairs
+from openril.discriminator.losses import bce_terms, bradley_terry_loss, centered, chance_loss
+from openril.discriminator.matching import matched_pairs, shown_tokens
 from openril.discriminator.network import DiscriminatorModel
 from openril.discriminator.prompt import DiscriminatorPrompts
 from openril.discriminator.replay import ReplayMemory
+from openril.errors import StateError
 from openril.models.dummy_image import dummy_image_prompt, has_images
 from openril.models.optimizer_step import take_step
 from openril.models.packing import GroupTokens, batch_by_tokens, pack, pad_rows
@@ -30,13 +31,17 @@ from openril.records import STUDENT, Group
 
 
 class Discriminator:
-    """D of Algorithm 2. Groups come in whole; every process holds its own and the same number of them.
+    """The discriminator D of Algorithm 2. Every process passes the same number of groups, whole.
 
-    ``replay`` remembers the student's responses of earlier steps; the loop keeps and draws them.
+    ``replay`` holds the student's responses of earlier steps; the loop fills it and draws from it.
 
-    network: the (possibly wrapped) ``DiscriminatorModel``. optimizer: None for a fixed discriminator.
-    max_grad_norm: 0 does not clip. packed: run what responses share once. store: where outputs of the frozen vision side
-    are kept. warn: told when the packed pass cannot be used.
+    Args:
+        network: The ``DiscriminatorModel``, possibly wrapped.
+        optimizer: None for a fixed discriminator.
+        max_grad_norm: Clip the gradient's norm at this; 0 does not clip.
+        packed: Run the part of the prompt that responses share once for all of them.
+        store: Keeps the outputs of the frozen vision side.
+        warn: Called with a message when the packed pass cannot be used.
     """
 
     def __init__(
@@ -73,15 +78,22 @@ class Discriminator:
         )
         unwrapped: DiscriminatorModel = accelerator.unwrap_model(network)
         self.trainable = [p for p in unwrapped.parameters() if p.requires_grad]
-        self._borrowed = (
+        self._dummy = (
             dummy_image_prompt(encoder, unwrapped, accelerator.num_processes) if settings.inputs == "image" else None
         )
 
     @torch.no_grad()
-    def score(self, groups: Sequence[Group]) -> None:
-        """Set ``student_prob`` of every rollout (under Bradley-Terry, of logits ``centred`` in their group).
+    def score(self, groups: Sequence[Group], when: str = "") -> None:
+        """Set ``student_prob`` of every rollout; under Bradley-Terry the logits are ``centered`` in their group first.
 
-        With ``match_length`` of beginnings as long as those it learns from (discriminator/matching.py).
+        With ``match_length``, beginnings of the lengths that it learns from are scored (discriminator/matching.py).
+
+        Args:
+            groups: This process's groups.
+            when: The step or the measurement, for the message of an error.
+
+        Raises:
+            StateError: A logit is not finite.
         """
         self.network.eval()
         views = [self._views(g) for g in groups]
@@ -89,17 +101,26 @@ class Discriminator:
         for batch in self._micro_batches(groups, views, whole=False):
             for piece, part in zip(batch, self._logits(batch), strict=True):
                 logits[piece.group].append(part)
+        self._refuse_not_finite(groups, logits, when)
         for group, parts, shown in zip(groups, logits, views, strict=True):
-            for rollout, z in zip(group.rollouts, self._placed(torch.cat(parts), group, shown).tolist(), strict=True):
+            for rollout, z in zip(
+                group.rollouts, self._of_members(torch.cat(parts), group, shown).tolist(), strict=True
+            ):
                 rollout.student_prob = 1 / (1 + math.exp(-z)) if z > -700 else 0.0
 
-    def update(self, groups: Sequence[Group], replayed: Sequence[Group] = ()) -> dict[str, float]:
-        """One optimizer step on these groups (of all processes); returns loss, gradient norm and health.
+    def update(self, groups: Sequence[Group], replayed: Sequence[Group] = (), when: str = "") -> dict[str, float]:
+        """Take one optimizer step on the groups of all processes; return loss, gradient norm and health.
 
-        replayed: groups of earlier steps, as many as this process has of them. Those of all processes have
-        ``settings.replay`` of the loss, the new groups have the rest; all new groups weigh the same, and so do all
-        replayed ones. Health is measured on the new groups' predictions the gradient was taken at, that is, before the
-        step. Raises StateError, with the weights as they were, when the gradient is not finite.
+        Health is that of the predictions on the new groups before the step: those the gradient is computed from.
+
+        Args:
+            groups: This process's groups of the step; they all have the same weight.
+            replayed: Its groups of earlier steps, any number. Those of all processes together have ``settings.replay``
+                of the loss, each the same weight, and the new groups have the rest.
+            when: The step, for the message of an error.
+
+        Raises:
+            StateError: A logit or the gradient is not finite; the weights are as they were.
         """
         assert self.optimizer is not None
         assert self.settings.replay or not replayed
@@ -108,11 +129,11 @@ class Discriminator:
         views = [self._views(g) for g in everything]
         count = sum(gather_object([len(replayed)])) if self.settings.replay else 0
         share = self.settings.replay if count else 0.0
-        # Gradients are averaged over the processes, which may hold unlike numbers of replayed groups.
+        # Gradients are averaged over the processes, which may hold different numbers of replayed groups.
         old = count / (share * self.accelerator.num_processes) if count else 1.0
         divisors = [len(groups) / (1 - share)] * len(groups) + [old] * len(replayed)
         logits: list[list[Tensor]] = [[] for _ in everything]
-        total = 0.0
+        total, of_new = 0.0, torch.zeros((), device=self.accelerator.device)
         batches = self._micro_batches(everything, views, whole=self.settings.loss == "bradley_terry")
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
@@ -120,20 +141,26 @@ class Discriminator:
                 loss = torch.zeros((), device=self.accelerator.device)
                 for piece, z in zip(batch, self._logits(batch), strict=True):
                     shown = views[piece.group][piece.part.start : piece.part.stop]
-                    loss = loss + self._loss(z, everything[piece.group], shown) / divisors[piece.group]
+                    of_group = self._loss(z, everything[piece.group], shown)
+                    loss = loss + of_group / divisors[piece.group]
+                    of_new += of_group.detach() if piece.group < len(groups) else 0.0
                     logits[piece.group].append(z.detach())
                 self.accelerator.backward(loss)
                 total += float(loss.detach())
-        norm = take_step(self.accelerator, self.optimizer, self.trainable, self.max_grad_norm, "discriminator")
+        self._refuse_not_finite(everything, logits, when)
+        what = f"discriminator, {when}" if when else "discriminator"
+        norm = take_step(self.accelerator, self.optimizer, self.trainable, self.max_grad_norm, what)
         scored = [
             [
                 Scored(r.response.source, z, len(r.response.text))
-                for r, z in zip(g.rollouts, self._placed(torch.cat(parts), g, shown).tolist(), strict=True)
+                for r, z in zip(g.rollouts, self._of_members(torch.cat(parts), g, shown).tolist(), strict=True)
             ]
             for g, parts, shown in zip(everything, logits, views, strict=True)
         ]
-        losses = gather_object([total])
-        out = {"loss": sum(losses) / len(losses), "grad_norm": norm}
+        chance = sum(chance_loss(self.settings.loss, bool(g.students), bool(g.teachers)) for g in groups)
+        sums = gather_object([(total, (float(of_new) - chance) / len(groups))])
+        loss_mean, over_chance = (sum(values) / len(sums) for values in zip(*sums, strict=True))
+        out = {"loss": loss_mean, "loss_minus_chance": over_chance, "grad_norm": norm}
         if count:
             of_students = [s.logit >= 0 for part in scored[len(groups) :] for s in part if s.source == STUDENT]
             right = gather_object(of_students)
@@ -141,20 +168,20 @@ class Discriminator:
         return out | health(gather_object([s for part in scored[: len(groups)] for s in part]))
 
     def _loss(self, z: Tensor, group: Group, shown: Sequence[_View]) -> Tensor:
-        """What these views add to their group's loss: with BCE any of them, with Bradley-Terry all."""
+        """Return what these views add to their group's loss; Bradley-Terry needs all views of the group."""
         students = self._sides(group, z.device)[[v.member for v in shown]]
         weights = torch.tensor([v.weight for v in shown], device=z.device)
-        if self.settings.loss == "bce":  # Eq. 1's means over each side, as weights, so that a group may be split
+        if self.settings.loss == "bce":  # the means of Eq. 1 over each side as weights, so that a group can be split
             return (weights * bce_terms(z, students)).sum()
         pairs = torch.diag(weights[students]) if self.settings.match_length else None
         return bradley_terry_loss(z[students], z[~students], pairs)
 
     def measure(self, groups: Sequence[Group]) -> dict[str, float]:
-        """Health on groups of all processes without learning from them; the groups must be scored already."""
+        """Return the health on the groups of all processes, which must be scored already, without an update."""
         return health(gather_object(self.scored(groups)))
 
     def scored(self, groups: Sequence[Group]) -> list[Scored]:
-        """What health is computed from, of groups that are scored."""
+        """Return what health is computed from, for groups that are scored already."""
         out = []
         for rollout in (r for g in groups for r in g.rollouts):
             assert rollout.student_prob is not None
@@ -164,22 +191,45 @@ class Discriminator:
         return out
 
     def _sides(self, group: Group, device: torch.device) -> Tensor:
-        """bool [members]: whether the student wrote it."""
+        """Return bool [members]: whether the student wrote the response."""
         return torch.tensor([r.response.from_student for r in group.rollouts], device=device)
 
-    def _placed(self, logits: Tensor, group: Group, shown: Sequence[_View]) -> Tensor:
-        """Logits of a whole group's members, from those of its views, with a meaningful zero."""
-        if self.settings.match_length:  # a member's is the mean over its views
+    def _refuse_not_finite(self, groups: Sequence[Group], logits: Sequence[Sequence[Tensor]], when: str) -> None:
+        """Raise StateError in all processes if a logit of any of them is NaN or infinite, and drop the gradients.
+
+        The similarity reward only compares student_prob with 0.5, so such a logit would earn or cost it by accident.
+        """
+        bad = [
+            f"{float(z[~z.isfinite()][0])} for question {group.question.id!r}"
+            for group, parts in zip(groups, logits, strict=True)
+            if not (z := torch.cat(list(parts))).isfinite().all()
+        ]
+        if found := gather_object(bad):
+            if self.optimizer is not None:
+                self.optimizer.zero_grad(set_to_none=True)
+            raise StateError(
+                f"discriminator{', ' if when else ''}{when}: expected finite logits, got {found[0]}. Nothing of this step is"
+                " saved. Lower the discriminator's learning rate or set train.precision to float32, then run the same"
+                " command: it continues from the last checkpoint."
+            )
+
+    def _of_members(self, logits: Tensor, group: Group, shown: Sequence[_View]) -> Tensor:
+        """Return the logits of the group's members from those of its views, with a zero that separates the sides."""
+        if self.settings.match_length:  # the logit of a member is the mean over its views
             member = torch.tensor([v.member for v in shown], device=logits.device)
             weights = torch.tensor([v.weight for v in shown], device=logits.device)
             sums = logits.new_zeros(2, len(group.rollouts))
             sums.index_add_(1, member, torch.stack([weights * logits, weights.to(logits)]))
             logits = sums[0] / sums[1]
-        return logits if self.settings.loss == "bce" else centred(logits, self._sides(group, logits.device))
+        return logits if self.settings.loss == "bce" else centered(logits, self._sides(group, logits.device))
 
     def _views(self, group: Group) -> list[_View]:
-        """What the network is shown of a group: every response as it is or, with ``match_length``, both of every pair
-        cut alike, students in the pairs' order and then teachers."""
+        """Return what the network reads of a group.
+
+        These are the whole responses or, with ``match_length``, both beginnings of every pair: the students' in the
+        order of the pairs, then the teachers'. Without responses of one side there are no pairs, and the others are
+        shown without their ends.
+        """
         texts = [r.response.text for r in group.rollouts]
         students = [i for i, r in enumerate(group.rollouts) if r.response.from_student]
         teachers = [i for i, r in enumerate(group.rollouts) if not r.response.from_student]
@@ -189,16 +239,16 @@ class Discriminator:
                 _View(i, self.prompts.tail(texts[i], after), 1 / len(students if i in students else teachers))
                 for i in range(len(texts))
             ]
-        assert students and teachers, "a length is matched with one of the other side"
-        lengths = [self.prompts.length(text) for text in texts]
-        pairs = matched_pairs(
-            [lengths[i] for i in students], [lengths[i] for i in teachers], self.settings.max_response_tokens
-        )
+        lengths, limit = [self.prompts.length(text) for text in texts], self.settings.max_response_tokens
+        if not (students and teachers):
+            shown = [shown_tokens(n, n, limit) for n in lengths]
+            return [_View(i, self.prompts.tail(texts[i], after, shown[i]), 1 / len(texts)) for i in range(len(texts))]
+        pairs = matched_pairs([lengths[i] for i in students], [lengths[i] for i in teachers], limit)
         sides = [[(students[p.student], p) for p in pairs], [(teachers[p.teacher], p) for p in pairs]]
         return [_View(i, self.prompts.tail(texts[i], after, p.tokens), p.weight) for side in sides for i, p in side]
 
     def _pieces(self, groups: Sequence[Group], views: Sequence[Sequence[_View]], *, whole: bool) -> list[_Piece]:
-        """Groups, or consecutive parts of those that do not fit a micro-batch. whole: never parts."""
+        """Return the groups, or consecutive parts of those that do not fit a micro-batch unless ``whole`` is set."""
         limit = self.settings.max_tokens_per_micro_batch
         pieces = []
         for g, group in enumerate(groups):
@@ -222,17 +272,17 @@ class Discriminator:
         return [[pieces[i] for i in batch] for batch in batches]
 
     def _logits(self, batch: list[_Piece]) -> list[Tensor]:
-        """Logits of student_prob, one float32 vector a piece."""
+        """Return the logits of student_prob, one float32 vector for each piece."""
         groups = _joined([p.members for p in batch]) if self.packing.on else [p.members for p in batch]
         logits = self._run(self._with_images(groups), packed=bool(self.packing.on))
         sizes = [len(p.part) for p in batch]
         return list(logits[: sum(sizes)].split(sizes))
 
     def _with_images(self, groups: Sequence[GroupTokens]) -> Sequence[GroupTokens]:
-        """The groups, and behind them the borrowed image where other processes may have images and these have none."""
-        if self._borrowed is None or has_images([g.prompt for g in groups]):
+        """Return the groups and, if they have no image but those of another process may, the dummy image after them."""
+        if self._dummy is None or has_images([g.prompt for g in groups]):
             return groups
-        return [*groups, GroupTokens(self._borrowed, [torch.tensor([self.encoder.eos_token_ids[0]])])]
+        return [*groups, GroupTokens(self._dummy, [torch.tensor([self.encoder.eos_token_ids[0]])])]
 
     def _run(self, groups: Sequence[GroupTokens], *, packed: bool) -> Tensor:
         pad = self.encoder.pad_token_id
@@ -261,7 +311,7 @@ class Discriminator:
 
 @dataclass
 class _View:
-    """A group's member as the network sees it: ids behind the prompt's head, and its share of its side."""
+    """A member of a group as the network reads it: the ids after the prompt's head, and its weight within its side."""
 
     member: int
     tokens: Tensor
@@ -270,7 +320,7 @@ class _View:
 
 @dataclass
 class _Piece:
-    """Views ``part`` of group number ``group`` as tokens, and how many of them."""
+    """The views ``part`` of group number ``group`` as tokens, and the number of tokens."""
 
     group: int
     part: range
@@ -279,7 +329,7 @@ class _Piece:
 
 
 def _joined(groups: Sequence[GroupTokens]) -> list[GroupTokens]:
-    """Neighbours with one and the same prompt as one group."""
+    """Join neighbors that have the same prompt object into one group."""
     out: list[GroupTokens] = []
     for group in groups:
         if out and out[-1].prompt is group.prompt:

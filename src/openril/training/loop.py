@@ -98,6 +98,7 @@ class RILTrainer:
     def step(self, batch: Sequence[tuple[Question, int]]) -> tuple[list[Group], dict[str, float]]:
         """One pass over a batch of (question, visit), this process's share; returns its groups and metrics."""
         metrics: dict[str, float] = {}
+        when = f"step {self.step_number + 1}"
         with self.timed("sampling"):  # G responses from pi_old, G of the teachers from the cache
             groups = self.sample_groups(batch)
         self.rewards.begin(groups)
@@ -106,8 +107,10 @@ class RILTrainer:
                 if self.recipe.discriminator.mode == "updated":
                     for iteration in range(self.recipe.train.num_iterations):
                         replayed = self.replayed_groups(iteration)  # none in the paper
-                        metrics |= prefixed("discriminator", self.discriminator.update(groups, replayed))
-                self.discriminator.score(groups)
+                        updated = self.discriminator.update(groups, replayed, when)
+                        if iteration == 0:  # its health is that of predictions on groups it has not learnt from
+                            metrics |= prefixed("discriminator", updated)
+                self.discriminator.score(groups, when)
                 if self.recipe.discriminator.mode == "fixed":
                     metrics |= prefixed("discriminator", self.discriminator.measure(groups))
         with self.timed("rewards"):  # similarity and answer, for all 2G
@@ -239,7 +242,7 @@ class RILTrainer:
         if self.accelerator.trackers:
             self.accelerator.log(metrics, step=step)
         self.report(step, self.total_steps, row)
-        if message := self.watch.see(metrics.get("discriminator/accuracy")):
+        if message := self.watch.see(metrics.get("discriminator/balanced_accuracy")):
             self.warn(message)
 
     @contextmanager

@@ -67,8 +67,8 @@ class DiscriminatorPretraining:
         self.report = report
         self.warn = warn
         d = recipe.discriminator
-        # A discriminator that has won is what pre-training is for; one that stays asleep has learnt nothing.
-        self.watch = HealthWatch(d.health_window, d.at_chance_accuracy, won=1.0)
+        # Pre-training is for a saturated discriminator, so only one that stays at chance is worth a warning.
+        self.watch = HealthWatch(d.health_window, d.at_chance_accuracy, saturated=1.0)
         self.questions, self.held_out = split_held_out(questions, self.settings.held_out_share, recipe.seed)
 
     @property
@@ -115,14 +115,15 @@ class DiscriminatorPretraining:
             while self.step_number < self.total_steps:
                 rate = learning_rate(optimizer, self.step_number, self.total_steps)
                 set_learning_rate(self.discriminator.optimizer, rate)
-                metrics = self.discriminator.update(self.batch_at(self.step_number))
+                when = f"pre-training step {self.step_number + 1}"
+                metrics = self.discriminator.update(self.batch_at(self.step_number), when=when)
                 self.step_number += 1
                 step = self.step_number
                 row = {"step": step, "learning_rate": rate, **prefixed("discriminator", metrics)}
                 if self.accelerator.is_main_process:
                     self.folder.log_metrics(row)
                     self.report(step, self.total_steps, row)
-                    if message := self.watch.see(metrics.get("accuracy")):
+                    if message := self.watch.see(metrics.get("balanced_accuracy")):
                         self.warn(message)
                 stopping = any(gather_object([bool(stop)]))
                 regular = self.settings.save_every and step % self.settings.save_every == 0
@@ -142,6 +143,6 @@ class DiscriminatorPretraining:
         scored: list[Scored] = []
         for start in range(0, len(mine), self.settings.questions_per_step):
             groups = [self.group(q, 0) for q in mine[start : start + self.settings.questions_per_step]]
-            self.discriminator.score(groups)
+            self.discriminator.score(groups, "held-out measurement")
             scored += self.discriminator.scored(groups)
         return {"questions": float(whole), **health(gather_object(scored))}
