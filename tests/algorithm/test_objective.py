@@ -13,6 +13,7 @@ def logs(*ratios: float) -> torch.Tensor:
 
 
 ZERO = torch.zeros(1, 3, dtype=torch.float64)
+STUDENT = torch.tensor([True])
 
 
 def test_positive_advantage_is_clipped_above():
@@ -55,6 +56,30 @@ def test_kl_is_added_with_beta():
     assert loss[0].tolist() == pytest.approx([0.5 * (1 - math.log(2))] * 3)
 
 
+def test_kl_can_be_left_to_student_rows():
+    # The second response is a teacher's: it keeps its policy term (-r A = -1 at ratio 1) and loses its KL term.
+    zero = torch.zeros(2, 1, dtype=torch.float64)
+    options = {"epsilon": 0.2, "ref_logprobs": zero + math.log(2), "beta": 0.5}
+    student = torch.tensor([True, False])
+    loss = token_loss(zero, zero, torch.tensor([1.0, 1.0]), kl_rows=student, **options)
+    assert loss[:, 0].tolist() == pytest.approx([-1 + 0.5 * (1 - math.log(2)), -1.0])
+    everyone = token_loss(zero, zero, torch.tensor([1.0, 1.0]), **options)
+    assert everyone[:, 0].tolist() == pytest.approx([-1 + 0.5 * (1 - math.log(2))] * 2)
+
+
+def test_a_teacher_response_can_go_without_the_upper_clip():
+    # eps = 0.2. Rows: student A = 2, teacher A = 2, teacher A = -2; ratios 1.5 and 0.5 in each.
+    logprobs = logs(1.5, 0.5).repeat(3, 1).requires_grad_()
+    zero, advantages = torch.zeros(3, 2, dtype=torch.float64), torch.tensor([2.0, 2.0, -2.0])
+    teacher = torch.tensor([False, True, True])
+    loss = token_loss(logprobs, zero, advantages, epsilon=0.2, unclipped_above=teacher)
+    # The student's 1.5 counts as 1.2, the teacher's as it is; at a negative advantage 1.5 counts anyway, and 0.5 as 0.8.
+    assert loss.tolist() == [pytest.approx(row) for row in ([-2.4, -1.0], [-3.0, -1.0], [3.0, 1.6])]
+    loss.sum().backward()
+    assert logprobs.grad is not None  # -r A where nothing is clipped
+    assert logprobs.grad.tolist() == [pytest.approx(row) for row in ([0.0, -1.0], [-3.0, -1.0], [3.0, 0.0])]
+
+
 def test_dr_grpo_denominator_is_constant():
     # 2G = 4 members, at most 10 tokens: 1/40 whatever the response's length.
     mask = torch.tensor([[True, True, False], [True, True, True]])
@@ -70,8 +95,25 @@ def test_grpo_divides_by_each_length():
 
 def test_stats_count_tokens_whose_clipped_term_was_taken():
     mask = torch.tensor([[True, True, True]])
-    up = objective_stats(logs(1.5, 1.0, 0.5), ZERO, torch.tensor([1.0]), mask, epsilon=0.2, ref_logprobs=None)
-    down = objective_stats(logs(1.5, 1.0, 0.5), ZERO, torch.tensor([-1.0]), mask, epsilon=0.2, ref_logprobs=None)
+    up = objective_stats(logs(1.5, 1.0, 0.5), ZERO, torch.tensor([1.0]), mask, STUDENT, epsilon=0.2, ref_logprobs=None)
+    down = objective_stats(
+        logs(1.5, 1.0, 0.5), ZERO, torch.tensor([-1.0]), mask, STUDENT, epsilon=0.2, ref_logprobs=None
+    )
     assert (up.clipped_low, up.clipped_high, up.tokens) == (0.0, 1.0, 3.0)
     assert (down.clipped_low, down.clipped_high) == (1.0, 0.0)
     assert up.ratio == pytest.approx(3.0)
+
+
+def test_stats_keep_student_and_teacher_tokens_apart():
+    # d = log 2 everywhere: k3 is 1 - log 2 a token; the student's row has two tokens, the teacher's one.
+    zero = torch.zeros(2, 2, dtype=torch.float64)
+    mask = torch.tensor([[True, True], [True, False]])
+    ratios = torch.cat([logs(1.5, 1.0), logs(1.5, 1.0)])
+    student, ones = torch.tensor([True, False]), torch.tensor([1.0, 1.0])
+    stats = objective_stats(ratios, zero, ones, mask, student, epsilon=0.2, ref_logprobs=ratios + math.log(2))
+    assert (stats.tokens, stats.teacher_tokens) == (3.0, 1.0)
+    assert stats.kl == pytest.approx(2 * (1 - math.log(2)), rel=1e-6)
+    assert stats.kl_teacher == pytest.approx(1 - math.log(2), rel=1e-6)
+    assert stats.clipped_high == 2.0
+    free = objective_stats(ratios, zero, ones, mask, student, epsilon=0.2, ref_logprobs=None, unclipped_above=~student)
+    assert free.clipped_high == 1.0

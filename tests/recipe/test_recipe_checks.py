@@ -153,7 +153,6 @@ def test_errors_name_key_value_and_fix(good: Recipe, stage: str, changes: dict, 
 
 WARNINGS: list[tuple[str, dict[str, Any], str, str]] = [
     ("train", {"train__beta": 0}, "train.beta", "collapse"),
-    ("train", {"train__precision": "pure_bf16"}, "train.precision", "1e-06"),
     ("train", {"train__num_teacher_responses": 1}, "train.num_teacher_responses", "absent from every group"),
     # 9 over two teachers is 5 + 4, one more than the 4 that were collected.
     (

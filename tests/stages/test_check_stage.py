@@ -184,7 +184,8 @@ def test_memory_follows_the_recipe() -> None:
     assert "discriminator: gradients" not in fixed
     whole = estimate.loop_memory(small(), SHAPE, 15)
     half = estimate.loop_memory(small(train={"precision": "pure_bf16"}), SHAPE, 15)
-    assert half.shardable * 2 == whole.shardable
+    states = sum(size for name, size in whole.parts.items() if "AdamW" in name)
+    assert half.shardable - states == (whole.shardable - states) / 2  # the optimizer's states stay at 8 bytes a value
 
 
 def test_work_of_the_papers_loop() -> None:

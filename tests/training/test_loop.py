@@ -249,3 +249,40 @@ def test_a_question_that_comes_up_twice_in_a_step_is_sampled_twice(tiny_qwen: Pa
     groups = trainer.sample_groups(batch)
     [twin] = [g for g in groups[:3] if g.question.id == groups[3].question.id]
     assert [r.response.token_ids for r in twin.students] != [r.response.token_ids for r in groups[3].students]
+
+
+def test_the_switches_reach_the_update(tiny_qwen: Path, tmp_path: Path):
+    """mu = 4 at a high learning rate, so that ratios leave the clip range and the student leaves the reference."""
+    found = {}
+    for name, switch in (
+        ("paper", {}),
+        ("kl", {"train__kl_rows": "student"}),
+        ("clip", {"train__clip_teacher_upper": False}),
+    ):
+        recipe = tiny_recipe(
+            tmp_path / name, tiny_qwen, train__num_iterations=4, train__max_steps=1, train__beta=0.1,
+            train__optimizer={"learning_rate": 1e-2}, **switch,
+        )  # fmt: skip
+        trainer = make_trainer(recipe, tmp_path / "data")
+        trainer.train()
+        found[name] = (weights(trainer), trainer.folder.metrics()[-1])
+    row = found["paper"][1]
+    assert row["train/kl"] > 0 and row["train/kl_teacher"] > 0 and row["train/kl"] != row["train/kl_teacher"]
+    for name in ("kl", "clip"):
+        assert any(not torch.equal(v, found["paper"][0][k]) for k, v in found[name][0].items()), name
+
+
+def test_dropout_of_adapters_is_off_in_the_loop(tiny_qwen: Path, tmp_path: Path):
+    """With it, the ratio would differ from 1 in a pass after the first although the weights have not changed."""
+    recipe = tiny_recipe(
+        tmp_path / "run", tiny_qwen, train__num_iterations=2, student__lora={"enabled": True, "r": 2, "dropout": 0.5}
+    )
+    trainer = make_trainer(recipe, tmp_path / "data")
+    groups = trainer.sample_groups(trainer.batch_at(0))
+    for g in groups:
+        for n, r in enumerate(g.rollouts):
+            r.advantage = float(n % 2)
+    trainer.policy.optimizer.param_groups[0]["lr"] = 0.0  # the weights stay: both passes must agree
+    metrics = trainer.policy.update(groups, 0)
+    assert metrics["ratio"] == 1.0
+    assert metrics["sampling/sampling_logp_difference/max"] < 1e-4

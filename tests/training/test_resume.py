@@ -116,6 +116,52 @@ def test_another_recipe_is_not_continued(tiny_qwen: Path, tmp_path: Path):
     assert more.step_number == 1  # more steps are no other run
 
 
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("which", ["train", "discriminator"])
+def test_the_number_of_steps_stays_where_a_learning_rate_follows_from_it(
+    schedule: str, which: str, tiny_qwen: Path, tmp_path: Path
+):
+    optimizer = {"learning_rate": 1e-3, "schedule": schedule}
+
+    def recipe(**overrides: Any) -> Any:
+        values = {"train__max_steps": 1, f"{which}__optimizer": optimizer, **overrides}
+        return tiny_recipe(tmp_path / "run", tiny_qwen, **values)
+
+    make_trainer(recipe(), tmp_path / "data").train()
+    with pytest.raises(
+        StateError, match=rf"train\.max_steps \(was 1, now 2\).*{which}\.optimizer\.schedule is {schedule}"
+    ):
+        make_trainer(recipe(train__max_steps=2), tmp_path / "data")
+    with pytest.raises(StateError, match=r"train\.max_steps \(was 1, now 0\), train\.epochs"):
+        make_trainer(recipe(train__max_steps=0, train__epochs=2.0), tmp_path / "data")
+    assert make_trainer(recipe(train__epochs=2.0), tmp_path / "data").step_number == 1  # max_steps decides
+    if which == "discriminator":  # a fixed one has no learning rate
+        with pytest.raises(StateError) as caught:
+            make_trainer(recipe(train__max_steps=2, discriminator__mode="fixed"), tmp_path / "data")
+        assert "discriminator.mode" in str(caught.value) and "max_steps" not in str(caught.value)
+
+
+def test_bfloat16_weights_go_on_with_what_rounding_took(tiny_qwen: Path, tmp_path: Path):
+    """At 1e-6 hardly a bfloat16 weight moves in a step, so that all of it is in the optimizer's states."""
+    from openril.training.optimization import CompensatedAdamW
+
+    slow = {"learning_rate": 1e-6}
+    overrides = {"train__precision": "pure_bf16", "train__optimizer": slow, "discriminator__optimizer": slow}
+    whole = make_trainer(tiny_recipe(tmp_path / "whole", tiny_qwen, train__max_steps=2, **overrides), tmp_path / "data")
+    assert isinstance(whole.policy.optimizer.optimizer, CompensatedAdamW)
+    assert whole.discriminator is not None
+    assert isinstance(whole.discriminator.optimizer.optimizer, CompensatedAdamW)
+    whole.train()
+    for steps in (1, 2):
+        recipe = tiny_recipe(tmp_path / "run", tiny_qwen, train__max_steps=steps, **overrides)
+        make_trainer(recipe, tmp_path / "data").train()
+    left = tmp_path / "whole/checkpoints/step_000002"
+    assert_same(left, tmp_path / "run/checkpoints/step_000002")
+    for name in ("student", "discriminator"):
+        states = load_file(left / f"optimizer_{name}.safetensors")
+        assert any(v.dtype == torch.int16 and v.count_nonzero() > 0 for v in states.values()), name
+
+
 def test_other_questions_or_another_start_are_not_continued(tiny_qwen: Path, tiny_internvl: Path, tmp_path: Path):
     from openril.training.checkpoint import run_fingerprint
     from support.tiny import tiny_questions

@@ -1,7 +1,7 @@
-"""The clipped objective with its KL term (RIL, Eq. 2), as a loss to minimise. Pure; shapes: R responses, T tokens.
+"""The clipped objective with its KL term (RIL, Eq. 2), as a loss to minimize. Pure; shapes: R responses, T tokens.
 
 Departures from the equation as printed: ratios are per token, and the sum over a group is divided by a constant,
-(members of the group) x (max_completion_length), as the Dr.GRPO authors' code does; no length normalisation.
+(members of the group) x (max_completion_length), as in the code of the Dr.GRPO authors, without length normalization.
 """
 
 from __future__ import annotations
@@ -14,24 +14,28 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ObjectiveStats:
-    """Sums over response tokens, to be divided by ``tokens`` after adding up micro-batches and processes.
-
-    kl: k3 estimate in nats. clipped_low, clipped_high: tokens whose clipped term was taken because the ratio was below
-    1 - epsilon at a negative advantage, or above 1 + epsilon at a positive one. ratio: probability ratios.
-    """
+    """Sums over response tokens. Add up micro-batches and processes, then divide by the number of tokens."""
 
     tokens: float
+    teacher_tokens: float
+    """The part of ``tokens`` that is in teacher responses."""
     kl: float
+    """k3 in nats over the tokens of student responses."""
+    kl_teacher: float
+    """k3 in nats over the tokens of teacher responses: no estimate of a KL divergence."""
     clipped_low: float
+    """Tokens whose clipped term was taken because the ratio is below 1 - epsilon at a negative advantage."""
     clipped_high: float
+    """Tokens whose clipped term was taken because the ratio is above 1 + epsilon at a positive advantage."""
     ratio: float
     logprob: float
 
 
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """The k3 estimator of KL(pi_theta || pi_ref) per token: exp(d) - d - 1 with d = log pi_ref - log pi_theta.
+    """Return exp(d) - d - 1 per token [R, T], with d = log pi_ref - log pi_theta.
 
-    Non-negative and unbiased for tokens drawn from pi_theta (Schulman, "Approximating KL divergence"). [R, T].
+    It is never negative. For tokens drawn from pi_theta it is an unbiased estimator of KL(pi_theta || pi_ref) (Schulman,
+    "Approximating KL divergence"). For a teacher's tokens it is only a distance between the two log-probabilities.
     """
     difference = ref_logprobs - logprobs
     return difference.exp() - difference - 1
@@ -45,25 +49,46 @@ def token_loss(
     epsilon: float,
     ref_logprobs: Tensor | None = None,
     beta: float = 0.0,
+    kl_rows: Tensor | None = None,
+    unclipped_above: Tensor | None = None,
 ) -> Tensor:
-    """-(min(r A, clip(r, 1 - epsilon, 1 + epsilon) A) - beta k3) per token, [R, T].
+    """Return -(min(r A, clip(r, 1 - epsilon, 1 + epsilon) A) - beta k3) per token.
 
-    logprobs, old_logprobs, ref_logprobs: [R, T] in nats; advantages: [R]. Gradients flow through logprobs alone.
+    Args:
+        logprobs: [R, T] in nats. Gradients flow through these alone.
+        old_logprobs: [R, T] in nats.
+        advantages: [R].
+        epsilon: Clip range.
+        ref_logprobs: [R, T] in nats, needed where beta is not 0.
+        beta: Weight of the KL term.
+        kl_rows: bool [R], the responses that have a KL term; None for all (Eq. 2).
+        unclipped_above: bool [R], the responses whose ratio may exceed 1 + epsilon; None for none (Eq. 2).
+
+    Returns:
+        [R, T].
     """
     ratio = (logprobs - old_logprobs).exp()
     a = advantages[:, None]
-    loss = -torch.minimum(ratio * a, ratio.clamp(1 - epsilon, 1 + epsilon) * a)
+    clipped = ratio.clamp(1 - epsilon, 1 + epsilon)
+    if unclipped_above is not None:
+        clipped = torch.where(unclipped_above[:, None], ratio.clamp(min=1 - epsilon), clipped)
+    loss = -torch.minimum(ratio * a, clipped * a)
     if beta:
         assert ref_logprobs is not None
-        loss = loss + beta * k3(logprobs, ref_logprobs)
+        kl = beta * k3(logprobs, ref_logprobs)
+        loss = loss + (kl if kl_rows is None else kl * kl_rows[:, None])
     return loss
 
 
 def response_weights(mask: Tensor, group_sizes: Tensor, *, per_length: bool, max_completion_length: int) -> Tensor:
-    """Weight of a response's tokens in the loss of its group, [R].
+    """Return the weight [R] that the tokens of a response have in the loss of its group.
 
-    mask: bool [R, T]. group_sizes: int [R], members in the response's group. Dr.GRPO and RIL: 1 / (members x
-    max_completion_length), the same for every response. GRPO (per_length): 1 / (members x tokens of the response).
+    Dr.GRPO and RIL: 1 / (members x max_completion_length), the same for every response. GRPO (per_length): 1 / (members x
+    tokens of the response).
+
+    Args:
+        mask: bool [R, T].
+        group_sizes: int [R], the number of members in the group of each response.
     """
     if per_length:
         return 1.0 / (group_sizes * mask.sum(-1).clamp(min=1))
@@ -75,20 +100,33 @@ def objective_stats(
     old_logprobs: Tensor,
     advantages: Tensor,
     mask: Tensor,
+    from_student: Tensor,
     *,
     epsilon: float,
     ref_logprobs: Tensor | None,
+    unclipped_above: Tensor | None = None,
 ) -> ObjectiveStats:
-    """Sums for the metrics of one micro-batch; shapes as in ``token_loss``."""
+    """Return the sums for the metrics of one micro-batch.
+
+    Args:
+        mask: bool [R, T], the tokens that count.
+        from_student: bool [R], the responses that the student wrote.
+        The others: As in ``token_loss``.
+    """
     with torch.no_grad():
         ratio = (logprobs - old_logprobs).exp()
         a = advantages[:, None]
         low, high = (ratio < 1 - epsilon) & (a < 0), (ratio > 1 + epsilon) & (a > 0)
+        if unclipped_above is not None:
+            high = high & ~unclipped_above[:, None]
         kl = k3(logprobs, ref_logprobs) if ref_logprobs is not None else torch.zeros_like(logprobs)
         m = mask.float()
+        of_student = m * from_student[:, None]
         return ObjectiveStats(
             tokens=float(m.sum()),
-            kl=float((kl * m).sum()),
+            teacher_tokens=float((m - of_student).sum()),
+            kl=float((kl * of_student).sum()),
+            kl_teacher=float((kl * (m - of_student)).sum()),
             clipped_low=float((low * m).sum()),
             clipped_high=float((high * m).sum()),
             ratio=float((ratio * m).sum()),

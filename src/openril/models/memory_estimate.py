@@ -18,6 +18,8 @@ from openril.models.packing import LOGITS_BYTES
 from openril.recipe.schema import ModuleGroup, Recipe
 
 GIB = 2**30
+ADAMW_BYTES = 8
+"""State of a trainable value: two float32 moments, or with bfloat16 weights one of each type and what rounding took."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ def loop_memory(recipe: Recipe, shape: Shape, prompt_tokens: float) -> Memory:
     def trained(name: str, total: int, trainable: int) -> None:
         parts[f"{name}: weights"] = total * master
         parts[f"{name}: gradients"] = trainable * master
-        parts[f"{name}: AdamW states"] = 2 * trainable * master
+        parts[f"{name}: AdamW states"] = ADAMW_BYTES * trainable
 
     if student.lora.enabled:
         # r x (in + out) for each adapted layer; all of attention and MLP as an upper bound.
@@ -178,11 +180,11 @@ def checkpoint_bytes(recipe: Recipe, shape: Shape) -> int:
     """Disk of one checkpoint of the loop: both models in the training type and both optimizers' states."""
     master = 2 if recipe.train.precision == "pure_bf16" else 4
     trainable = 0 if recipe.student.lora.enabled else shape.trainable(recipe.student.freeze)
-    total = shape.total * master + 2 * trainable * master
+    total = shape.total * master + ADAMW_BYTES * trainable
     if recipe.uses_discriminator:
         total += shape.total * master
         if recipe.discriminator.mode == "updated":
-            total += 2 * shape.trainable(recipe.discriminator.freeze) * master
+            total += ADAMW_BYTES * shape.trainable(recipe.discriminator.freeze)
     return total
 
 

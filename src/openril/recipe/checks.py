@@ -430,7 +430,4 @@ def _loop(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
     if train.beta == 0 and train.algorithm in ("ril", "gail"):
         reason = "got 0, so no KL term keeps the student near its start (the paper's runs collapse, Table 5)"
         yield Problem("train.beta", reason, "The paper uses 0.01", "warning")
-    if train.precision == "pure_bf16" and train.optimizer.learning_rate < 1e-5 and not recipe.student.lora.enabled:
-        reason = f"bfloat16 weights round off updates at learning rate {train.optimizer.learning_rate:g}"
-        yield Problem("train.precision", reason, "Use bfloat16, which keeps float32 weights", "warning")
     yield from _schedule(train.optimizer, "train.optimizer")

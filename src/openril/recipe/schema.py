@@ -128,7 +128,7 @@ class LoraConfig(Section):
     alpha: Positive = 32.0
     """Numerator of the scale: the update is multiplied by alpha / r."""
     dropout: Share = 0.0
-    """Dropout on the input of the adapters during training."""
+    """Dropout on the input of the adapters in the warm start. The loop runs without dropout."""
     target_modules: list[str] = Field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
@@ -412,8 +412,14 @@ class TrainConfig(Section):
     """mu, the number of updates of the discriminator and of the student per batch of questions."""
     epsilon: Positive = 0.2
     """Clip range of the probability ratio."""
+    clip_teacher_upper: bool = True
+    """Clip the ratio of teacher responses at 1 + epsilon too (paper). Off: a teacher response with a positive advantage
+    pulls however far the student has already moved towards it. Matters for num_iterations > 1."""
     beta: NonNegative = 0.01
     """Weight of the KL term (k3 estimator) to the SFT student."""
+    kl_rows: Literal["all", "student"] = "all"
+    """Responses with a KL term: all members of the group (paper), or the student's samples alone, for which k3 estimates
+    the KL divergence."""
     questions_per_step: PositiveInt = 36
     """Questions per optimizer step, over all processes (paper: 144 responses, 4 per question)."""
     max_tokens_per_micro_batch: PositiveInt = 8192
@@ -437,7 +443,8 @@ class TrainConfig(Section):
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     """Optimizer of the student (paper: AdamW, 1e-6, constant)."""
     precision: Literal["float32", "bfloat16", "pure_bf16"] = "bfloat16"
-    """float32; bfloat16 autocast over float32 weights; or bfloat16 weights (least memory, but small updates are lost)."""
+    """float32; bfloat16 autocast over float32 weights; or bfloat16 weights, of which AdamW keeps what rounding takes
+    from them (least memory)."""
     save_every: NonNegativeInt = 50
     """Steps between checkpoints; 0 saves only at the end and on interrupts."""
     keep_checkpoints: PositiveInt = 2

@@ -205,6 +205,25 @@ def refuse_changed_recipe(path: Path, saved_recipe: Path, recipe: Recipe, *, fix
     refuse_changed(path, plain(load_saved_recipe(saved_recipe)), plain(recipe), ignored=free, fix=fix)
 
 
+def refuse_changed_length(path: Path, saved_recipe: Path, recipe: Recipe, *, fix: str) -> None:
+    """Raise StateError when the loop would go on with another number of steps although a learning rate follows from it.
+
+    Args: As for ``refuse_changed_recipe``.
+    """
+    schedules = {"train.optimizer.schedule": recipe.train.optimizer.schedule}
+    if recipe.uses_discriminator and recipe.discriminator.mode == "updated":
+        schedules["discriminator.optimizer.schedule"] = recipe.discriminator.optimizer.schedule
+    falling = [f"{key} is {value}" for key, value in schedules.items() if value != "constant"]
+    keys = ["max_steps"] if recipe.train.max_steps else ["max_steps", "epochs"]
+
+    def length(r: Recipe) -> dict[str, float]:
+        return {f"train.{key}": getattr(r.train, key) for key in keys}
+
+    if falling:
+        reason = f"{fix}, because {' and '.join(falling)}, so that the learning rate of every step follows from it"
+        refuse_changed(path, length(load_saved_recipe(saved_recipe)), length(recipe), fix=reason)
+
+
 def run_fingerprint(recipe: Recipe, questions: Sequence[Question]) -> dict[str, str]:
     """What a run's steps follow from besides its settings: its questions, and the student it starts from (which is also
     the reference model). Images are compared with the response cache, by content."""

@@ -30,8 +30,9 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         log_with=list(recipe.train.log_to) or None,
         project_dir=str(recipe.run_path),
         step_scheduler_with_optimizer=False,
-        # Buffers are constants (rotary frequencies): sending them before every forward would cost and change nothing.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        # Buffers are constants (rotary frequencies), so they need not be sent before every forward pass. Gradients that
+        # are views into DDP's buckets need no second copy of their memory.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
     set_seed((recipe.seed + accelerator.process_index) % 2**32)
     return accelerator

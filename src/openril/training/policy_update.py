@@ -1,10 +1,10 @@
-"""The student learns from groups: Eq. 2, in micro-batches of whole groups, one optimizer step an update."""
+"""Update the student on groups by Eq. 2: micro-batches of whole groups, one optimizer step for each of mu iterations."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import astuple
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -30,15 +30,16 @@ from openril.models.packing_probe import PackingProbe, trial_group
 from openril.models.prompts import PromptEncoder
 from openril.recipe.schema import TrainConfig
 from openril.records import Group, Rollout
-from openril.storage import stable_hash
 
 
 class PolicyUpdate:
-    """pi_theta, pi_old and pi_ref of Algorithm 2.
+    """pi_theta, pi_old and pi_ref of Algorithm 2. Every process passes the same number of groups, whole.
 
-    policy: the wrapped ``Policy``. reference: another ``Policy``; None at beta 0 and for LoRA, whose reference is the
-    policy without its adapters. Every process passes the same number of groups, whole. warn: told when the packed pass
-    cannot be used.
+    Args:
+        policy: The wrapped ``Policy``.
+        reference: Another ``Policy``; None at beta 0 and for LoRA, whose reference is the policy without its adapters.
+        optimizer: The optimizer of the policy.
+        warn: Called with a message when the packed pass cannot be used.
     """
 
     def __init__(
@@ -50,7 +51,6 @@ class PolicyUpdate:
         accelerator: Accelerator,
         settings: TrainConfig,
         *,
-        seed: int = 0,
         warn: Callable[[str], None] = lambda message: None,
     ) -> None:
         self.policy = policy
@@ -59,27 +59,31 @@ class PolicyUpdate:
         self.encoder = encoder
         self.accelerator = accelerator
         self.settings = settings
-        self.seed = seed
         self.unwrapped: Policy = accelerator.unwrap_model(policy)
         self.trainable = [p for p in self.unwrapped.parameters() if p.requires_grad]
-        self.updates = 0  # optimizer steps taken by this object: tells samplers elsewhere that weights have changed
+        self.updates = 0  # optimizer steps of this object, which tell samplers elsewhere that the weights have changed
         self.warn = warn
-        self._borrowed = dummy_image_prompt(encoder, self.unwrapped, accelerator.num_processes)
+        self._dummy = dummy_image_prompt(encoder, self.unwrapped, accelerator.num_processes)
         self.packing = PackingProbe(
             settings.packed, "student", lambda message: self.warn(message), gather=gather_object
         )
 
     def members(self, group: Group) -> list[Rollout]:
-        """The rollouts that are in Eq. 2: teacher responses too, unless they only train the discriminator."""
+        """Return the rollouts that are in Eq. 2, without teacher responses if those only train the discriminator."""
         return group.rollouts if self.settings.teacher_responses_in_update else group.students
 
     def update(self, groups: Sequence[Group], step: int) -> dict[str, float]:
-        """mu optimizer steps on the groups of one batch, whose advantages are set; returns metrics.
+        """Take mu optimizer steps on the groups of one batch, whose advantages are set; return the metrics of the last.
 
-        Raises StateError, with the weights as they were, when a gradient is not finite.
+        pi_old is the policy before the first step. Its log-probabilities are those of the first pass, detached: with
+        mu = 1 the ratio is 1 and pi_old costs no pass; with mu > 1 they are kept for the passes that follow.
 
-        pi_old is the policy as it is now. Its log-probabilities are the first pass's own, detached: with mu = 1 the
-        ratio is 1 and no pass is spent on them; with mu > 1 they are kept for the passes that follow.
+        Args:
+            groups: This process's groups.
+            step: The number of steps done before, for the message of an error.
+
+        Raises:
+            StateError: A gradient is not finite; the weights are as they were before that optimizer step.
         """
         grouped = [self._tokens(g) for g in groups]
         if self.packing.due(has_images([t.prompt for t in grouped])):
@@ -90,40 +94,40 @@ class PolicyUpdate:
         metrics: dict[str, float] = {}
         for iteration in range(self.settings.num_iterations):
             self.policy.train()
-            sums = torch.zeros(7, dtype=torch.float64)
+            sums = torch.zeros(9, dtype=torch.float64)
             for number, batch in enumerate(batches):
-                # Laid out when their turn comes: the pixels of a whole step would fill the device's memory.
-                rows, advantages, weights = self._rows([groups[i] for i in batch], [grouped[i] for i in batch])
-                rows = rows.to(self.accelerator.device)
-                advantages, weights = advantages.to(rows.mask.device), weights.to(rows.mask.device)
-                # Adapter dropout follows from the step, so that no generator's state has to survive a restart.
-                torch.manual_seed(
-                    stable_hash(self.seed, "dropout", step, iteration, number, self.accelerator.process_index)
-                )
+                # Rows are built one micro-batch at a time: the pixels of a whole step would fill the device's memory.
+                part = self._rows([groups[i] for i in batch], [grouped[i] for i in batch])
+                part = part.to(self.accelerator.device)
                 if iteration == 0:
-                    reference.append(self._reference_logprobs(rows))
+                    reference.append(self._reference_logprobs(part.rows))
                 last = number == len(batches) - 1
+                above = None if self.settings.clip_teacher_upper else ~part.from_student
                 with nullcontext() if last else self.accelerator.no_sync(self.policy):
-                    logprobs = self.policy(rows)
+                    logprobs = self.policy(part.rows)
                     if iteration == 0:
                         old.append(logprobs.detach())
                     terms = token_loss(
                         logprobs,
                         old[number],
-                        advantages,
+                        part.advantages,
                         epsilon=self.settings.epsilon,
                         ref_logprobs=reference[number],
                         beta=self.settings.beta,
+                        kl_rows=part.from_student if self.settings.kl_rows == "student" else None,
+                        unclipped_above=above,
                     )
-                    loss = (weights * (terms * rows.mask).sum(-1)).sum() / len(groups)
+                    loss = (part.weights * (terms * part.rows.mask).sum(-1)).sum() / len(groups)
                     self.accelerator.backward(loss)
                 stats = objective_stats(
                     logprobs.detach(),
                     old[number],
-                    advantages,
-                    rows.mask & (weights > 0)[:, None],
+                    part.advantages,
+                    part.rows.mask & (part.weights > 0)[:, None],
+                    part.from_student,
                     epsilon=self.settings.epsilon,
                     ref_logprobs=reference[number],
+                    unclipped_above=above,
                 )
                 sums += torch.tensor([float(loss.detach()), *astuple(stats)], dtype=torch.float64)
             limit = self.settings.optimizer.max_grad_norm
@@ -131,7 +135,8 @@ class PolicyUpdate:
             self.updates += 1
             gathered = torch.tensor(gather_object([sums.tolist()]), dtype=torch.float64)
             loss_mean, totals = float(gathered[:, 0].mean()), gathered[:, 1:].sum(0)
-            _, kl, low, high, ratio, logprob = (totals / totals[0].clamp(min=1)).tolist()
+            tokens, of_teachers, kl, kl_teacher = totals[:4].tolist()
+            low, high, ratio, logprob = (totals[4:] / max(1, tokens)).tolist()
             metrics = {
                 "loss": loss_mean,
                 "grad_norm": norm,
@@ -140,10 +145,13 @@ class PolicyUpdate:
                 "clip_ratio/region_mean": low + high,
                 "ratio": ratio,
                 "response_logprob": logprob,
-                "update_tokens": float(totals[0]),
+                "update_tokens": tokens,
             }
-            if self.settings.beta:
-                metrics["kl"] = kl
+            if self.settings.beta:  # k3 estimates the KL divergence on the student's own tokens only
+                if tokens > of_teachers:
+                    metrics["kl"] = kl / (tokens - of_teachers)
+                if of_teachers:
+                    metrics["kl_teacher"] = kl_teacher / of_teachers
         return metrics | self._sampler_difference([[groups[i] for i in batch] for batch in batches], old)
 
     def _tokens(self, group: Group) -> GroupTokens:
@@ -152,7 +160,7 @@ class PolicyUpdate:
         return GroupTokens(self.encoder(group.question), ids)
 
     def _micro_batches(self, tokens: Sequence[GroupTokens]) -> list[range]:
-        """Groups in a row within the budget of tokens, at least one a micro-batch; as many on every process."""
+        """Return consecutive groups within the budget of tokens, at least one in each; every process gets as many."""
         lengths = [t.packed_length() if self.packing.on else t.plain_length() for t in tokens]
         batches = batch_by_tokens(lengths, self.settings.max_tokens_per_micro_batch)
         return split_to(batches, max(gather_object([len(batches)])))
@@ -170,21 +178,22 @@ class PolicyUpdate:
         self.packing.run(base_model(self.unwrapped.model), compare, images=has_images([t.prompt for t in trial]))
 
     def _with_images(self, tokens: Sequence[GroupTokens]) -> list[GroupTokens]:
-        """The groups, and behind them the borrowed image where other processes may have images and these have none."""
-        if self._borrowed is None or has_images([t.prompt for t in tokens]):
+        """Return the groups and, if they have no image but those of another process may, the dummy image after them."""
+        if self._dummy is None or has_images([t.prompt for t in tokens]):
             return list(tokens)
-        return [*tokens, GroupTokens(self._borrowed, [torch.tensor([self.encoder.eos_token_ids[0]])])]
+        return [*tokens, GroupTokens(self._dummy, [torch.tensor([self.encoder.eos_token_ids[0]])])]
 
-    def _rows(self, groups: Sequence[Group], tokens: Sequence[GroupTokens]) -> tuple[Batch, Tensor, Tensor]:
-        """A micro-batch: its rows, advantages [R] and weights [R] of the responses in the loss (0 for a borrowed row)."""
-        advantages = [r.advantage for g in groups for r in self.members(g)]
+    def _rows(self, groups: Sequence[Group], tokens: Sequence[GroupTokens]) -> _MicroBatch:
+        members = [r for g in groups for r in self.members(g)]
+        advantages = [r.advantage for r in members]
+        from_student = [r.response.from_student for r in members]
         sizes = [len(self.members(g)) for g in groups for _ in self.members(g)]
         extended = self._with_images(tokens)
         if len(extended) > len(tokens):
             advantages.append(0.0)
+            from_student.append(True)
             sizes.append(0)
-        tokens = extended
-        rows = (pack if self.packing.on else pad_rows)(tokens, self.encoder.pad_token_id)
+        rows = (pack if self.packing.on else pad_rows)(extended, self.encoder.pad_token_id)
         group_sizes = torch.tensor(sizes)
         weights = response_weights(
             rows.mask,
@@ -192,7 +201,8 @@ class PolicyUpdate:
             per_length=self.settings.algorithm == "grpo",
             max_completion_length=self.settings.max_completion_length,
         )
-        return rows, torch.tensor(advantages), torch.where(group_sizes > 0, weights, 0.0)
+        weights = torch.where(group_sizes > 0, weights, 0.0)
+        return _MicroBatch(rows, torch.tensor(advantages), weights, torch.tensor(from_student))
 
     @torch.no_grad()
     def _reference_logprobs(self, rows: Batch) -> Tensor | None:
@@ -208,11 +218,11 @@ class PolicyUpdate:
             return logprobs
 
     def _sampler_difference(self, batches: Sequence[Sequence[Group]], old: list[Tensor]) -> dict[str, float]:
-        """How far the sampler's log-probabilities of its own samples are from the trainer's, in nats per token."""
+        """Return how far the sampler's log-probabilities of its samples are from the trainer's, in nats per token."""
         differences: list[float] = []
         for groups, logprobs in zip(batches, old, strict=True):
             responses = [r.response for g in groups for r in self.members(g)]
-            for row, response in zip(logprobs, responses, strict=False):  # a borrowed row has no response
+            for row, response in zip(logprobs, responses, strict=False):  # a dummy row has no response
                 if response.logprobs is not None:
                     sampled = torch.tensor(response.logprobs, device=row.device)
                     differences += (row[: len(sampled)] - sampled).abs().tolist()
@@ -223,3 +233,18 @@ class PolicyUpdate:
             "sampling/sampling_logp_difference/mean": sum(everyone) / len(everyone),
             "sampling/sampling_logp_difference/max": max(everyone),
         }
+
+
+@dataclass
+class _MicroBatch:
+    """Some groups as rows for the model, and what the loss needs of each response; [R] each."""
+
+    rows: Batch
+    advantages: Tensor
+    weights: Tensor
+    """Weight of a response's tokens in the loss; 0 for a dummy row."""
+    from_student: Tensor
+
+    def to(self, device: torch.device) -> _MicroBatch:
+        others = (self.advantages, self.weights, self.from_student)
+        return _MicroBatch(self.rows.to(device), *(t.to(device) for t in others))

@@ -26,7 +26,14 @@ from openril.sampling.synced import SyncedSampler
 from openril.sampling.transformers_engine import TransformersSampler
 from openril.sampling.vllm_engine import VLLMSampler
 from openril.storage import refuse_changed, weights_fingerprint
-from openril.training.checkpoint import Checkpoints, Saver, read_progress, refuse_changed_recipe, run_fingerprint
+from openril.training.checkpoint import (
+    Checkpoints,
+    Saver,
+    read_progress,
+    refuse_changed_length,
+    refuse_changed_recipe,
+    run_fingerprint,
+)
 from openril.training.discriminator_update import Discriminator
 from openril.training.distributed import is_sharded, master_dtype
 from openril.training.optimization import build_optimizer
@@ -62,7 +69,9 @@ class TrainingComponents:
         self.resumed_from = self.checkpoints.latest()
         self.step = 0
         if self.resumed_from is not None:
-            refuse_changed_recipe(self.resumed_from, self.resumed_from / "recipe.yaml", recipe, fix=_NEW_RUN)
+            saved_recipe = self.resumed_from / "recipe.yaml"
+            refuse_changed_recipe(self.resumed_from, saved_recipe, recipe, fix=_NEW_RUN)
+            refuse_changed_length(self.resumed_from, saved_recipe, recipe, fix=_NEW_RUN)
             progress = read_progress(self.resumed_from)
             self.step = int(progress["step"])
         fingerprint = run_fingerprint(recipe, questions)
@@ -99,7 +108,8 @@ class TrainingComponents:
         model, processor = load_student(recipe.student, source, master_dtype(recipe))
         if lora.enabled:
             torch.manual_seed(recipe.seed)  # the adapters' first values
-            model = add_adapters(model, lora)
+            # Dropout would make pi_theta differ from pi_old, and from what the sampler draws from, by chance.
+            model = add_adapters(model, lora.model_copy(update={"dropout": 0.0}))
             if resumed is not None:
                 _load_adapter(model, resumed / "adapter")
         else:
@@ -123,7 +133,7 @@ class TrainingComponents:
         policy.to(accelerator.device)
         self.policy, self.optimizer = accelerator.prepare(policy, build_optimizer(policy.parameters(), train.optimizer))
         self.policy_update = PolicyUpdate(
-            self.policy, reference, self.optimizer, self.encoder, accelerator, train, seed=recipe.seed, warn=self.warn
+            self.policy, reference, self.optimizer, self.encoder, accelerator, train, warn=self.warn
         )
 
     def _build_sampler(self, probes: Sequence[Question]) -> TransformersSampler | SyncedSampler:
