@@ -67,7 +67,7 @@ def test_problems_of_every_part_are_on_one_page(tmp_path: Path, tiny_qwen: Path)
     for words in (
         "train.num_teacher_responses",
         "nowhere",
-        "a.png is no image",
+        "a.png is not an image",
         "judge: http://127.0.0.1:9/v1 cannot be",
     ):
         assert words in page, page

@@ -100,22 +100,15 @@ def _text_and_answer(row: dict[str, Any], question_is_mapped: bool) -> tuple[str
         raise DataError(f"expected one question, got {' and '.join(names)}. Set data.columns: {{question: ...}} to one")
     form = names[0]
     value = row.pop(form)
-    answer: str | None = None
-    answer_column: str | None = None
     inline: list[Any] = []
-    for name in ANSWER_COLUMNS:
-        if row.get(name) is not None and answer_column is None:
-            answer_column = name
     if isinstance(value, str) and form in ("question", "prompt"):
         text, spoken, dropped = value, None, 0
     elif form == "question" and not question_is_mapped:
         raise DataError(f"question: expected text, got {_kind(value)}")
     else:
         text, spoken, inline, dropped = _turns(value, form)
-    if answer_column is not None:
-        answer = _answer(row.pop(answer_column), answer_column)
-    elif spoken is not None:
-        answer = spoken
+    column = next((name for name in ANSWER_COLUMNS if row.get(name) is not None), None)
+    answer = spoken if column is None else _answer(row.pop(column), column)
     return text, answer or "", inline, dropped
 
 
@@ -139,11 +132,8 @@ def _turns(value: Any, form: str) -> tuple[str, str | None, list[Any], int]:
     if first not in _USER:
         raise DataError(f"{form}: expected a first turn of the user (human or user), got {first!r}")
     later = len(turns) - 1
-    if form == "prompt":
-        if later:
-            raise DataError(f"prompt: expected one user turn, got {len(turns)} turns. Keep the last with its context")
-        text, images = _content(turns[0][1], form)
-        return text, None, images, 0
+    if form == "prompt" and later:
+        raise DataError(f"prompt: expected one user turn, got {len(turns)} turns. Keep the last with its context")
     text, images = _content(turns[0][1], form)
     spoken = None
     if later:

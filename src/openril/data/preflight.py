@@ -29,6 +29,14 @@ CountTokens = Callable[[Question, Sequence[Size]], tuple[int, int]]
 
 _BATCH = 256
 _SHOWN = 20
+_IMAGE_KINDS = {
+    "does not exist": "missing image",
+    "bomb": "decompression bomb",
+    "on the network": "image on the network",
+    "cannot be fetched": "missing image",
+    "the server answered": "missing image",
+}
+"""Words in the message of an unusable image -> kind of the problem."""
 
 
 @dataclass
@@ -206,33 +214,17 @@ def _open(source: ImageSource, data: DataConfig) -> tuple[Size, str] | str:
 
 
 def _image_kind(cause: str) -> str:
-    for words, kind in (
-        ("does not exist", "missing image"),
-        ("bomb", "decompression bomb"),
-        ("on the network", "image on the network"),
-        ("cannot be fetched", "missing image"),
-        ("the server answered", "missing image"),
-    ):
-        if words in cause:
-            return kind
-    return "corrupt image"
+    return next((kind for words, kind in _IMAGE_KINDS.items() if words in cause), "corrupt image")
 
 
 def _check_question(
     q: Question, opened: dict[ImageSource, tuple[Size, str] | str], answers_needed: bool, rule: str
 ) -> tuple[list[RowProblem], list[Size | None], tuple[str | None, ...]]:
-    found: list[RowProblem] = []
-    sizes: list[Size | None] = []
-    digests: list[str | None] = []
-    for image in q.images:
-        result = opened[image]
-        if isinstance(result, str):
-            found.append(RowProblem(_image_kind(result), q.origin, q.id, result))
-            sizes.append(None)
-            digests.append(None)
-        else:
-            sizes.append(result[0])
-            digests.append(result[1])
+    """Return (problems, size of each image, digest of each image); None for images that cannot be used."""
+    results = [opened[image] for image in q.images]
+    found = [RowProblem(_image_kind(r), q.origin, q.id, r) for r in results if isinstance(r, str)]
+    sizes = [None if isinstance(r, str) else r[0] for r in results]
+    digests = tuple(None if isinstance(r, str) else r[1] for r in results)
     if not q.answer:
         cause = "answer: expected text, got nothing, so no response can be scored"
         found.append(RowProblem("empty answer", q.origin, q.id, cause, "error" if answers_needed else "warning"))
@@ -245,7 +237,7 @@ def _check_question(
     if q.choices and q.answer and not _among(q.answer, q.choices):
         cause = f"answer: expected one of the {len(q.choices)} choices or its letter, got {q.answer[:40]!r}"
         found.append(RowProblem("answer not among choices", q.origin, q.id, cause))
-    return found, sizes, tuple(digests)
+    return found, sizes, digests
 
 
 def _among(answer: str, choices: Sequence[str]) -> bool:

@@ -54,18 +54,15 @@ def read_questions(
     names = data.train if which == "train" else data.validation
     if not names:
         raise DataError(f"data.{which}: expected question files, datasets folders or hub names, got an empty list.")
-    for name in names:
-        for question in _questions(name, data.columns, split, found):
-            if question.id in first:
-                cause = f"id {question.id!r} is already used at {first[question.id]}; ids must be unique over all files"
-                if question.id.startswith("auto-"):
-                    cause = f"same question, answer and images as {first[question.id]}; remove one, or give both an id"
-                found.append(RowProblem("duplicate id", question.origin, question.id, cause))
-                continue
-            first[question.id] = question.origin
-            questions.append(question)
-            if limit and len(questions) >= limit:
-                break
+    for question in (question for name in names for question in _questions(name, data.columns, split, found)):
+        if question.id in first:
+            cause = f"id {question.id!r} is already used at {first[question.id]}; ids must be unique over all files"
+            if question.id.startswith("auto-"):
+                cause = f"same question, answer and images as {first[question.id]}; remove one, or give both an id"
+            found.append(RowProblem("duplicate id", question.origin, question.id, cause))
+            continue
+        first[question.id] = question.origin
+        questions.append(question)
         if limit and len(questions) >= limit:
             break
     _report(found, problems)
@@ -117,11 +114,8 @@ def _questions(name: str, columns: Mapping[str, str], split: str, found: list[Ro
 
 
 def _kind_of(cause: str) -> str:
-    if cause == "question: expected text, got nothing":
-        return "empty question"
-    if "marker" in cause:
-        return "image markers"
-    return "unusable row"
+    kinds = {"question: expected text, got nothing": "empty question", " marker per image": "image markers"}
+    return next((kind for words, kind in kinds.items() if words in cause), "unusable row")
 
 
 def expand(name: str) -> list[str]:

@@ -13,16 +13,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 ModuleGroup = Literal[
-    "vision_tower",
-    "projector",
-    "word_embeddings",
-    "attention",
-    "mlp_gate",
-    "mlp_up",
-    "mlp_down",
-    "layer_norms",
-    "lm_head",
-]
+    "vision_tower", "projector", "word_embeddings", "attention", "mlp_gate", "mlp_up", "mlp_down", "layer_norms", "lm_head"
+]  # fmt: skip
 """Parts of a vision-language model that can be frozen (the paper's Table 5c lists those of the language model)."""
 
 PositiveInt = Annotated[int, Field(ge=1)]

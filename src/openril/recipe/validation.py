@@ -61,9 +61,6 @@ def setting_names(recipe: Recipe | None = None) -> list[str]:
 
 def nearest(word: str, choices: Sequence[str]) -> str | None:
     """Return the choice that ``word`` was probably meant to be, or None."""
-    found = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
-    if found:
-        return found[0]
     folded = {c.lower().replace("-", "_"): c for c in choices}
     found = difflib.get_close_matches(word.lower().replace("-", "_"), list(folded), n=1, cutoff=0.6)
     return folded[found[0]] if found else None
