@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import inspect
 import re
 import tomllib
@@ -121,6 +122,17 @@ def test_files_and_package_stay_small():
 def test_the_version_is_that_of_the_project():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert project.get("version", openril.__version__) == openril.__version__
+
+
+def test_every_dependency_declares_the_lowest_version_it_is_tested_with():
+    path = ROOT / "scripts" / "test_versions.py"
+    spec = importlib.util.spec_from_file_location("versions_script", path)
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    pins = script.lowest_pins()
+    assert any(re.fullmatch(r"torch==[0-9.]+", pin) for pin in pins) and len(pins) == len(set(pins))
+    assert [test for test in script.CORE_TESTS if not (ROOT / test).exists()] == []
 
 
 def describe(name: str) -> str:
