@@ -1,4 +1,4 @@
-"""The command line: help is fast, mistakes are answered with a cure, exit codes mean something."""
+"""The command line: help is fast, messages say how to fix a mistake, and exit codes have a meaning."""
 
 from __future__ import annotations
 
@@ -24,13 +24,16 @@ def test_no_arguments_show_the_commands(capsys: pytest.CaptureFixture[str]):
 
 def test_a_misspelt_command_is_guessed(capsys: pytest.CaptureFixture[str]):
     assert main(["trian", "r.yaml"]) == 2
-    assert "did you mean `ril train`" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "'trian'" in error and "`ril train`" in error
 
 
 @pytest.mark.parametrize("name", [name for name, command in COMMANDS.items() if command.takes_recipe])
-def test_every_command_wants_a_recipe_and_explains_its_settings(name: str, capsys: pytest.CaptureFixture[str]):
+def test_every_command_needs_a_recipe_and_explains_its_settings(name: str, capsys: pytest.CaptureFixture[str]):
     assert main([name]) == 2
-    assert "needs a recipe" in capsys.readouterr().err
+    assert f"ril {name} RECIPE.yaml" in capsys.readouterr().err
+    assert main([name, "--train.beta", "0.02"]) == 2
+    assert "'--train.beta'" in capsys.readouterr().err
     assert main([name, "--help"]) == 0
     out = capsys.readouterr().out
     assert "--train.beta" in out and "k3" in out
@@ -45,7 +48,7 @@ def test_mistakes_in_a_recipe_name_the_key(tmp_path: Path, capsys: pytest.Captur
     assert main(["train", str(recipe), "--train.bta", "1"]) == 2
     assert "--train.beta" in capsys.readouterr().err
     assert main(["train", str(tmp_path / "none.yaml")]) == 2
-    assert "no such recipe" in capsys.readouterr().err
+    assert str(tmp_path / "none.yaml") in capsys.readouterr().err
 
 
 def test_a_stage_that_lacks_what_comes_before_says_so(
@@ -68,7 +71,7 @@ def test_options_of_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     recipe = tmp_path / "r.yaml"
     recipe.write_text(f"run_dir: {tmp_path}/run\n")
     assert main(["collect", str(recipe), "--sources"]) == 2
-    assert "--sources needs" in capsys.readouterr().err
+    assert "--sources" in capsys.readouterr().err
     assert main(["collect", str(recipe), "--sources", "nobody"]) == 2
     assert "nobody" in capsys.readouterr().err
 

@@ -1,6 +1,6 @@
 """OpenRIL: unified reinforcement and imitation learning for vision-language models (arXiv 2510.19307).
 
-Everything a Python user needs is importable from here; heavy modules load on first use. docs/api.md has the tour.
+All public names are importable from here, and heavy modules load on first use. docs/api.md is the introduction.
 """
 
 from __future__ import annotations

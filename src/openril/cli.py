@@ -1,4 +1,4 @@
-"""The ``ril`` command. Thin: heavy imports happen inside the stages, so that help and mistakes answer at once."""
+"""The ``ril`` command. Heavy imports happen inside the stages, so that help and error messages appear at once."""
 
 from __future__ import annotations
 
@@ -17,10 +17,13 @@ OK, PROBLEM, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 @dataclass(frozen=True)
 class Command:
-    """stage: module in ``openril.stages``. run: its function (recipe, console, **options) -> exit code or anything else.
+    """One command of ``ril``.
 
-    options: flags of this command alone, as (name, whether it takes values, help). takes_recipe: off for a command that
-    parses its arguments itself: its function gets them in place of a recipe.
+    Args:
+        stage: A module of ``openril.stages``.
+        run: Its function (recipe, console, **options). An int that it returns becomes the exit code.
+        options: The flags of this command only, as (name, whether it takes values, help).
+        takes_recipe: False for a command that parses its own arguments; its function gets them instead of a recipe.
     """
 
     help: str
@@ -32,30 +35,32 @@ class Command:
 
 COMMANDS: dict[str, Command] = {
     "check": Command(
-        "read every question, probe every server, estimate memory, before anything costs money", "check", "run_check"
+        "check questions, models, servers, memory and disk before a run costs anything", "check", "run_check"
     ),
-    "sft": Command("supervised warm start of the student (also of teachers, and on cached text)", "sft", "run_sft"),
+    "sft": Command(
+        "fine-tune the student on answers or cached responses (the supervised warm start)", "sft", "run_sft"
+    ),
     "collect": Command(
-        "collect responses of the teachers and the student into the cache",
+        "collect the responses of the teachers and the student into the response cache",
         "collect",
         "run_collect",
         (
-            ("sources", True, "only these: names of teachers, or student"),
-            ("recollect", False, "first drop cached responses that no longer fit (other model, settings or questions)"),
+            ("sources", True, "collect only these: names of teachers, or student"),
+            ("recollect", False, "first drop cached responses of another model, other settings or older questions"),
         ),
     ),
-    "select": Command("choose the questions for the loop", "select", "run_select"),
-    "discriminator": Command("pre-train the discriminator on the cache", "discriminator", "run_discriminator"),
-    "train": Command("the RIL loop", "train", "run_train"),
+    "select": Command("choose the questions for the loop (data.selection)", "select", "run_select"),
+    "discriminator": Command("pre-train the discriminator on the response cache", "discriminator", "run_discriminator"),
+    "train": Command("run the RIL loop", "train", "run_train"),
     "eval": Command(
         "score the student's checkpoints on held-out questions",
         "eval",
         "run_eval",
-        (("checkpoints", True, "only these checkpoint folders"),),
+        (("checkpoints", True, "score only these checkpoint folders or hub names"),),
     ),
-    "run": Command("all stages that are not done yet, in order", "run", "run_all"),
+    "run": Command("run all stages that are not done yet, in order", "run", "run_all"),
     "bench": Command(
-        "measure speed and memory of a step against TRL's GRPOTrainer (no recipe)",
+        "measure the speed and memory of a step next to TRL's GRPOTrainer (no recipe)",
         "bench",
         "run_bench",
         takes_recipe=False,
@@ -65,14 +70,17 @@ COMMANDS: dict[str, Command] = {
 USAGE_TEXT = """\
 usage: ril COMMAND RECIPE [--section.key value ...]
 
-commands
+  ril check recipes/mine.yaml
+  ril run recipes/mine.yaml --train.beta 0.02
+
+commands:
 {commands}
 
-  ril COMMAND --help    every setting, its default and meaning
-  ril --version
+  ril COMMAND --help    show every setting with its default and meaning
+  ril --version         show the version
 
-A command that was interrupted or killed continues where it was when it is given again.
-Exit codes: 0 done, 1 failed, 2 something you can cure (the message says how), 130 interrupted and saved.
+A command that was interrupted or killed continues where it stopped when you run it again.
+Exit codes: 0 done, 1 failed, 2 a mistake that you can fix (the message says how), 130 interrupted and saved.
 """
 
 
@@ -82,7 +90,7 @@ def usage() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
+    """Run one command and return its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage(), end="")
@@ -95,8 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         import difflib
 
         near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"; did you mean `ril {near[0]}`?" if near else ""
-        print(f"ril: there is no command {name!r}{hint}\n\n{usage()}", file=sys.stderr, end="")
+        hint = f" Did you mean `ril {near[0]}`?" if near else ""
+        print(f"ril: expected a command, got {name!r}.{hint}\n\n{usage()}", file=sys.stderr, end="")
         return USAGE
     if not COMMANDS[name].takes_recipe:
         return _run(COMMANDS[name], rest, {})
@@ -111,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _options(command: Command, rest: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """Take the command's own flags out of its arguments; a flag with values takes all up to the next flag."""
+    """Separate the command's own flags from the other arguments. A flag with values takes all up to the next flag."""
     known = {f"--{name}": (name, takes) for name, takes, _ in command.options}
     left: list[str] = []
     options: dict[str, Any] = {}
@@ -130,7 +138,7 @@ def _options(command: Command, rest: list[str]) -> tuple[list[str], dict[str, An
                 options[name].append(rest[i])
                 i += 1
             if not options[name]:
-                raise OpenRILError(f"{argument} needs at least one value")
+                raise OpenRILError(f"{argument}: expected at least one value, got none")
     return left, options
 
 
@@ -145,20 +153,23 @@ def _recipe(name: str, rest: list[str]) -> Recipe:
         override(Recipe(), ["--help"], f"ril {name} RECIPE")
         raise SystemExit(OK)
     if not rest or rest[0].startswith("-"):
-        raise RecipeError(f"ril {name} needs a recipe: ril {name} RECIPE.yaml [--section.key value ...]")
+        got = f"got {rest[0]!r}" if rest else "got nothing"
+        raise RecipeError(
+            f"ril {name}: expected a recipe file, {got}. Write: ril {name} RECIPE.yaml [--section.key value ...]"
+        )
     return load_recipe(rest[0], rest[1:], prog=f"ril {name} {rest[0]}")
 
 
 def _run(command: Command, recipe: Recipe | list[str], options: dict[str, Any]) -> int:
     import importlib
 
-    # Progress is ours; the libraries' own would tear it.
+    # The libraries' own progress bars would break ours.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from rich.console import Console
 
     console = Console()
-    if "LOCAL_RANK" in os.environ:  # under a launcher: each process its own device, before anything is loaded
+    if "LOCAL_RANK" in os.environ:  # under a launcher: each process takes its own device before anything is loaded
         import torch
 
         if torch.cuda.is_available():
@@ -171,7 +182,7 @@ def _run(command: Command, recipe: Recipe | list[str], options: dict[str, Any]) 
     except SystemExit as e:  # a command's own parser prints its help and messages
         return int(e.code or 0)
     except KeyboardInterrupt as e:
-        print(f"ril: {str(e) or 'interrupted; the same command continues'}", file=sys.stderr)
+        print(f"ril: {str(e) or 'interrupted; run the same command again to continue'}", file=sys.stderr)
         return INTERRUPTED
     finally:
         if "openril.training.distributed" in sys.modules:
@@ -188,7 +199,7 @@ def entry() -> None:
     try:
         code = main()
         sys.stdout.flush()
-    except BrokenPipeError:  # `ril train --help | head`: whoever reads has had enough
+    except BrokenPipeError:  # `ril train --help | head`: the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = OK
     sys.exit(code)

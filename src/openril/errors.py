@@ -1,37 +1,37 @@
-"""Errors a user can cause and cure.
+"""Errors that a user can cause and fix.
 
-Every class is a ``ValueError`` so that callers who catch that family see all of them; the message names what is wrong
-(file, row, key) and what to do. Broken invariants of our own are asserts and never appear here.
+Every class is a ``ValueError``, so that ``except ValueError`` catches all of them. The message names what is wrong
+(file, row or key) and what to do. Broken invariants of this package are asserts and have no class here.
 """
 
 
 class OpenRILError(ValueError):
-    """Base of all errors the user can act on. The command line prints the message alone and exits with code 2."""
+    """Base class of all errors that the user can fix. The command line prints the message and exits with code 2."""
 
 
 class RecipeError(OpenRILError):
-    """A recipe that cannot be read, holds an unknown key, or contradicts itself."""
+    """A recipe cannot be read, holds an unknown key, or contradicts itself."""
 
 
 class DataError(OpenRILError):
-    """A question file, row or image that cannot be used."""
+    """A question file, a row or an image cannot be used."""
 
 
 class CacheError(OpenRILError):
-    """A response cache that is missing, damaged, or made for other questions."""
+    """A response cache is missing, damaged, or was made for other questions."""
 
 
 class EndpointError(OpenRILError):
-    """A server (teacher or judge) that cannot be reached or answers with something unusable."""
+    """A server of a teacher or judge cannot be reached, or its answers cannot be used."""
 
 
 class ModelError(OpenRILError):
-    """A checkpoint that cannot be loaded, frozen or adapted as asked."""
+    """A checkpoint cannot be loaded, frozen or adapted as the recipe says."""
 
 
 class JudgeError(OpenRILError):
-    """Too many verdicts could not be had; the run stops so that it can be continued once the judge works."""
+    """Too many verdicts are missing. The run stops, and the same command continues it once the judge works."""
 
 
 class StateError(OpenRILError):
-    """A run folder or checkpoint that does not fit the recipe it is continued with."""
+    """A run folder or checkpoint does not fit the recipe that it is continued with."""

@@ -1,4 +1,4 @@
-"""The plain data everything else passes around: Question, Response, Rollout, Group. No torch here."""
+"""The plain data that all other modules exchange: Question, Response, Rollout, Group. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ STUDENT = "student"
 """The reserved source name of the student's own responses."""
 
 IMAGE_MARKER = "<image>"
-"""Marks in a question's text where an image stands. Without markers all images stand before the text."""
+"""Marks the place of an image in a question's text. Without markers, all images come before the text."""
 
 
 @dataclass(frozen=True)
 class ImageSource:
-    """One image as the data names it; exactly one of the fields is set.
-
-    path: absolute path of a local file. url: http(s) or data URL. data: encoded bytes (PNG, JPEG, ...).
-    """
+    """One image as the data names it. Exactly one of the fields is set."""
 
     path: Path | None = None
+    """The absolute path of a local file."""
     url: str | None = None
+    """An http(s) or data URL."""
     data: bytes | None = None
+    """The encoded bytes (PNG, JPEG, ...)."""
 
     def __post_init__(self) -> None:
         assert sum(x is not None for x in (self.path, self.url, self.data)) == 1
 
     @property
     def name(self) -> str:
-        """What an error message calls this image."""
+        """The name of this image in error messages."""
         if self.path is not None:
             return str(self.path)
         if self.url is not None:
@@ -43,10 +43,10 @@ class ImageSource:
 class Question:
     """One question with its images and its ground truth.
 
-    id: unique within a data set. question: the text, which may hold one ``<image>`` marker per image. answer: the
-    ground truth ("" when unknown). choices: options of a multiple-choice question. rule: name of the answer rule
-    (rewards/rules.py), or None for the one the recipe sets. metadata: every other column, kept as it was.
-    origin: "file:line", for messages.
+    id: unique within a data set. question: the text, which may hold one ``<image>`` marker for each image. answer: the
+    ground truth ("" when unknown). choices: the options of a multiple-choice question. rule: the name of the answer rule
+    (rewards/rules.py), or None for the recipe's. metadata: every other column, unchanged. origin: "file:line", for
+    error messages.
     """
 
     id: str
@@ -59,9 +59,10 @@ class Question:
     origin: str = field(default="", compare=False)
 
     def content_hash(self) -> str:
-        """SHA-256 (hex, first 32 digits) of everything a teacher is shown: text, choices and image contents.
+        """Return the first 32 hex digits of the SHA-256 of all that a teacher sees: text, choices and images.
 
-        Local files enter by content, so a replaced picture makes cached responses stale; URLs enter by name.
+        Local files are hashed by content, so that a replaced picture makes cached responses stale. URLs are hashed by
+        name.
         """
         digest = hashlib.sha256()
         digest.update(json.dumps([self.question, list(self.choices)], ensure_ascii=False).encode())
@@ -81,10 +82,10 @@ class Question:
 class Response:
     """One answer to one question, from the student or from a teacher.
 
-    source: teacher name, or ``STUDENT``. index: 0-based number among this source's responses to the question.
-    finish_reason: "stop" (ended by itself), "length" (cut at the limit), or what the server said.
-    token_ids and logprobs: the sampler's own ids (never re-tokenised) and their log-probabilities in nats under the
-    unmodified model distribution; None for responses that came as text.
+    source: the name of a teacher, or ``STUDENT``. index: the 0-based number among this source's responses to the
+    question. finish_reason: "stop" (complete), "length" (cut at the limit), or the server's own reason. token_ids,
+    logprobs: the sampler's ids, which are never tokenized again, and their log-probabilities in nats under the
+    unmodified distribution of the model; None for responses that came as text.
     """
 
     question_id: str
@@ -102,12 +103,12 @@ class Response:
 
 @dataclass
 class Rollout:
-    """A response inside a group, with everything the step found out about it.
+    """A response in a group, with everything that the step computed for it.
 
-    student_prob: D's probability that a student wrote it, in [0, 1]; None without a discriminator.
-    similarity: similarity reward; None without a discriminator. verdict: answer reward from judge or rules; None
-    when unknown or not asked. rewards: every named reward, None where unknown. reward: their weighted sum; None when
-    any reward with a weight is unknown. advantage: 0.0 for a response whose reward is unknown.
+    student_prob: the discriminator's probability that the student wrote the response, in [0, 1]; None without a
+    discriminator. similarity: the similarity reward; None without a discriminator. verdict: the answer reward of judge or
+    rules; None when unknown or not requested. rewards: every reward by name, None where unknown. reward: their weighted
+    sum; None when any reward with a weight is unknown. advantage: 0.0 where the reward is unknown.
     """
 
     response: Response
@@ -121,7 +122,7 @@ class Rollout:
 
 @dataclass
 class Group:
-    """One question with its student samples first, then its teacher responses: the unit of a RIL step."""
+    """One question with the student's samples first and the teachers' responses after them: the unit of a RIL step."""
 
     question: Question
     rollouts: list[Rollout]

@@ -1,4 +1,4 @@
-"""Files that survive a kill at any moment: written beside and renamed, or appended by whole lines."""
+"""Write files that survive a kill at any moment: written next to the target and renamed, or appended line by line."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _CHUNK, _CHUNKS = 1 << 20, 64
 
 
 def stable_hash(*parts: Any) -> int:
-    """A 63-bit integer from any JSON-able parts, the same in every process and session (unlike ``hash``)."""
+    """Return a 63-bit integer from JSON-serializable parts. Unlike ``hash``, it is the same in every process."""
     text = json.dumps(parts, ensure_ascii=False, sort_keys=True, default=str)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 
 @contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``target``; on success it takes the target's place, on error it is removed.
+    """Yield a temporary path next to ``target``, which replaces it on success and is removed on an error.
 
-    Works for files and folders. A reader sees the old content or the new one, never a half.
+    Works for files and folders. A reader sees the old content or the new one, never a part.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
@@ -35,7 +35,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
     try:
         yield temporary
         if temporary.is_dir() and target.exists():
-            # A folder cannot replace a full folder in one call: move the old one aside first.
+            # A folder cannot replace a folder with files in one call, so the old one is moved away first.
             old = target.with_name(f".{target.name}.{os.getpid()}.old")
             remove(old)
             os.replace(target, old)
@@ -49,7 +49,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder if it is there."""
+    """Remove a file or a folder if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -57,7 +57,7 @@ def remove(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically and durably."""
+    """Write a text file atomically, and flush it to disk."""
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as f:
         f.write(text)
         f.flush()
@@ -73,7 +73,7 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def append_jsonl(path: Path, *rows: dict[str, Any]) -> None:
-    """Append rows, one line each, in a single write; a torn last line of a killed writer is closed off first."""
+    """Append rows, one line each, in a single write. A partial last line of a killed writer is ended first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     with open(path, "ab+") as f:
@@ -85,7 +85,7 @@ def append_jsonl(path: Path, *rows: dict[str, Any]) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Rows of a file we append to ourselves; lines torn by a kill are passed over."""
+    """Return the rows of a file written by ``append_jsonl``, without lines that a kill cut off."""
     rows: list[dict[str, Any]] = []
     if not path.exists():
         return rows
@@ -127,7 +127,7 @@ def changed_keys(
     """Return the dotted keys whose values differ between two nested mappings, each with its old and new value.
 
     Args:
-        ignored: Says for a dotted key whether its difference does not count.
+        ignored: Whether the difference of a dotted key does not count.
     """
 
     def walk(old: Any, new: Any, prefix: str) -> Iterator[tuple[str, tuple[Any, Any]]]:
@@ -149,14 +149,14 @@ def refuse_changed(
     ignored: Callable[[str], bool] = lambda key: False,
     error: type[OpenRILError] = StateError,
 ) -> None:
-    """Refuse to continue work in ``path`` with settings other than those it was begun with.
+    """Refuse to continue work in ``path`` with settings other than those it was started with.
 
     Args:
         path: The file or folder that the message names.
-        saved: The settings that ``path`` was begun with, as plain data.
-        now: The settings it would be continued with.
+        saved: The settings that ``path`` was started with, as plain data.
+        now: The settings that it would be continued with.
         fix: What the user can do besides restoring the old values, for example ``set another run_dir``.
-        ignored: Says for a dotted key whether it may change.
+        ignored: Whether a dotted key may change.
         error: The class to raise.
 
     Raises:

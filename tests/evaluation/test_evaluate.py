@@ -56,7 +56,7 @@ def test_decoding_is_greedy_and_scoring_by_rules():
     assert result.groups["skill"]["colour"].n == 2 and result.group_means["skill"] == 0.5
 
 
-def test_an_interrupted_evaluation_goes_on_where_it_was(tmp_path):
+def test_an_interrupted_evaluation_continues_where_it_was(tmp_path):
     one_by_one = EvaluationConfig(questions_per_batch=1)
 
     def run(sampler, key="key"):
@@ -171,7 +171,7 @@ def test_other_settings_are_another_evaluation(recipe, tmp_path):
     assert max(r["tokens"] for r in rows) == 5
 
 
-def test_a_checkpoint_from_elsewhere_gets_a_name_of_its_own(recipe, tiny_internvl, tmp_path):
+def test_a_checkpoint_from_elsewhere_gets_its_own_name(recipe, tiny_internvl, tmp_path):
     run_eval(recipe, Console(quiet=True), [str(tiny_internvl)])
     names = [p.stem for p in (tmp_path / "run/eval").glob("*.json") if p.stem != "table"]
     assert len(names) == 1 and names[0].startswith(tiny_internvl.parent.name) and tiny_internvl.name in names[0]

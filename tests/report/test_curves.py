@@ -20,21 +20,21 @@ def test_a_run_leaves_both_figures(tmp_path):
         for s in range(1, 31)
     ]
     rows[9]["eval/score"] = 0.6
-    said = []
-    paths = draw_curves(write(tmp_path / "run", rows), said.append)
+    messages = []
+    paths = draw_curves(write(tmp_path / "run", rows), messages.append)
     assert [p.name for p in paths] == ["learning.png", "health.png"]
     for path in paths:
         with Image.open(path) as image:
             assert image.format == "PNG" and len(set(image.convert("RGB").getdata())) > 20
-    assert len(said) == 1 and "KL" in said[0] and "accuracy" not in said[0]
+    assert len(messages) == 1 and "KL" in messages[0] and "accuracy" not in messages[0]
     assert sorted(p.name for p in (tmp_path / "run/curves").iterdir()) == ["health.png", "learning.png"]
 
 
 def test_panels_without_values_are_left_out(tmp_path):
-    said = []
-    paths = draw_curves(write(tmp_path / "run", [{"step": 1, "train/kl": 0.1}]), said.append)
+    messages = []
+    paths = draw_curves(write(tmp_path / "run", [{"step": 1, "train/kl": 0.1}]), messages.append)
     assert [p.name for p in paths] == ["health.png"]
-    assert any("Similarity reward" in message for message in said)
+    assert any("Similarity reward" in message for message in messages)
 
 
 def test_an_empty_run_draws_nothing(tmp_path):
@@ -47,7 +47,7 @@ def test_a_series_has_the_steps_with_a_finite_value():
     assert series(rows, "a") == ([1, 4], [1.0, 0.0])
 
 
-def test_smoothing_is_a_centred_mean():
+def test_smoothing_is_a_centered_mean():
     # ends have two of the three values: (0 + 3) / 2 and (6 + 3) / 2
     assert smooth([0.0, 3.0, 6.0, 3.0], 3) == pytest.approx([1.5, 3.0, 4.0, 4.5])
     assert smooth([1.0, 2.0], 1) == [1.0, 2.0]

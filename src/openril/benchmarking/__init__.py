@@ -1,1 +1,1 @@
-"""`ril bench`: ours, our plain pass and TRL's GRPOTrainer side by side, each in a process of its own."""
+"""`ril bench`: ours, our plain pass and TRL's GRPOTrainer compared, each in a separate process."""

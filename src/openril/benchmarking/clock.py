@@ -1,4 +1,4 @@
-"""Time on a device: a GPU is waited for before the clock is read."""
+"""Measure time on a device. A GPU finishes its work before the clock is read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 
 
 class Clock:
-    """``now``: seconds, after all work given to the device is done."""
+    """A clock whose ``now`` returns seconds after the device has finished all of its work."""
 
     def __init__(self, device: str) -> None:
         self.cuda = device == "cuda"
@@ -33,14 +33,14 @@ class Clock:
 
 @dataclass
 class Elapsed:
-    """seconds and processor seconds of a ``with clock.elapsed() as elapsed`` block, once it has ended."""
+    """The seconds and processor seconds of a ``with clock.elapsed() as elapsed`` block after its end."""
 
     seconds: float = 0.0
     cpu_seconds: float = 0.0
 
 
 class Stopwatch:
-    """Seconds by name, added up over the calls of what is watched."""
+    """Sum up the seconds of watched calls by name."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
@@ -62,13 +62,13 @@ class Stopwatch:
         module.register_forward_hook(lambda *_: self.stop(name))
 
     def watch_optimizer(self, name: str, optimizer: Any) -> None:
-        """Time the steps of a torch optimizer (unwrapped from accelerate's if need be)."""
+        """Time the steps of a torch optimizer, which accelerate may have wrapped."""
         inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
         inner.register_step_pre_hook(lambda *_: self.start(name))
         inner.register_step_post_hook(lambda *_: self.stop(name))
 
     def wrap(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, timed."""
+        """Return a function that times each call of ``function``."""
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             self.start(name)

@@ -1,4 +1,4 @@
-"""What the contenders have in common: how they are told what to do, and what they answer."""
+"""The protocol of the contenders: the commands they receive and the measurements they return."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any, Literal, Protocol
 from openril.benchmarking.shapes import Precision, Shape
 
 Part = Literal["update", "sampling", "prefill", "step", "memory"]
-"""update: everything after the rewards, on given responses. sampling: 2G responses a question. prefill: one token of
-them (ours alone). step: the whole step. memory: the whole step again, for its peak."""
+"""update: everything after the rewards, on given responses. sampling: 2G responses to each question. prefill: one token
+of each (only ours). step: the whole step. memory: the whole step again, for its peak."""
 
 LEARNING_RATE, BETA, EPSILON = 1e-6, 0.01, 0.2
 TEMPERATURE, TOP_P, TOP_K, REPETITION_PENALTY = 1.0, 0.95, 50, 1.05
@@ -20,11 +20,11 @@ MAX_GRAD_NORM = 1.0
 
 @dataclass(frozen=True)
 class Spec:
-    """What a contender's process is set up with.
+    """The settings of a contender's process.
 
-    name: trl, plain or ours. checkpoint: the weights all share. pictures: PNG files in the order they are used.
-    micro_batch_rows: rows (responses) per forward pass where the contender counts in rows. limit_memory: turn a lack of
-    memory into an error of this process, before the system ends some process of its choice.
+    name: trl, plain or ours. checkpoint: the weights that all share. pictures: PNG files in the order of their use.
+    micro_batch_rows: rows (responses) per forward pass, for a contender that counts in rows. limit_memory: turn a lack of
+    memory into an error of this process, before the system kills a process of its choice.
     """
 
     name: str
@@ -46,8 +46,10 @@ class Spec:
 
 @dataclass(frozen=True)
 class Command:
-    """One measurement. call: its number, the same for all contenders, from which questions and responses follow.
-    group_size: 0 for the shape's own."""
+    """A request for one measurement.
+
+    call: its number, the same for all contenders, which determines questions and responses. group_size: 0 for the shape's.
+    """
 
     part: Part
     call: int
@@ -56,10 +58,12 @@ class Command:
 
 @dataclass
 class Measurement:
-    """seconds: of the part. parts: seconds of what it consists of, as far as it can be told apart. tokens: response
-    tokens. cpu_seconds: processor time over all threads, which a busy machine does not lengthen by waiting.
-    peak_memory, held_memory: bytes, for ``memory``, None where the system does not report them. fast_path_off: why parts
-    of the contender's fast path were not used, one sentence each."""
+    """The measurement of one part.
+
+    parts: the seconds of its pieces, as far as they can be separated. tokens: response tokens. cpu_seconds: processor time
+    over all threads, to which waiting on a busy machine adds nothing. peak_memory, held_memory: bytes, for ``memory``;
+    None where the system does not report them. fast_path_off: why pieces of the contender's fast path were not used.
+    """
 
     seconds: float
     parts: dict[str, float] = field(default_factory=dict)
@@ -74,23 +78,23 @@ class Connection(Protocol):
     """The contender's end of the pipe."""
 
     def ready(self, about: dict[str, Any]) -> None:
-        """Set up; about: what the results should say about this contender (settings, prompt length)."""
+        """Report that the contender is set up. about: what the results repeat (settings, prompt length)."""
 
     def next(self) -> Command:
-        """Blocks until there is something to do. Raises Finished when there will be nothing more."""
+        """Wait for the next command. Raises Finished when there are no more."""
         ...
 
     def reply(self, measurement: Measurement) -> None: ...
 
 
 class Finished(Exception):
-    """The parent wants nothing more."""
+    """The parent has no more commands."""
 
 
-def exactly(lengths: Sequence[int], wanted: int, who: str) -> None:
-    """Raises RuntimeError unless every response has the wanted number of tokens: the figures would not compare."""
-    if set(lengths) != {wanted}:
-        raise RuntimeError(f"{who} drew responses of {sorted(set(lengths))} tokens instead of exactly {wanted}")
+def exactly(lengths: Sequence[int], expected: int, who: str) -> None:
+    """Raise RuntimeError unless every response has the expected number of tokens; else figures are not comparable."""
+    if set(lengths) != {expected}:
+        raise RuntimeError(f"{who}: expected responses of exactly {expected} tokens, got {sorted(set(lengths))}")
 
 
 Serve = Callable[[Spec, Connection], None]

@@ -1,9 +1,9 @@
-"""Floating-point operations that a step cannot do without, counted from a model's numbers. No torch here.
+"""Count the floating-point operations that a step needs at least, from a model's sizes. Imports no torch.
 
-A multiplication and an addition are two operations. Counted are matrix products alone: linear layers (2 x weights a
-token), and attention (scores and weighted values, 2 x 2 x heads x head size for every pair of a token and one it sees).
-Every token is counted once, however often a program runs it: a prompt once a question, its image through the vision
-tower once.
+A multiplication and an addition are two operations. Only matrix products count: linear layers (2 x weights for each
+token) and attention (scores and weighted values, 2 x 2 x heads x head size for every pair of a token and one that it
+sees). Every token counts once, however often a program runs it: a prompt once for each question, and its image through
+the vision tower once.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from openril.benchmarking.shapes import MERGE, WINDOW, ModelSize
 
 @dataclass(frozen=True)
 class UniqueWork:
-    """Operations for one question with its responses, by part."""
+    """The operations for one question with its responses, by part."""
 
     vision_tower: float
     merger: float
@@ -30,13 +30,16 @@ class UniqueWork:
 
 
 def attended_pairs(prompt: int, response: int, group_size: int) -> int:
-    """Pairs (token, token it sees) of a group: the prompt causally; each response the whole prompt and itself causally."""
+    """Count the pairs (token, token that it sees) of a group.
+
+    The prompt sees itself causally. Each response sees the whole prompt, and itself causally.
+    """
     causal = prompt * (prompt + 1) // 2
     return causal + group_size * (response * prompt + response * (response + 1) // 2)
 
 
 def window_pairs(patches_down: int, patches_across: int) -> int:
-    """Pairs of patches that see each other in a windowed vision layer: the sum of the squared sizes of its windows."""
+    """Count the pairs of patches in a windowed vision layer: the sum of the squared sizes of its windows."""
 
     def sizes(n: int) -> list[int]:
         return [min(WINDOW, n - start) for start in range(0, n, WINDOW)]
@@ -45,11 +48,15 @@ def window_pairs(patches_down: int, patches_across: int) -> int:
 
 
 def unique_work(size: ModelSize, prompt: int, grid: tuple[int, int], response: int, group_size: int) -> UniqueWork:
-    """Operations of one policy pass over one question; the vision tower is frozen, everything else trains.
+    """Count the operations of one policy pass over one question. The vision tower is frozen, and everything else trains.
 
-    prompt: tokens of the prompt, image tokens included. grid: image tokens down and across. Logits are counted where a
-    response token is predicted. Backward: 2 x forward of language layers, attention and LM head (gradients of inputs
-    and of weights); the merger's first layer needs no gradient of its input (the tower is frozen), its second both.
+    Logits count where a response token is predicted. The backward pass takes twice the operations of language layers,
+    attention and LM head (gradients of inputs and weights). The merger's first layer needs no gradient of its input,
+    because the tower is frozen; its second layer needs both.
+
+    Args:
+        prompt: The tokens of the prompt, including image tokens.
+        grid: The image tokens down and across.
     """
     down, across = (MERGE * n for n in grid)
     patches, image_tokens = down * across, grid[0] * grid[1]
@@ -75,9 +82,9 @@ def unique_work(size: ModelSize, prompt: int, grid: tuple[int, int], response: i
 def update_flops(
     size: ModelSize, prompt: int, grid: tuple[int, int], response: int, group_size: int, questions: int
 ) -> float:
-    """Operations of an update with a reference (beta above 0) at mu = 1, where pi_old is pi_theta and costs nothing.
+    """Count the operations of an update with a reference (beta above 0) at mu = 1, where pi_old is pi_theta.
 
-    The frozen vision tower is the same in policy and reference, so it counts once; the merger trains, so each has its own.
+    The frozen vision tower is the same in policy and reference and counts once. The merger trains and counts for each.
     """
     work = unique_work(size, prompt, grid, response, group_size)
     reference = work.forward - work.vision_tower
@@ -87,10 +94,10 @@ def update_flops(
 def decode_bytes(
     size: ModelSize, prompt: int, response: int, group_size: int, questions: int, bytes_per_number: int
 ) -> tuple[float, float]:
-    """Bytes an average decoding step has to read: (weights, keys and values).
+    """Return the bytes that an average decoding step has to read, as (weights, keys and values).
 
-    Weights: language layers and LM head once for all rows. Keys and values: the prompt's once a question, since its rows
-    can share them, and each row's own tokens so far, (response - 1) / 2 on average.
+    The weights of language layers and LM head are read once for all rows. The prompt's keys and values are read once for
+    each question, because its rows can share them, and each row's own tokens are (response - 1) / 2 on average.
     """
     weights = size.layers * size.layer_weights + size.hidden * size.vocab
     per_token = 2 * size.layers * size.kv_heads * size.head_dim

@@ -1,4 +1,4 @@
-"""What this machine can do at best: matrix products a second and bytes a second."""
+"""Measure the peak speed of this machine: operations of matrix products and bytes of memory, each per second."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from openril.benchmarking.clock import Clock
 
 
 class Limits:
-    """Measures peaks on demand, so that they can be taken between the contenders' turns."""
+    """Measure peaks on request, between the turns of the contenders."""
 
     def __init__(self, device: str, dtype: torch.dtype) -> None:
         self.clock = Clock(device)
@@ -23,8 +23,12 @@ class Limits:
         self.target = torch.empty(numbers, device=device)
 
     def measure(self, repeats: int = 2) -> dict[str, float]:
-        """matmul_flops: operations a second of the fastest square product; matmul_flops_per_cpu_second: of processor time.
-        bandwidth: bytes a second, the faster of copy and triad."""
+        """Measure the fastest square product and the faster of copy and triad.
+
+        Returns:
+            ``matmul_flops``: operations per second. ``matmul_flops_per_cpu_second``: operations per second of processor
+            time. ``bandwidth``: bytes per second.
+        """
         best = best_of_cpu = 0.0
         for matrix in self.matrices:
             n = matrix.shape[0]

@@ -1,4 +1,4 @@
-"""Peak memory of a piece of work above what was held before it."""
+"""Measure the peak memory of a piece of work above what was held before it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class PeakMemory:
-    """``start`` frees what can be freed and notes what is held; ``peak`` says how far above that memory rose since.
+    """Measure memory between ``start``, which frees caches and records what is held, and ``peak``.
 
-    On a GPU: torch's allocator. On a Linux CPU: the resident set and its high-water mark, which the kernel resets on
-    request. Elsewhere there is nothing to ask, and ``peak`` is None.
+    On a GPU the numbers come from torch's allocator. On a Linux CPU they are the resident set and its high-water mark,
+    which the kernel resets on request. Elsewhere ``peak`` is None.
     """
 
     def __init__(self, device: str) -> None:
@@ -41,7 +41,7 @@ class PeakMemory:
             self._held = _status("VmRSS")
 
     def peak(self) -> int | None:
-        """Bytes above ``start``, at the highest point since."""
+        """Return the bytes above ``start`` at the highest point since then."""
         if self.device == "cuda":
             import torch
 
@@ -50,12 +50,12 @@ class PeakMemory:
 
     @property
     def held(self) -> int | None:
-        """Bytes at ``start``: models, optimizer states and (on a CPU) the libraries."""
+        """The bytes held at ``start``: models, optimizer states and (on a CPU) the libraries."""
         return self._held or None
 
 
 def give_back() -> None:
-    """Hand freed heap memory back to the system (glibc keeps it otherwise)."""
+    """Return freed heap memory to the system, which glibc would keep."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         if hasattr(libc, "malloc_trim"):
@@ -70,7 +70,7 @@ def _status(key: str) -> int:
 
 
 def available_memory() -> int | None:
-    """Bytes this machine could still hand out; None where it does not say."""
+    """Return the bytes that this machine has available, or None where it does not report them."""
     path = Path("/proc/meminfo")
     if path.exists():
         for line in path.read_text().splitlines():

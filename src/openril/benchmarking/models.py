@@ -1,4 +1,4 @@
-"""Random checkpoints of a ``ModelSize``: the real Qwen2.5-VL classes, with a tokenizer of made-up words."""
+"""Build random checkpoints of a ``ModelSize`` from the real Qwen2.5-VL classes, with a tokenizer of invented words."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _CONSONANTS, _VOWELS = "bcdfghjklmnpqrstvwyz", "aeiou"
 
 
 def pseudo_words(count: int) -> list[str]:
-    """That many different words of three syllables."""
+    """Return ``count`` different words of three syllables."""
     syllables = [c + v for c in _CONSONANTS for v in _VOWELS]
     n = len(syllables)
     assert count <= n**3
@@ -27,16 +27,16 @@ def pseudo_words(count: int) -> list[str]:
 
 
 def build_checkpoint(folder: Path, size: ModelSize, *, dtype: torch.dtype, device: str, seed: int = 0) -> Path:
-    """Write model and processor to ``folder``, an ordinary checkpoint.
+    """Write a model and its processor to ``folder`` as an ordinary checkpoint.
 
-    Every id below ``size.vocab`` is a word of the tokenizer (a token each way), so that any sample can be written as
-    text and read back at about its length. The weights are drawn on ``device``.
+    Every id below ``size.vocab`` is a word of the tokenizer, so that any sample can be decoded to text and encoded again
+    with about the same length. The weights are initialized on ``device``.
     """
-    # The smallest model of the family brings processor, chat template and special tokens; its weights are replaced.
+    # The smallest model of the family provides processor, chat template and special tokens. Its weights are replaced.
     build_tiny_model(
         folder,
         "qwen2_5_vl",
-        # Words of the prompt twice: the most frequent ones are sure of a place.
+        # The words of the prompt come twice, because the most frequent words always enter the vocabulary.
         texts=[*2 * [TEXT, SYSTEM, USER, "user\nassistant\n"], " " + " ".join(pseudo_words(size.vocab))],
         tokenizer="unigram",
         vocab_size=size.vocab,
@@ -64,7 +64,7 @@ def build_checkpoint(folder: Path, size: ModelSize, *, dtype: torch.dtype, devic
 
 
 def model_config(size: ModelSize, small: dict[str, Any]) -> Qwen2_5_VLConfig:
-    """The configuration of a size; token ids come from ``small``, the configuration beside the tokenizer."""
+    """Return the configuration of a size. Its token ids come from ``small``, the configuration saved with the tokenizer."""
     half = size.head_dim // 2
     section = [half // 4, 3 * half // 8, 3 * half // 8]  # time, height, width in the real models' ratio 2 : 3 : 3
     section[0] += half - sum(section)

@@ -1,4 +1,4 @@
-"""Our contenders: the loop as `ril train` builds it, with the packed group forward (ours) or without it (plain)."""
+"""Our two contenders: the loop as `ril train` builds it, with packing (ours) and without it (plain)."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ from openril.training.run_folder import RunFolder
 from openril.training.setup import TrainingComponents
 
 NO_TOKEN = -1
-"""The only id that ends a response here. No token has it, so every response reaches the full length; the real
-end-of-turn token, no longer an end, is banned like every other special token."""
+"""The only id that ends a response here. No token has it, so every response reaches the full length. The real
+end-of-turn token is then banned like every other special token."""
 
 TEACHER = "teacher"
 
 
 def serve(spec: Spec, connection: Connection) -> None:
-    """Set up, then measure until there is nothing more to do (``Finished``)."""
+    """Set up, then measure until there are no more commands (``Finished``)."""
     contender = OurStep(spec)
     connection.ready(contender.about())
     while True:
@@ -55,7 +55,7 @@ def serve(spec: Spec, connection: Connection) -> None:
 
 
 def bench_recipe(spec: Spec) -> Recipe:
-    """The recipe of the measured step: the paper's settings, G samples and G teacher responses of exactly the length."""
+    """Return the recipe of the measured step: the paper's settings, with G samples and G teacher responses."""
     shape = spec.shape
     adam = {"learning_rate": LEARNING_RATE, "weight_decay": 0.0, "max_grad_norm": MAX_GRAD_NORM}
     train: dict[str, Any] = {
@@ -96,7 +96,7 @@ def bench_recipe(spec: Spec) -> Recipe:
 
 
 class OurStep:
-    """Measures parts of our step."""
+    """Measure parts of our step."""
 
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
@@ -132,7 +132,7 @@ class OurStep:
         assert update.reference is not None
         self.watch.watch_module("reference", update.reference)
         self._call = 0
-        self._teachers: dict[str, list[Response]] = {}  # as the cache would hold them: made before the clock runs
+        self._teachers: dict[str, list[Response]] = {}  # in place of the cache: made before the clock starts
 
     def about(self) -> dict[str, Any]:
         prompt = self.encoder(questions_of(self.spec.picture_paths, 0)[0])
@@ -177,7 +177,7 @@ class OurStep:
         return Measurement(elapsed.seconds, parts, tokens, elapsed.cpu_seconds)
 
     def _group(self, question: Question, number: int, size: int) -> Group:
-        """A group of fixed responses: half the student's, half a teacher's, with advantages around 0."""
+        """Return a group of fixed responses, half the student's and half a teacher's, with advantages around 0."""
         shape = self.shape
         rows = fixed_completions(
             QUESTIONS * self._call + number,
@@ -239,5 +239,5 @@ class OurStep:
             self.memory.held if with_memory else None,
         )
 
-    def _check(self, responses: Sequence[Response], wanted: int) -> None:
-        exactly([len(r.token_ids or ()) for r in responses], wanted, self.spec.name)
+    def _check(self, responses: Sequence[Response], expected: int) -> None:
+        exactly([len(r.token_ids or ()) for r in responses], expected, self.spec.name)

@@ -1,12 +1,12 @@
-"""The peer: TRL's GRPOTrainer as it is, run by its own ``train()``, one optimizer step a command.
+"""The peer: an unchanged GRPOTrainer of TRL, run by its own ``train()``, one optimizer step for each command.
 
-A callback holds the trainer at the beginning of every step until the next command comes. What a step consists of is
-timed around TRL's own methods. For ``update`` alone, TRL's generation is replaced by given token ids; everything behind
-it (image processing for the passes, padding, reference, loss, backward, optimizer) is TRL's.
+A callback stops the trainer at the beginning of every step until the next command arrives. The parts of a step are timed
+around TRL's own methods. Only for ``update``, given token ids replace TRL's generation; everything after it (image
+processing for the passes, padding, reference, loss, backward, optimizer) is TRL's.
 
-Settings that favour it: no logging, no evaluation, no saving, no gradient checkpointing, its default fused AdamW, its
-fused LM head (logits at response positions only), no pass for pi_old (one step a generation), and the special tokens
-suppressed by one list, as ours are.
+These settings favor it: no logging, evaluation, saving or gradient checkpointing, its default fused AdamW, its fused LM
+head (logits at response positions only), no pass for pi_old (one step per generation), and one list of suppressed
+special tokens, as in ours.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ from openril.rewards.rules import score
 
 
 def serve(spec: Spec, connection: Connection) -> None:
-    """Set up, then measure until there is nothing more to do (``Finished``)."""
+    """Set up, then measure until there are no more commands (``Finished``)."""
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     step = TRLStep(spec, connection)
     step.trainer.train()
-    raise RuntimeError("TRL's training ended by itself")
+    raise RuntimeError("TRL's training ended before the last command")
 
 
 def config(spec: Spec) -> dict[str, Any]:
-    """What GRPOConfig is given; the results repeat it."""
+    """Return the arguments of GRPOConfig, which the results repeat."""
     shape = spec.shape
     rows = spec.micro_batch_rows or shape.rows
     assert shape.rows % rows == 0, (shape.rows, rows)
@@ -90,7 +90,7 @@ def config(spec: Spec) -> dict[str, Any]:
 
 
 class TRLStep:
-    """A GRPOTrainer that does what the connection asks for, one step at a time."""
+    """A GRPOTrainer that executes the commands of a connection, one step at a time."""
 
     def __init__(self, spec: Spec, connection: Connection) -> None:
         from datasets import Dataset
@@ -108,7 +108,7 @@ class TRLStep:
         self._announced = False
         self._owed: Measurement | None = None
         dtype = torch.bfloat16 if spec.precision == "pure_bf16" else torch.float32
-        # The model as an object, so that the same parts are frozen before TRL builds its optimizer.
+        # The model is passed as an object, so that the same parts are frozen before TRL builds its optimizer.
         model: Any = load_model(spec.checkpoint, what="TRL's model", dtype=dtype)
         freeze(model, ["vision_tower"])
         processor = load_processor(spec.checkpoint, what="TRL's model")
@@ -133,7 +133,7 @@ class TRLStep:
             reward_funcs=reward,
             args=GRPOConfig(
                 output_dir=str(Path(spec.folder) / "trl"),
-                # Never an end-of-turn token: every response has the full length.
+                # Without an end-of-turn token every response has the full length.
                 generation_kwargs={"suppress_tokens": self.banned},
                 **self.config,
             ),
@@ -151,17 +151,17 @@ class TRLStep:
         self.watch.watch_module("reference", trainer.ref_model)
 
     def _reward(self, completions: list[Any], **_: Any) -> list[float]:
-        """The rule our side's rewards follow."""
+        """Score completions by the same rule as our rewards."""
         texts = [c[0]["content"] if isinstance(c, list) else c for c in completions]
         return [score("contains", self._rule_question, text) or 0.0 for text in texts]
 
-    # ---- what the callback calls ------------------------------------------------------------------------------------
+    # ---- called by the callback -------------------------------------------------------------------------------------
 
     def begin(self, optimizer: Any) -> None:
-        """Answer for the step before, then wait for a command; returns when it needs a step of the trainer.
+        """Reply with the previous step's measurement, wait for a command, and return when it needs a trainer step.
 
-        Not at that step's end: what the trainer does between steps (it loads the next batch) would run while another
-        contender is measured.
+        The reply is not sent at the end of that step, because the trainer's work between steps (it loads the next batch)
+        would then run while another contender is measured.
         """
         if not self._announced:
             self._announced = True
@@ -181,7 +181,7 @@ class TRLStep:
         self._elapsed = self._timing.enter_context(self.clock.elapsed())
 
     def end(self) -> None:
-        """Stop the clock on the command the trainer's step was for."""
+        """Stop the clock of the current command."""
         assert self.command is not None
         self._timing.close()
         seconds, cpu_seconds = self._elapsed.seconds, self._elapsed.cpu_seconds
@@ -193,8 +193,7 @@ class TRLStep:
         inner = parts | {"prepare": update - sum(parts.values())}
         tokens = self.shape.rows * self.shape.response_tokens
         if part == "update":
-            # Of the processor time, what belongs to the stand-in for generation cannot be told apart: its share of the
-            # seconds is taken off.
+            # The processor time of the replaced generation cannot be separated, so its share of the seconds is taken off.
             measurement = Measurement(update, inner, tokens, cpu_seconds * update / seconds)
         else:
             in_step = {"sampling": sampling, "rewards": rewards, "update": update}
@@ -225,7 +224,7 @@ class TRLStep:
     # ---- sampling ---------------------------------------------------------------------------------------------------
 
     def _prompts(self, call: int) -> list[Any]:
-        """The messages TRL's own step would hand to its generation: each question group_size times."""
+        """Return the messages that TRL's own step passes to its generation: each question group_size times."""
         from trl.data_utils import prepare_multimodal_messages
 
         first = (call * QUESTIONS) % len(self.dataset)
@@ -238,14 +237,14 @@ class TRLStep:
 
     def _sampling(self, call: int) -> Measurement:
         prompts = self._prompts(call)
-        self.trainer.model.train()  # as in a step: the trainer's method asks it which settings to take
+        self.trainer.model.train()  # as in a step: the trainer's method reads its settings from this
         with self.clock.elapsed() as elapsed:
             _, ids, *_ = self._generate(prompts)
         exactly([len(i) for i in ids], self.shape.response_tokens, "TRL")
         return Measurement(elapsed.seconds, {}, self.shape.rows * self.shape.response_tokens, elapsed.cpu_seconds)
 
     def _generate_or_give(self, prompts: list[Any]) -> Any:
-        """TRL's generation; for ``update``, the given responses in its form."""
+        """Run TRL's generation, or return the given responses in its format for ``update``."""
         assert self.command is not None
         if self.command.part != "update":
             out = self._generate(prompts)
@@ -270,7 +269,7 @@ class TRLStep:
 
 
 class _Gate(TrainerCallback):
-    """Lets TRL's loop go one step at a time."""
+    """Run TRL's loop one step at a time."""
 
     def __init__(self, step: TRLStep) -> None:
         self.step = step

@@ -1,4 +1,4 @@
-"""Which shapes, parts and contenders a run of the benchmark measures."""
+"""Choose the shapes, parts and contenders that a run of the benchmark measures."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from openril.benchmarking.contender import Part
 from openril.benchmarking.shapes import Precision, Shape, grid_of
 
 CONTENDERS = ("trl", "plain", "ours")
-"""In the order in which they take turns."""
+"""The contenders in the order of their turns."""
 
 DEFAULT_PRECISION: Precision = "bfloat16"
 """The default of ``train.precision``."""
 
 SWEEP = (4, 8, 16, 32)
-"""Group sizes 2G of "cost against 2G"."""
+"""The group sizes 2G for the cost of an update against 2G."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One shape: every round measures every part with every contender, in turn.
+    """One shape, of which every round measures every part with every contender in turn.
 
-    memory: one step more, for its peak. sweep: group sizes whose update ours measures too. together: all contenders'
-    processes live at once; off where the device could not hold them, so that they come one after the other.
+    memory: run one more step for its peak. sweep: group sizes for which ours also measures the update. together: whether
+    the processes of all contenders run at once; otherwise, where the device cannot hold them, one after the other.
     """
 
     shape: Shape
@@ -35,25 +35,25 @@ class Cell:
     together: bool = True
 
     def parts_of(self, contender: str) -> tuple[Part, ...]:
-        """What it measures each round: sampling is one code in plain and ours, so plain leaves it to ours."""
+        """Return what a contender measures in each round. Plain and ours share their sampling, so only ours measures it."""
         left_to_ours = {"ours": (), "plain": ("sampling", "prefill"), "trl": ("prefill",)}[contender]
         return tuple(p for p in self.parts if p not in left_to_ours)
 
     def warm_up(self, contender: str) -> tuple[Part, ...]:
-        """What it runs once before anything counts, so that optimizer states exist and libraries are warm."""
+        """Return what a contender runs once before the measurements, so that optimizer states and caches exist."""
         parts = self.parts_of(contender)
         whole = contender != "trl" and self.memory  # our step's own optimizer is the discriminator's
         return ("step",) if "step" in parts or whole else parts
 
     @property
     def calls(self) -> int:
-        """Measurements of one contender, at most: each has questions of its own."""
+        """The largest number of measurements of one contender. Each has its own questions."""
         return len(self.warm_up("ours")) + 1 + self.rounds * (len(self.parts) + len(self.sweep)) + self.memory
 
 
 @dataclass(frozen=True)
 class Plan:
-    """cells in order; short, long and wide: names of the shapes whose figures are the headline."""
+    """The cells in order. short, long, wide: the names of the shapes whose figures are the headline."""
 
     cells: tuple[Cell, ...]
     short: str

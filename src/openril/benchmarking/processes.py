@@ -1,4 +1,4 @@
-"""The parent's side of the workers: start, ask, notice death, end."""
+"""The parent's side of the worker processes: start them, ask them, notice when they die, end them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SPAWN = multiprocessing.get_context("spawn")
 
 
 class WorkerFailed(OpenRILError):
-    """A worker that could not go on. out_of_memory: because memory was short, as far as that can be told."""
+    """A worker failed. out_of_memory: whether the cause is a lack of memory, as far as that is known."""
 
     def __init__(self, message: str, out_of_memory: bool) -> None:
         super().__init__(message)
@@ -25,7 +25,7 @@ class WorkerFailed(OpenRILError):
 
 
 class Worker:
-    """A process and the parent's end of its pipe. who: how messages call it."""
+    """A process and the parent's end of its pipe. who: its name in messages."""
 
     def __init__(self, who: str, target: Callable[..., None], arguments: tuple[Any, ...], log: Path) -> None:
         self.who = who
@@ -36,7 +36,7 @@ class Worker:
         theirs.close()
 
     def receive(self) -> Any:
-        """The next message's content. Raises WorkerFailed when the worker says so, or is gone."""
+        """Return the content of the next message. Raises WorkerFailed when the worker reports an error or is dead."""
         pipe: Pipe = self.pipe
         try:
             while not pipe.poll(0.5):
@@ -60,10 +60,10 @@ class Worker:
         try:
             self.pipe.send(message)
         except (BrokenPipeError, ConnectionError):
-            return  # the answer that never comes will say why
+            return  # receive() reports why
 
     def end(self) -> None:
-        """Ask it to stop, and stop it."""
+        """Ask the process to stop, and kill it if it does not."""
         if self.process.is_alive():
             self.send(None)
             self.process.join(1)
@@ -81,7 +81,7 @@ class Worker:
 
 
 class ContenderWorker(Worker):
-    """A contender's process; ``about`` is what it said of itself once ``ready``."""
+    """A contender's process. about: what it reported about itself when it was ready."""
 
     def __init__(self, spec: Spec, log: Path) -> None:
         super().__init__(f"{spec.name} at {spec.shape.name}", run_contender, (spec,), log)
@@ -97,7 +97,7 @@ class ContenderWorker(Worker):
 
 
 class Machine(Worker):
-    """Builds checkpoints and measures limits. Its failures are not survived: nothing could be measured."""
+    """The process that builds checkpoints and measures limits. Its failure ends the run."""
 
     def __init__(self, device: str, dtype: str, threads: int, log: Path) -> None:
         super().__init__("the process that measures the machine", run_machine, (device, dtype, threads), log)

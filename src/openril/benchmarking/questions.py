@@ -1,4 +1,4 @@
-"""Questions with drawn pictures of a wanted size, and responses of a wanted length: the same for every contender."""
+"""Questions with pictures of a given size and responses of a given length, the same for every contender."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TEXT = "How many of the squares touch the wall?"
 
 
 def draw_pictures(folder: Path, shape: Shape, count: int, seed: int = 0) -> list[Path]:
-    """``count`` PNG files, all different, whose size gives ``shape.grid`` image tokens without any resizing."""
+    """Draw ``count`` different PNG files whose size gives ``shape.grid`` image tokens without any resizing."""
     folder.mkdir(parents=True, exist_ok=True)
     down, across = (n * PATCH * MERGE for n in shape.grid)
     paths = []
@@ -33,7 +33,7 @@ def draw_pictures(folder: Path, shape: Shape, count: int, seed: int = 0) -> list
 
 
 def questions_of(pictures: list[Path], call: int) -> list[Question]:
-    """The QUESTIONS questions of a contender's ``call``-th measurement: new ones every time, as in training."""
+    """Return the QUESTIONS questions of a contender's measurement number ``call``, new ones each time as in training."""
     return [
         Question(
             id=f"call{call}-{j}",
@@ -48,7 +48,7 @@ def questions_of(pictures: list[Path], call: int) -> list[Question]:
 def fixed_completions(
     call: int, rows: int, length: int, vocab: int, banned: Collection[int], seed: int = 0
 ) -> list[list[int]]:
-    """``rows`` responses of exactly ``length`` random token ids below ``vocab`` without the banned ones."""
+    """Return ``rows`` responses of exactly ``length`` random token ids below ``vocab`` that are not banned."""
     allowed = [i for i in range(vocab) if i not in banned]
     rng = random.Random(f"{seed}/{call}")
     return [rng.choices(allowed, k=length) for _ in range(rows)]

@@ -1,4 +1,4 @@
-"""From measurements to figures: medians, ratios, shares of limits, the fit of cost against 2G. Pure."""
+"""Compute figures from measurements: medians, ratios, shares of limits, the fit of cost against 2G. Pure functions."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ HEADLINES = {
     "step": ("short", "step"),
     "memory_long": ("long", "memory"),
 }
-"""Headline ratio -> (which shape of the plan, part). All are TRL over ours."""
+"""Headline ratio -> (shape of the plan, part). All are TRL over ours."""
 
 
 def spread(values: Sequence[float]) -> dict[str, Any] | None:
-    """Median, smallest and largest, and how many; None when there is nothing."""
+    """Return the median, the smallest, the largest and the number of the values; None without values."""
     if not values:
         return None
     return {"median": median(values), "min": min(values), "max": max(values), "rounds": len(values)}
 
 
 def quantity(part: str, measurement: Measurement) -> float | None:
-    """What a part is compared by: bytes for memory, seconds otherwise."""
+    """Return the number by which a part is compared: bytes for memory, seconds otherwise."""
     return measurement.peak_memory if part == "memory" else measurement.seconds
 
 
 def ratio(part: str, peer: Entries, ours: Entries) -> dict[str, Any] | None:
-    """Peer over ours, round by round (rounds where either is missing are left out): their median and spread."""
+    """Return the spread of peer over ours, round by round, without the rounds in which either is missing."""
     values = []
     for theirs, mine in zip(peer, ours, strict=True):
         if theirs is None or mine is None:
@@ -51,14 +51,14 @@ def ratio(part: str, peer: Entries, ours: Entries) -> dict[str, Any] | None:
 
 
 def cpu_ratio(peer: Entries, ours: Entries) -> float | None:
-    """The same of processor time: on a machine with other work it varies less than seconds on the wall do."""
+    """Return the median ratio of processor times, which vary less than wall times on a busy machine."""
     pairs = [(p.cpu_seconds, o.cpu_seconds) for p, o in zip(peer, ours, strict=True) if p is not None and o is not None]
     values = [p / o for p, o in pairs if p is not None and o]
     return median(values) if values else None
 
 
 def linear_fit(x: Sequence[float], y: Sequence[float]) -> dict[str, float] | None:
-    """Least squares y = intercept + slope x, and R^2; None for fewer than three points."""
+    """Fit y = intercept + slope x by least squares, with its R^2. Returns None for fewer than three points."""
     if len(x) < 3:
         return None
     mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
@@ -72,7 +72,7 @@ def linear_fit(x: Sequence[float], y: Sequence[float]) -> dict[str, float] | Non
 
 
 def part_figures(entries: Entries, unique_tokens: int) -> dict[str, Any]:
-    """One contender, one part: spread, parts, throughput. Rounds that failed are left out; nothing is made up."""
+    """Return spread, parts and throughput of one part of one contender, without failed rounds."""
     known = [m for m in entries if m is not None]
     if not known:
         return {"seconds": None}
@@ -121,7 +121,7 @@ def matmul_share(result: CellResult) -> dict[str, Any] | None:
 
 
 def decode_share(result: CellResult) -> dict[str, Any] | None:
-    """Our decoding against memory bandwidth: the least bytes of a step over the bytes that could have been read."""
+    """Compare our decoding with memory bandwidth: the bytes that a step must read over those that could be read."""
     ours = result.measurements.get("ours", {})
     shape, prompt = result.cell.shape, prompt_tokens(result)
     pairs = [
@@ -146,7 +146,7 @@ def decode_share(result: CellResult) -> dict[str, Any] | None:
 def prompt_tokens(result: CellResult) -> int | None:
     found = {about["prompt_tokens"] for about in result.about.values()}
     if len(found) > 1:
-        raise RuntimeError(f"the contenders' prompts differ in length: {sorted(found)}")
+        raise RuntimeError(f"expected prompts of one length from all contenders, got {sorted(found)} tokens")
     return found.pop() if found else None
 
 
@@ -190,7 +190,7 @@ def cell_figures(result: CellResult) -> dict[str, Any]:
 
 
 def sweep_figures(result: CellResult) -> dict[str, Any]:
-    """Our update's seconds against 2G, and the line through them over the response tokens of a step."""
+    """Return the seconds of our update for each 2G, and a line fitted to them over the response tokens of a step."""
     points: list[dict[str, Any]] = []
     for size, entries in sorted(result.sweep.items()):
         seconds = spread([m.seconds for m in entries if m is not None])
@@ -204,7 +204,7 @@ def sweep_figures(result: CellResult) -> dict[str, Any]:
 def summary(
     plan: Plan, results: Sequence[CellResult], machine: dict[str, Any], settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """The JSON that `ril bench` writes. A figure that was not measured is null."""
+    """Return the JSON that `ril bench` writes. A figure that was not measured is null."""
     cells = {r.cell.shape.name: cell_figures(r) for r in results}
     headline: dict[str, dict[str, Any] | None] = {}
     cpu: dict[str, float | None] = {}

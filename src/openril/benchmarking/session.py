@@ -1,4 +1,4 @@
-"""Runs a plan: the contenders of a cell take turns, one measurement at a time, so that noise hits all alike."""
+"""Run a plan. The contenders of a cell take turns after each measurement, so that noise affects all of them alike."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Failure:
-    """A contender that could not measure (the rest of) a shape."""
+    """A contender failed to measure a shape, or the rest of it."""
 
     contender: str
     shape: str
@@ -28,9 +28,12 @@ class Failure:
 
 @dataclass
 class CellResult:
-    """measurements: contender -> part -> one entry a round, None where it failed. sweep: group size -> entries of ours.
-    limits: one entry a round. about: contender -> what it reported about itself. fast_path_off: contender -> why parts of
-    its fast path were not used."""
+    """The measurements of one cell.
+
+    measurements: contender -> part -> one entry for each round, None where it failed. sweep: group size -> entries of
+    ours. limits: one entry for each round. about: contender -> what it reported about itself. fast_path_off: contender ->
+    why pieces of its fast path were not used.
+    """
 
     cell: Cell
     measurements: dict[str, dict[str, list[Measurement | None]]] = field(default_factory=dict)
@@ -52,10 +55,10 @@ class CellResult:
 
 
 class Session:
-    """A machine, a folder of its own for checkpoints and pictures, and the contenders' processes while they live.
+    """A machine, a folder for checkpoints and pictures, and the running processes of the contenders.
 
-    peer_rows: TRL's rows in one forward pass; 0 for one group, as our passes have. All of a step at once is no faster on
-    a CPU (measured: 5 % slower) and takes about twice the memory. Fewer where memory forbids more.
+    peer_rows: TRL's rows in one forward pass; 0 for one group, as our passes have. All rows of a step at once are no
+    faster on a CPU (measured: 5 % slower) and take about twice the memory. Where memory is short, TRL gets fewer.
     """
 
     def __init__(
@@ -110,8 +113,8 @@ class Session:
         self.say(f"{shape.name}: setting up {', '.join(contenders)}")
         for name in contenders:
             parts: tuple[Part, ...] = (*cell.parts_of(name), *(("memory",) if cell.memory else ()))
-            wanted = self.peer_rows or shape.group_size
-            rows = 0 if name != "trl" else wanted if shape.rows % wanted == 0 else shape.rows
+            peer_rows = self.peer_rows or shape.group_size
+            rows = 0 if name != "trl" else peer_rows if shape.rows % peer_rows == 0 else shape.rows
             spec = Spec(
                 name,
                 shape,
@@ -147,7 +150,7 @@ class Session:
 
         for number in range(cell.rounds):
             turn = f", round {number + 1} of {cell.rounds}"
-            if "ours" in contenders or "ours" not in cell.contenders:  # shares of limits are of ours
+            if "ours" in contenders or "ours" not in cell.contenders:  # the shares of the limits are those of ours
                 self.say(f"{shape.name}: the machine's limits{turn}")
                 result.limits.append(self.machine.limits(product_dtype(result.precision)))
             for part in cell.parts:
@@ -182,7 +185,7 @@ class Session:
         return measurement
 
     def _warm_up(self, worker: ContenderWorker, parts: Sequence[Part], result: CellResult) -> ContenderWorker:
-        """The worker, set up and warm. TRL gets half the rows a forward pass whenever memory is short."""
+        """Return the worker after its warm-up. TRL gets half the rows per forward pass whenever memory is short."""
         while True:
             spec = worker.spec
             try:
@@ -197,7 +200,7 @@ class Session:
                 rows = spec.micro_batch_rows or spec.shape.rows
                 if not (spec.name == "trl" and e.out_of_memory and rows % 2 == 0):
                     raise
-                self.warn(f"{e}; again with {rows // 2} rows a forward pass instead of {rows}")
+                self.warn(f"{e}; trying again with {rows // 2} rows per forward pass instead of {rows}")
                 worker = self._spawn(replace(spec, micro_batch_rows=rows // 2))
 
     def _end(self, worker: ContenderWorker) -> None:

@@ -1,4 +1,4 @@
-"""What is measured on: models with the proportions of the real 3B, and shapes of a step. No torch here."""
+"""The models of the benchmark, with the proportions of the real 3B, and the shapes of a step. Imports no torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WINDOW = 8
 
 @dataclass(frozen=True)
 class ModelSize:
-    """A Qwen2.5-VL by its numbers. vision_full: layers of the vision tower whose attention spans the whole image."""
+    """The sizes of a Qwen2.5-VL. vision_full: the layers of the vision tower that attend over the whole image."""
 
     hidden: int
     layers: int
@@ -70,17 +70,17 @@ class ModelSize:
 
 
 MODELS = {
-    # Of no meaning for speed: small enough for tests of the benchmark itself.
+    # Only for tests of the benchmark: too small for its speed to mean anything.
     "micro": ModelSize(32, 2, 2, 1, 64, 600, 32, 1, 1, 64, (0,)),
     "tiny": ModelSize(256, 3, 4, 1, 1376, 4096, 160, 2, 5, 352, (1,)),
     "wide": ModelSize(512, 4, 8, 1, 2752, 4096, 320, 3, 10, 856, (2,)),
     "qwen2_5_vl_3b": ModelSize(2048, 36, 16, 2, 11008, 151936, 1280, 32, 16, 3420, (7, 15, 23, 31)),
 }
-"""By name. tiny, wide: the 3B's ratio of intermediate to hidden size (5.375) and of vision to language work per image
-token (0.92 to 0.97), at sizes a CPU can train."""
+"""Models by name. tiny and wide have the 3B's ratio of intermediate to hidden size (5.375) and of vision to language
+work per image token (0.92 to 0.97), at sizes that a CPU can train."""
 
 QUESTIONS = 2
-"""Questions a step."""
+"""The number of questions in a step."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Shape:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Image tokens down and across: about a 3 : 4 picture."""
+        """The image tokens down and across, of a picture of about 3 : 4."""
         down = max(1, round((self.image_tokens * 0.75) ** 0.5))
         return down, max(1, self.image_tokens // down)
 
@@ -120,7 +120,7 @@ class Shape:
 
 
 def grid_of(model: str) -> list[Shape]:
-    """The whole grid of one model."""
+    """Return the whole grid of one model."""
     return [Shape(model, n, t, g) for n in (200, 500, 1000) for t in (32, 128) for g in (8, 16)]
 
 

@@ -1,4 +1,4 @@
-"""The figures of `ril bench` for a terminal."""
+"""Print the figures of `ril bench` on a terminal."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from rich.markup import escape
 from rich.table import Table
 
 _COLUMNS = ("update", "ref", "fwd+bwd", "optim", "sampling", "D", "step", "MiB", "tok/s")
-"""Seconds: the update and of it reference pass, forward and backward, optimizer; sampling; discriminator; whole step.
-MiB: peak of the step above what was held before. tok/s: response tokens of the update."""
+"""Seconds of the update and its parts (reference pass, forward and backward, optimizer), of sampling, discriminator and
+whole step. MiB: the peak of the step above what was held before. tok/s: response tokens of the update per second."""
 
 
 def print_cell(console: Console, cell: dict[str, Any]) -> None:
-    """One shape: a line a contender with seconds by part, then the ratios."""
+    """Print one shape: a line for each contender with its seconds by part, then the ratios."""
     title = (
         f"{cell['model']}: prompts of {cell['prompt_tokens'] or '?'} tokens, responses of {cell['response_tokens']},"
         f" 2G = {cell['group_size']}, {cell['questions']} questions, {cell['precision']} (seconds, medians)"
@@ -46,7 +46,7 @@ def print_cell(console: Console, cell: dict[str, Any]) -> None:
     if decoding := cell["decoding"]:
         per_step = decoding["weight_bytes_per_step"] + decoding["cache_bytes_per_step"]
         console.print(
-            f"  decoding reads {per_step / 2**20:,.1f} MiB a step at {_spread(decoding['share_of_bandwidth'])} of the"
+            f"  decoding reads {per_step / 2**20:,.1f} MiB per step at {_spread(decoding['share_of_bandwidth'])} of the"
             " memory bandwidth",
             highlight=False,
         )
@@ -55,13 +55,13 @@ def print_cell(console: Console, cell: dict[str, Any]) -> None:
         console.print(f"  update against 2G: {points}", highlight=False)
         if fit := sweep["fit_seconds_per_response_token"]:
             console.print(
-                f"  = {fit['intercept']:.3f} s + {fit['slope'] * 1e3:.3f} ms a response token (R² {fit['r_squared']:.4f})",
+                f"  = {fit['intercept']:.3f} s + {fit['slope'] * 1e3:.3f} ms per response token (R² {fit['r_squared']:.4f})",
                 highlight=False,
             )
 
 
 def print_summary(console: Console, figures: dict[str, Any]) -> None:
-    """The headline, where this run measured anything of it."""
+    """Print the headline, if this run measured any of it."""
     if any(figures["ratios_spread"].values()):
         _print_headline(console, figures)
     limits = figures["limits"]

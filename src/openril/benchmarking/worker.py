@@ -1,5 +1,7 @@
-"""A contender's process: told over a pipe what to measure, one repeat at a time. Nothing heavy at module level: threads
-and devices must be settled before torch is imported."""
+"""A contender's process, which receives its commands over a pipe.
+
+Nothing heavy is imported at module level, because threads and devices must be set before torch is imported.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ class PipeConnection:
     def next(self) -> Command:
         try:
             command = self.pipe.recv()
-        except EOFError as e:  # the parent is gone
+        except EOFError as e:  # the parent has ended
             raise Finished from e
         if command is None:
             raise Finished
@@ -36,7 +38,7 @@ class PipeConnection:
 
 
 def run_contender(pipe: Pipe, spec: Spec, log: str) -> None:
-    """Target of a contender's process."""
+    """Run in a contender's process: set up and measure."""
     _settle(spec.device, spec.threads, log)
     connection = PipeConnection(pipe)
     try:
@@ -56,14 +58,14 @@ def run_contender(pipe: Pipe, spec: Spec, log: str) -> None:
         pipe.send(("failed", f"{type(e).__name__}: {e}", _memory_was_short(e)))
     sys.stdout.flush()
     sys.stderr.flush()
-    # Nothing here is worth tearing down in order, and libraries' exit handlers may wait for each other.
+    # Exit without cleaning up, because the exit handlers of libraries may wait for each other.
     os._exit(0)
 
 
 def run_machine(pipe: Pipe, device: str, dtype: str, threads: int, log: str) -> None:
-    """Target of the process that builds checkpoints and measures the machine's limits.
+    """Run in the process that builds checkpoints and measures the machine's limits.
 
-    It is sent ("build", folder, model name) or ("limits", dtype), and answers ("done", result) or ("failed", cause, False).
+    It receives ("build", folder, model name) or ("limits", dtype), and answers ("done", result) or ("failed", cause, False).
     """
     _settle(device, threads, log)
     try:
@@ -84,9 +86,9 @@ def run_machine(pipe: Pipe, device: str, dtype: str, threads: int, log: str) -> 
                     torch.cuda.empty_cache()
                 pipe.send(("done", None))
             else:
-                wanted = getattr(torch, request[1])
-                if limits is None or limits.dtype != wanted:
-                    limits = Limits(device, wanted)
+                requested = getattr(torch, request[1])
+                if limits is None or limits.dtype != requested:
+                    limits = Limits(device, requested)
                 pipe.send(("done", limits.measure()))
     except BaseException as e:
         import traceback
@@ -105,7 +107,7 @@ def _received(pipe: Pipe) -> Any:
 
 
 def _settle(device: str, threads: int, log: str) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -113,14 +115,14 @@ def _settle(device: str, threads: int, log: str) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    else:  # one of several: peers would spread over all they see
+    else:  # only one of several, because peers would use all that they see
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     import threading
 
     import torch
     from tqdm import tqdm
 
-    tqdm.set_lock(threading.RLock())  # its own would be shared between processes, and left behind
+    tqdm.set_lock(threading.RLock())  # its default lock is shared between processes, and would remain after them
     if threads:
         torch.set_num_threads(threads)
 
@@ -158,7 +160,7 @@ def _cpu_name() -> str:
 
 
 def _limit_memory() -> None:
-    """Let allocations fail here once most of the memory that is free now is taken."""
+    """Let allocations fail in this process once it has taken most of the memory that is free now."""
     from openril.benchmarking.memory import available_memory
 
     available = available_memory()
@@ -167,9 +169,9 @@ def _limit_memory() -> None:
     import resource
 
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    wanted = int(0.9 * available)
-    if hard == resource.RLIM_INFINITY or wanted < hard:
-        resource.setrlimit(resource.RLIMIT_DATA, (wanted, hard))
+    requested = int(0.9 * available)
+    if hard == resource.RLIM_INFINITY or requested < hard:
+        resource.setrlimit(resource.RLIMIT_DATA, (requested, hard))
 
 
 def _memory_was_short(error: BaseException) -> bool:

@@ -1,4 +1,4 @@
-"""Greedy answers to held-out questions, scored by training's rules and judge; a killed evaluation continues."""
+"""Answer held-out questions greedily and score them by training's rules and judge. A killed evaluation continues."""
 
 from __future__ import annotations
 
@@ -19,12 +19,15 @@ from openril.storage import append_jsonl, read_jsonl, write_jsonl
 
 GREEDY = SamplingConfig(temperature=0.0, top_p=1.0, top_k=0, repetition_penalty=1.0)
 JUDGED_BEFORE_STOPPING = 16
-"""Verdicts asked for before a large share of unknown ones stops the evaluation."""
+"""Verdicts requested before a large share of unknown ones stops the evaluation."""
 
 
 class Journal:
-    """Answers and scores of an evaluation under way, a line each. key: what the answers follow from; a journal of
-    another key is begun anew."""
+    """The answers and scores of an unfinished evaluation, one line each.
+
+    Args:
+        key: What the answers depend on. A journal with another key is started again.
+    """
 
     def __init__(self, path: Path, key: str) -> None:
         self.path = path
@@ -59,16 +62,22 @@ def evaluate(
     max_unknown_share: float = 1.0,
     report: Callable[[int, int, dict[str, Any]], None] = lambda done, total, row: None,
 ) -> Evaluation:
-    """Answer the questions greedily and score them as ``settings`` says.
+    """Answer the questions greedily, and score the answers as ``settings`` says.
 
-    make_sampler: called when the first answer is needed, so that a finished journal loads no model. journal: answers in
-    it are not drawn again, and those without a verdict are judged again. report: (questions done, of, running score).
-    Raises DataError for a question without ground truth, and JudgeError when more than max_unknown_share of the
-    verdicts cannot be had (the answers stay in the journal).
+    Args:
+        make_sampler: Called when the first answer is needed, so that a finished journal loads no model.
+        journal: Its answers are not sampled again, and those without a verdict are judged again.
+        max_unknown_share: The largest share of verdicts that may be missing.
+        report: Called with (questions done, questions in all, running score).
+
+    Raises:
+        DataError: If a question has no ground truth.
+        JudgeError: If more than ``max_unknown_share`` of the verdicts are missing. The answers stay in the journal.
     """
     if missing := next((q for q in questions if not q.answer.strip()), None):
         raise DataError(
-            f"question {missing.id} ({missing.origin}) has no answer to score against; add one or leave it out"
+            f"answer: expected a ground truth for question {missing.id}, got none ({missing.origin}). Add one, or leave "
+            "the question out."
         )
     run = _Run(questions, settings, judge, journal, UnknownBudget(max_unknown_share), report)
     sampler: Sampler | None = None
@@ -88,7 +97,7 @@ def evaluate(
 
 
 class _Run:
-    """Rows as they come in. The judge works on one batch while the next is being answered."""
+    """Collect rows as they arrive. The judge works on one batch while the student answers the next."""
 
     def __init__(
         self,
@@ -155,7 +164,7 @@ class _Run:
 
 
 def _response(row: Row) -> Response:
-    ids = None if row.tokens is None else tuple(range(row.tokens))  # only their number is asked for
+    ids = None if row.tokens is None else tuple(range(row.tokens))  # only their number is used
     return Response(row.question_id, "", 0, row.text, row.finish_reason, ids)
 
 

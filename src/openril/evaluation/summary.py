@@ -1,4 +1,4 @@
-"""What an evaluation says: means with standard errors, by group, and the paired difference of two. Pure."""
+"""Summarize an evaluation: means with standard errors, by group, and the paired difference of two. Pure functions."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 GROUP_COLUMNS = ("benchmark", "skill")
-"""Metadata columns of questions by which scores are grouped where they are present."""
+"""Metadata columns of questions by which scores are grouped, where the questions have them."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One question's answer. score: 1.0, 0.0, or None where no verdict could be had. parsed: False where a rule found
-    no answer to compare. finish_reason: "length" for an answer cut at the limit. groups: values of ``GROUP_COLUMNS``.
+    """One question's answer.
+
+    score: 1.0, 0.0, or None where the verdict is missing. parsed: False where a rule found no answer to compare.
+    finish_reason: "length" for an answer cut at the limit. groups: the values of ``GROUP_COLUMNS``.
     """
 
     question_id: str
@@ -33,8 +35,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Summary:
-    """n: questions. score: mean over those whose score is known, in [0, 1]; None where none is. standard_error: of that
-    mean, from the sample variance; None below two known scores. unparsed, unknown, cut: counts (see ``Row``)."""
+    """The figures of a set of answers.
+
+    n: the number of questions. score: the mean over known scores, in [0, 1]; None without any. standard_error: that of
+    the mean, from the sample variance; None below two known scores. unparsed, unknown, cut: counts (see ``Row``).
+    """
 
     n: int
     score: float | None
@@ -46,8 +51,8 @@ class Summary:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of one checkpoint. name, checkpoint: what was evaluated. groups: column -> value -> summary. group_means:
-    column -> unweighted mean of its groups' scores (as a table of benchmarks is averaged)."""
+    """The scores of one checkpoint. groups: column -> value -> summary. group_means: column -> unweighted mean of its
+    groups' scores, as a table of benchmarks is averaged."""
 
     name: str
     checkpoint: str
@@ -57,7 +62,7 @@ class Evaluation:
     rows: list[Row]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data without the rows."""
+        """Return plain data without the rows."""
         return {
             "name": self.name,
             "checkpoint": self.checkpoint,
@@ -69,8 +74,11 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Comparison:
-    """b - a on the n questions whose score is known in both. standard_error: of the mean difference; None below two
-    questions. better, worse: questions on which b scores more, or less."""
+    """The difference b - a on the n questions whose score is known in both.
+
+    standard_error: that of the mean difference; None below two questions. better, worse: the number of questions on
+    which b scores more, or less.
+    """
 
     n: int
     difference: float | None
@@ -80,7 +88,7 @@ class Comparison:
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """Mean, and sqrt(sample variance / n)."""
+    """Return the mean and its standard error sqrt(sample variance / n)."""
     if not values:
         return None, None
     mean = math.fsum(values) / len(values)
@@ -90,7 +98,7 @@ def mean_and_error(values: Sequence[float]) -> tuple[float | None, float | None]
     return mean, math.sqrt(variance / len(values))
 
 
-def summarise(rows: Iterable[Row]) -> Summary:
+def summarize(rows: Iterable[Row]) -> Summary:
     rows = list(rows)
     score, error = mean_and_error([r.score for r in rows if r.score is not None])
     return Summary(
@@ -104,28 +112,31 @@ def summarise(rows: Iterable[Row]) -> Summary:
 
 
 def build_evaluation(name: str, checkpoint: str, rows: Sequence[Row]) -> Evaluation:
-    """An evaluation from its rows."""
+    """Build an evaluation from its rows."""
     groups: dict[str, dict[str, Summary]] = {}
     for column in GROUP_COLUMNS:
         values = dict.fromkeys(r.groups[column] for r in rows if column in r.groups)
         if values:
-            groups[column] = {v: summarise(r for r in rows if r.groups.get(column) == v) for v in values}
+            groups[column] = {v: summarize(r for r in rows if r.groups.get(column) == v) for v in values}
     means: dict[str, float] = {}
     for column, by_value in groups.items():
         mean, _ = mean_and_error([s.score for s in by_value.values() if s.score is not None])
         if mean is not None:
             means[column] = mean
-    return Evaluation(name, checkpoint, summarise(rows), groups, means, list(rows))
+    return Evaluation(name, checkpoint, summarize(rows), groups, means, list(rows))
 
 
 def groups_of(metadata: Mapping[str, Any]) -> dict[str, str]:
-    """The groups a question belongs to."""
+    """Return the groups of a question, by column."""
     return {c: str(metadata[c]) for c in GROUP_COLUMNS if metadata.get(c) not in (None, "")}
 
 
 def compare(a: Evaluation, b: Evaluation) -> Comparison:
-    """b against a on the same questions. Pairing takes the questions' difficulty out of the error, so that a gain of a
-    few questions can be told from noise where two separate standard errors would overlap."""
+    """Compare b with a on the same questions.
+
+    Pairing removes the difficulty of the questions from the error, so that a gain of a few questions can be
+    distinguished from noise where two separate standard errors would overlap.
+    """
     first = {r.question_id: r.score for r in a.rows}
     differences = [
         r.score - before for r in b.rows if r.score is not None and (before := first.get(r.question_id)) is not None

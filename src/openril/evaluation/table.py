@@ -1,4 +1,4 @@
-"""Evaluations beside each other: on the terminal, as Markdown and as JSON."""
+"""Tables of evaluations: for the terminal, as Markdown and as JSON."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 MANY_GROUPS = 8
-"""Groups up to this many get a column each on the terminal; Markdown has all."""
+"""The largest number of groups with a column each on the terminal; Markdown has all."""
 
 
 def percent(value: float | None, error: float | None = None) -> str:
-    """``71.3 ± 1.2``, in percent."""
+    """Write a share as ``71.3 ± 1.2``, in percent."""
     if value is None:
         return "-"
     return f"{100 * value:.1f}" + (f" ± {100 * error:.1f}" if error is not None else "")
 
 
 def difference(comparison: Comparison) -> str:
-    """``+2.1 ± 0.9``, in percent points."""
+    """Write a difference as ``+2.1 ± 0.9``, in percentage points."""
     if comparison.difference is None:
         return "-"
     error = comparison.standard_error
@@ -30,7 +30,7 @@ def difference(comparison: Comparison) -> str:
 
 
 def cells(evaluations: Sequence[Evaluation], max_groups: int | None = None) -> tuple[list[str], list[list[str]]]:
-    """Header and rows. The gain is each row's paired difference to the first row."""
+    """Return the header and the rows. The gain is the paired difference of a row to the first one."""
     first = evaluations[0]
     columns: list[tuple[str, str]] = []
     for column in dict.fromkeys(c for e in evaluations for c in e.groups):
@@ -60,7 +60,7 @@ def cells(evaluations: Sequence[Evaluation], max_groups: int | None = None) -> t
 
 
 def rich_table(evaluations: Sequence[Evaluation], width: int = 120) -> Table:
-    """For a terminal ``width`` characters wide: groups get columns of their own only where all of them fit."""
+    """Return a table for a terminal of ``width`` characters. Groups have separate columns only if all of them fit."""
     from rich.table import Table
 
     header, rows = cells(evaluations, MANY_GROUPS)
@@ -84,7 +84,7 @@ def markdown_table(evaluations: Sequence[Evaluation]) -> str:
 
 
 def table_data(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
-    """The table as plain data: one entry an evaluation, with ``gain`` over the first."""
+    """Return the table as plain data: one entry for each evaluation, with its ``gain`` over the first."""
     out = []
     for e in evaluations:
         entry = e.as_dict()

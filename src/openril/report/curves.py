@@ -1,4 +1,4 @@
-"""A run's curves as PNG: the three of the paper's Fig. 5, and whether the discriminator and the policy are healthy."""
+"""Draw a run's curves as PNG: those of the paper's Fig. 5, and the health of discriminator and policy."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SMOOTHED_OVER = 0.05
-"""Share of the run over which a curve is averaged; the steps themselves stay visible behind it."""
+"""The share of the run over which a curve is averaged. The values of the steps stay visible as a pale line."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """A metric in a panel. name: in metrics.jsonl. sparse: measured at some steps only, so drawn with marks."""
+    """A metric in a panel. name: its key in metrics.jsonl. sparse: measured at some steps only, and drawn with marks."""
 
     name: str
     label: str
-    colour: str
+    color: str
     sparse: bool = False
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes. share: its values lie in [0, 1]. level: a dotted line of reference, with its name."""
+    """One pair of axes. share: the values are in [0, 1]. level: a dotted reference line, with its name."""
 
     title: str
     lines: tuple[Line, ...]
@@ -36,7 +36,7 @@ class Panel:
     level: tuple[float, str] | None = None
 
 
-_BLUE, _ORANGE, _GREEN, _GREY, _RED = "#2b6cb0", "#dd6b20", "#2f855a", "#718096", "#c53030"
+_BLUE, _ORANGE, _GREEN, _GRAY, _RED = "#2b6cb0", "#dd6b20", "#2f855a", "#718096", "#c53030"
 
 FIGURES: dict[str, tuple[str, tuple[Panel, ...]]] = {
     "learning": (
@@ -54,7 +54,7 @@ FIGURES: dict[str, tuple[str, tuple[Panel, ...]]] = {
                 "Discriminator accuracy",
                 (
                     Line("discriminator/accuracy", "discriminator", _BLUE),
-                    Line("discriminator/length_only_accuracy", "length alone", _GREY),
+                    Line("discriminator/length_only_accuracy", "length alone", _GRAY),
                 ),
                 share=True,
                 level=(0.5, "chance"),
@@ -70,9 +70,9 @@ FIGURES: dict[str, tuple[str, tuple[Panel, ...]]] = {
 
 
 def draw_curves(run_dir: Path, say: Callable[[str], None] = lambda message: None) -> list[Path]:
-    """Draw ``run_dir/metrics.jsonl`` into ``run_dir/curves/``; returns the files written, each atomically.
+    """Draw ``run_dir/metrics.jsonl`` into ``run_dir/curves/``, and return the files, each written atomically.
 
-    A panel without a single value is left out, and a figure without a panel is not drawn; say: is told which.
+    Panels without values are left out, and figures without panels are not drawn; ``say`` gets a line that names them.
     """
     rows = [row for row in read_jsonl(run_dir / "metrics.jsonl") if isinstance(row.get("step"), int)]
     written = []
@@ -97,7 +97,7 @@ EARLIER_NAMES = {
 
 
 def series(rows: Sequence[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """Return the steps and values of a metric where it has a finite one, also under the name it had earlier."""
+    """Return the steps and the finite values of a metric, also under its earlier name."""
     found = [(row["step"], row.get(name, row.get(EARLIER_NAMES.get(name, name)))) for row in rows]
     pairs = [(step, value) for step, value in found if isinstance(value, int | float)]
     pairs = [(s, float(v)) for s, v in pairs if v == v and abs(v) != float("inf")]
@@ -105,14 +105,14 @@ def series(rows: Sequence[dict[str, Any]], name: str) -> tuple[list[int], list[f
 
 
 def smooth(values: Sequence[float], width: int) -> list[float]:
-    """Centred mean over ``width`` values (an odd number), over those that exist at both ends."""
+    """Return the centered mean over ``width`` values (an odd number), and over those that exist at both ends."""
     half = width // 2
     windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
     return [sum(window) / len(window) for window in windows]
 
 
 def _draw(path: Path, title: str, panels: Sequence[Panel], rows: Sequence[dict[str, Any]]) -> None:
-    # Figure without pyplot: no global state, and no display is looked for.
+    # Without pyplot there is no global state, and matplotlib looks for no display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -134,19 +134,19 @@ def _draw_panel(axes: Axes, panel: Panel, rows: Sequence[dict[str, Any]], last: 
 
     if panel.level is not None:
         value, label = panel.level
-        axes.axhline(value, color=_GREY, linestyle=":", linewidth=1, label=label or None)
+        axes.axhline(value, color=_GRAY, linestyle=":", linewidth=1, label=label or None)
     for line in panel.lines:
         steps, values = series(rows, line.name)
         if not steps:
             continue
         if line.sparse:
-            axes.plot(steps, values, color=line.colour, marker="o", markersize=4, linewidth=1.5, label=line.label)
+            axes.plot(steps, values, color=line.color, marker="o", markersize=4, linewidth=1.5, label=line.label)
             continue
         width = 2 * int(len(values) * SMOOTHED_OVER / 2) + 1
         if width > 1:
-            axes.plot(steps, values, color=line.colour, alpha=0.25, linewidth=0.8)
+            axes.plot(steps, values, color=line.color, alpha=0.25, linewidth=0.8)
         marker = "o" if len(values) == 1 else None
-        axes.plot(steps, smooth(values, width), color=line.colour, linewidth=1.8, marker=marker, label=line.label)
+        axes.plot(steps, smooth(values, width), color=line.color, linewidth=1.8, marker=marker, label=line.label)
     axes.set_title(panel.title, fontsize=10, loc="left")
     axes.set_xlabel("step", fontsize=9)
     axes.set_xlim(min(1, last - 1), max(last, 2))

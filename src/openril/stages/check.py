@@ -1,4 +1,4 @@
-"""``ril check``: everything that can be known before a run costs anything, on one page."""
+"""`ril check`: show on one page what can be known before a run costs anything."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _PROBE_SECONDS = 60.0
 
 
 class _Page:
-    """Prints findings as they come, and remembers whether any of them stops the run."""
+    """Print findings as they come, and count those that stop the run."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -54,11 +54,15 @@ class _Page:
 
 
 def run_check(recipe: Recipe, console: Console, world_size: int | None = None) -> int:
-    """Check settings, data, models, servers, memory and disk for ``ril run``. Nothing is trained, sent for an answer or
-    written.
+    """Check settings, data, models, servers, memory and disk for ``ril run``.
 
-    world_size: number of training processes planned; by default that of the launcher ($WORLD_SIZE), else 1.
-    Returns 0 when nothing stands in the way, else 2.
+    Nothing is trained or written, and no server is asked for an answer.
+
+    Args:
+        world_size: The number of planned training processes; by default that of the launcher ($WORLD_SIZE), else 1.
+
+    Returns:
+        0 when the run can start, else 2.
     """
     world_size = int(os.environ.get("WORLD_SIZE") or 1) if world_size is None else world_size
     page = _Page(console)
@@ -67,7 +71,7 @@ def run_check(recipe: Recipe, console: Console, world_size: int | None = None) -
     for problem in problems:
         (page.error if problem.level == "error" else page.warn)(str(problem))
     if not problems:
-        page.good("they fit together")
+        page.good("the settings fit together")
 
     page.heading("Models")
     shape, count_tokens = _check_student(recipe, page)
@@ -81,7 +85,7 @@ def run_check(recipe: Recipe, console: Console, world_size: int | None = None) -
     page.heading("Servers")
     _check_servers(recipe, page)
 
-    page.heading("What the run will need")
+    page.heading("What the run needs")
     train, validation = reports["train"], reports["validation"]
     _say_needs(recipe, shape, train, validation, world_size, page)
 
@@ -93,7 +97,7 @@ def run_check(recipe: Recipe, console: Console, world_size: int | None = None) -
 
 
 def _endpoints(recipe: Recipe) -> list[tuple[str, EndpointConfig]]:
-    """Teachers, and the judge where something asks it."""
+    """Return the teachers, and the judge if the run uses it."""
     found: list[tuple[str, EndpointConfig]] = [(f"teacher {t.name}", t) for t in recipe.teachers]
     asked = [recipe.answer_kind, recipe.eval.score if recipe.data.validation else "rules"]
     if any(kind in ("judge", "rules_then_judge") for kind in asked):
@@ -107,7 +111,7 @@ def _endpoints(recipe: Recipe) -> list[tuple[str, EndpointConfig]]:
 def _check_student(recipe: Recipe, page: _Page) -> tuple[estimate.Shape | None, CountTokens | None]:
     student = recipe.student
     if not student.model:
-        page.error("student.model is empty, so lengths and memory cannot be worked out")
+        page.error("student.model: expected a folder or hub name, got nothing. Lengths and memory cannot be estimated.")
         return None, None
     shape, counter = None, None
     try:
@@ -115,7 +119,9 @@ def _check_student(recipe: Recipe, page: _Page) -> tuple[estimate.Shape | None, 
         _require_image_text_to_text(config, student.model)
         parameters = _parameters(student.model, student.revision)
         if parameters is None:
-            page.warn(f"student: the sizes of {student.model}'s weights could not be read; no memory estimate")
+            page.warn(
+                f"student: cannot read the sizes of the weights of {student.model}, so there is no memory estimate"
+            )
         else:
             shape = estimate.shape_of(config, parameters)
         size = f", {_count(shape.total)} parameters" if shape is not None else ""
@@ -142,13 +148,13 @@ def _require_image_text_to_text(config: Any, model: str) -> None:
 
     if type(config) not in AutoModelForImageTextToText._model_mapping and not getattr(config, "auto_map", None):
         raise ModelError(
-            f"student: {model} is a {config.model_type} model, which takes no images (no AutoModelForImageTextToText); "
-            "choose a vision-language model"
+            f"student.model: expected a vision-language model (AutoModelForImageTextToText), got {model}, a "
+            f"{config.model_type} model that takes no images"
         )
 
 
 def _parameters(model: str, revision: str | None) -> dict[str, int] | None:
-    """Parameters by module group, of a folder or a hub model; None when the hub does not say."""
+    """Return the parameters of a folder or hub model by module group, or None if the hub does not report them."""
     folder = Path(model).expanduser()
     if folder.is_dir():
         return estimate.checkpoint_parameters(folder)
@@ -156,7 +162,7 @@ def _parameters(model: str, revision: str | None) -> dict[str, int] | None:
 
     try:
         metadata = get_safetensors_metadata(model, revision=revision)
-    except Exception as e:  # offline, gated, renamed, without safetensors: one answer for all
+    except Exception as e:  # offline, gated, renamed or without safetensors: all mean that nothing is known
         import logging
 
         logging.getLogger(__name__).info("no safetensors metadata of %s: %s", model, e)
@@ -177,11 +183,13 @@ def _check_local(endpoint: EndpointConfig, what: str, page: _Page) -> None:
 
 
 class TokenCounter:
-    """Prompt lengths without opening images, from the processor's own rule for the number of image tokens.
+    """Compute prompt lengths without opening images, by the processor's own rule for the number of image tokens.
 
-    The rule is compared with real calls of the processor on the first few image sizes; where they differ, or the
-    processor has no such rule, every distinct size is measured by a real call on a blank image.
-    Raises ModelError when there is no chat template.
+    The rule is compared with real calls of the processor on the first few image sizes. Where they differ, or where the
+    processor has no rule, every distinct size is measured by a real call on a blank image.
+
+    Raises:
+        ModelError: If there is no chat template.
     """
 
     _COMPARED = 3
@@ -190,7 +198,7 @@ class TokenCounter:
         self.processor = processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
         if getattr(processor, "chat_template", None) is None and getattr(self.tokenizer, "chat_template", None) is None:
-            raise ModelError("student: the checkpoint has no chat template; add chat_template.jinja to its folder")
+            raise ModelError("student: the checkpoint has no chat template. Add chat_template.jinja to its folder.")
         self.template = processor if getattr(processor, "chat_template", None) else self.tokenizer
         self.system_prompt = system_prompt
         self.special = special_tokens(self.tokenizer)
@@ -199,7 +207,7 @@ class TokenCounter:
         self.measured: dict[tuple[Size, ...], int] = {}
 
     def __call__(self, question: Question, sizes: Sequence[Size]) -> tuple[int, int]:
-        """(prompt tokens, image tokens) of a question whose images have these (width, height)."""
+        """Return (prompt tokens, image tokens) of a question whose images have these (width, height)."""
         messages = question_messages(question, self.system_prompt, lambda t: strip_special(t, self.special))
         text = self.template.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         length = len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -236,7 +244,7 @@ class TokenCounter:
 def _check_data(recipe: Recipe, which: Any, count_tokens: CountTokens | None, page: _Page) -> Report | None:
     if not getattr(recipe.data, which):
         if which == "validation":
-            page.warn("data.validation is empty: no score during training, and nothing for `ril eval`")
+            page.warn("data.validation is empty, so training has no score and `ril eval` has no questions")
         return None
     from openril.report.progress import ProgressDisplay
 
@@ -258,7 +266,7 @@ def _check_data(recipe: Recipe, which: Any, count_tokens: CountTokens | None, pa
     page.errors += len(report.errors)
     page.warnings += len(report.warnings)
     if not report.num_questions and not report.errors:
-        page.error(f"data.{which} holds no questions")
+        page.error(f"data.{which} has no questions")
     return report
 
 
@@ -268,7 +276,7 @@ def _check_data(recipe: Recipe, which: Any, count_tokens: CountTokens | None, pa
 def _check_servers(recipe: Recipe, page: _Page) -> None:
     asked = [(what, endpoint) for what, endpoint in _endpoints(recipe) if endpoint.base_urls]
     if not asked:
-        page.good("none are used")
+        page.good("the run uses none")
     for what, endpoint in asked:
         try:
             client = ChatClient(endpoint, what)
@@ -278,7 +286,7 @@ def _check_servers(recipe: Recipe, page: _Page) -> None:
         try:
             problems = client.loop_thread.submit(client.probe()).result(timeout=_PROBE_SECONDS)
         except TimeoutError:
-            problems = [f"{what}: the servers did not list their models within {_PROBE_SECONDS:g} s"]
+            problems = [f"{what}: the servers did not list their models within {_PROBE_SECONDS:g} s. Are they running?"]
         finally:
             client.close()
         for problem in problems:
@@ -307,7 +315,10 @@ def _say_needs(
         for server, number in work.requests.items():
             page.plain(f"up to {number:,} requests to {server}")
         if recipe.train.questions_per_step > work.questions:
-            page.error(f"train.questions_per_step is {recipe.train.questions_per_step}, more than there are questions")
+            page.error(
+                f"train.questions_per_step: expected at most the {work.questions} questions of the loop, "
+                f"got {recipe.train.questions_per_step}"
+            )
     if shape is None:
         return
     long_prompt = float(recipe.data.max_prompt_length)
@@ -319,7 +330,9 @@ def _say_needs(
         page.plain(f"  {_gib(amount):>10}  {name.removeprefix('loop: ')}")
     if world_size > 1:
         sharded = memory.total - memory.shardable + memory.shardable // world_size
-        page.plain(f"sharded over {world_size} processes it would be {_gib(sharded)} each; the loop does not shard yet")
+        page.plain(
+            f"sharded over {world_size} processes it would be {_gib(sharded)} each, but the loop cannot shard yet"
+        )
     _check_device(memory, world_size, page)
     checkpoints = estimate.checkpoint_bytes(recipe, shape) * (recipe.train.keep_checkpoints + 1)
     place = recipe.run_path
@@ -339,8 +352,8 @@ def _check_device(memory: estimate.Memory, world_size: int, page: _Page) -> None
     least = memory.total - memory.shardable + memory.shardable // max(world_size, 1)
     if least > there:
         page.warn(
-            f"this device has {_gib(there)}, less than the estimated {_gib(least)}; shard over more processes, turn on "
-            "student.gradient_checkpointing, lower train.max_tokens_per_micro_batch, or use student.lora"
+            f"this device has {_gib(there)}, less than the estimated {_gib(least)}. Turn on "
+            "student.gradient_checkpointing, lower train.max_tokens_per_micro_batch, or use student.lora."
         )
 
 

@@ -1,4 +1,4 @@
-"""`ril collect`: responses of every teacher and of the student into the cache, and their verdicts if wanted."""
+"""`ril collect`: collect responses of the teachers and the student into the cache, and their verdicts if requested."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from openril.sampling.protocol import Sampler
 
 JudgeMany = Callable[[Sequence[Question], Sequence[Response]], Sequence[float | None]]
-"""Verdicts on responses, each beside its question; None where no verdict could be had."""
+"""Return the verdicts on responses, given each response's question; None where there is no verdict."""
 
 JUDGED_AT_ONCE = 256
 
@@ -34,20 +34,22 @@ def run_collect(
     judge_many: JudgeMany | None = None,
     make_sampler: Callable[[Recipe, str], Sampler] | None = None,
 ) -> None:
-    """Collect what is missing; a complete cache returns at once.
+    """Collect the missing responses. Returns at once when the cache is complete.
 
-    sources: names of teachers, or ``STUDENT``; None for all the recipe wants. recollect: first drop cached responses
-    that no longer fit (stale questions, other model or settings). judge_many: judges the responses when
-    ``collect.judge_responses`` is set; the recipe's own judge or rules unless given.
-    make_sampler: see ``responses.collection.collect``.
+    Args:
+        sources: Names of teachers, or ``STUDENT``; None for all that the recipe names.
+        recollect: First drop cached responses that no longer fit (older questions, another model, other settings).
+        judge_many: Judges the responses if ``collect.judge_responses`` is set; by default the recipe's judge or rules.
+        make_sampler: See ``responses.collection.collect``.
 
-    Raises EndpointError when some responses could not be had: what came is kept, and calling again continues.
+    Raises:
+        EndpointError: If some responses are missing. The others are kept, and the same call collects the rest.
     """
     from openril.data.reading import read_questions
     from openril.responses.cache import ResponseCache
     from openril.responses.collection import collect, teacher_of
 
-    names = wanted_sources(recipe) if sources is None else sources
+    names = required_sources(recipe) if sources is None else sources
     for name in names:
         teacher_of(recipe, name)  # an unknown name is refused before any work
     questions = read_questions(recipe.data, "train")
@@ -62,7 +64,7 @@ def run_collect(
             try:
                 result = collect(recipe, questions, name, cache, progress, make_sampler=make_sampler)
             except EndpointError as e:
-                problems.append(str(e))  # the other sources' servers may well be there
+                problems.append(str(e))  # the servers of the other sources may be reachable
                 continue
             notes = [(result.new, "new"), (result.cut, f"cut at {recipe.collect.max_completion_length} tokens")]
             notes += [(result.empty, "empty"), (result.refused, "refused")]
@@ -71,17 +73,17 @@ def run_collect(
                 f"{name}: {result.total - result.failed} of {result.total} responses" + f" ({details})" * bool(details)
             )
             if result.failed:
-                problems.append(f"{name}: {result.failed} responses could not be had:\n{result.failure_report()}")
+                problems.append(f"{name}: {result.failed} responses are missing:\n{result.failure_report()}")
     if problems:
-        raise EndpointError("\n".join(problems) + "\nEverything collected is kept; the same command collects the rest")
-    if recipe.collect.judge_responses and int(os.environ.get("RANK", "0")) == 0:  # processes share the collecting alone
+        raise EndpointError("\n".join(problems) + "\nAll others are kept. The same command collects the missing ones.")
+    if recipe.collect.judge_responses and int(os.environ.get("RANK", "0")) == 0:  # processes share only the collecting
         with answer_judge(recipe) if judge_many is None else nullcontext(judge_many) as judge:
             judge_cached(cache, questions, names, recipe.collect.num_responses, judge, console)
 
 
 @contextmanager
 def answer_judge(recipe: Recipe) -> Iterator[JudgeMany]:
-    """Scores responses as training does: by the recipe's judge, by rules, or by both (``rewards.answer``)."""
+    """Score responses as training does: by the recipe's judge, by rules, or by both (``rewards.answer``)."""
     from openril.rewards.answers import score_answers
     from openril.rewards.judge import build_judge_service
 
@@ -101,15 +103,15 @@ def answer_judge(recipe: Recipe) -> Iterator[JudgeMany]:
             service.close()
 
 
-def wanted_sources(recipe: Recipe) -> list[str]:
-    """All the recipe collects from: its teachers, then the student."""
+def required_sources(recipe: Recipe) -> list[str]:
+    """Return all sources that the recipe collects from: its teachers, then the student."""
     return [t.name for t in recipe.teachers] + ([STUDENT] if recipe.collect.student else [])
 
 
 def drop_unfitting(
     recipe: Recipe, cache: ResponseCache, questions: Sequence[Question], source: str, console: Console
 ) -> None:
-    """Remove a source's responses that other settings, another model or older questions produced."""
+    """Remove a source's responses that belong to other settings, another model or older questions."""
     from openril.responses.chat_requests import sampling_record
     from openril.responses.collection import teacher_of
     from openril.responses.fingerprint import model_identity
@@ -134,7 +136,7 @@ def judge_cached(
     judge_many: JudgeMany,
     console: Console,
 ) -> None:
-    """Judge every cached response that has no verdict yet; each batch's verdicts are kept at once."""
+    """Judge every cached response that has no verdict yet. The verdicts of each batch are stored at once."""
     loaded = cache.load(questions, sources, num_responses, check_hashes=False)
     by_id = {q.id: q for q in questions}
     todo = (
@@ -154,7 +156,7 @@ def judge_cached(
         judged += len(known)
         unknown += len(batch) - len(known)
     cache.merge_verdicts()
-    note = f", {unknown} verdicts could not be had (the same command asks again)" if unknown else ""
+    note = f", {unknown} verdicts are missing (the same command asks for them again)" if unknown else ""
     console.print(f"judged {judged} responses{note}", highlight=False)
 
 

@@ -31,9 +31,9 @@ from openril.training.setup import (
 
 
 def run_discriminator(recipe: Recipe, console: Console) -> Path:
-    """Pre-train, or continue; returns the folder of the discriminator. Does nothing if it is there already.
+    """Pre-train, or continue, and return the discriminator's folder. Does nothing if that folder exists.
 
-    Leaves ``run_dir/discriminator/``: ``discriminator/`` (the checkpoint), ``metrics.jsonl``, ``held_out.json``.
+    Writes ``run_dir/discriminator/``: ``discriminator/`` (the checkpoint), ``metrics.jsonl`` and ``held_out.json``.
     """
     target = recipe.discriminator_path
     if target.is_dir():
@@ -90,7 +90,9 @@ def run_discriminator(recipe: Recipe, console: Console) -> Path:
             warn=progress.warn,
         )
         if not training.questions:
-            raise DataError("data.train has too few questions for discriminator.pretraining.held_out_share")
+            raise DataError(
+                "discriminator.pretraining.held_out_share: no question of data.train is left to learn from. Lower it."
+            )
         held_out = training.train()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:

@@ -1,4 +1,4 @@
-"""`ril eval`: score the student's checkpoints on data.validation and set them beside each other."""
+"""`ril eval`: score the student's checkpoints on data.validation and compare them in one table."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Target:
-    """A checkpoint to evaluate. name: of its files and its row in the table."""
+    """A checkpoint to evaluate. name: the name of its files and of its row in the table."""
 
     name: str
     checkpoint: str
@@ -41,13 +41,18 @@ def run_eval(
     *,
     make_sampler: Callable[[Recipe, str], Sampler] | None = None,
 ) -> Path:
-    """Evaluate what has not been evaluated with these settings yet; returns the Markdown table's path.
+    """Evaluate what has not been evaluated with these settings yet, and return the path of the Markdown table.
 
-    checkpoints: folders or hub names; None for the base student, the SFT student, every student in ``checkpoints/`` and
-    the final one, as far as they exist. make_sampler: (recipe, checkpoint) -> sampler; None loads it with transformers.
-    Leaves ``run_dir/eval/``: ``<name>.json``, ``<name>.jsonl`` (every answer), ``table.json`` and ``table.md``.
-    Under a launcher the first process works alone. Raises JudgeError when too many verdicts cannot be had; the answers
-    are kept, and the same command continues.
+    Writes ``run_dir/eval/``: ``<name>.json``, ``<name>.jsonl`` (every answer), ``table.json`` and ``table.md``. Under a
+    launcher only the first process works.
+
+    Args:
+        checkpoints: Folders or hub names; None for the base student, the SFT student, every student in ``checkpoints/``
+            and the final one, as far as they exist.
+        make_sampler: Makes the sampler from (recipe, checkpoint); None loads the checkpoint with transformers.
+
+    Raises:
+        JudgeError: If too many verdicts are missing. The answers are kept, and the same command continues.
     """
     folder = recipe.run_path / "eval"
     if int(os.environ.get("RANK", "0")):
@@ -80,7 +85,7 @@ def run_eval(
     finally:
         if judge is not None:
             judge.close()
-    # Checkpoints that were evaluated and removed since keep their row.
+    # Checkpoints that were removed after their evaluation keep their row.
     for path in sorted(folder.glob("*.json")):
         if path.stem not in evaluations and path.name != "table.json":
             older = read_evaluation(folder, path.stem, settings)
@@ -94,7 +99,7 @@ def run_eval(
 
 
 def find_targets(recipe: Recipe) -> list[Target]:
-    """Base student, SFT student, the loop's checkpoints and the final student, as far as they are there."""
+    """Return the base student, the SFT student, the loop's checkpoints and the final student, as far as they exist."""
     found = [Target("base", recipe.student.model)] if recipe.student.model else []
     if recipe.sft_student_path.is_dir():
         found.append(Target("sft", str(recipe.sft_student_path)))
@@ -103,31 +108,31 @@ def find_targets(recipe: Recipe) -> list[Target]:
     if (recipe.run_path / "student").is_dir():
         found.append(Target("final", str(recipe.run_path / "student")))
     if not found:
-        raise ModelError("there is nothing to evaluate: set student.model or name checkpoints")
+        raise ModelError("found no checkpoint to evaluate. Set student.model, or name checkpoints with --checkpoints.")
     return found
 
 
 def named(recipe: Recipe, checkpoint: str) -> Target:
-    """A checkpoint given by hand: known ones keep their names, others are called after their last folders."""
+    """Name a checkpoint of the command line: known ones keep their names, others are named after their last folders."""
     path = Path(checkpoint).expanduser()
     for target in find_targets(recipe) if recipe.student.model else []:
         if target.checkpoint == checkpoint or (path.is_dir() and path.resolve() == Path(target.checkpoint).resolve()):
             return target
     parts = (path.resolve() if path.is_dir() else path).parts[-2:]
     readable = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts)).strip("-.") or "checkpoint"
-    # Two folders may end alike: the name says which it is.
+    # Two paths may end in the same folders, so a hash of the whole path makes the name unique.
     location = str(path.resolve()) if path.is_dir() else checkpoint
     return Target(f"{readable}-{stable_hash(location) % 16**4:04x}", checkpoint)
 
 
 def place(name: str) -> tuple[int, str]:
-    """Order of the table's rows."""
+    """Return the sort key of the table's rows."""
     order = {"base": 0, "sft": 1, "final": 3}
     return order.get(name, 2 if re.fullmatch(r"step_\d+", name) else 4), name
 
 
 def settings_of(recipe: Recipe, questions: list[Question]) -> dict[str, Any]:
-    """Everything a score follows from, apart from the checkpoint: plain data, kept beside the score."""
+    """Return everything except the checkpoint that a score depends on, as plain data that is stored with the score."""
     student, judge = recipe.student, recipe.judge
     asked = recipe.eval.score != "rules"
     content = [[q.content_hash(), q.answer, list(q.choices), q.rule] for q in questions]
@@ -146,7 +151,7 @@ def settings_of(recipe: Recipe, questions: list[Question]) -> dict[str, Any]:
 
 
 def identity_of(checkpoint: str, recipe: Recipe) -> str:
-    """Fingerprint of a folder's weights, or the name and revision of a checkpoint on the hub."""
+    """Return the fingerprint of a folder's weights, or the name and revision of a checkpoint on the hub."""
     from openril.storage import weights_fingerprint
 
     revision = recipe.student.revision if checkpoint == recipe.student.model else None
@@ -156,8 +161,10 @@ def identity_of(checkpoint: str, recipe: Recipe) -> str:
 def read_evaluation(
     folder: Path, name: str, settings: dict[str, Any], identity: str | None = None
 ) -> Evaluation | None:
-    """A finished evaluation with these settings (and of these weights), or None. One with unknown scores is not
-    finished: it is taken up again."""
+    """Return the finished evaluation with these settings (and of these weights), or None.
+
+    An evaluation with unknown scores is not finished, so that it is continued.
+    """
     from openril.evaluation.summary import Row, build_evaluation
 
     try:

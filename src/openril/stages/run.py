@@ -13,9 +13,9 @@ from openril.training.distributed import one_process, release_memory
 
 
 def stages(recipe: Recipe) -> list[tuple[str, str, str]]:
-    """(title, module in openril.stages, function) of the stages this recipe needs, in order.
+    """Return (title, module of ``openril.stages``, function) of the stages that the recipe needs, in order.
 
-    SFT on cached text comes after collection; the collection then starts from the student as it is.
+    SFT on cached responses comes after the collection, which then uses the student without the warm start.
     """
     selection = recipe.data.selection
     needs_cache = (
@@ -34,7 +34,7 @@ def stages(recipe: Recipe) -> list[tuple[str, str, str]]:
 
 
 def run_all(recipe: Recipe, console: Console) -> int:
-    """Run the stages in order; each does nothing when its result is there. Stops at the first that fails."""
+    """Run the stages in order, and stop at the first that fails. A stage whose result exists does nothing."""
     one_process("run")
     require(recipe, "run")
     for title, module, name in stages(recipe):
@@ -45,5 +45,5 @@ def run_all(recipe: Recipe, console: Console) -> int:
         function(recipe, console)
         release_memory()
     console.rule("done")
-    console.print(f"everything this run made is in {recipe.run_path}")
+    console.print(f"all results of this run are in {recipe.run_path}")
     return 0

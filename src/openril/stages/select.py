@@ -1,4 +1,4 @@
-"""`ril select`: choose the questions for the loop (paper, section 4), by log-probabilities and overlong filter."""
+"""`ril select`: choose the loop's questions by log-probabilities and the overlong filter (paper, section 4)."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ def selection_folder(recipe: Recipe) -> Path:
 
 
 def selection_file(recipe: Recipe) -> Path:
-    """JSONL with the chosen questions' ids, and why the others were left out."""
+    """Return the JSONL file with the ids of the chosen questions and the reasons why others were left out."""
     return selection_folder(recipe) / "selection.jsonl"
 
 
 def run_select(recipe: Recipe, console: Console) -> Path:
-    """Choose questions; returns the file. Continues after a kill; does nothing when it is there already."""
+    """Choose questions and return the file. Continues after a kill, and does nothing if the file exists."""
     target = selection_file(recipe)
     if target.exists():
-        console.print(f"select: already chosen in {target}")
+        console.print(f"select: already done, the questions are in {target}")
         return target
     require(recipe, "select")
     one_process("select")
@@ -64,9 +64,10 @@ def run_select(recipe: Recipe, console: Console) -> Path:
 def answer_logprobs(
     recipe: Recipe, questions: Sequence[Question], checkpoint: str, name: str, console: Console
 ) -> dict[str, float]:
-    """Mean log-probability in nats per token of each question's ground-truth answer under a checkpoint.
+    """Return the mean log-probability in nats per token of each question's ground-truth answer under a checkpoint.
 
-    Questions without an answer are left out. Kept line by line in ``selection/<name>.jsonl``, so a kill loses nothing.
+    Questions without an answer are left out. Each value is appended to ``selection/logprobs_<name>.jsonl``, so that a
+    kill loses nothing.
     """
     path = selection_folder(recipe) / f"logprobs_{name}.jsonl"
     header = selection_folder(recipe) / f"logprobs_{name}.json"
@@ -75,7 +76,7 @@ def answer_logprobs(
         "max_completion_length": recipe.train.max_completion_length,
     }
     if not header.exists() or json.loads(header.read_text()) != made_by:
-        remove(path)  # numbers of another checkpoint
+        remove(path)  # its values belong to another checkpoint
         write_json(header, made_by)
     done = {row["id"]: row["logprob"] for row in read_jsonl(path)}
     todo = [q for q in questions if q.answer and q.id not in done]

@@ -1,4 +1,4 @@
-"""`ril sft`: the supervised warm start, and the imitation baselines on cached text."""
+"""`ril sft`: the supervised warm start, and the imitation baselines on cached responses."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ if TYPE_CHECKING:
 
 
 def run_sft(recipe: Recipe, console: Console) -> Path:
-    """Train, or continue; returns the student's folder, ``run_dir/sft/student``. Does nothing if it is there already.
+    """Train, or continue, and return the student's folder ``run_dir/sft/student``. Does nothing if that folder exists.
 
-    Raises Interrupted when asked to stop (the same command continues), and what ``training.sft.train_sft`` raises.
+    Raises:
+        Interrupted: When asked to stop; the same command continues. Also what ``training.sft.train_sft`` raises.
     """
     target = recipe.sft_student_path
     if target.is_dir():
         console.print(f"sft: already trained in {target}", highlight=False)
         return target
-    # Imported here: a finished stage must not cost a minute of imports.
+    # Imported here, so that a finished stage does not wait for these imports.
     from openril.data.reading import read_questions
     from openril.recipe.checks import require
     from openril.recipe.loading import save_recipe

@@ -36,10 +36,11 @@ from openril.training.setup import TrainingComponents
 
 
 def run_train(recipe: Recipe, console: Console) -> Path:
-    """Train, or continue, to the last step; returns the folder of the trained student (an ordinary checkpoint).
+    """Train, or continue, to the last step, and return the folder of the trained student (an ordinary checkpoint).
 
-    Raises Interrupted when asked to stop (state saved), JudgeError when too many verdicts cannot be had, and the errors
-    of data, cache, models and recipe.
+    Raises:
+        Interrupted: When asked to stop; the state is saved.
+        JudgeError: If too many verdicts are missing. The errors of data, cache, models and recipe are raised as well.
     """
     folder = RunFolder(recipe.run_path)
     if _finished(recipe, folder):
@@ -65,9 +66,9 @@ def run_train(recipe: Recipe, console: Console) -> Path:
 
 @contextmanager
 def open_trainer(recipe: Recipe, console: Console | None = None) -> Iterator[RILTrainer]:
-    """A ``RILTrainer`` with everything the recipe names, continued from the run folder's last checkpoint if there is one.
+    """Build the ``RILTrainer`` of a recipe, and continue from the last checkpoint of the run folder if there is one.
 
-    ``with open_trainer(recipe) as trainer: trainer.train()``; on leaving, judge and trackers are closed.
+    ``with open_trainer(recipe) as trainer: trainer.train()``. The end of the block closes judge and trackers.
     """
     accelerator = make_accelerator(recipe)
     for warning in require(recipe, "train", accelerator.num_processes):
@@ -119,32 +120,37 @@ def open_trainer(recipe: Recipe, console: Console | None = None) -> Iterator[RIL
 
 
 def probes(questions: Sequence[Question]) -> list[Question]:
-    """The first question with images and the first without."""
-    firsts = [next((q for q in questions if bool(q.images) == wanted), None) for wanted in (True, False)]
+    """Return the first question with images and the first without."""
+    firsts = [next((q for q in questions if bool(q.images) == images), None) for images in (True, False)]
     return [q for q in firsts if q is not None]
 
 
 def training_questions(recipe: Recipe) -> list[Question]:
-    """The loop's questions: all of data.train, or the selected ones. Raises DataError when nothing is selected yet."""
+    """Return the loop's questions: all of data.train, or the selected ones.
+
+    Raises:
+        DataError: If the selection is missing, or there are too few questions for a step.
+    """
     questions = read_questions(recipe.data, "train")
     if recipe.data.selection.enabled:
         path = selection_file(recipe)
         if not path.exists():
-            raise DataError(f"data.selection is enabled but {path} is not there; run `ril select` first")
+            raise DataError(f"data.selection is enabled, but {path} does not exist. Run `ril select` first.")
         chosen = set(read_selection(path).ids)
         questions = [q for q in questions if q.id in chosen]
     if len(questions) < recipe.train.questions_per_step:
         raise DataError(
-            f"{len(questions)} questions are fewer than train.questions_per_step {recipe.train.questions_per_step};"
-            " lower it or add questions"
+            f"train.questions_per_step: expected at most the number of questions, {len(questions)}, got "
+            f"{recipe.train.questions_per_step}. Lower it or add questions."
         )
     return questions
 
 
 def cached_teacher_responses(recipe: Recipe, questions: list[Question], *, check: bool = True) -> TeacherResponses:
-    """Draws a question's teacher responses from the cache.
+    """Return a function that draws a question's teacher responses from the cache.
 
-    check: compare the cache with the questions and their images now; one process of a run is enough.
+    Args:
+        check: Compare the cache with the questions and their images now. One process of a run is enough.
     """
     count = recipe.teacher_responses_per_question
     if not count:
@@ -171,7 +177,7 @@ def cached_teacher_responses(recipe: Recipe, questions: list[Question], *, check
 
 
 def _finished(recipe: Recipe, folder: RunFolder) -> bool:
-    """Whether the student of the last step is there; a recipe with more steps than before goes on."""
+    """Return whether the student of the last step exists. A recipe with more steps than before continues."""
     marker = folder.path / "finished.json"
     if not (marker.exists() and folder.student_path.is_dir()):
         return False
@@ -185,14 +191,14 @@ def _finished(recipe: Recipe, folder: RunFolder) -> bool:
 def _evaluation(
     recipe: Recipe, parts: TrainingComponents, judge: JudgeService | None
 ) -> Callable[[], dict[str, float]]:
-    """Greedy answers of the current student to the validation questions, shared over the processes."""
+    """Return a function that scores the current student's greedy answers, with the questions split over processes."""
     questions = read_questions(recipe.data, "validation")
     questions = questions[: recipe.eval.limit] if recipe.eval.limit else questions
     accelerator = parts.accelerator
 
     def evaluate() -> dict[str, float]:
         mine = questions[accelerator.process_index :: accelerator.num_processes]
-        with accelerator.autocast():  # also with no question of one's own: servers are synced by all processes together
+        with accelerator.autocast():  # also without questions: all processes sync the servers together
             answers = parts.sampler.sample(
                 mine, 1, settings=GREEDY, max_completion_length=recipe.eval.max_completion_length, seed=recipe.seed
             )
