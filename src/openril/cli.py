@@ -148,15 +148,14 @@ def _recipe(name: str, rest: list[str]) -> Recipe:
     from openril.recipe.overrides import override
 
     if rest and rest[0] in ("-h", "--help"):
+        print(f"ril {name}: {COMMANDS[name].help}\n")
         for flag, takes, text in COMMANDS[name].options:
-            print(f"  --{flag}{' ...' if takes else ''}  {text}")
+            print(f"  --{flag + ' NAME ...' * takes:<24}{text}")
         override(Recipe(), ["--help"], f"ril {name} RECIPE")
         raise SystemExit(OK)
     if not rest or rest[0].startswith("-"):
-        got = f"got {rest[0]!r}" if rest else "got nothing"
-        raise RecipeError(
-            f"ril {name}: expected a recipe file, {got}. Write: ril {name} RECIPE.yaml [--section.key value ...]"
-        )
+        usage = f"ril {name} RECIPE.yaml [--section.key value ...]"
+        raise RecipeError(f"expected a recipe file, got {repr(rest[0]) if rest else 'nothing'}. Write: {usage}")
     return load_recipe(rest[0], rest[1:], prog=f"ril {name} {rest[0]}")
 
 

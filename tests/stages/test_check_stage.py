@@ -112,7 +112,7 @@ def test_missing_shards_are_named(tmp_path: Path, tiny_qwen: Path) -> None:
     copy = Path(shutil.copytree(tiny_qwen, tmp_path / "copy"))
     index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
     (copy / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ModelError, match="1 of 2 .*model-00002-of-00002"):
+    with pytest.raises(ModelError, match=r"1 of 2 .*model-00002-of-00002"):
         estimate.checkpoint_parameters(copy)
 
 

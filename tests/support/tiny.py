@@ -43,7 +43,10 @@ def tiny_questions(folder: Path, count: int = 8) -> list[Question]:
 
 
 def unlike_questions(folder: Path) -> list[Question]:
-    """Make questions with one image, two, none, and one of another shape: prompts whose image tensors differ in every dimension they can."""
+    """Make questions with one image, two, none, and one of another shape.
+
+    The image tensors of their prompts differ in every dimension in which they can.
+    """
     wide = draw_square(folder / "wide.png", "green", (112, 56))
     return [
         *tiny_questions(folder, 3),

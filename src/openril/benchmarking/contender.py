@@ -14,7 +14,7 @@ Part = Literal["update", "sampling", "prefill", "step", "memory"]
 of each (only ours). step: the whole step. memory: the whole step again, for its peak."""
 
 LEARNING_RATE, BETA, EPSILON = 1e-6, 0.01, 0.2
-TEMPERATURE, TOP_P, TOP_K, REPETITION_PENALTY = 1.0, 0.95, 50, 1.05
+SAMPLING: dict[str, Any] = {"temperature": 1.0, "top_p": 0.95, "top_k": 50, "repetition_penalty": 1.05}
 MAX_GRAD_NORM = 1.0
 
 
@@ -46,10 +46,8 @@ class Spec:
 
 @dataclass(frozen=True)
 class Command:
-    """A request for one measurement.
-
-    call: its number, the same for all contenders, which determines questions and responses. group_size: 0 for the shape's.
-    """
+    """A request for one measurement. call: its number, which determines questions and responses alike for all contenders.
+    group_size: 0 for the shape's."""
 
     part: Part
     call: int

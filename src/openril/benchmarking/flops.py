@@ -30,10 +30,7 @@ class UniqueWork:
 
 
 def attended_pairs(prompt: int, response: int, group_size: int) -> int:
-    """Count the pairs (token, token that it sees) of a group.
-
-    The prompt sees itself causally. Each response sees the whole prompt, and itself causally.
-    """
+    """Count the pairs (token, token that it sees) of a group: each response sees the prompt, and itself causally."""
     causal = prompt * (prompt + 1) // 2
     return causal + group_size * (response * prompt + response * (response + 1) // 2)
 
@@ -52,11 +49,8 @@ def unique_work(size: ModelSize, prompt: int, grid: tuple[int, int], response: i
 
     Logits count where a response token is predicted. The backward pass takes twice the operations of language layers,
     attention and LM head (gradients of inputs and weights). The merger's first layer needs no gradient of its input,
-    because the tower is frozen; its second layer needs both.
-
-    Args:
-        prompt: The tokens of the prompt, including image tokens.
-        grid: The image tokens down and across.
+    because the tower is frozen; its second layer needs both. prompt: the tokens of the prompt, including image tokens.
+    grid: the image tokens down and across.
     """
     down, across = (MERGE * n for n in grid)
     patches, image_tokens = down * across, grid[0] * grid[1]

@@ -23,12 +23,8 @@ class Limits:
         self.target = torch.empty(numbers, device=device)
 
     def measure(self, repeats: int = 2) -> dict[str, float]:
-        """Measure the fastest square product and the faster of copy and triad.
-
-        Returns:
-            ``matmul_flops``: operations per second. ``matmul_flops_per_cpu_second``: operations per second of processor
-            time. ``bandwidth``: bytes per second.
-        """
+        """Return ``matmul_flops`` (operations per second of the fastest square product), ``matmul_flops_per_cpu_second``
+        (of processor time) and ``bandwidth`` (bytes per second, the faster of copy and triad)."""
         best = best_of_cpu = 0.0
         for matrix in self.matrices:
             n = matrix.shape[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-# isort: split
 import json
 from pathlib import Path
 from typing import Any

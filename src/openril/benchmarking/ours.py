@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-# isort: split
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +16,7 @@ from openril.benchmarking.contender import (
     EPSILON,
     LEARNING_RATE,
     MAX_GRAD_NORM,
-    REPETITION_PENALTY,
-    TEMPERATURE,
-    TOP_K,
-    TOP_P,
+    SAMPLING,
     Command,
     Connection,
     Measurement,
@@ -30,7 +26,7 @@ from openril.benchmarking.contender import (
 from openril.benchmarking.memory import PeakMemory, give_back
 from openril.benchmarking.questions import fixed_completions, questions_of
 from openril.benchmarking.shapes import QUESTIONS
-from openril.recipe.schema import Recipe, TrainConfig
+from openril.recipe.schema import Recipe
 from openril.records import STUDENT, Group, Question, Response, Rollout
 from openril.rewards.combine import RewardSystem
 from openril.storage import stable_hash
@@ -67,15 +63,9 @@ def bench_recipe(spec: Spec) -> Recipe:
         "precision": spec.precision,
         "optimizer": adam,
         "save_every": 0,
-        "sampling": {
-            "temperature": TEMPERATURE,
-            "top_p": TOP_P,
-            "top_k": TOP_K,
-            "repetition_penalty": REPETITION_PENALTY,
-        },
+        "packed": spec.name == "ours",
+        "sampling": SAMPLING,
     }
-    if "packed" in TrainConfig.model_fields:
-        train["packed"] = spec.name == "ours"
     whole = bool({"step", "memory"} & set(spec.parts))
     return Recipe.model_validate(
         {
@@ -143,7 +133,7 @@ class OurStep:
             "threads": torch.get_num_threads(),
             "memory_source": self.memory.source,
             "settings": {
-                "packed": self.recipe.train.packed if "packed" in TrainConfig.model_fields else False,
+                "packed": self.recipe.train.packed,
                 "precision": self.spec.precision,
                 "optimizer": type(getattr(self.built.optimizer, "optimizer", self.built.optimizer)).__name__,
                 "discriminator": self.recipe.discriminator.mode,

@@ -11,7 +11,6 @@ special tokens, as in ours.
 
 from __future__ import annotations
 
-# isort: split
 import os
 from contextlib import ExitStack
 from pathlib import Path
@@ -25,10 +24,7 @@ from openril.benchmarking.contender import (
     EPSILON,
     LEARNING_RATE,
     MAX_GRAD_NORM,
-    REPETITION_PENALTY,
-    TEMPERATURE,
-    TOP_K,
-    TOP_P,
+    SAMPLING,
     Command,
     Connection,
     Measurement,
@@ -75,10 +71,7 @@ def config(spec: Spec) -> dict[str, Any]:
         "lr_scheduler_type": "constant",
         "weight_decay": 0.0,
         "max_grad_norm": MAX_GRAD_NORM,
-        "temperature": TEMPERATURE,
-        "top_p": TOP_P,
-        "top_k": TOP_K,
-        "repetition_penalty": REPETITION_PENALTY,
+        **SAMPLING,
         "gradient_checkpointing": False,
         "shuffle_dataset": False,
         "logging_strategy": "no",

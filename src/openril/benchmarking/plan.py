@@ -70,13 +70,8 @@ def make_plan(
     repeats: int = 0,
     precision: Precision = "float32",
 ) -> Plan:
-    """Choose the cells of a run.
-
-    Args:
-        shapes: Measure all parts of these shapes instead of the plan's own.
-        repeats: Rounds of each cell, 0 for the plan's own number.
-        precision: That of the run. Where it is not the loop's default, one more cell has the default.
-    """
+    """Choose the cells of a run. shapes: measured with all parts instead of the plan's own. repeats: rounds of each cell,
+    0 for the plan's own number. precision: that of the run; unless it is the loop's default, one more cell has that."""
     gpu = device == "cuda"
     model = "qwen2_5_vl_3b" if gpu else "tiny"
     short, long = Shape(model, 200, 32, 8), Shape(model, 1000, 32, 16)

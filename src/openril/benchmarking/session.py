@@ -54,6 +54,7 @@ class CellResult:
         self.measurements.setdefault(contender, {}).setdefault(part, []).append(measurement)
 
 
+@dataclass
 class Session:
     """A machine, a folder for checkpoints and pictures, and the running processes of the contenders.
 
@@ -61,27 +62,20 @@ class Session:
     faster on a CPU (measured: 5 % slower) and take about twice the memory. Where memory is short, TRL gets fewer.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        device: Literal["cpu", "cuda"],
-        precision: Precision,
-        threads: int,
-        peer_rows: int = 0,
-        say: Say = lambda text: None,
-        warn: Say = lambda text: None,
-    ) -> None:
-        self.folder = folder
-        self.device: Literal["cpu", "cuda"] = device
-        self.precision: Precision = precision
-        self.threads = threads
-        self.peer_rows = peer_rows
-        self.say, self.warn = say, warn
-        self.workers: list[ContenderWorker] = []
+    folder: Path
+    device: Literal["cpu", "cuda"] = field(kw_only=True)
+    precision: Precision = field(kw_only=True)
+    threads: int = field(kw_only=True)
+    peer_rows: int = 0
+    say: Say = lambda text: None
+    warn: Say = lambda text: None
+    workers: list[ContenderWorker] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
         self._started = 0
         # Checkpoints are read in any type.
-        self.machine = Machine(device, product_dtype(precision), threads, folder / "machine.log")
+        dtype = product_dtype(self.precision)
+        self.machine = Machine(self.device, dtype, self.threads, self.folder / "machine.log")
 
     def close(self) -> None:
         """End every process."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -20,7 +21,8 @@ def print_cell(console: Console, cell: dict[str, Any]) -> None:
         f"{cell['model']}: prompts of {cell['prompt_tokens'] or '?'} tokens, responses of {cell['response_tokens']},"
         f" 2G = {cell['group_size']}, {cell['questions']} questions, {cell['precision']} (seconds, medians)"
     )
-    console.print(title, style="bold", highlight=False)
+    say = partial(console.print, highlight=False)
+    say(title, style="bold")
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=0, collapse_padding=True)
     table.add_column("", no_wrap=True)
     for column in _COLUMNS:
@@ -33,46 +35,35 @@ def print_cell(console: Console, cell: dict[str, Any]) -> None:
     console.print(table)
     for name, contender in cell["contenders"].items():
         for reason in contender["fast_path_off"]:
-            console.print(f"  [yellow]* {name} ran without its fast path: {escape(reason)}", highlight=False)
+            say(f"  [yellow]* {name} ran without its fast path: {escape(reason)}")
     for failure in cell["failures"]:
-        console.print(f"  [yellow]{failure['contender']}: {escape(failure['cause'])}", highlight=False)
+        say(f"  [yellow]{failure['contender']}: {escape(failure['cause'])}")
     if share := cell["matmul_share"]:
-        console.print(
-            f"  {share['unique_flops'] / 1e9:,.1f} GFLOP of unique tokens; share of the matrix-product peak:"
-            f" {_spread(share['share'])}"
-            + (f", of processor time {_spread(share['share_of_cpu_time'])}" if share["share_of_cpu_time"] else ""),
-            highlight=False,
-        )
+        cpu = share["share_of_cpu_time"]
+        text = f"{share['unique_flops'] / 1e9:,.1f} GFLOP of unique tokens; share of the matrix-product peak: "
+        say(f"  {text}{_spread(share['share'])}" + (f", of processor time {_spread(cpu)}" if cpu else ""))
     if decoding := cell["decoding"]:
-        per_step = decoding["weight_bytes_per_step"] + decoding["cache_bytes_per_step"]
-        console.print(
-            f"  decoding reads {per_step / 2**20:,.1f} MiB per step at {_spread(decoding['share_of_bandwidth'])} of the"
-            " memory bandwidth",
-            highlight=False,
-        )
+        mib = (decoding["weight_bytes_per_step"] + decoding["cache_bytes_per_step"]) / 2**20
+        share_text = _spread(decoding["share_of_bandwidth"])
+        say(f"  decoding reads {mib:,.1f} MiB per step at {share_text} of the memory bandwidth")
     if sweep := cell.get("sweep"):
         points = ", ".join(f"{p['group_size']}: {p['seconds']['median']:.3f}" for p in sweep["points"])
-        console.print(f"  update against 2G: {points}", highlight=False)
+        say(f"  update against 2G: {points}")
         if fit := sweep["fit_seconds_per_response_token"]:
-            console.print(
-                f"  = {fit['intercept']:.3f} s + {fit['slope'] * 1e3:.3f} ms per response token (R² {fit['r_squared']:.4f})",
-                highlight=False,
-            )
+            line = f"{fit['intercept']:.3f} s + {fit['slope'] * 1e3:.3f} ms per response token"
+            say(f"  = {line} (R² {fit['r_squared']:.4f})")
 
 
 def print_summary(console: Console, figures: dict[str, Any]) -> None:
     """Print the headline, if this run measured any of it."""
     if any(figures["ratios_spread"].values()):
         _print_headline(console, figures)
-    limits = figures["limits"]
+    limits, share = figures["limits"], figures["matmul_share"]
     if limits["matmul_flops"]:
-        share = figures["matmul_share"]
-        console.print(
-            f"matrix products reach {limits['matmul_flops']['max'] / 1e9:,.0f} GFLOP/s here, memory"
-            f" {limits['bandwidth']['max'] / 1e9:,.1f} GB/s"
-            + (f"; share of that peak spent on unique tokens: {share:.2f}" if share is not None else ""),
-            highlight=False,
-        )
+        flops, bandwidth = limits["matmul_flops"]["max"] / 1e9, limits["bandwidth"]["max"] / 1e9
+        text = f"matrix products reach {flops:,.0f} GFLOP/s here, memory {bandwidth:,.1f} GB/s"
+        text += f"; share of that peak spent on unique tokens: {share:.2f}" if share is not None else ""
+        console.print(text, highlight=False)
 
 
 def _print_headline(console: Console, figures: dict[str, Any]) -> None:

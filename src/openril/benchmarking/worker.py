@@ -52,14 +52,8 @@ def run_contender(pipe: Pipe, spec: Spec, log: str) -> None:
     except Finished:
         pass
     except BaseException as e:
-        import traceback
-
-        traceback.print_exc()
-        pipe.send(("failed", f"{type(e).__name__}: {e}", _memory_was_short(e)))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Exit without cleaning up, because the exit handlers of libraries may wait for each other.
-    os._exit(0)
+        _report(pipe, e)
+    _exit()
 
 
 def run_machine(pipe: Pipe, device: str, dtype: str, threads: int, log: str) -> None:
@@ -91,11 +85,21 @@ def run_machine(pipe: Pipe, device: str, dtype: str, threads: int, log: str) -> 
                     limits = Limits(device, requested)
                 pipe.send(("done", limits.measure()))
     except BaseException as e:
-        import traceback
+        _report(pipe, e)
+    _exit()
 
-        traceback.print_exc()
-        pipe.send(("failed", f"{type(e).__name__}: {e}", _memory_was_short(e)))
+
+def _report(pipe: Pipe, error: BaseException) -> None:
+    import traceback
+
+    traceback.print_exception(error)
+    pipe.send(("failed", f"{type(error).__name__}: {error}", _memory_was_short(error)))
+
+
+def _exit() -> None:
+    """Exit without cleaning up, because the exit handlers of libraries may wait for each other."""
     sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(0)
 
 
@@ -136,16 +140,10 @@ def _about_machine(device: str) -> dict[str, Any]:
     from openril._version import __version__
 
     name = torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
+    machine = {"device": name, "threads": torch.get_num_threads(), "cores": os.cpu_count()}
     packages = ("torch", "transformers", "trl", "accelerate", "datasets")
-    return {
-        "machine": {
-            "device": name,
-            "threads": torch.get_num_threads(),
-            "cores": os.cpu_count(),
-            "system": platform.platform(),
-        },
-        "versions": {"python": platform.python_version(), "openril": __version__, **{p: version(p) for p in packages}},
-    }
+    versions = {"python": platform.python_version(), "openril": __version__, **{p: version(p) for p in packages}}
+    return {"machine": machine | {"system": platform.platform()}, "versions": versions}
 
 
 def _cpu_name() -> str:

@@ -74,11 +74,8 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The difference b - a on the n questions whose score is known in both.
-
-    standard_error: that of the mean difference; None below two questions. better, worse: the number of questions on
-    which b scores more, or less.
-    """
+    """The difference b - a on the n questions whose score is known in both. standard_error: that of the mean; None below
+    two questions. better, worse: the number of questions on which b scores more, or less."""
 
     n: int
     difference: float | None
@@ -132,11 +129,8 @@ def groups_of(metadata: Mapping[str, Any]) -> dict[str, str]:
 
 
 def compare(a: Evaluation, b: Evaluation) -> Comparison:
-    """Compare b with a on the same questions.
-
-    Pairing removes the difficulty of the questions from the error, so that a gain of a few questions can be
-    distinguished from noise where two separate standard errors would overlap.
-    """
+    """Compare b with a on the same questions. Pairing removes the difficulty of the questions from the error, so that a
+    small gain can be distinguished from noise even where two separate standard errors overlap."""
     first = {r.question_id: r.score for r in a.rows}
     differences = [
         r.score - before for r in b.rows if r.score is not None and (before := first.get(r.question_id)) is not None

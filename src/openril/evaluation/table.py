@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from openril.evaluation.summary import Comparison, Evaluation, Summary, compare
@@ -89,14 +90,6 @@ def table_data(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
     for e in evaluations:
         entry = e.as_dict()
         if e is not evaluations[0]:
-            c = compare(evaluations[0], e)
-            entry["gain"] = {
-                "over": evaluations[0].name,
-                "n": c.n,
-                "difference": c.difference,
-                "standard_error": c.standard_error,
-                "better": c.better,
-                "worse": c.worse,
-            }
+            entry["gain"] = {"over": evaluations[0].name, **asdict(compare(evaluations[0], e))}
         out.append(entry)
     return out

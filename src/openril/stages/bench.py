@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 from rich.console import Console
 
@@ -29,6 +29,7 @@ EPILOG = f"""\
 A shape is MODEL-IMAGETOKENS-RESPONSETOKENS-GROUPSIZE, for example tiny-1000-32-16, or a MODEL for its whole grid.
 A precision may follow, for example tiny-1000-32-16-bfloat16. Every step has {QUESTIONS} questions.
 Models (random weights, the architecture of Qwen2.5-VL): {", ".join(MODELS)}.
+Precisions: float32, bfloat16 (autocast over float32 weights, the default of train.precision), pure_bf16 (bfloat16 weights).
 Contenders: trl (GRPOTrainer), plain (our loop with the prompt repeated for every response), ours.
 """
 
@@ -42,32 +43,24 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    p.add_argument("--quick", action="store_true", help="only the headline figures, in about six minutes on two cores")
-    p.add_argument("--json", metavar="PATH", type=Path, help="write every figure to this file, after each shape")
-    p.add_argument(
-        "--device", choices=("cpu", "cuda"), help="cuda measures the 3B model; default: cuda if there is a GPU"
-    )
-    p.add_argument(
-        "--shape", metavar="NAME", nargs="+", default=[], help="measure only these shapes, with all their parts"
-    )
-    p.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="run only these")
-    p.add_argument(
-        "--repeats", metavar="N", type=_positive, default=0, help="rounds for each shape; default 3 (2 for long shapes)"
-    )
-    p.add_argument("--threads", metavar="N", type=_positive, default=0, help="CPU threads; default: torch's choice")
-    p.add_argument(
-        "--precision",
-        choices=("float32", "bfloat16", "pure_bf16"),
-        help="float32, bfloat16 (autocast over float32 weights) or pure_bf16 (bfloat16 weights); default: float32, and"
-        " pure_bf16 on cuda. Another shape is measured in bfloat16, the default of train.precision",
-    )
-    p.add_argument(
-        "--trl-rows",
+    add = p.add_argument
+    add("--quick", action="store_true", help="only the headline figures, in about six minutes on two cores")
+    add("--json", metavar="PATH", type=Path, help="write every figure to this file, after each shape")
+    add("--device", choices=("cpu", "cuda"), help="cuda measures the 3B model; default: cuda if there is a GPU")
+    add("--shape", metavar="NAME", nargs="+", default=[], help="measure only these shapes, with all their parts")
+    add("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="run only these")
+    add(
+        "--repeats",
         metavar="N",
         type=_positive,
         default=0,
-        help="TRL's per_device_train_batch_size, the rest by accumulation; default: one group (2G), as our passes have",
+        help="rounds for each shape; default: 3, or 2 for long ones",
     )
+    add("--threads", metavar="N", type=_positive, default=0, help="CPU threads; default: torch's choice")
+    text = "weights and products; default: float32, and pure_bf16 on cuda; one shape is always measured in bfloat16"
+    add("--precision", choices=get_args(Precision), help=text)
+    text = "TRL's per_device_train_batch_size, the rest by accumulation; default: one group (2G), as our passes have"
+    add("--trl-rows", metavar="N", type=_positive, default=0, help=text)
     return p
 
 
@@ -81,14 +74,8 @@ def run_bench(arguments: Sequence[str], console: Console) -> dict[str, Any]:
     if device == "cuda" and not cuda_there():
         raise OpenRILError("--device: got cuda, but torch sees no GPU here. Use --device cpu.")
     precision = cast(Precision, flags.precision or ("pure_bf16" if device == "cuda" else "float32"))
-    plan = make_plan(
-        quick=flags.quick,
-        device=device,
-        shapes=shapes,
-        contenders=flags.contenders,
-        repeats=flags.repeats,
-        precision=precision,
-    )
+    chosen = {"shapes": shapes, "contenders": flags.contenders, "repeats": flags.repeats}
+    plan = make_plan(quick=flags.quick, device=device, precision=precision, **chosen)
     started = time.perf_counter()
     folder = Path(tempfile.mkdtemp(prefix="ril-bench-"))
     session: Session | None = None
@@ -96,18 +83,11 @@ def run_bench(arguments: Sequence[str], console: Console) -> dict[str, Any]:
     total = len(plan.cells)
 
     def figures_so_far() -> dict[str, Any]:
-        settings = {
-            "quick": flags.quick,
-            "device": device,
-            "precision": precision,
-            "threads": flags.threads or None,
-            "trl_rows": flags.trl_rows or None,
-            "contenders": flags.contenders,
-            "shapes_measured": len(results),
-            "shapes_planned": total,
-            "wall_seconds": time.perf_counter() - started,
-        }
         assert session is not None
+        settings = {"quick": flags.quick, "device": device, "precision": precision, "contenders": flags.contenders}
+        settings |= {"threads": flags.threads or None, "trl_rows": flags.trl_rows or None}
+        settings |= {"shapes_measured": len(results), "shapes_planned": total}
+        settings["wall_seconds"] = time.perf_counter() - started
         return summary(plan, results, session.machine.about, settings)
 
     try:

@@ -39,30 +39,25 @@ class _Page:
         self.console.print(f"\n[bold]{escape(text)}[/bold]")
 
     def good(self, text: str) -> None:
-        self.console.print(f"  [green]ok[/green]       {escape(text)}", highlight=False, soft_wrap=True)
+        self.plain(text, "[green]ok[/green]     ")
 
     def error(self, text: str) -> None:
         self.errors += 1
-        self.console.print(f"  [red]problem[/red]  {escape(text)}", highlight=False, soft_wrap=True)
+        self.plain(text, "[red]problem[/red]")
 
     def warn(self, text: str) -> None:
         self.warnings += 1
-        self.console.print(f"  [yellow]warning[/yellow]  {escape(text)}", highlight=False, soft_wrap=True)
+        self.plain(text, "[yellow]warning[/yellow]")
 
-    def plain(self, text: str) -> None:
-        self.console.print(f"           {escape(text)}", highlight=False, soft_wrap=True)
+    def plain(self, text: str, label: str = "       ") -> None:
+        self.console.print(f"  {label}  {escape(text)}", highlight=False, soft_wrap=True)
 
 
 def run_check(recipe: Recipe, console: Console, world_size: int | None = None) -> int:
-    """Check settings, data, models, servers, memory and disk for ``ril run``.
+    """Check settings, data, models, servers, memory and disk for ``ril run``, and return 0 if the run can start, else 2.
 
-    Nothing is trained or written, and no server is asked for an answer.
-
-    Args:
-        world_size: The number of planned training processes; by default that of the launcher ($WORLD_SIZE), else 1.
-
-    Returns:
-        0 when the run can start, else 2.
+    Nothing is trained or written, and no server is asked for an answer. world_size: the number of planned training
+    processes; by default that of the launcher ($WORLD_SIZE), else 1.
     """
     world_size = int(os.environ.get("WORLD_SIZE") or 1) if world_size is None else world_size
     page = _Page(console)
@@ -186,10 +181,8 @@ class TokenCounter:
     """Compute prompt lengths without opening images, by the processor's own rule for the number of image tokens.
 
     The rule is compared with real calls of the processor on the first few image sizes. Where they differ, or where the
-    processor has no rule, every distinct size is measured by a real call on a blank image.
-
-    Raises:
-        ModelError: If there is no chat template.
+    processor has no rule, every distinct size is measured by a real call on a blank image. Raises ModelError if there is
+    no chat template.
     """
 
     _COMPARED = 3

@@ -98,14 +98,10 @@ def run_discriminator(recipe: Recipe, console: Console) -> Path:
     if accelerator.is_main_process:
         write_json(folder.path / "held_out.json", held_out)
         if held_out:
-            console.print(
-                f"discriminator: held-out accuracy {held_out['accuracy']:.3f} on {int(held_out['questions'])} questions"
-                + (
-                    f" (length alone: {held_out['length_only_accuracy']:.3f})"
-                    if "length_only_accuracy" in held_out
-                    else ""
-                )
-            )
+            text = f"held-out accuracy {held_out['accuracy']:.3f} on {int(held_out['questions'])} questions"
+            if "length_only_accuracy" in held_out:
+                text += f" (length alone: {held_out['length_only_accuracy']:.3f})"
+            console.print(f"discriminator: {text}")
         write_json(pretraining_settings_file(recipe), pretraining_settings(recipe))
     saver.write_discriminator(target)
     accelerator.wait_for_everyone()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from openril._version import __version__
 from openril.errors import ModelError
 from openril.recipe.schema import Recipe
-from openril.storage import read_jsonl, stable_hash, write_json, write_text
+from openril.storage import read_jsonl, stable_hash, weights_fingerprint, write_json, write_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -152,8 +152,6 @@ def settings_of(recipe: Recipe, questions: list[Question]) -> dict[str, Any]:
 
 def identity_of(checkpoint: str, recipe: Recipe) -> str:
     """Return the fingerprint of a folder's weights, or the name and revision of a checkpoint on the hub."""
-    from openril.storage import weights_fingerprint
-
     revision = recipe.student.revision if checkpoint == recipe.student.model else None
     return weights_fingerprint(Path(checkpoint).expanduser()) or f"{checkpoint}@{revision or 'main'}"
 
@@ -161,10 +159,8 @@ def identity_of(checkpoint: str, recipe: Recipe) -> str:
 def read_evaluation(
     folder: Path, name: str, settings: dict[str, Any], identity: str | None = None
 ) -> Evaluation | None:
-    """Return the finished evaluation with these settings (and of these weights), or None.
-
-    An evaluation with unknown scores is not finished, so that it is continued.
-    """
+    """Return the finished evaluation with these settings (and of these weights), or None. One with unknown scores is not
+    finished, so that it is continued."""
     from openril.evaluation.summary import Row, build_evaluation
 
     try:

@@ -114,9 +114,8 @@ def open_trainer(recipe: Recipe, console: Console | None = None) -> Iterator[RIL
             judge.close()
         if parts is not None:
             parts.close()
-        if accelerator.trackers:
-            for tracker in accelerator.trackers:
-                tracker.finish()
+        for tracker in accelerator.trackers:
+            tracker.finish()
 
 
 def probes(questions: Sequence[Question]) -> list[Question]:
@@ -126,11 +125,7 @@ def probes(questions: Sequence[Question]) -> list[Question]:
 
 
 def training_questions(recipe: Recipe) -> list[Question]:
-    """Return the loop's questions: all of data.train, or the selected ones.
-
-    Raises:
-        DataError: If the selection is missing, or there are too few questions for a step.
-    """
+    """Return the loop's questions: all of data.train, or the selected ones. Raises DataError if they are too few."""
     questions = read_questions(recipe.data, "train")
     if recipe.data.selection.enabled:
         path = selection_file(recipe)
@@ -147,31 +142,20 @@ def training_questions(recipe: Recipe) -> list[Question]:
 
 
 def cached_teacher_responses(recipe: Recipe, questions: list[Question], *, check: bool = True) -> TeacherResponses:
-    """Return a function that draws a question's teacher responses from the cache.
-
-    Args:
-        check: Compare the cache with the questions and their images now. One process of a run is enough.
-    """
+    """Return a function that draws a question's teacher responses from the cache. check: compare the cache with the
+    questions and their images now; one process of a run is enough."""
     count = recipe.teacher_responses_per_question
     if not count:
         return lambda question, epoch: []
     cache = ResponseCache.open(recipe.cache_path).load(
         questions, recipe.teacher_names, recipe.collect.num_responses, check_hashes=check
     )
-    per_teacher = recipe.train.num_teacher_responses if recipe.train.per_teacher else None
+    train = recipe.train
+    each = train.num_generations if train.num_teacher_responses is None else train.num_teacher_responses
+    amount = {"per_teacher": each} if train.per_teacher else {"total": count}
 
     def responses(question: Question, epoch: int) -> list[Response]:
-        return draw(
-            cache,
-            question.id,
-            recipe.teacher_names,
-            total=None if recipe.train.per_teacher else count,
-            per_teacher=(per_teacher if per_teacher is not None else recipe.train.num_generations)
-            if recipe.train.per_teacher
-            else None,
-            seed=recipe.seed,
-            epoch=epoch,
-        )
+        return draw(cache, question.id, recipe.teacher_names, seed=recipe.seed, epoch=epoch, **amount)
 
     return responses
 
