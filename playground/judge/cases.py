@@ -198,9 +198,9 @@ class Maker:
         sort = self.rng.random()
         if sort < 0.25:
             return self.direct(q, right)
-        wanted = self.rng.random() < right
-        derivation = q.derivation if wanted != (sort < 0.4) else self.rng.choice(q.slips)
-        return replace(derivation, answer=q.answer if wanted else self.other(q), said="").text(self.style())
+        is_right = self.rng.random() < right
+        derivation = q.derivation if is_right != (sort < 0.4) else self.rng.choice(q.slips)
+        return replace(derivation, answer=q.answer if is_right else self.other(q), option="").text(self.style())
 
     def right(self, q: SkillQuestion) -> str:
         return q.derivation.text(self.style())
@@ -211,8 +211,8 @@ class Maker:
     def exchanged(self, q: SkillQuestion) -> str:
         """Draw right steps with a wrong answer, or wrong steps with the right one. Only the answer counts."""
         if self.rng.random() < 0.5:
-            return replace(q.derivation, answer=self.other(q), said="").text(self.style())
-        return replace(self.rng.choice(q.slips), answer=q.answer, said="").text(self.style())
+            return replace(q.derivation, answer=self.other(q), option="").text(self.style())
+        return replace(self.rng.choice(q.slips), answer=q.answer, option="").text(self.style())
 
     def foreign(self, q: SkillQuestion) -> str:
         """Draw a response to another question."""
@@ -290,7 +290,7 @@ class Maker:
         text = listed(answers) if self.rng.random() < 0.2 else joined.join(answers)
         if self.rng.random() < 0.6:
             base = self.rng.choice((q.derivation, *q.slips))
-            return replace(base, answer=text, said="").text(self.style())
+            return replace(base, answer=text, option="").text(self.style())
         return text
 
     def mixed(self, q: SkillQuestion) -> str:

@@ -1,6 +1,7 @@
 """A small text model whose tokenizer has one token for each fixed part of the judge's prompt.
 
-Prompts and replies are less than half as long that way. If the prompt's text changes, the judge must be trained again.
+Prompts and replies are less than half as long with such a tokenizer. If the prompt's text changes, the judge must be
+trained again.
 """
 
 from __future__ import annotations

@@ -105,8 +105,8 @@ def _physics(rng: random.Random, difficulty: int) -> _Case:
         pulls = []
         for direction in ("right", "left"):
             found = [size for name, size in read if name == direction]
-            said = " and ".join(map(str, found))
-            steps.append((f"to the {direction} there is {said}", f"{direction} {', '.join(map(str, found))}"))
+            phrase = " and ".join(map(str, found))
+            steps.append((f"to the {direction} there is {phrase}", f"{direction} {', '.join(map(str, found))}"))
             sums, pull = sum_steps(found or [0])
             steps += sums
             pulls.append(pull)
@@ -130,8 +130,8 @@ def _biology(rng: random.Random, difficulty: int) -> _Case:
         legs = []
         for name, count in read:
             number = count * LEGS[name] + (slip if len(read) == 1 else 0)
-            said = f"1 {name} has" if count == 1 else f"{count} {name}s have"
-            steps.append((f"{said} {number} legs", f"{name} {count} x {LEGS[name]} = {number}"))
+            phrase = f"1 {name} has" if count == 1 else f"{count} {name}s have"
+            steps.append((f"{phrase} {number} legs", f"{name} {count} x {LEGS[name]} = {number}"))
             legs.append(number)
         sums, total = sum_steps(legs, slip)
         return [*steps, *sums], total

@@ -62,16 +62,16 @@ def _count(rng: random.Random, difficulty: int, chinese: bool) -> SkillQuestion:
     facts = [_Group(n, tuple((c, t.color) for c, t in scene.things.items() if t.name == n)) for n in names]
 
     def explain(groups: list[_Group], letter: str = "") -> Derivation | None:
-        said = [len(g.members) for g in groups]
-        if str(sum(said)) not in choices or 0 in said:
+        counts_read = [len(g.members) for g in groups]
+        if str(sum(counts_read)) not in choices or 0 in counts_read:
             return None
         steps: list[Step] = []
         for group in groups:
             steps.append(_seen_cn(group) if chinese else _seen(group))
-        if len(said) > 1:
-            (step,) = sum_steps(said)[0]
+        if len(counts_read) > 1:
+            (step,) = sum_steps(counts_read)[0]
             steps.append((step[1], step[1]) if chinese else step)
-        return chosen(steps, str(sum(said)), choices, letter, chinese)
+        return chosen(steps, str(sum(counts_read)), choices, letter, chinese)
 
     right = explain(facts)
     assert right is not None
@@ -105,8 +105,8 @@ def _seen(group: _Group) -> Step:
     number = len(group.members)
     colors = listed([color for _, color in group.members])
     places = ", ".join(where(cell) for cell, _ in group.members)
-    said = f"the {group.name}s are" if number > 1 else f"the {group.name} is"
-    return f"{said} {colors}, {number} in all", f"{group.name} {places} : {number}"
+    phrase = f"the {group.name}s are" if number > 1 else f"the {group.name} is"
+    return f"{phrase} {colors}, {number} in all", f"{group.name} {places} : {number}"
 
 
 def _seen_cn(group: _Group) -> Step:

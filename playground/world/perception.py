@@ -58,10 +58,17 @@ def needs_image(rng: random.Random, difficulty: int) -> SkillQuestion:
             return {**things, asked: Thing(things[asked].name, other)}, asked, ""
         return {**things, asked: Thing(things[asked].name, rng.choice(list(COLORS)))}, asked, ""
 
-    said = f"thing {relation} the {name}" if relation else name
+    asked_name = f"thing {relation} the {name}" if relation else name
     slips = find_slips(right, lambda facts: explain(*facts), misread)
     return SkillQuestion(
-        "needs_image", difficulty, f"what colour is the {said}?", "choice", (Scene.of(things),), right, slips, choices
+        "needs_image",
+        difficulty,
+        f"what colour is the {asked_name}?",
+        "choice",
+        (Scene.of(things),),
+        right,
+        slips,
+        choices,
     )
 
 
@@ -107,8 +114,8 @@ def perception(rng: random.Random, difficulty: int) -> SkillQuestion:
 def spatial(rng: random.Random, difficulty: int) -> SkillQuestion:
     """Ask where one thing is relative to another. Difficulty 3: also diagonally."""
     things = different_things(rng, {1: 2, 2: 4, 3: 6}[difficulty])
-    wanted = rng.choice([(-1, 0), (1, 0), (0, -1), (0, 1)] + [(-1, -1), (-1, 1), (1, -1), (1, 1)] * (difficulty == 3))
-    pairs = [(a, b) for a in things for b in things if a != b and _signs(a, b) == wanted]
+    signs = rng.choice([(-1, 0), (1, 0), (0, -1), (0, 1)] + [(-1, -1), (-1, 1), (1, -1), (1, 1)] * (difficulty == 3))
+    pairs = [(a, b) for a in things for b in things if a != b and _signs(a, b) == signs]
     if not pairs:
         return spatial(rng, difficulty)
     cell, seen_from = rng.choice(pairs)

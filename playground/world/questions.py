@@ -25,19 +25,19 @@ Step = tuple[str, str]
 class Derivation:
     """The steps to an answer.
 
-    said: the last words of its text where they are not the answer itself. For a choice they are the option's text, and the
+    option: for a choice, the text of the option, which replaces the answer as the last words of the derivation. The
     answer is its letter.
     """
 
     steps: tuple[Step, ...]
     answer: str
     chinese: bool = False
-    said: str = ""
+    option: str = ""
 
     @property
     def ending(self) -> str:
         """The last words of its text."""
-        return self.said or self.answer
+        return self.option or self.answer
 
     def text(self, style: Style) -> str:
         """Return the derivation in a style.

@@ -278,7 +278,7 @@ def test_notes_agree_with_the_scene(made):
 
 
 def test_styles_of_one_derivation():
-    derivation = Derivation((("3 plus 4 is 7", "3 + 4 = 7"),), "B", said="7")
+    derivation = Derivation((("3 plus 4 is 7", "3 + 4 = 7"),), "B", option="7")
     assert derivation.text("a") == "3 plus 4 is 7. so the answer is 7."
     assert derivation.text("b") == "- 3 + 4 = 7\nanswer: 7"
     assert derivation.text("c") == "see 3 + 4 = 7; answer = 7"
