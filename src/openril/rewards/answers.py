@@ -1,4 +1,4 @@
-"""Is a response right? One way to find out, by rules or judge, for training and evaluation alike."""
+"""Whether responses are right, by rules or by the judge. Training, evaluation and rejection sampling all use this."""
 
 from __future__ import annotations
 
@@ -8,35 +8,36 @@ from typing import Literal
 
 from openril.data.question_text import choice_letter, question_text
 from openril.errors import DataError, RecipeError
+from openril.recipe.schema import Recipe
 from openril.records import Question
 from openril.rewards import rules
 from openril.rewards.choices import truth_index
 from openril.rewards.degenerate import is_empty, is_repetitive
-from openril.rewards.judge import JudgeHandle, JudgeItem, JudgeService
-from openril.rewards.verdict_store import Verdict
+from openril.rewards.judge import JudgeHandle, JudgeItem, KnownVerdicts
+from openril.rewards.judge_protocol import Verdict
+from openril.rewards.verdict_store import open_verdict_store
 
 AnswerKind = Literal["judge", "rules", "rules_then_judge", "none"]
 
 
 @dataclass(frozen=True)
 class AnswerScore:
-    """Whether one response is right.
-
-    score: 1.0, 0.0, or None where it is unknown (no verdict could be had) or nothing was to be scored. parsed: False
-    where a rule found no answer to compare; under ``rules`` such a response scores 0. asked_judge: the score is the
-    judge's to give (a cached verdict counts). cause: why it is unknown, or 0 without further look. verdict: the
-    judge's, with its explanation.
-    """
+    """Whether one response is right."""
 
     score: float | None
+    """1.0, 0.0, or None where the verdict is unknown or nothing was to be scored."""
     parsed: bool = True
+    """False where a rule found no answer to compare. Under ``rules`` such a response scores 0."""
     asked_judge: bool = False
+    """Whether the judge decides the score. True for cached and unknown verdicts too."""
     cause: str = ""
+    """Why the score is unknown, or why it is 0 without a comparison."""
     verdict: Verdict | None = None
+    """The judge's verdict with its explanation."""
 
 
 class AnswersHandle:
-    """Scores under way; ``result`` waits for the judge."""
+    """Scores that are being computed. ``result`` waits for the judge."""
 
     def __init__(self, scores: list[AnswerScore], judged: list[int], handle: JudgeHandle | None) -> None:
         self._scores = scores
@@ -47,7 +48,10 @@ class AnswersHandle:
         if self._handle is not None:
             for index, verdict in zip(self._judged, self._handle.result(), strict=True):
                 parsed = self._scores[index].parsed
-                self._scores[index] = AnswerScore(verdict.score, parsed, True, verdict.cause, verdict)
+                if verdict.cause and not verdict.unknown:  # it was decided without the judge
+                    self._scores[index] = AnswerScore(verdict.score, cause=verdict.cause)
+                else:
+                    self._scores[index] = AnswerScore(verdict.score, parsed, True, verdict.cause, verdict)
             self._handle = None
         return self._scores
 
@@ -56,35 +60,43 @@ def submit_answers(
     items: Sequence[tuple[Question, str]],
     kind: AnswerKind,
     rule: str,
-    judge_service: JudgeService | None = None,
+    judge_service: KnownVerdicts | None = None,
     shared: Sequence[bool] | None = None,
 ) -> AnswersHandle:
-    """Start scoring (question, response text) items, in order.
+    """Start to score items of (question, response text). Empty and repetitive responses score 0, whatever the kind.
 
-    kind: ``judge``; ``rules``; ``rules_then_judge`` (the judge where a rule finds nothing to compare); ``none``. rule:
-    for questions that name none of their own. shared: which responses come from the response cache (their verdicts are
-    kept there). Empty and repetitive responses score 0, whatever the kind. Raises DataError for a question without
-    ground truth and RecipeError where a judge is needed but not given.
+    Args:
+        kind: ``rules_then_judge`` asks the judge where a rule finds no answer to compare.
+        rule: The rule of questions that name none themselves.
+        judge_service: A ``JudgeService``, or ``KnownVerdicts`` to ask nobody.
+        shared: Which responses come from the response cache, so that their verdicts are stored there.
+
+    Raises:
+        DataError: For a question without ground truth.
+        RecipeError: Where a judge is needed but not given.
     """
     if kind == "none":
         return AnswersHandle([AnswerScore(None)] * len(items), [], None)
     if judge_service is None and kind != "rules":
         raise RecipeError(
-            f"answers are scored by {kind}, but there is no judge; set judge.base_urls or judge.model_path"
+            f"rewards.answer.kind, eval.score: {kind} needs a judge, got none. Set judge.base_urls or judge.model_path."
         )
     scores: list[AnswerScore] = []
     judged: list[int] = []
     for question, text in items:
         if not question.answer.strip():
-            where = f"question {question.id}" + (f" ({question.origin})" if question.origin else "")
-            raise DataError(f"{where} has no answer to compare with; give it one, or set rewards.answer.kind none")
+            where = f" ({question.origin})" if question.origin else ""
+            raise DataError(
+                f"question {question.id}: expected an answer to compare with, got none{where}. Add it, or set"
+                " rewards.answer.kind: none."
+            )
         if is_empty(text):
             scores.append(AnswerScore(0.0, cause="empty response"))
-        elif is_repetitive(text):
-            scores.append(AnswerScore(0.0, cause="repetitive response"))
-        elif kind == "judge":
+        elif kind == "judge":  # which checks for repetition itself, after it has looked for a known verdict
             judged.append(len(scores))
             scores.append(AnswerScore(None, asked_judge=True))
+        elif is_repetitive(text):
+            scores.append(AnswerScore(0.0, cause="repetitive response"))
         else:
             score = rules.score(question.rule or rule, question, text)
             if score is None and kind == "rules_then_judge":
@@ -103,15 +115,28 @@ def score_answers(
     items: Sequence[tuple[Question, str]],
     kind: AnswerKind,
     rule: str,
-    judge_service: JudgeService | None = None,
+    judge_service: KnownVerdicts | None = None,
     shared: Sequence[bool] | None = None,
 ) -> list[AnswerScore]:
-    """Scores of (question, response text) items, in order; see ``submit_answers``."""
+    """Score items of (question, response text), in order. See ``submit_answers``."""
     return submit_answers(items, kind, rule, judge_service, shared).result()
 
 
+def cached_answer_kind(recipe: Recipe) -> AnswerKind:
+    """Return how cached responses are scored: as in training, and by the judge where training scores no answers."""
+    kind: AnswerKind = recipe.rewards.answer.kind
+    return "judge" if kind == "none" else kind
+
+
+def known_answers(recipe: Recipe, items: Sequence[tuple[Question, str]]) -> list[AnswerScore]:
+    """Score cached responses without asking the judge: by rules, and by the verdicts that are already stored."""
+    kind = cached_answer_kind(recipe)
+    known = KnownVerdicts(recipe.judge, open_verdict_store(recipe)) if kind != "rules" else None
+    return score_answers(items, kind, recipe.rewards.answer.rule, known)
+
+
 def judge_item(question: Question, text: str, shared: bool = False) -> JudgeItem:
-    """What the judge is given: the question with its options, the truth (with letter and text for a choice)."""
+    """Return what the judge reads: the question with its options, the truth (a choice by letter and text), the response."""
     truth = question.answer
     if question.choices and (index := truth_index(truth, list(question.choices))) is not None:
         truth = f"{choice_letter(index)}. {question.choices[index]}"

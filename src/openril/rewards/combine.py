@@ -1,4 +1,4 @@
-"""What a response earns: similarity, answer and the user's own rewards, weighted and summed."""
+"""The reward of a response: similarity, answer, and the user's own rewards, weighted and summed."""
 
 from __future__ import annotations
 
@@ -19,29 +19,34 @@ from openril.rewards.verdict_store import UnknownBudget
 Gather = Callable[[list[Any]], list[Any]]
 
 COUNTS = ("responses", "judged", "asked", "cached", "unknown", "unparsed", "empty", "repetitive", "causes")
-"""What adds up over processes."""
+"""Fields of ``RewardStats`` that are summed over processes."""
 
 
 @dataclass
 class RewardStats:
-    """Counts of one step.
-
-    responses: all. judged: those whose score is the judge's to give, of which ``asked`` cost a request, ``cached`` were
-    known, and ``unknown`` could not be had (``causes`` says why). unparsed: a rule found no answer to compare. empty,
-    repetitive: scored 0 without a look. answer_seconds: waiting for answers. function_seconds: in the user's functions.
-    """
+    """Counts and seconds of one step."""
 
     responses: int = 0
     judged: int = 0
+    """Responses whose score the judge decides."""
     asked: int = 0
+    """Verdicts that cost a request."""
     cached: int = 0
+    """Verdicts that were known already."""
     unknown: int = 0
+    """Verdicts that could not be obtained."""
     unparsed: int = 0
+    """Responses in which a rule found no answer to compare."""
     empty: int = 0
+    """Responses without text, which score 0."""
     repetitive: int = 0
+    """Repetitive responses, which score 0."""
     answer_seconds: float = 0.0
+    """Seconds spent waiting for answer scores."""
     function_seconds: float = 0.0
+    """Seconds spent in the user's functions."""
     causes: list[str] = field(default_factory=list)
+    """Why verdicts are unknown."""
 
     def count(self, scores: Sequence[AnswerScore]) -> None:
         self.responses += len(scores)
@@ -59,7 +64,7 @@ class RewardStats:
 
     @staticmethod
     def merge(parts: Sequence[RewardStats]) -> RewardStats:
-        """One step's counts over processes: counts add up, seconds are the slowest process's."""
+        """Sum the counts of all processes; the seconds are those of the slowest process."""
         total = RewardStats()
         for part in parts:
             for name in COUNTS:
@@ -72,9 +77,11 @@ class RewardStats:
 class RewardSystem:
     """Fills the rewards of groups whose ``student_prob`` the discriminator has set.
 
-    judge_service: needed where the answer reward asks a judge. functions: the recipe's own unless given. gather:
-    collects a list over all processes (``accelerate.utils.gather_object``), so that counts are the whole step's and
-    all processes stop together; not needed with one process.
+    Args:
+        judge_service: Needed where the answer reward asks a judge.
+        functions: Replace the recipe's own.
+        gather: Collects a list over all processes (``accelerate.utils.gather_object``), so that the counts are those of
+            the whole step and all processes stop together. Not needed with one process.
     """
 
     def __init__(
@@ -88,8 +95,8 @@ class RewardSystem:
         self.kind = recipe.answer_kind
         if self.kind in ("judge", "rules_then_judge") and judge_service is None:
             raise RecipeError(
-                f"rewards.answer.kind is {self.kind}, but there is no judge; set judge.base_urls and judge.model, or"
-                " judge.model_path, or use rules"
+                f"rewards.answer.kind: {self.kind} needs a judge, got none. Set judge.base_urls and judge.model, or"
+                " judge.model_path, or use rules."
             )
         self.judge_service = judge_service
         self.functions = FunctionRewards(load_functions(recipe.rewards.functions) if functions is None else functions)
@@ -100,7 +107,7 @@ class RewardSystem:
 
     @property
     def weights(self) -> dict[str, float]:
-        """Weight of every reward in force, by its name in ``Rollout.rewards``."""
+        """Weight of every active reward, by its name in ``Rollout.rewards``."""
         rewards = self.recipe.rewards
         weights = {"similarity": rewards.similarity.weight} if self.recipe.uses_discriminator else {}
         if self.kind != "none":
@@ -108,21 +115,27 @@ class RewardSystem:
         return weights | {f.name: f.weight for f in self.functions.functions}
 
     def begin(self, groups: Sequence[Group]) -> None:
-        """Start asking the judge about these groups, so that it works while the discriminator trains. Optional."""
+        """Start to ask the judge about these groups, so that it works while the discriminator trains. Optional."""
         self._begun = (list(groups), self._submit(groups))
 
     def score(self, groups: Sequence[Group]) -> dict[str, float]:
-        """Fill ``similarity``, ``verdict``, ``rewards`` and ``reward`` of every rollout; the step's metrics.
+        """Fill ``similarity``, ``verdict``, ``rewards`` and ``reward`` of every rollout. ``stats`` then holds the counts.
 
-        A rollout's reward is the weighted sum, or None as soon as one reward with a weight is unknown; a reward with
-        weight 0 is logged and changes nothing. Raises JudgeError when too many verdicts are unknown, what a reward
-        function raises, and DataError for a question without ground truth. ``stats`` holds the counts.
+        A rollout's reward is the weighted sum, or None if a reward with a weight is unknown. A reward with weight 0 is
+        only logged.
+
+        Returns:
+            The step's metrics.
+
+        Raises:
+            JudgeError: If too many verdicts are unknown.
+            DataError: For a question without ground truth. What a reward function raises is passed on.
         """
         stats = RewardStats()
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         begun, self._begun = self._begun, None
         started = time.perf_counter()
-        # Groups hold the same objects from begin to score, or they are other groups.
+        # The work that ``begin`` started counts only if ``score`` gets the same group objects.
         same = begun is not None and [id(g) for g in begun[0]] == [id(g) for g in groups]
         handle = begun[1] if begun is not None and same else self._submit(groups)
         function_rewards = self._call_functions(groups, stats)
@@ -146,13 +159,13 @@ class RewardSystem:
 
     def _submit(self, groups: Sequence[Group]) -> AnswersHandle:
         pairs = [(group.question, rollout.response) for group in groups for rollout in group.rollouts]
-        # Teacher responses come from the cache: their verdicts are worth keeping there.
+        # Teacher responses come from the cache, so their verdicts are stored there for other runs.
         shared = [not response.from_student for _, response in pairs]
         items = [(question, response.text) for question, response in pairs]
         return submit_answers(items, self.kind, self.recipe.rewards.answer.rule, self.judge_service, shared)
 
     def _similarity(self, rollout: Rollout) -> float:
-        assert rollout.student_prob is not None, "the discriminator scores groups before rewards are added up"
+        assert rollout.student_prob is not None, "the discriminator must score groups before rewards are summed"
         settings = self.recipe.rewards.similarity
         return similarity_reward(rollout.student_prob, settings.kind, settings.levels)
 
@@ -163,7 +176,7 @@ class RewardSystem:
         return rewards
 
     def _metrics(self, stats: RewardStats) -> dict[str, float]:
-        """What can be measured under this recipe, by the names of docs/metrics.md (without their ``reward/``)."""
+        """Return what this recipe can measure, by the names of docs/metrics.md without their ``reward/``."""
         metrics: dict[str, float] = {}
         if self.kind != "none":
             metrics |= {"empty": float(stats.empty), "repetitive": float(stats.repetitive)}
@@ -182,7 +195,7 @@ class RewardSystem:
 
 
 def weighted_sum(rewards: dict[str, float | None], weights: dict[str, float]) -> float | None:
-    """Sum of weight x reward; None when a reward with a weight other than 0 is unknown."""
+    """Return the sum of weight x reward, or None if a reward with a weight other than 0 is unknown."""
     total = 0.0
     for name, weight in weights.items():
         if weight == 0.0:

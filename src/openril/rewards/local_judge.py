@@ -22,27 +22,29 @@ from openril.hf import (
     GenerationConfig,
 )
 from openril.recipe.schema import JudgeConfig
-from openril.rewards.judge import Settle
-from openril.rewards.verdict_store import Verdict
+from openril.rewards.judge_protocol import Settle, Verdict, judge_identity
 from openril.sampling.greedy_batch import GreedyDecoder
 
 
 class LocalJudge:
-    """Judges one prompt at a time: a verdict never depends on what else is judged beside it. Vision-language
-    checkpoints are used for text alone.
+    """Judges with a local checkpoint, one prompt at a time, so that a verdict never depends on what else is judged.
 
-    With ``judge.batch_size`` above 1 it answers so many prompts at once, greedily, and runs what all of them share (the
-    system text) once. A verdict then depends on its neighbours as far as the last bits of a sum do.
+    With ``judge.batch_size`` above 1 it answers that many prompts at once, greedily, and runs the system text that they
+    share once. The sums in a forward pass then depend on the other prompts of the batch in their last bits. Of
+    vision-language checkpoints only the text part is used.
 
-    Work is done when a result is asked for (batches: all the work that is waiting), in a thread of its own, so that
-    autocast and gradient modes of the caller do not reach it; the random state is put back afterwards. Raises
-    ModelError for a checkpoint that cannot be loaded or has no chat template, and for batches where the checkpoint or
-    the temperature allows none.
+    The work is done when a result is requested (with batches: all the work that is pending), in a separate thread, so
+    that the caller's autocast and gradient modes do not apply. The random state is restored afterwards.
+
+    Raises:
+        ModelError: If the checkpoint cannot be loaded or has no chat template, or if it or the temperature does not
+            allow batches.
     """
 
     def __init__(self, settings: JudgeConfig, device: str | None = None) -> None:
         self.settings = settings
         self.name = settings.model_path + (f"@{settings.revision}" if settings.revision else "")
+        self.identity = judge_identity(settings)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         where: dict[str, Any] = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
         dtype = torch.float32 if self.device.type == "cpu" else "auto"
@@ -55,36 +57,36 @@ class LocalJudge:
             if self.tokenizer.chat_template is None and vision:
                 self.tokenizer.chat_template = AutoProcessor.from_pretrained(settings.model_path, **where).chat_template
         except (OSError, ValueError, ImportError) as e:
-            raise ModelError(f"judge.model_path: cannot load {settings.model_path}: {e}") from e
+            raise ModelError(f"judge.model_path: cannot load {settings.model_path} ({e})") from e
         if self.tokenizer.chat_template is None:
             raise ModelError(
-                f"judge.model_path: {settings.model_path} has no chat template; use an instruction-tuned model,"
-                " or add chat_template.jinja to its folder"
+                f"judge.model_path: expected a checkpoint with a chat template, got {settings.model_path}. Use an"
+                " instruction-tuned model, or add chat_template.jinja to its folder."
             )
         self.model = model.to(self.device).eval()
         self._special = special_tokens(self.tokenizer)
-        self._batches = self._batch_reader(vision) if settings.batch_size > 1 else None
+        self._decoder = self._make_decoder(vision) if settings.batch_size > 1 else None
         self._waiting: list[_Later] = []
         self._asked: list[tuple[list[dict[str, str]], asyncio.Future[str]]] = []
         self._loop = EventLoopThread()
 
-    def _batch_reader(self, vision: bool) -> GreedyDecoder:
+    def _make_decoder(self, vision: bool) -> GreedyDecoder:
         if vision or self.settings.temperature > 0:
             cause = "a vision-language model" if vision else f"temperature {self.settings.temperature}"
             raise ModelError(
-                f"judge.batch_size: {self.settings.batch_size} prompts at once need a text model and temperature 0, and"
-                f" this is {cause}; set judge.batch_size 1, or serve the model and set judge.base_urls"
+                f"judge.batch_size: expected 1 for {cause}, got {self.settings.batch_size}. Batches need a text model and"
+                " temperature 0. Set judge.batch_size to 1, or serve the model and set judge.base_urls."
             )
         try:
             return GreedyDecoder(self.model, self.tokenizer, self._end_ids())
         except ModelError as e:
-            raise ModelError(f"judge.batch_size: {e}; set it to 1") from e
+            raise ModelError(f"judge.batch_size: {e}. Set it to 1.") from e
 
     async def ask(self, messages: list[dict[str, str]], seed: int) -> str:
-        if self._batches is not None:
+        if self._decoder is not None:
             loop = asyncio.get_running_loop()
             if not self._asked:
-                loop.call_soon(self._answer)  # behind all that is about to ask
+                loop.call_soon(self._answer)  # runs after every coroutine that is about to ask
             future: asyncio.Future[str] = loop.create_future()
             self._asked.append((messages, future))
             return await future
@@ -105,8 +107,8 @@ class LocalJudge:
         return str(self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
 
     def _answer(self) -> None:
-        """Reply to everybody who asked."""
-        assert self._batches is not None
+        """Reply to all prompts that have been asked so far."""
+        assert self._decoder is not None
         asked, self._asked = self._asked, []
         try:
             by_system: dict[str, list[tuple[str, asyncio.Future[str]]]] = {}
@@ -114,25 +116,28 @@ class LocalJudge:
                 by_system.setdefault(messages[0]["content"], []).append((self.render(messages), future))
             for system, members in by_system.items():
                 texts = [text for text, _ in members]
-                replies = self._batches.complete(
+                replies = self._decoder.complete(
                     texts, self._head(system), self.settings.max_tokens, self.settings.batch_size
                 )
                 for (_, future), reply in zip(members, replies, strict=True):
                     if not future.done():
                         future.set_result(reply)
-        except Exception as e:  # whoever waits must hear of it
+        except Exception as e:  # each waiting coroutine raises it
             for _, future in asked:
                 if not future.done():
                     future.set_exception(e)
 
     def _head(self, system: str) -> str:
-        """How every prompt with this system text begins."""
+        """Return the beginning that all prompts with this system text share."""
         mark = "(here the user begins)"
         return self.render([{"role": "system", "content": system}, {"role": "user", "content": mark}]).split(mark)[0]
 
     def render(self, messages: list[dict[str, str]]) -> str:
-        """The prompt as text. Templates without a system role get the system text at the head of the user's; templates
-        that want content in parts get parts."""
+        """Return the prompt as text.
+
+        A template without a system role gets the system text at the start of the user's message. A template that
+        expects content in parts gets parts.
+        """
         cleaned = [{**m, "content": strip_special(m["content"], extra=self._special)} for m in messages]
         folded = [{"role": "user", "content": "\n\n".join(m["content"] for m in cleaned)}]
         for chat in (cleaned, folded):
@@ -146,7 +151,7 @@ class LocalJudge:
                     continue
                 if isinstance(text, str) and all(m["content"].strip() in text for m in cleaned):
                     return text
-        raise ModelError(f"judge.model_path: the chat template of {self.settings.model_path} leaves out the prompt")
+        raise ModelError(f"judge.model_path: the chat template of {self.settings.model_path} drops the prompt. Correct it.")
 
     def _end_ids(self) -> list[int]:
         config = getattr(self.model, "generation_config", None)
@@ -155,19 +160,19 @@ class LocalJudge:
         if self.tokenizer.eos_token_id is not None:
             ids = [self.tokenizer.eos_token_id, *ids]
         if not ids:
-            raise ModelError(f"judge.model_path: {self.settings.model_path} names no end-of-sequence token")
+            raise ModelError(f"judge.model_path: expected an end-of-sequence token in {self.settings.model_path}, got none.")
         return list(dict.fromkeys(ids))
 
     def start(self, settle: Settle) -> _Later:
         later = _Later(settle, self)
-        if self._batches is not None:
+        if self._decoder is not None:
             self._waiting.append(later)
         return later
 
-    def settle(self, wanted: _Later) -> None:
-        """Settle a verdict; where there are batches, all that wait."""
+    def settle(self, requested: _Later) -> None:
+        """Compute a verdict and, with batches, all other pending ones together with it."""
         waiting, self._waiting = self._waiting, []
-        together = [wanted, *(later for later in waiting if later is not wanted)]
+        together = [requested, *(later for later in waiting if later is not requested)]
 
         async def all_of_them() -> list[Verdict]:
             return await asyncio.gather(*(later.work() for later in together))
@@ -176,7 +181,7 @@ class LocalJudge:
             later.verdict = verdict
 
     def forget(self, later: _Later) -> bool:
-        """Whether a verdict was waiting and now is not."""
+        """Remove a verdict from the pending ones and return whether it was among them."""
         if later not in self._waiting:
             return False
         self._waiting.remove(later)
@@ -187,7 +192,7 @@ class LocalJudge:
 
 
 class _Later:
-    """A verdict that is settled when it, or another of its batch, is first asked for."""
+    """A verdict that is computed when its result, or that of another verdict in its batch, is first requested."""
 
     def __init__(self, work: Settle, judge: LocalJudge) -> None:
         self.work = work
@@ -201,5 +206,5 @@ class _Later:
         return self.verdict
 
     def cancel(self) -> bool:
-        """It is settled when asked for, but for nobody else's sake."""
+        """Remove the verdict from the pending batch. It is computed only if its own ``result()`` is called."""
         return self._judge.forget(self)
