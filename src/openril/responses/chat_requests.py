@@ -1,4 +1,4 @@
-"""What a teacher's server is asked: chat messages with images, and sampling settings."""
+"""Requests to a teacher's server: chat messages with images, and sampling settings."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from openril.storage import stable_hash
 def chat_messages(
     question: Question, *, system_prompt: str = "", max_pixels: int, allow_urls: bool = False
 ) -> list[dict[str, Any]]:
-    """The question in the form of the chat completions API.
+    """Return the question as messages of the chat completions API.
 
-    Images, as data URLs, stand where ``<image>`` markers are, else before the text. A question without images is plain
-    text. Raises DataError naming the question for an image that cannot be used.
+    Images become data URLs at the ``<image>`` markers, or before the text if there are none. Without images the content
+    is plain text.
+
+    Raises:
+        DataError: Naming the question, for an image that cannot be used.
     """
     images = image_url_parts(question, max_pixels=max_pixels, allow_urls=allow_urls)
     parts = interleave(question_text(question), images, _trimmed)
@@ -33,35 +36,19 @@ def _trimmed(text: str) -> str:
 
 
 def request_settings(recipe: Recipe, teacher: TeacherConfig) -> dict[str, Any]:
-    """Fields of every request to this teacher; only the seed differs."""
+    """Return the fields of every request to this teacher. Only the seed differs between requests."""
     sampling = recipe.collect.sampling
     settings: dict[str, Any] = {"temperature": sampling.temperature, "top_p": sampling.top_p}
     if "max_completion_tokens" not in teacher.extra_body:
         settings["max_tokens"] = recipe.collect.max_completion_length
     if teacher.send_vllm_fields:
         settings["extra_body"] = {
-            "top_k": sampling.top_k or -1,  # vLLM's word for all
+            "top_k": sampling.top_k or -1,  # vLLM's value for no limit
             "repetition_penalty": sampling.repetition_penalty,
         }
     return settings
 
 
 def response_seed(recipe_seed: int, source: str, question_id: str, index: int) -> int:
-    """The seed of one response, in the 31 bits that every server takes."""
+    """Return the seed of one response, in the 31 bits that every server accepts."""
     return stable_hash(recipe_seed, source, question_id, index) % 2**31
-
-
-def sampling_record(recipe: Recipe, teacher: TeacherConfig | None) -> dict[str, Any]:
-    """The settings the cache keeps with every response of a source: whatever changes what it would say.
-
-    teacher: None for the student. Settings that a server is not told are None.
-    """
-    record: dict[str, Any] = recipe.collect.sampling.model_dump()
-    record["max_completion_length"] = recipe.collect.max_completion_length
-    record["system_prompt"] = recipe.student.system_prompt if teacher is None else teacher.system_prompt
-    if teacher is not None and not teacher.model_path:
-        if not teacher.send_vllm_fields:
-            record |= {"top_k": None, "repetition_penalty": None}
-        if teacher.extra_body:
-            record["extra_body"] = dict(teacher.extra_body)
-    return record

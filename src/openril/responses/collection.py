@@ -1,4 +1,4 @@
-"""Collecting responses into the cache: from servers, many requests at a time, or from a model in this process."""
+"""Collection of responses into the cache, from servers with many requests at a time or from a model in this process."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from openril.errors import DataError, EndpointError, RecipeError
 from openril.recipe.schema import Recipe, TeacherConfig
 from openril.records import STUDENT, Question, Response
 from openril.responses.cache import ResponseCache
-from openril.responses.chat_requests import chat_messages, request_settings, response_seed, sampling_record
-from openril.responses.fingerprint import model_identity
-from openril.responses.work_queue import Claims, Work
+from openril.responses.chat_requests import chat_messages, request_settings, response_seed
+from openril.responses.manifest import source_entry
+from openril.responses.work_queue import Work, WorkQueue
 from openril.responses.writer import Writer
 from openril.sampling.protocol import Sampler
 from openril.storage import stable_hash
 
 POLL = 1.0
-"""Seconds between looks at blocks of questions that other processes hold."""
+"""Seconds between attempts to take blocks of questions that other processes hold."""
 
 
 class Progress(Protocol):
-    """Who wants to know how it goes."""
+    """Receives the progress of a collection."""
 
     def start(self, source: str, total: int, done: int) -> None: ...
     def update(self, source: str, *, done: int, in_flight: int, failed: int) -> None: ...
@@ -42,22 +42,24 @@ class Silent:
 
 @dataclass
 class Collected:
-    """What one call of ``collect`` did for one source.
-
-    new: responses written by this process. cut, empty, refused: how many of them ended at the length limit, hold no
-    text, or are refusals (all are kept). failed: responses that could not be had; causes: their number by cause, with
-    the first few question ids.
-    """
+    """What one call of ``collect`` did for one source."""
 
     source: str
     total: int = 0
     already: int = 0
+    """Responses that were in the cache before."""
     new: int = 0
+    """Responses that this process wrote. The next three count some of them; all are kept."""
     cut: int = 0
+    """Responses that ended at the length limit."""
     empty: int = 0
+    """Responses without text."""
     refused: int = 0
+    """Responses that are refusals."""
     failed: int = 0
+    """Responses that could not be obtained."""
     causes: dict[str, tuple[int, list[str]]] = field(default_factory=dict)
+    """Number of failed responses by cause, each with the first question ids."""
 
     def count(self, response: Response) -> None:
         self.new += 1
@@ -75,7 +77,7 @@ class Collected:
         self.causes[cause] = (number + responses, examples)
 
     def failure_report(self) -> str:
-        """One line for every cause."""
+        """Return one line per cause."""
         ranked = sorted(self.causes.items(), key=lambda item: -item[1][0])
         return "\n".join(f"  {n} x {cause} (questions {', '.join(ids)}, ...)" for cause, (n, ids) in ranked)
 
@@ -91,54 +93,57 @@ def collect(
 ) -> Collected:
     """Collect what is missing of ``recipe.collect.num_responses`` responses to each question from one source.
 
-    source: a teacher's name or ``STUDENT``. make_sampler: builds the engine of a local source from (recipe, source);
-    the default runs transformers. Several processes may do this at once and share the work. A response that cannot be
-    had after the endpoint's retries stays missing and is counted in the result; calling again asks for it anew.
+    Several processes may do this at once and share the work. A response that fails after the endpoint's retries stays
+    missing and is counted in the result; the next call asks for it again.
 
-    Raises CacheError for stale responses or other settings than before, and EndpointError when the server refuses every
-    request or fails many in a row; what was collected is kept.
+    Args:
+        source: A teacher's name, or ``STUDENT``.
+        make_sampler: Builds the engine of a local source from (recipe, source). The default runs transformers.
+
+    Raises:
+        CacheError: For stale responses, or if the source's settings have changed.
+        EndpointError: If the server refuses every request or fails many in a row. What was collected is kept.
     """
     progress = progress or Silent()
     teacher = teacher_of(recipe, source)
-    model, revision = model_identity(recipe, teacher)
-    cache.register(source, model=model, revision=revision, sampling=sampling_record(recipe, teacher))
-    wanted = recipe.collect.num_responses
-    missing = len(cache.missing(questions, source, wanted))
-    total = len(questions) * wanted
+    cache.register(source, **source_entry(recipe, teacher))
+    num_responses = recipe.collect.num_responses
+    missing = len(cache.missing(questions, source, num_responses))
+    total = len(questions) * num_responses
     result = Collected(source, total=total, already=total - missing)
     progress.start(source, total, result.already)
     if not missing:
         return result
-    claims = Claims(cache, questions, source, wanted)
+    queue = WorkQueue(cache, questions, source, num_responses)
     with cache.writer(source) as writer:
         try:
             if teacher is not None and not teacher.model_path:
                 client = ChatClient(teacher, f"teacher {source}")
                 try:
-                    client.loop_thread.run(_Served(recipe, teacher, client, claims, writer, progress, result).run())
+                    client.loop_thread.run(_Served(recipe, teacher, client, queue, writer, progress, result).run())
                 finally:
                     client.close()
             else:
                 sampler = (make_sampler or local_sampler)(recipe, source)
-                _collect_locally(recipe, source, sampler, claims, writer, progress, result)
+                _collect_locally(recipe, source, sampler, queue, writer, progress, result)
         finally:
-            claims.release()
+            queue.release()
     return result
 
 
 def teacher_of(recipe: Recipe, source: str) -> TeacherConfig | None:
-    """The recipe's teacher of that name; None for the student. Raises RecipeError for an unknown name."""
+    """Return the recipe's teacher of that name, or None for the student."""
     if source == STUDENT:
         return None
     for teacher in recipe.teachers:
         if teacher.name == source:
             return teacher
     names = ", ".join([t.name for t in recipe.teachers] + [STUDENT])
-    raise RecipeError(f"no teacher is called {source!r}; the recipe's sources are {names}")
+    raise RecipeError(f"sources: expected one of {names}, got {source!r}. Correct the name.")
 
 
 def local_sampler(recipe: Recipe, source: str) -> Sampler:
-    """A transformers engine for the student or a local teacher."""
+    """Build a transformers engine for the student or a local teacher."""
     from openril.sampling.transformers_engine import TransformersSampler
 
     teacher = teacher_of(recipe, source)
@@ -156,14 +161,14 @@ def local_sampler(recipe: Recipe, source: str) -> Sampler:
 
 
 class _Served:
-    """One collection from a teacher's servers. Everything here runs on the client's loop."""
+    """One collection from a teacher's servers. All methods run on the client's event loop."""
 
     def __init__(
         self,
         recipe: Recipe,
         teacher: TeacherConfig,
         client: ChatClient,
-        claims: Claims,
+        queue: WorkQueue,
         writer: Writer,
         progress: Progress,
         result: Collected,
@@ -171,7 +176,7 @@ class _Served:
         self.recipe = recipe
         self.teacher = teacher
         self.client = client
-        self.claims = claims
+        self.queue = queue
         self.writer = writer
         self.progress = progress
         self.result = result
@@ -187,9 +192,9 @@ class _Served:
         waiting = False
         try:
             while self.fatal is None:
-                # A question is prepared only when its requests are soon due: memory is bounded by the concurrency.
-                room = self.outstanding < 2 * self.teacher.concurrency
-                work = await asyncio.to_thread(self.claims.take) if room else None
+                # A question is prepared only shortly before its requests are sent, so concurrency bounds the memory.
+                ready = self.outstanding < 2 * self.teacher.concurrency
+                work = await asyncio.to_thread(self.queue.take) if ready else None
                 if work is not None:
                     self.outstanding += len(work[1])
                     running.add(asyncio.create_task(self.answer_question(*work)))
@@ -198,10 +203,10 @@ class _Served:
                     for task in [t for t in running if t.done()]:
                         running.remove(task)
                         task.result()
-                elif self.claims.finished:
+                elif self.queue.finished:
                     return
                 else:
-                    waiting = _note_waiting(self.claims, self.progress, waiting)
+                    waiting = _note_waiting(self.queue, self.progress, waiting)
                     await asyncio.sleep(POLL)
             raise self.fatal
         finally:
@@ -224,11 +229,11 @@ class _Served:
         else:
             await asyncio.gather(*(self.answer(question, messages, i) for i in indices))
         finally:
-            self.claims.done(question)
+            self.queue.done(question)
             self.show()
 
     async def answer(self, question: Question, messages: list[dict[str, Any]], index: int) -> None:
-        """One response. Never raises but for cancellation: what must end the collection is left in ``fatal``."""
+        """Collect one response. Raises nothing but cancellation; an error that must end the collection is put in ``fatal``."""
         source = self.result.source
         try:
             seed = response_seed(self.recipe.seed, source, question.id, index)
@@ -244,31 +249,31 @@ class _Served:
                 self.end(EndpointError(f"{e}{self.fix(e)}"))
             elif self.failures_in_a_row >= max(20, 2 * self.teacher.concurrency):
                 self.end(EndpointError(f"{e}. Stopped after {self.failures_in_a_row} failures in a row"))
-        except Exception as e:  # passed on by run()
+        except Exception as e:  # run() raises it
             self.end(e)
         finally:
             self.outstanding -= 1
             self.show()
 
     def end(self, error: Exception) -> None:
-        """Let ``run`` stop everything and raise this, the first such error."""
+        """Make ``run`` stop all requests and raise the first such error."""
         self.fatal = self.fatal or error
         self.stop.set()
 
     def fix(self, error: RequestRefusedError) -> str:
-        """What to set when the server does not know a field we send; "" when it is something else."""
+        """Return the setting to change if the server does not know a field that it was sent, or "" for other errors."""
         message = str(error)
         if error.status not in (400, 422):
             return ""
         if self.teacher.send_vllm_fields and ("top_k" in message or "repetition_penalty" in message):
             return (
-                f". This API knows only OpenAI's fields: set send_vllm_fields: false for teacher {self.result.source}"
+                f". This API accepts only OpenAI's fields: set send_vllm_fields: false for teacher {self.result.source}"
             )
         if "max_tokens" in self.settings and "max_completion_tokens" in message:
             length = self.recipe.collect.max_completion_length
             return (
                 f". Set extra_body: {{max_completion_tokens: {length}}} for teacher {self.result.source}; it is then "
-                "sent in place of max_tokens"
+                "sent instead of max_tokens"
             )
         return ""
 
@@ -282,7 +287,7 @@ def _collect_locally(
     recipe: Recipe,
     source: str,
     sampler: Sampler,
-    claims: Claims,
+    queue: WorkQueue,
     writer: Writer,
     progress: Progress,
     result: Collected,
@@ -290,14 +295,14 @@ def _collect_locally(
     seed = stable_hash(recipe.seed, "collect", source) % 2**31
     waiting = False
     while True:
-        batch = take_batch(claims, recipe.collect.questions_per_batch)
+        batch = take_batch(queue, recipe.collect.questions_per_batch)
         if not batch:
-            if claims.finished:
+            if queue.finished:
                 return
-            waiting = _note_waiting(claims, progress, waiting)
+            waiting = _note_waiting(queue, progress, waiting)
             time.sleep(POLL)
             continue
-        # Questions that need the same indices go together; an interrupted batch may have left gaps.
+        # Questions that need the same indices are sampled together. An interrupted batch may have left gaps.
         by_run: dict[tuple[int, int], list[Question]] = {}
         for question, indices in batch:
             for run in runs(indices):
@@ -318,19 +323,19 @@ def _collect_locally(
                     result.count(response)
             progress.update(source, done=result.already + result.new, in_flight=0, failed=0)
         for question, _ in batch:
-            claims.done(question)
+            queue.done(question)
 
 
-def take_batch(claims: Claims, size: int) -> list[Work]:
-    """Up to ``size`` pieces of work; fewer when there are no more to be had now."""
+def take_batch(queue: WorkQueue, size: int) -> list[Work]:
+    """Take up to ``size`` pieces of work; fewer if no more are available now."""
     batch: list[Work] = []
-    while len(batch) < size and (work := claims.take()) is not None:
+    while len(batch) < size and (work := queue.take()) is not None:
         batch.append(work)
     return batch
 
 
 def runs(indices: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """(first, count) of each gapless stretch: [0, 1, 3] -> (0, 2), (3, 1)."""
+    """Yield (first, count) of each run of consecutive indices: [0, 1, 3] -> (0, 2), (3, 1)."""
     start = 0
     for i in range(1, len(indices) + 1):
         if i == len(indices) or indices[i] != indices[i - 1] + 1:
@@ -338,10 +343,10 @@ def runs(indices: Sequence[int]) -> Iterator[tuple[int, int]]:
             start = i
 
 
-def _note_waiting(claims: Claims, progress: Progress, noted: bool) -> bool:
+def _note_waiting(queue: WorkQueue, progress: Progress, noted: bool) -> bool:
     if not noted:
         progress.note(
-            f"{claims.source}: another process is collecting the last {claims.questions_elsewhere} questions; "
+            f"{queue.source}: another process is collecting the last {queue.questions_elsewhere} questions; "
             "waiting for it, and taking over if it stops"
         )
     return True

@@ -1,8 +1,8 @@
-"""The files a response cache is made of: Parquet shards, the journals they grow from, and advisory locks.
+"""The files of a response cache: Parquet shards, the journals they are made from, and advisory locks.
 
-A writer appends every response to a journal of its own (one JSON line each) and holds an OS lock on it. A full journal
-becomes a shard of the same name and is removed; a journal whose lock is free belongs to a dead writer and becomes a
-shard the same way. A kill between the two leaves both, and the shard, being complete, wins.
+Each writer appends its responses to its own journal, one JSON line each, and holds an OS lock on it. A full journal is
+written as a shard of the same name and then removed. A journal whose lock is free was left by a dead writer and becomes
+a shard in the same way. A kill between the two steps leaves both files; the shard is complete, so it is the one used.
 """
 
 from __future__ import annotations
@@ -35,31 +35,32 @@ SCHEMA = pa.schema(
         ("revision", pa.string()),
         ("sampling", pa.string()),
         ("question_hash", pa.string()),
-        ("verdict", pa.float32()),
         ("token_ids", pa.list_(pa.int32())),
         ("created", pa.timestamp("us", tz="UTC")),
     ]
 )
-"""One row is one response. sampling: JSON of the settings it was drawn with. verdict: null until judged. token_ids:
-the sampler's own ids, null for responses that came as text."""
+"""One row is one response. sampling: JSON of the settings it was sampled with. token_ids: the sampler's own ids, null
+for responses that came as text. Shards of earlier versions have a further column, ``verdict``, which is not read."""
+
+SHARDS, JOURNALS = "shards", "journals"
+"""Names of the folders in a cache."""
 
 HEADER = ("source", "model", "revision", "sampling")
-"""Columns that are the same for a whole journal; its first line holds them."""
-
+"""Columns that are constant within a journal. Its first line holds them."""
 
 READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
-"""What a folder says that may be read but not written."""
+"""Error numbers of a folder that may be read but not written."""
 
 
 class Lock:
-    """An advisory lock on a file, free again when its holder dies. Not re-entrant."""
+    """An advisory lock on a file. It is released when its holder dies. Not re-entrant."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file: int | None = None
 
     def acquire(self, *, wait: bool = True, shared: bool = False) -> bool:
-        """Whether the lock is now held; always true with ``wait``."""
+        """Try to take the lock and return whether it is held now. With ``wait`` that is always true."""
         assert self._file is None
         self.path.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -83,7 +84,11 @@ class Lock:
 
 
 def lock_file(file: int, path: Path, *, wait: bool, shared: bool = False) -> bool:
-    """Lock an open file; false when another holds it and ``wait`` is off. Raises CacheError where locks do not work."""
+    """Lock an open file. Return False if another process holds the lock and ``wait`` is off.
+
+    Raises:
+        CacheError: Where the file system has no locks.
+    """
     try:
         fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
@@ -91,15 +96,15 @@ def lock_file(file: int, path: Path, *, wait: bool, shared: bool = False) -> boo
     except OSError as e:
         if e.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
             raise CacheError(
-                f"{path}: this file system has no file locks ({e.strerror}), so collectors could overwrite each other; "
-                "put cache_dir on a local disk or mount it with locking"
+                f"cache_dir: {path} is on a file system without file locks ({e.strerror}), so collectors could overwrite"
+                " each other. Use a local disk, or mount the file system with locking."
             ) from e
         raise
     return True
 
 
 def file_stem(source: str) -> str:
-    """A source's name as part of a file name; names with other characters stay apart by a hash."""
+    """Return a source's name as part of a file name. A hash keeps names with special characters distinct."""
     safe = re.sub(r"[^A-Za-z0-9_.]+", "_", source).strip(".")
     return safe if safe == source else f"{safe}_{stable_hash(source) % 16**8:08x}"
 
@@ -112,7 +117,7 @@ def now() -> str:
 
 
 class Journal:
-    """The open journal of a living writer."""
+    """The open journal of a live writer."""
 
     def __init__(self, folder: Path, source: str, header: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -121,7 +126,7 @@ class Journal:
             self.path = folder / f"{file_stem(source)}-{stamp}-{os.urandom(3).hex()}.jsonl"
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o666)
             lock_file(self._file, self.path, wait=True)
-            if os.fstat(self._file).st_nlink:  # else someone took the still unlocked, empty file for a dead writer's
+            if os.fstat(self._file).st_nlink:  # otherwise a process mistook it for a dead writer's
                 break
             os.close(self._file)
         self.header = header
@@ -131,15 +136,15 @@ class Journal:
     def _write(self, row: dict[str, Any]) -> None:
         data = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "replace")
         if os.write(self._file, data) != len(data):
-            raise OSError(errno.ENOSPC, "a response could not be written whole", str(self.path))
+            raise OSError(errno.ENOSPC, "a response was only partly written", str(self.path))
 
     def append(self, row: dict[str, Any]) -> None:
-        """Hand the row to the operating system: from here it outlives this process."""
+        """Write a row. Once this returns, the row survives a kill of this process."""
         self._write(row)
         self.rows.append(row)
 
     def sync(self) -> None:
-        """Force everything to the disk: from here it outlives the machine."""
+        """Flush everything to the disk. Once this returns, the rows survive a power failure."""
         os.fsync(self._file)
 
     def close(self, shards: Path) -> None:
@@ -157,9 +162,11 @@ def shard_of(journal: Path, shards: Path) -> Path:
 
 
 def read_journal(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
-    """Whole lines from ``offset`` on, and where they end; a torn last line is passed over.
+    """Return the complete lines from ``offset`` on, and the offset at which they end. A torn last line is ignored.
 
-    Raises FileNotFoundError when the journal has become a shard, CacheError for damage anywhere else.
+    Raises:
+        FileNotFoundError: If the journal has become a shard.
+        CacheError: For damage anywhere but in the last line.
     """
     with open(path, "rb") as f:
         f.seek(offset)
@@ -173,14 +180,15 @@ def read_journal(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int
             row = None
         if not isinstance(row, dict):
             raise CacheError(
-                f"{path}: holds a damaged line ({line[:60]!r}); delete the line or the file and run `ril collect` again"
+                f"{path}: expected a JSON object, got {line[:60]!r}. Delete the line or the file, and run `ril collect`"
+                " again."
             )
         rows.append(row)
     return rows, offset + end
 
 
 def fold_journal(path: Path, shards: Path) -> bool:
-    """Turn a dead writer's journal into a shard; false when its writer is alive (or another process was faster)."""
+    """Turn a dead writer's journal into a shard. Return False if its writer is alive or another process did it."""
     try:
         file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -205,7 +213,6 @@ def rows_to_table(header: dict[str, Any], rows: list[dict[str, Any]]) -> pa.Tabl
     columns: dict[str, list[Any]] = {name: [header[name]] * len(rows) for name in HEADER}
     for name in ("question_id", "index", "text", "finish_reason", "question_hash", "token_ids"):
         columns[name] = [row.get(name) for row in rows]
-    columns["verdict"] = [None] * len(rows)
     columns["created"] = [datetime.fromisoformat(row["created"]) for row in rows]
     return pa.table({name: pa.array(columns[name], SCHEMA.field(name).type) for name in SCHEMA.names}, schema=SCHEMA)
 
@@ -215,15 +222,13 @@ def write_shard(path: Path, header: dict[str, Any], rows: list[dict[str, Any]]) 
 
 
 def write_table(path: Path, table: pa.Table) -> None:
-    """Write a shard atomically and durably, with checksums."""
+    """Write a shard atomically and durably, with page checksums."""
     with atomic_path(path) as temporary:
         pq.write_table(
             table,
             temporary,
             compression="zstd",
-            use_dictionary=[
-                name for name in SCHEMA.names if pa.types.is_string(SCHEMA.field(name).type) and name != "text"
-            ],
+            use_dictionary=[f.name for f in SCHEMA if pa.types.is_string(f.type) and f.name != "text"],
             write_statistics=["question_id", "source", "index"],
             write_page_checksum=True,
         )
@@ -233,13 +238,17 @@ def write_table(path: Path, table: pa.Table) -> None:
 
 
 def read_shard(path: Path, columns: list[str] | None = None) -> pa.Table:
-    """A shard's table. Raises CacheError naming the file when it is damaged or not a shard."""
+    """Read a shard.
+
+    Raises:
+        CacheError: Naming the file, if it is damaged or not a shard.
+    """
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             missing = set(SCHEMA.names) - set(file.schema_arrow.names)
             if missing:
                 raise CacheError(
-                    f"{path}: not a response shard, it lacks {', '.join(sorted(missing))}; move it elsewhere"
+                    f"{path}: expected a response shard, but it lacks {', '.join(sorted(missing))}. Move it elsewhere."
                 )
             return file.read(columns=columns, use_threads=False)
     except FileNotFoundError:
@@ -247,13 +256,26 @@ def read_shard(path: Path, columns: list[str] | None = None) -> pa.Table:
     except (pa.ArrowException, OSError) as e:
         reason = str(e).splitlines()[0][:200] if str(e) else type(e).__name__
         raise CacheError(
-            f"{path}: damaged shard ({reason}); delete the file and run `ril collect` again, "
-            "which collects its responses anew"
+            f"{path}: damaged shard ({reason}). Delete the file and run `ril collect`, which collects its responses again."
         ) from e
 
 
+def has_old_verdicts(folder: Path) -> bool:
+    """Return whether an earlier version kept verdicts in this cache: in ``verdicts.jsonl`` or in a column of its shards."""
+    if (folder / "verdicts.jsonl").exists():
+        return True
+    for path in list_files(folder / SHARDS, ".parquet"):
+        with pq.ParquetFile(path) as file:
+            if (
+                "verdict" in file.schema_arrow.names
+                and file.read(columns=["verdict"])["verdict"].null_count < file.metadata.num_rows
+            ):
+                return True
+    return False
+
+
 def list_files(folder: Path, suffix: str) -> list[Path]:
-    """Finished files of a folder in name order; temporary ones (leading dot) left out."""
+    """List the finished files of a folder by name. Temporary ones start with a dot and are left out."""
     try:
         names = sorted(os.listdir(folder))
     except FileNotFoundError:

@@ -1,14 +1,15 @@
-"""The manifest of a response cache: its schema version, and how each source's responses are made."""
+"""The manifest of a response cache: its schema version, and how each source's responses are produced."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from openril.errors import CacheError
+from openril.errors import CacheError, ModelError
+from openril.recipe.schema import Recipe, TeacherConfig
 from openril.responses.files import SCHEMA_VERSION
+from openril.storage import changed_keys, weights_fingerprint
 
 FORMAT = "openril-responses"
 MANIFEST = "manifest.json"
@@ -19,32 +20,65 @@ def empty_manifest() -> dict[str, Any]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest; ``sources`` maps a name to its model, revision and sampling settings.
+    """Read the manifest. ``sources`` maps a name to its model, revision and sampling settings.
 
-    Raises CacheError when there is none, it cannot be read, or a newer OpenRIL made it.
+    Raises:
+        CacheError: If there is none, it cannot be read, or a newer OpenRIL made it.
     """
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CacheError(f"{folder}: no response cache here; run `ril collect RECIPE` or correct cache_dir") from None
+        raise CacheError(
+            f"cache_dir: expected a response cache, got {folder}. Run `ril collect RECIPE`, or correct cache_dir."
+        ) from None
     except ValueError as e:
-        raise CacheError(f"{path}: not readable JSON ({e}); restore it or collect into another cache_dir") from e
+        raise CacheError(f"{path}: expected JSON ({e}). Restore the file, or collect into another cache_dir.") from e
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise CacheError(f"{path}: not the manifest of a response cache; set another cache_dir")
+        raise CacheError(f"{path}: expected the manifest of a response cache. Set another cache_dir.")
     if manifest.get("schema_version") != SCHEMA_VERSION:
         raise CacheError(
-            f"{path}: has schema version {manifest.get('schema_version')}, this OpenRIL reads "
-            f"{SCHEMA_VERSION}; use the OpenRIL version that made it"
+            f"{path}: expected schema_version {SCHEMA_VERSION}, got {manifest.get('schema_version')}. Use the OpenRIL"
+            " version that made the cache."
         )
     return manifest
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(what, old value, new value) wherever two manifest entries differ."""
+def source_entry(recipe: Recipe, teacher: TeacherConfig | None) -> dict[str, Any]:
+    """Return the manifest entry of a teacher, or of the student for None: model, revision and sampling settings.
+
+    A local checkpoint's revision is a fingerprint of its weights. Settings that a server is not sent are None.
+
+    Raises:
+        ModelError: If the student's checkpoint does not exist yet.
+    """
+    sampling: dict[str, Any] = recipe.collect.sampling.model_dump()
+    sampling["max_completion_length"] = recipe.collect.max_completion_length
+    sampling["system_prompt"] = recipe.student.system_prompt if teacher is None else teacher.system_prompt
+    if teacher is None:
+        model, revision = recipe.collected_student, recipe.student.revision
+        if recipe.sft.enabled and recipe.sft.targets == "answers" and not Path(model).is_dir():
+            raise ModelError(
+                f"sft.enabled: expected the SFT student in {model}, which does not exist. Run `ril sft` first, or set"
+                " sft.enabled: false."
+            )
+        return {"model": model, "revision": weights_fingerprint(Path(model)) or revision, "sampling": sampling}
+    if teacher.model_path:
+        revision = weights_fingerprint(Path(teacher.model_path)) or teacher.revision
+        return {"model": teacher.model_path, "revision": revision, "sampling": sampling}
+    if not teacher.send_vllm_fields:
+        sampling |= {"top_k": None, "repetition_penalty": None}
+    if teacher.extra_body:
+        sampling["extra_body"] = dict(teacher.extra_body)
+    return {"model": teacher.model, "revision": teacher.revision, "sampling": sampling}
+
+
+def may_differ(old: dict[str, Any], new: dict[str, Any]) -> set[str]:
+    """Return the keys of two entries that may differ: equal weights are the same model in whatever folder they are."""
     same_weights = old["revision"] == new["revision"] and str(new["revision"]).startswith("weights:")
-    names = [] if same_weights else ["model", "revision"]
-    pairs = [(name, old[name], new[name]) for name in names]
-    settings = dict.fromkeys([*old["sampling"], *new["sampling"]])
-    pairs += [(name, old["sampling"].get(name), new["sampling"].get(name)) for name in settings]
-    return [pair for pair in pairs if pair[1] != pair[2]]
+    return {"model"} if same_weights else set()
+
+
+def same_entry(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Return whether responses of two manifest entries may be mixed."""
+    return not changed_keys(old, new, ignored=may_differ(old, new).__contains__)

@@ -1,4 +1,4 @@
-"""Which cached teacher responses join a group: balanced over the teachers, seeded, and each used before one repeats."""
+"""The choice of cached teacher responses for a group: balanced over teachers, seeded, and without early repetition."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from openril.storage import stable_hash
 
 
 class HoldsResponses(Protocol):
-    """What a draw needs; ``LoadedResponses`` is one."""
+    """The part of ``LoadedResponses`` that ``draw`` needs."""
 
     def responses_for(self, question_id: str, source: str) -> list[Response]: ...
 
@@ -27,15 +27,20 @@ def draw(
     seed: int,
     epoch: int,
 ) -> list[Response]:
-    """The teacher responses of one group; a pure function of (seed, question id, visit) and the cache.
+    """Return the teacher responses of one group, in the order of ``teachers``.
 
-    total: responses in all, shared out so that teachers differ by at most one; who gets one more takes turns over the
-    visits, from a seeded start. per_teacher: responses of each instead. visit: how often this question came up before,
-    from 0. Over the visits every response of a teacher comes up once before any comes up again, in a seeded order, and
-    none comes twice in a group unless the teacher has fewer than its share: then they come equally often, to within
-    one. Returned in the order of ``teachers``.
+    The result depends only on seed, question id, epoch and cache. Over the epochs every response of a teacher is used
+    once before any is used again, in a seeded order. None is used twice in a group, unless the teacher has fewer
+    responses than its share; then their counts differ by at most one.
 
-    Raises CacheError when a teacher has no response.
+    Args:
+        total: Number of responses in all. The teachers' shares differ by at most one, and which teacher gives one more
+            rotates over the epochs from a seeded start.
+        per_teacher: Number of responses of each teacher, instead of ``total``.
+        epoch: How often this question has been used before, from 0.
+
+    Raises:
+        CacheError: If a teacher has no response.
     """
     assert (total is None) != (per_teacher is None), "give total or per_teacher"
     drawn = []
@@ -50,38 +55,38 @@ def draw(
         responses = cache.responses_for(question_id, teacher)
         if not responses:
             raise CacheError(
-                f"question {question_id!r}: {max(shares)} responses of teacher {teacher!r} are wanted in a group, none is"
-                " cached; run `ril collect`"
+                f"question {question_id!r}: expected {max(shares)} cached responses of teacher {teacher!r} for a group, got"
+                " none. Run `ril collect`."
             )
         drawn += [responses[i] for i in hand(len(responses), shares, [seed, question_id, teacher])]
     return drawn
 
 
 def share(number: int, num_teachers: int, total: int, seed: int, question_id: str, epoch: int) -> int:
-    """How many of ``total`` responses teacher ``number`` gives at this visit."""
+    """Return how many of ``total`` responses teacher ``number`` gives in this epoch."""
     base, extra = divmod(total, num_teachers)
-    # The extra ones go round the teachers without a gap from visit to visit.
+    # The teachers take turns to give the extra ones, continuing from epoch to epoch.
     start = stable_hash(seed, question_id, "extra") + epoch * extra
     return base + ((number - start) % num_teachers < extra)
 
 
 def hand(size: int, shares: Sequence[int], key: list[str | int]) -> list[int]:
-    """What the last of ``len(shares)`` players gets, who in turn take ``shares`` cards from a deck of ``size``.
+    """Deal cards from a deck of ``size``, ``shares[i]`` to player i in turn, and return the last player's cards.
 
-    A used-up deck is shuffled anew, from ``key`` and the number of the deck. A player who takes the last cards of one
-    deck and the first of the next takes those he has fewest of, so he gets none twice unless he wants more than there
-    are; what he passed over stays for those behind him. size: at least 1.
+    A new deck is shuffled from ``key`` and the number of the deck. A player who takes the last cards of one deck and the
+    first of the next takes those that he holds fewest of, so he gets a card twice only if his share is larger than
+    ``size``. The cards that he skips stay for the players after him. size: at least 1.
     """
     deck: list[int] = []
     decks = 0
     cards: list[int] = []
-    for wanted in shares:
-        cards, deck = deck[:wanted], deck[wanted:]
-        while len(cards) < wanted:
+    for count in shares:
+        cards, deck = deck[:count], deck[count:]
+        while len(cards) < count:
             fresh = list(range(size))
             random.Random(stable_hash(*key, decks)).shuffle(fresh)
             decks += 1
-            new = sorted(fresh, key=cards.count)[: wanted - len(cards)]
+            new = sorted(fresh, key=cards.count)[: count - len(cards)]
             deck = [card for card in fresh if card not in new]
             cards = cards + new
     return cards

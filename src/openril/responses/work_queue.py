@@ -1,7 +1,7 @@
-"""Who works on which questions, when several processes collect into one folder.
+"""The work queue of several processes that collect into one folder.
 
-A source's questions fall into 64 blocks by id. A process works on a block only while it holds the block's lock, so no
-two ask for the same response; a dead process's locks are free at once.
+A source's questions are divided into 64 blocks by id. A process works on a block only while it holds the block's lease, an
+OS lock, so no two processes ask for the same response. The leases of a dead process are released at once.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ Work = tuple[Question, list[int]]
 """A question and the indices of the responses it still needs."""
 
 
-class Claims:
-    """The share of a source's missing responses this process may collect.
+class WorkQueue:
+    """The missing responses of a source that this process may collect.
 
-    Take work with ``take``; report every piece with ``done`` once its responses are in the journal (or have failed),
-    which frees its block for others when it was the last.
+    ``take`` returns a piece of work. Call ``done`` once its responses are in the journal or have failed; the last call for
+    a block releases the block's lease.
     """
 
     def __init__(self, cache: ResponseCache, questions: Sequence[Question], source: str, num_responses: int) -> None:
@@ -40,7 +40,7 @@ class Claims:
         for question in questions:
             self._questions.setdefault(block_of(question.id), []).append(question)
         blocks = sorted(self._questions)
-        # Collectors start at different blocks, so that they meet late.
+        # Processes start at different blocks, so that they rarely compete for one.
         start = stable_hash(os.getpid()) % len(blocks) if blocks else 0
         self._waiting = blocks[start:] + blocks[:start]
         self._held: dict[int, Lock] = {}
@@ -49,42 +49,42 @@ class Claims:
 
     @property
     def finished(self) -> bool:
-        """Whether every block has been worked through, by us or by others."""
+        """Whether every block is complete, by this process or by others."""
         return not self._waiting and not self._held
 
     @property
     def questions_elsewhere(self) -> int:
-        """Questions in blocks that others hold or that nobody has looked at yet."""
+        """Number of questions in blocks that other processes hold or that are not started."""
         return sum(len(self._questions[block]) for block in self._waiting)
 
     def take(self) -> Work | None:
-        """The next piece of work; None when there is none now: all is ``finished`` or others hold the rest."""
+        """Return the next piece of work, or None if all is ``finished`` or other processes hold the rest."""
         while True:
             for work in self._work:
                 return work
-            block = self._claim()
+            block = self._lease()
             if block is None:
                 return None
             works = list(self._missing(block))
             self._outstanding[block] = len(works)
             self._work = iter(works)
             if not works:
-                self._free(block)
+                self._release(block)
 
     def done(self, question: Question) -> None:
-        """A piece of work is over."""
+        """Report that a piece of work has succeeded or failed."""
         block = block_of(question.id)
         self._outstanding[block] -= 1
         if self._outstanding[block] == 0:
-            self._free(block)
+            self._release(block)
 
     def release(self) -> None:
-        """Give everything back, finished or not."""
+        """Release all leases, whether their blocks are complete or not."""
         for block in list(self._held):
-            self._free(block)
+            self._release(block)
         self._waiting = []
 
-    def _claim(self) -> int | None:
+    def _lease(self) -> int | None:
         for block in self._waiting:
             lock = Lock(self._folder / f"{block:02d}.lock")
             if lock.acquire(wait=False):
@@ -94,7 +94,7 @@ class Claims:
         return None
 
     def _missing(self, block: int) -> Iterator[Work]:
-        # The former holder wrote all it had before it let go, so what is missing now is ours alone.
+        # The previous holder wrote all its responses before it released the lease, so only this process collects the rest.
         indices: dict[str, list[int]] = {}
         questions = self._questions[block]
         for question, index in self.cache.missing(questions, self.source, self.num_responses):
@@ -103,7 +103,7 @@ class Claims:
             if question.id in indices:
                 yield question, indices[question.id]
 
-    def _free(self, block: int) -> None:
+    def _release(self, block: int) -> None:
         self._held.pop(block).release()
 
 

@@ -1,27 +1,41 @@
-"""Writing responses into a cache so that each survives whatever happens next."""
+"""Writing responses into a cache so that a kill loses none that was written."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 from openril.records import Question, Response
 from openril.responses import files
 from openril.responses.files import Journal
 
-if TYPE_CHECKING:
-    from openril.responses.cache import ResponseCache
-
 
 class Writer:
-    """Appends one source's responses; each survives a kill as soon as ``append`` returns. For one thread."""
+    """Appends one source's responses. Each survives a kill as soon as ``append`` returns. Not thread-safe.
+
+    Args:
+        folder: The cache's folder.
+        entry: The source's entry in the manifest.
+        content_hash: Returns a question's content hash.
+        shard_size: Responses in a full shard.
+    """
 
     SYNC_EVERY = 64
 
-    def __init__(self, cache: ResponseCache, source: str, entry: Mapping[str, Any]) -> None:
-        self.cache = cache
+    def __init__(
+        self,
+        folder: Path,
+        source: str,
+        entry: Mapping[str, Any],
+        content_hash: Callable[[Question], str],
+        shard_size: int,
+    ) -> None:
+        self.folder = folder
         self.source = source
+        self.content_hash = content_hash
+        self.shard_size = shard_size
         self.header = {
             "source": source,
             "model": entry["model"],
@@ -34,29 +48,29 @@ class Writer:
         """Write a response to this question."""
         assert response.source == self.source and response.question_id == question.id
         if self._journal is None:
-            self._journal = Journal(self.cache.journal_folder, self.source, self.header)
+            self._journal = Journal(self.folder / files.JOURNALS, self.source, self.header)
         self._journal.append(
             {
                 "question_id": question.id,
                 "index": response.index,
-                # A lone surrogate, which JSON may carry, is no text that files can hold.
+                # JSON may carry a lone surrogate, which files cannot hold.
                 "text": response.text.encode("utf-8", "replace").decode(),
                 "finish_reason": response.finish_reason,
-                "question_hash": self.cache.content_hash(question),
+                "question_hash": self.content_hash(question),
                 "token_ids": None if response.token_ids is None else list(response.token_ids),
                 "created": files.now(),
             }
         )
         if len(self._journal.rows) % self.SYNC_EVERY == 0:
             self._journal.sync()
-        if len(self._journal.rows) >= self.cache.shard_size:
+        if len(self._journal.rows) >= self.shard_size:
             self.close()
 
     def close(self) -> None:
-        """Turn what was written into a shard; appending again starts the next."""
+        """Turn what was written into a shard. The next ``append`` starts another."""
         if self._journal is not None:
             journal, self._journal = self._journal, None
-            journal.close(self.cache.shard_folder)
+            journal.close(self.folder / files.SHARDS)
 
     def __enter__(self) -> Writer:
         return self

@@ -151,7 +151,9 @@ class LocalJudge:
                     continue
                 if isinstance(text, str) and all(m["content"].strip() in text for m in cleaned):
                     return text
-        raise ModelError(f"judge.model_path: the chat template of {self.settings.model_path} drops the prompt. Correct it.")
+        raise ModelError(
+            f"judge.model_path: the chat template of {self.settings.model_path} drops the prompt. Correct it."
+        )
 
     def _end_ids(self) -> list[int]:
         config = getattr(self.model, "generation_config", None)
@@ -160,7 +162,9 @@ class LocalJudge:
         if self.tokenizer.eos_token_id is not None:
             ids = [self.tokenizer.eos_token_id, *ids]
         if not ids:
-            raise ModelError(f"judge.model_path: expected an end-of-sequence token in {self.settings.model_path}, got none.")
+            raise ModelError(
+                f"judge.model_path: expected an end-of-sequence token in {self.settings.model_path}, got none."
+            )
         return list(dict.fromkeys(ids))
 
     def start(self, settle: Settle) -> _Later:
