@@ -110,23 +110,21 @@ def measure_sft(recipe: Recipe) -> dict[str, Any]:
 
 
 def cached_responses(recipe: Recipe, sources: Sequence[str]) -> dict[str, list[Judged]]:
-    """Return the cached responses to the training questions by source."""
+    """Return the cached responses to the training questions by source, with the verdicts that the recipe collects."""
     from openril.responses.cache import ResponseCache
+    from openril.rewards.answers import known_answers
 
     questions = read_questions(recipe.data, "train")
     loaded = ResponseCache.open(recipe.cache_path).load(
         questions, list(sources), recipe.collect.num_responses, check_hashes=False
     )
-    return {
-        name: [
-            (question, response.text, verdict)
-            for question in questions
-            for response, verdict in zip(
-                loaded.responses_for(question.id, name), loaded.verdicts_for(question.id, name), strict=True
-            )
-        ]
-        for name in sources
-    }
+    out: dict[str, list[Judged]] = {}
+    for name in sources:
+        items = [(q, r.text) for q in questions for r in loaded.responses_for(q.id, name)]
+        judged = recipe.collect.judge_responses
+        scores = [answer.score for answer in known_answers(recipe)(items)] if judged else [None] * len(items)
+        out[name] = [(question, text, score) for (question, text), score in zip(items, scores, strict=True)]
+    return out
 
 
 def measure_cache(recipe: Recipe, sources: Sequence[str]) -> dict[str, Any]:

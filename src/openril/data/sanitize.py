@@ -36,6 +36,8 @@ _OPENING, _CLOSING = (
 _ENTITIES = re.compile(r"&(?:amp;)*(?:(?P<lt>lt|#0*60|#x0*3c)|gt|#0*62|#x0*3e);?", re.I)
 _LOOKALIKES = str.maketrans("аеорсухѕіԁոһԛԝαερνιοτυη", "aeopcyxsidnhqwaepviotun")
 _LONGEST_TAG = 64
+_HARMLESS = re.compile(r"[\n\t !-%'-;=?-Z\\-~]*")
+"""Printable ASCII without ``&``, ``<``, ``>`` and ``[``: no entity, tag or special token can be made of it."""
 
 
 def strip_special(text: str, extra: Sequence[str] = (), keep_markers: bool = False) -> str:
@@ -90,6 +92,8 @@ def strip_disguised_tags(text: str, names: Collection[str]) -> str:
     Args:
         names: Names of tags, in lower case and without spaces.
     """
+    if _HARMLESS.fullmatch(text):  # fast path: a caller may clean every response of a cache
+        return text.strip()
     text = "".join(c for c in text if c in "\n\t" or not _invisible(c))
     while True:
         stripped = _ENTITIES.sub(lambda m: "<" if m["lt"] else ">", text)

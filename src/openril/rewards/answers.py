@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -128,11 +128,11 @@ def cached_answer_kind(recipe: Recipe) -> AnswerKind:
     return "judge" if kind == "none" else kind
 
 
-def known_answers(recipe: Recipe, items: Sequence[tuple[Question, str]]) -> list[AnswerScore]:
-    """Score cached responses without asking the judge: by rules, and by the verdicts that are already stored."""
+def known_answers(recipe: Recipe) -> Callable[[Sequence[tuple[Question, str]]], list[AnswerScore]]:
+    """Return a function that scores cached responses by rules and stored verdicts, without asking the judge."""
     kind = cached_answer_kind(recipe)
     known = KnownVerdicts(recipe.judge, open_verdict_store(recipe)) if kind != "rules" else None
-    return score_answers(items, kind, recipe.rewards.answer.rule, known)
+    return lambda items: score_answers(items, kind, recipe.rewards.answer.rule, known)
 
 
 def judge_item(question: Question, text: str, shared: bool = False) -> JudgeItem:

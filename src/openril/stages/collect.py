@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from openril.errors import EndpointError
 from openril.recipe.schema import Recipe
-from openril.records import STUDENT, Question, Response
+from openril.records import STUDENT, Question
 from openril.report.progress import ProgressDisplay
 
 if TYPE_CHECKING:
@@ -19,10 +18,9 @@ if TYPE_CHECKING:
     from openril.responses.cache import ResponseCache
     from openril.sampling.protocol import Sampler
 
-JudgeMany = Callable[[Sequence[Question], Sequence[Response]], Sequence[float | None]]
-"""Return the verdicts on responses, given each response's question; None where there is no verdict."""
-
 JUDGED_AT_ONCE = 256
+
+T = TypeVar("T")
 
 
 def run_collect(
@@ -31,7 +29,6 @@ def run_collect(
     sources: list[str] | None = None,
     *,
     recollect: bool = False,
-    judge_many: JudgeMany | None = None,
     make_sampler: Callable[[Recipe, str], Sampler] | None = None,
 ) -> None:
     """Collect the missing responses. Returns at once when the cache is complete.
@@ -39,7 +36,6 @@ def run_collect(
     Args:
         sources: Names of teachers, or ``STUDENT``; None for all that the recipe names.
         recollect: First drop cached responses that no longer fit (older questions, another model, other settings).
-        judge_many: Judges the responses if ``collect.judge_responses`` is set; by default the recipe's judge or rules.
         make_sampler: See ``responses.collection.collect``.
 
     Raises:
@@ -77,30 +73,7 @@ def run_collect(
     if problems:
         raise EndpointError("\n".join(problems) + "\nAll others are kept. The same command collects the missing ones.")
     if recipe.collect.judge_responses and int(os.environ.get("RANK", "0")) == 0:  # processes share only the collecting
-        with answer_judge(recipe) if judge_many is None else nullcontext(judge_many) as judge:
-            judge_cached(cache, questions, names, recipe.collect.num_responses, judge, console)
-
-
-@contextmanager
-def answer_judge(recipe: Recipe) -> Iterator[JudgeMany]:
-    """Score responses as training does: by the recipe's judge, by rules, or by both (``rewards.answer``)."""
-    from openril.rewards.answers import score_answers
-    from openril.rewards.judge import build_judge_service
-
-    settings = recipe.rewards.answer
-    kind = "judge" if settings.kind == "none" else settings.kind
-    service = build_judge_service(recipe, "collect") if kind != "rules" else None
-
-    def judge_many(questions: Sequence[Question], responses: Sequence[Response]) -> Sequence[float | None]:
-        items = [(q, r.text) for q, r in zip(questions, responses, strict=True)]
-        shared = [not r.from_student for r in responses]
-        return [s.score for s in score_answers(items, kind, settings.rule, service, shared)]
-
-    try:
-        yield judge_many
-    finally:
-        if service is not None:
-            service.close()
+        judge_cached(recipe, cache, questions, names, console)
 
 
 def required_sources(recipe: Recipe) -> list[str]:
@@ -112,55 +85,58 @@ def drop_unfitting(
     recipe: Recipe, cache: ResponseCache, questions: Sequence[Question], source: str, console: Console
 ) -> None:
     """Remove a source's responses that belong to other settings, another model or older questions."""
-    from openril.responses.chat_requests import sampling_record
     from openril.responses.collection import teacher_of
-    from openril.responses.fingerprint import model_identity
-    from openril.responses.manifest import differences
+    from openril.responses.manifest import same_entry, source_entry
 
     old = cache.manifest()["sources"].get(source)
     if old is None:
         return
-    teacher = teacher_of(recipe, source)
-    model, revision = model_identity(recipe, teacher)
-    now = {"model": model, "revision": revision, "sampling": sampling_record(recipe, teacher)}
-    dropped = cache.discard(source) if differences(old, now) else cache.discard_stale(questions, source)
+    now = source_entry(recipe, teacher_of(recipe, source))
+    dropped = cache.discard_stale(questions, source) if same_entry(old, now) else cache.discard(source)
     if dropped:
         console.print(f"{source}: dropped {dropped} responses that no longer fit", highlight=False)
 
 
 def judge_cached(
-    cache: ResponseCache,
-    questions: Sequence[Question],
-    sources: Sequence[str],
-    num_responses: int,
-    judge_many: JudgeMany,
-    console: Console,
+    recipe: Recipe, cache: ResponseCache, questions: Sequence[Question], sources: Sequence[str], console: Console
 ) -> None:
-    """Judge every cached response that has no verdict yet. The verdicts of each batch are stored at once."""
-    loaded = cache.load(questions, sources, num_responses, check_hashes=False)
-    by_id = {q.id: q for q in questions}
-    todo = (
-        response
-        for question in questions
-        for source in sources
-        for response, verdict in zip(
-            loaded.responses_for(question.id, source), loaded.verdicts_for(question.id, source), strict=True
-        )
-        if verdict is None
-    )
-    judged, unknown = 0, 0
-    for batch in batches(todo, JUDGED_AT_ONCE):
-        verdicts = judge_many([by_id[r.question_id] for r in batch], batch)
-        known = {(r.question_id, r.source, r.index): v for r, v in zip(batch, verdicts, strict=True) if v is not None}
-        cache.record_verdicts(known)
-        judged += len(known)
-        unknown += len(batch) - len(known)
-    cache.merge_verdicts()
-    note = f", {unknown} verdicts are missing (the same command asks for them again)" if unknown else ""
-    console.print(f"judged {judged} responses{note}", highlight=False)
+    """Ask the judge about every cached response whose verdict is not stored yet. Each verdict is stored at once.
+
+    Responses that the answer rules score are not stored, because the rules are run again when they are needed.
+    """
+    from openril.responses.files import has_old_verdicts
+    from openril.rewards.answers import cached_answer_kind, score_answers
+    from openril.rewards.judge import JudgeService, KnownVerdicts
+    from openril.rewards.verdict_store import OUTDATED, open_verdict_store
+
+    kind, rule = cached_answer_kind(recipe), recipe.rewards.answer.rule
+    store = open_verdict_store(recipe, "collect")
+    known, service = KnownVerdicts(recipe.judge, store), None
+    loaded = cache.load(questions, sources, recipe.collect.num_responses, check_hashes=False)
+    items = ((q, r.text) for q in questions for source in sources for r in loaded.responses_for(q.id, source))
+    total, judged, unknown = 0, 0, 0
+    try:
+        for batch in batches(items, JUDGED_AT_ONCE):
+            scores = score_answers(batch, kind, rule, known)
+            missing = [item for item, score in zip(batch, scores, strict=True) if score.score is None]
+            total += len(batch)
+            if not missing:
+                continue
+            if service is None:
+                service = JudgeService(recipe.judge, store)
+                if store.outdated or has_old_verdicts(cache.folder):
+                    console.print(OUTDATED, highlight=False)
+            answers = score_answers(missing, kind, rule, service, [True] * len(missing))
+            judged += len(missing)
+            unknown += sum(answer.score is None for answer in answers)
+    finally:
+        if service is not None:
+            service.close()
+    note = f", of which {unknown} verdicts are unknown (the same command asks again)" if unknown else ""
+    console.print(f"judged {judged} of {total} responses{note}; the others were known", highlight=False)
 
 
-def batches(items: Iterable[Response], size: int) -> Iterator[list[Response]]:
+def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
     iterator = iter(items)
     while batch := list(islice(iterator, size)):
         yield batch

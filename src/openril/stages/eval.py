@@ -62,6 +62,7 @@ def run_eval(
     from openril.recipe.checks import require
     from openril.report.progress import ProgressDisplay
     from openril.rewards.judge import build_judge_service
+    from openril.rewards.verdict_store import OUTDATED
 
     require(recipe, "eval")
     questions = read_questions(recipe.data, "validation")
@@ -77,6 +78,8 @@ def run_eval(
             if done is None:
                 if judge is None and recipe.eval.score != "rules":
                     judge = build_judge_service(recipe, "eval")
+                    if judge.store.outdated:
+                        console.print(f"eval: {OUTDATED}")
                 with ProgressDisplay(console, f"eval {target.name}") as progress:
                     done = _evaluate(
                         recipe, target, questions, settings, identity, judge, progress.report, make_sampler or _load

@@ -26,6 +26,7 @@ from openril.responses.teacher_sampling import draw
 from openril.rewards.answers import score_answers
 from openril.rewards.combine import RewardSystem
 from openril.rewards.judge import JudgeService, build_judge_service
+from openril.rewards.verdict_store import OUTDATED
 from openril.stages.select import selection_file
 from openril.storage import write_json
 from openril.training.checkpoint import Checkpoints, refuse_changed_recipe
@@ -80,6 +81,8 @@ def open_trainer(recipe: Recipe, console: Console | None = None) -> Iterator[RIL
     judge, parts = None, None
     if recipe.answer_kind in ("judge", "rules_then_judge") or (evaluates and recipe.eval.score != "rules"):
         judge = build_judge_service(recipe, f"rank{accelerator.process_index}")
+        if judge.store.outdated and console is not None and accelerator.is_main_process:
+            console.print(f"train: {OUTDATED}")
     try:
         rewards = RewardSystem(recipe, judge, gather=gather_object if accelerator.num_processes > 1 else None)
         folder = RunFolder(recipe.run_path)

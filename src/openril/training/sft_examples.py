@@ -18,6 +18,7 @@ from openril.models.prompts import Prompt, PromptEncoder
 from openril.recipe.schema import Recipe
 from openril.records import Question, Response
 from openril.responses.cache import ResponseCache
+from openril.rewards.answers import known_answers
 from openril.storage import append_jsonl
 
 IGNORED = -100
@@ -59,21 +60,23 @@ def _cached_examples(recipe: Recipe, questions: Sequence[Question]) -> list[Exam
     limit = recipe.sft.responses_per_question or None
     sources = recipe.sft.sources or [t.name for t in recipe.teachers]
     loaded = ResponseCache.open(recipe.cache_path).load(questions, sources)
+    score = known_answers(recipe) if judged else None
     examples: list[Example] = []
-    verdicts_known = 0
+    asked = known = 0
     for question in questions:
         for source in sources:
             responses = loaded.responses_for(question.id, source)
-            if judged:
-                verdicts = loaded.verdicts_for(question.id, source)
-                verdicts_known += sum(v is not None for v in verdicts)
-                responses = [r for r, v in zip(responses, verdicts, strict=True) if v is not None and v >= 1.0]
+            if score is not None:
+                scores = score([(question, r.text) for r in responses])
+                asked += sum(s.asked_judge for s in scores)
+                known += sum(s.asked_judge and s.score is not None for s in scores)
+                responses = [r for r, s in zip(responses, scores, strict=True) if s.score is not None and s.score >= 1]
             responses = [r for r in responses if r.text.strip() and r.finish_reason not in _NO_ANSWER]
             examples += [Example(question, r) for r in responses[:limit]]
-    if judged and not verdicts_known:
+    if asked and not known:
         raise CacheError(
-            f"{recipe.cache_path}: no response of {', '.join(sources)} is judged, and sft.targets is judged_responses;"
-            " set collect.judge_responses to true and run `ril collect`"
+            f"sft.targets: judged_responses needs verdicts, but {recipe.cache_path} holds none of this judge on responses"
+            f" of {', '.join(sources)}. Set collect.judge_responses: true and run `ril collect`."
         )
     if not examples:
         what = "judged right" if judged else "with text"
