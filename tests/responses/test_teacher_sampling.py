@@ -113,5 +113,5 @@ def test_a_hand_of_more_than_a_deck_and_a_half():
 
 
 def test_none_cached_is_an_error_with_numbers():
-    with pytest.raises(CacheError, match=r"4 responses of teacher 'a' .* none is cached"):
+    with pytest.raises(CacheError, match=r"'q.*4 .*teacher 'a'.*ril collect"):
         draw(Cache(a=0), "q7", ["a"], total=4, seed=0, epoch=0)

@@ -67,7 +67,7 @@ def test_functions_without_kwargs_get_the_columns_they_name():
 
 
 def test_a_column_that_is_not_there_is_named():
-    with pytest.raises(RecipeError, match=r"m:f\): wants latitude; there is answer, "):
+    with pytest.raises(RecipeError, match=r"m:f\): .*answer, .*latitude"):
         call(lambda completions, latitude: [0.0] * 3)
 
 
@@ -118,15 +118,15 @@ def test_arrays_tensors_and_booleans_are_taken(result):
 @pytest.mark.parametrize(
     ("result", "message"),
     [
-        ([1.0, 2.0], "returned 2 rewards for 3 completions"),
-        ([1.0, math.nan, 0.0], "reward 1 is nan"),
-        ([math.inf, 0.0, 0.0], "reward 0 is inf"),
-        (["1", 0.0, 0.0], "reward 0 is '1', neither a number nor None"),
-        ([[1.0], 0.0, 0.0], "neither a number nor None"),
-        (None, "returned a NoneType"),
-        (1.0, "returned a float"),
-        ("abc", "returned a str"),
-        ({"a": 1}, "returned a dict"),
+        ([1.0, 2.0], "3 .*2"),
+        ([1.0, math.nan, 0.0], "reward 1: .*nan"),
+        ([math.inf, 0.0, 0.0], "reward 0: .*inf"),
+        (["1", 0.0, 0.0], "reward 0: .*'1'"),
+        ([[1.0], 0.0, 0.0], r"reward 0: .*\[1.0\]"),
+        (None, "list .*NoneType"),
+        (1.0, "list .*float"),
+        ("abc", "list .*str"),
+        ({"a": 1}, "list .*dict"),
     ],
 )
 def test_anything_else_is_an_error_that_names_the_function(result, message):
@@ -143,13 +143,13 @@ def test_a_file_is_loaded_once(tmp_path):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("", r"write it as package.module:name"),
-        ("no_colon", r"write it as package.module:name"),
-        (":f", r"write it as package.module:name"),
-        ("nowhere.to.be.found:f", r"there is no module nowhere.to.be.found; install it"),
-        ("missing.py:f", r"there is no file .*missing.py"),
-        ("math:sinn", r"math has no sinn; it has acos"),
-        ("math:pi", r"pi is a float, not a function"),
+        ("", r"rewards.functions.0 .*package.module:name"),
+        ("no_colon", r"rewards.functions.0 .*package.module:name"),
+        (":f", r"rewards.functions.0 .*package.module:name"),
+        ("nowhere.to.be.found:f", r"nowhere.to.be.found"),
+        ("missing.py:f", r"missing.py"),
+        ("math:sinn", r"acos.*sinn"),
+        ("math:pi", r"function, got pi, a float"),
     ],
 )
 def test_what_cannot_be_loaded_says_why(spec, message):
@@ -169,5 +169,5 @@ def test_names_are_unique_and_never_a_built_in_one(tmp_path):
     specs = [f"{tmp_path}/one.py:answer", f"{tmp_path}/one.py:length", f"{tmp_path}/two.py:length"]
     names = [f.name for f in load_functions([RewardFunctionConfig(function=s) for s in specs])]
     assert names == [specs[0], "length", specs[2]]
-    with pytest.raises(RecipeError, match="listed twice"):
+    with pytest.raises(RecipeError, match=r"rewards.functions.2 .*twice"):
         load_functions([RewardFunctionConfig(function=specs[1])] * 3)

@@ -8,7 +8,7 @@ import pytest
 
 from openril.errors import EndpointError, JudgeError, RecipeError
 from openril.recipe.schema import JudgeConfig
-from openril.rewards.judge import JudgeItem, JudgeService, make_judge
+from openril.rewards.judge import JudgeService, make_judge
 from openril.rewards.verdict_store import UnknownBudget, VerdictStore
 from openril.storage import read_jsonl
 from support.misbehaving_server import Drop, EmptyChoices, Garbage, Hang, MisbehavingServer, Refuse, Say, Status
@@ -18,10 +18,10 @@ WRONG = Say("It says something else. <answer>0</answer>")
 ITEM = ("Which colour?", "red", "It is red.")
 
 
-def service_for(server, tmp_path, read_dirs=(), shared_file=None, **settings):
+def service_for(server, tmp_path, **settings):
     settings = {"timeout": 5.0, "max_retries": 0, **settings}
     judge = JudgeConfig(base_urls=[server.url], model="fake", **settings)
-    return JudgeService(judge, VerdictStore(tmp_path / "verdicts" / "rank0.jsonl", read_dirs, shared_file))
+    return JudgeService(judge, VerdictStore(tmp_path / "verdicts" / "rank0.jsonl"))
 
 
 @pytest.mark.parametrize(("act", "score"), [(RIGHT, 1.0), (WRONG, 0.0)])
@@ -215,24 +215,6 @@ def test_unknown_verdicts_are_asked_for_again_in_the_same_process(tmp_path):
         assert [service.judge([ITEM])[0].score for _ in range(2)] == [None, 1.0]
 
 
-def test_another_judge_judges_anew(tmp_path):
-    with MisbehavingServer(then=RIGHT) as one, MisbehavingServer(then=WRONG, model="other") as two:
-        service_for(one, tmp_path).judge([ITEM])
-        settings = JudgeConfig(base_urls=[two.url], model="other")
-        other = JudgeService(settings, VerdictStore(tmp_path / "verdicts" / "rank0.jsonl"))
-        assert other.judge([ITEM])[0].score == 0.0
-
-
-def test_verdicts_on_cached_responses_reach_other_runs(tmp_path):
-    cache = tmp_path / "responses" / "verdicts"
-    with MisbehavingServer(then=RIGHT) as server:
-        one = service_for(server, tmp_path / "run1", [cache], cache / "run1-rank0.jsonl")
-        one.judge([JudgeItem(*ITEM, shared=True), JudgeItem("q", "t", "the student's own")])
-        two = service_for(server, tmp_path / "run2", [cache], cache / "run2-rank0.jsonl")
-        verdicts = two.judge([ITEM, ("q", "t", "the student's own")])
-    assert [v.cached for v in verdicts] == [True, False]
-
-
 def test_the_key_is_in_no_file(tmp_path, monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", "sk-very-secret")
     with MisbehavingServer(Status(401, "Incorrect API key"), RIGHT, then=Say("hm")) as server:
@@ -301,7 +283,7 @@ def test_broken_code_is_no_unknown_verdict(tmp_path):
 
 
 def test_no_judge_in_the_recipe_is_an_error():
-    with pytest.raises(RecipeError, match=r"judge.base_urls and judge.model, or judge.model_path"):
+    with pytest.raises(RecipeError, match=r"judge: .*judge.base_urls .*judge.model_path"):
         make_judge(JudgeConfig())
 
 
@@ -318,8 +300,8 @@ def test_the_budget_allows_its_share_and_no_more():
     with pytest.raises(JudgeError) as error:
         budget.check(8, 3, ["no answer", "refused", "no answer"])
     message = str(error.value)
-    assert "3 of 8" in message and "0.25" in message and "2 x no answer" in message
-    assert "run the same command: it continues" in message
+    assert "judge.max_unknown_share" in message and "3 of 8" in message and "0.25" in message
+    assert "2 x no answer" in message and "run the same command" in message
 
 
 def test_a_budget_of_zero_stops_at_the_first_unknown():

@@ -272,16 +272,16 @@ def test_long_answers_in_other_words_are_unparsed_under_auto():
     assert score("auto", ask(truth), truth.upper() + ".") == 1.0
 
 
-def test_errors_name_the_question_and_the_cure():
-    with pytest.raises(DataError, match=r"q1 .*questions.jsonl:7.*unknown answer rule 'numbre'.*relaxed_number"):
+def test_errors_name_the_question_and_the_value():
+    with pytest.raises(DataError, match=r"q1 .*questions.jsonl:7.*relaxed_number.*'numbre'"):
         score("numbre", ask("1"), "1")
-    with pytest.raises(DataError, match=r"q1 .*has no answer to compare"):
+    with pytest.raises(DataError, match=r"q1 .*answer"):
         score("auto", ask(" "), "1")
-    with pytest.raises(DataError, match="'many' is not a number"):
+    with pytest.raises(DataError, match=r"number.*'many'"):
         score("number", ask("many"), "1")
-    with pytest.raises(DataError, match="none of its choices cat, dog, bird"):
+    with pytest.raises(DataError, match=r"cat, dog, bird.*'fish'"):
         score("choice", ask("fish", PETS), "A")
-    with pytest.raises(DataError, match="not yes/no/true/false"):
+    with pytest.raises(DataError, match=r"yes/no/true/false.*'maybe'"):
         score("boolean", ask("maybe"), "yes")
 
 

@@ -38,5 +38,5 @@ def test_two_levels_are_the_binary_reward(student_prob):
 
 @pytest.mark.parametrize("broken", [float("nan"), -0.1, 1.1, float("inf")])
 def test_what_is_no_probability_is_an_error(broken):
-    with pytest.raises(ValueError, match="not a probability"):
+    with pytest.raises(ValueError, match="student_prob"):
         similarity_reward(broken, "binary")

@@ -15,13 +15,17 @@ import pytest
 from rich.console import Console
 
 from openril import endpoints
+from openril.data.reading import read_questions
 from openril.errors import EndpointError, RecipeError
 from openril.recipe.schema import Recipe
 from openril.records import STUDENT, Response
 from openril.responses.cache import ResponseCache
+from openril.rewards.answers import known_answers
 from openril.stages.collect import run_collect
+from openril.storage import append_jsonl
 from support.misbehaving_server import MisbehavingServer, Say, Status
 
+RIGHT = "It says the same. <answer>1</answer>"
 COMMAND = """
 import sys
 from pathlib import Path
@@ -211,19 +215,74 @@ def test_recollect_of_what_fits_asks_nothing(make_recipe, console):
 
 
 def test_responses_are_judged_once(make_recipe, console):
-    asked = []
+    texts, available = [f"It is {i}." for i in range(12)], []
 
-    def judge_many(questions, responses):
-        asked.extend((q.id, r.index) for q, r in zip(questions, responses, strict=True))
-        return [None if r.index == 3 and len(asked) <= 12 else float(r.index % 2) for r in responses]
+    def act(request):
+        if "<generated text>" not in request.text:
+            return Say(texts.pop())
+        return Say(RIGHT) if available or "What is 1?" not in request.text else Status(400)
 
-    with MisbehavingServer() as server:
+    with MisbehavingServer(then=act) as server:
         recipe = make_recipe(server.url, num_questions=3, judge_responses=True)
-        run_collect(recipe, console, judge_many=judge_many)
-        assert len(asked) == 12
-        assert "judged 9 responses, 3 verdicts" in console.file.getvalue()
-        asked.extend([("", 0)])
-        run_collect(recipe, console, judge_many=judge_many)
-        assert sorted(asked[13:]) == [("q0", 3), ("q1", 3), ("q2", 3)]  # only the unknown ones again
-    rows = pq.read_table(recipe.cache_path / "shards").to_pylist()
-    assert all(r["verdict"] == float(r["index"] % 2) for r in rows)
+        recipe.judge.base_urls, recipe.judge.model = [server.url], "fake"
+        for judged in (
+            "judged 12 of 12 responses, of which 4 verdicts are unknown",
+            "judged 4 of 12",
+            "judged 0 of 12",
+        ):
+            run_collect(recipe, console)
+            assert judged in console.file.getvalue().splitlines()[-1]
+            available.append(True)
+        assert server.count == 12 + 12 + 4 + 0  # only the unknown ones were asked for again
+    assert [s.score for s in scores_of(recipe)] == [1.0] * 12
+
+
+def scores_of(recipe):
+    questions = read_questions(recipe.data, "train")
+    loaded = ResponseCache.open(recipe.cache_path).load(questions)
+    return known_answers(recipe)([(q, r.text) for q in questions for r in loaded[q.id]])
+
+
+def test_a_corrected_truth_is_judged_again(make_recipe, console):
+    def act(request):
+        if "<generated text>" not in request.text:
+            return Say("It is 0.")
+        return Say(f"Compared. <answer>{int('0</ground truth>' in ''.join(request.text.split(chr(10))))}</answer>")
+
+    with MisbehavingServer(then=act) as server:
+        recipe = make_recipe(server.url, num_questions=1, judge_responses=True, num_responses=1)
+        recipe.judge.base_urls, recipe.judge.model = [server.url], "fake"
+        run_collect(recipe, console)
+        assert [s.score for s in scores_of(recipe)] == [1.0]
+        path = recipe.run_path.parent / "train.jsonl"
+        path.write_text(path.read_text().replace('"answer": "0"', '"answer": "7"'))
+        assert [s.score for s in scores_of(recipe)] == [None]
+        run_collect(recipe, console)
+        assert [s.score for s in scores_of(recipe)] == [0.0]
+        assert server.count == 3  # the response itself was not asked for again
+
+
+def test_verdicts_of_an_earlier_version_are_asked_again_and_the_console_says_so(make_recipe, console):
+    with MisbehavingServer(then=lambda r: Say(RIGHT) if "<generated text>" in r.text else Say("It is 0.")) as server:
+        recipe = make_recipe(server.url, num_questions=1, judge_responses=True, num_responses=1)
+        recipe.judge.base_urls, recipe.judge.model = [server.url], "fake"
+        recipe.collect.judge_responses = False
+        run_collect(recipe, console)
+        recipe.collect.judge_responses = True
+        row = {"question_id": "q0", "source": "big", "index": 0, "verdict": 0.0}
+        append_jsonl(recipe.cache_path / "verdicts.jsonl", row)
+        for _ in range(2):
+            run_collect(recipe, console)
+        assert server.count == 2
+    assert [s.score for s in scores_of(recipe)] == [1.0]
+    assert console.file.getvalue().count("verdicts of an earlier version") == 1
+
+
+def test_rules_store_nothing(make_recipe, console):
+    with MisbehavingServer(then=Say("The answer is 0.")) as server:
+        recipe = make_recipe(server.url, num_questions=2, judge_responses=True, num_responses=1)
+        recipe.rewards.answer.kind = "rules"
+        run_collect(recipe, console)
+        assert server.count == 2
+    assert [s.score for s in scores_of(recipe)] == [1.0, 0.0]
+    assert not list(recipe.run_path.rglob("verdicts*"))

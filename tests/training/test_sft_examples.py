@@ -11,6 +11,10 @@ from openril.models.prompts import PromptEncoder
 from openril.recipe.schema import Recipe
 from openril.records import Question, Response
 from openril.responses.cache import ResponseCache
+from openril.rewards.answers import judge_item
+from openril.rewards.judge_prompt import Prompt
+from openril.rewards.judge_protocol import Verdict, judge_identity
+from openril.rewards.verdict_store import open_verdict_store, verdict_key
 from openril.storage import read_jsonl
 from openril.training.sft_examples import IGNORED, Example, SFTCollator, fingerprint, sft_examples
 from support.tiny import tiny_questions
@@ -124,10 +128,17 @@ def cached(folder, questions, judged=()):
             for q in questions:
                 for i in range(3):
                     writer.append(q, Response(q.id, source, i, f"{source}{i} {q.answer}"))
-    cache.record_verdicts(dict(judged))
-    return Recipe.model_validate(
+    recipe = Recipe.model_validate(
         {"run_dir": str(folder.parent), "cache_dir": str(folder), "teachers": [{"name": "a"}, {"name": "b"}]}
     )
+    store = open_verdict_store(recipe, "collect")
+    by_id = {q.id: q for q in questions}
+    for (id, source, i), score in dict(judged).items():
+        item = judge_item(by_id[id], f"{source}{i} {by_id[id].answer}")
+        prompt = Prompt.of(*item[:3], recipe.judge.max_response_chars)
+        key = verdict_key(judge_identity(recipe.judge), prompt)
+        store.add(key, Verdict(score, "Compared."), judge="j", prompt=prompt, attempts=1, shared=True)
+    return recipe
 
 
 QUESTIONS = [Question("q0", "Which?", "red"), Question("q1", "Which now?", "blue")]
@@ -159,11 +170,29 @@ def test_judged_responses_are_the_right_ones(tmp_path):
     assert [e.answer.text for e in sft_examples(recipe, QUESTIONS)] == ["a1 red"]
 
 
-def test_without_verdicts_the_error_tells_the_cure(tmp_path):
+def test_without_verdicts_the_error_names_the_setting(tmp_path):
     recipe = cached(tmp_path / "cache", QUESTIONS)
     recipe.sft.targets = "judged_responses"
+    with pytest.raises(CacheError, match=r"sft\.targets.*collect\.judge_responses"):
+        sft_examples(recipe, QUESTIONS)
+
+
+def test_verdicts_of_another_judge_or_truth_choose_nothing(tmp_path):
+    recipe = cached(tmp_path / "cache", QUESTIONS, {("q0", "a", 0): 1.0, ("q1", "a", 0): 1.0})
+    recipe.sft.targets = "judged_responses"
+    assert len(sft_examples(recipe, QUESTIONS)) == 2
+    corrected = [QUESTIONS[0], Question("q1", "Which now?", "green")]
+    assert [e.question.id for e in sft_examples(recipe, corrected)] == ["q0"]
+    recipe.judge.max_tokens += 1
     with pytest.raises(CacheError, match=r"collect\.judge_responses"):
         sft_examples(recipe, QUESTIONS)
+
+
+def test_rules_choose_without_a_judge(tmp_path):
+    recipe = cached(tmp_path / "cache", QUESTIONS)
+    recipe.sft.targets, recipe.rewards.answer.kind = "judged_responses", "rules"
+    corrected = [QUESTIONS[0], Question("q1", "Which now?", "green")]
+    assert {e.question.id for e in sft_examples(recipe, corrected)} == {"q0"}
 
 
 def test_the_fingerprint_changes_with_a_text_and_with_the_order():

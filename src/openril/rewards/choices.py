@@ -1,4 +1,4 @@
-"""Multiple choice: which option does the ground truth name, and which does a text choose?"""
+"""Multiple choice: the option that the ground truth names, and the options that a text chooses."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ import re
 import string
 
 from openril.records import Question
-from openril.rewards.extraction import CONCLUSION, HEDGE, NEGATION, normalise, plain, whole_words
+from openril.rewards.extraction import CONCLUSION, HEDGE, NEGATION, normalize, plain, whole_words
 
 
 def find_options(question: Question) -> list[str]:
-    """Texts of the options, from the data or from lettered lines of the question."""
+    """Return the texts of the options, from the data or from lettered lines of the question."""
     if question.choices:
         return list(question.choices)
-    lettered = re.findall(r"^\s*\(?([A-Z])\s*[).:]\s*(\S.*?)\s*$", normalise(question.question), re.M)
+    lettered = re.findall(r"^\s*\(?([A-Z])\s*[).:]\s*(\S.*?)\s*$", normalize(question.question), re.M)
     texts = [text for _, text in lettered]
     letters = "".join(letter for letter, _ in lettered)
     return texts if len(texts) >= 2 and string.ascii_uppercase.startswith(letters) else []
 
 
 def truth_index(answer: str, options: list[str]) -> int | None:
-    """Which option the ground truth names: by its text, else by its letter."""
+    """Return the index of the option that the ground truth names, by its text or else by its letter."""
     for i, option in enumerate(options):
         if plain(option) == plain(answer):
             return i
-    letter = re.fullmatch(r"\(?([A-Za-z])\s*[).:]?(?:\s+(.*))?", normalise(answer).strip())
+    letter = re.fullmatch(r"\(?([A-Za-z])\s*[).:]?(?:\s+(.*))?", normalize(answer).strip())
     index = ord(letter[1].upper()) - ord("A") if letter else len(options)
     fits = index < len(options) and letter and (not letter[2] or plain(letter[2]) == plain(options[index]))
     return index if fits else None
@@ -43,7 +43,7 @@ LISTING = re.compile(r"^[ \t]*(?:[-*][ \t]*)?\(?([A-Z])\s*[).:](?=\s*\S)", re.M)
 
 
 def read_choice(text: str, options: list[str]) -> frozenset[int]:
-    """Indices of the options a candidate text chooses."""
+    """Return the indices of the options that a candidate text chooses."""
     texts = [plain(option) for option in options]
     if plain(text) in texts and plain(text):
         return frozenset({texts.index(plain(text))})
@@ -65,10 +65,10 @@ def read_choice(text: str, options: list[str]) -> frozenset[int]:
         while more := re.match(rf"{HEDGE}(?:option\s+)?[(\[]?([{within}])(?![A-Za-z0-9'])[)\]]?", rest, re.I):
             chosen.add(more[1].upper())
             rest = rest[more.end() :]
-        # "B. dog", where dog is another option's text, is two answers.
-        said = plain(rest.lstrip(" )]."))
-        if said in texts[: len(within)] and said and said != texts[within.index(letter)]:
-            chosen.add(within[texts.index(said)])
+        # "B. dog" is two answers if dog is the text of another option.
+        named = plain(rest.lstrip(" )]."))
+        if named in texts[: len(within)] and named and named != texts[within.index(letter)]:
+            chosen.add(within[texts.index(named)])
         return frozenset(within.index(c) for c in chosen)
     inside = {
         letter for m in _INSIDE.finditer(text) if (letter := letter_in(m)) and not NEGATION.search(text[: m.start()])
@@ -81,7 +81,7 @@ def read_choice(text: str, options: list[str]) -> frozenset[int]:
             rest = re.sub(rf"^{HEDGE}", "", remaining[opening.end() :])
             if not any(re.match(rf"{re.escape(o)}(?![a-z0-9])", rest) for o in texts if o and o != option):
                 return frozenset({texts.index(option)})
-    # Longer texts first, each hit blanked out, so that "dark red" is not also "red".
+    # Longer texts first, and each match is blanked out, so that "dark red" does not also count as "red".
     chosen_texts = set()
     for index in sorted(range(len(texts)), key=lambda i: -len(texts[i])):
         if not texts[index]:

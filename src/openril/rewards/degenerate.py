@@ -1,4 +1,4 @@
-"""Responses that earn nothing without asking anybody: empty ones and repetitive ones."""
+"""Detection of empty and repetitive responses, which score 0 without a judge or a rule."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ REPEATED_NGRAM_SHARE = 0.6
 
 
 def is_empty(text: str) -> bool:
-    """Whether nothing is left of a response without special tokens, tags and white space."""
+    """Return whether a response has nothing but special tokens, tags and white space."""
     return not clean(text)
 
 
 def is_repetitive(text: str) -> bool:
-    """Whether a response mostly says the same thing over and over. Any of these:
+    """Return whether a response mostly repeats itself. Any of these counts:
 
-    1. A loop of at most 32 words, run through 5 times or more, at least 20 words in all, is half the text or more
+    1. A loop of at most 32 words, repeated at least 5 times and at least 20 words long in all, is half the text or more
        ("the answer is the answer is the ...").
     2. The same for loops of at most 8 characters over at least 60 characters without spaces ("hahahaha", "0000").
-    3. Of a text of 60 words or more, at least 60 % of all 8-word sequences occurred before: a paragraph said thrice.
+    3. In a text of 60 words or more, at least 60 % of all 8-word sequences occurred before: a paragraph three times.
 
-    Words are letters and digits as they stand, so tables, numbered lists, counting and code, whose rows differ, pass.
-    So does a text that says everything twice.
+    Words are sequences of letters and digits, so tables, numbered lists, counting and code, whose rows differ, are not
+    repetitive. Neither is a text that says everything twice.
     """
     words = _WORD.findall(text.casefold())
     characters = "".join(text.split())
@@ -47,7 +47,7 @@ def is_repetitive(text: str) -> bool:
 
 
 def _loops(items: list[str] | str, longest_period: int, min_length: int) -> bool:
-    """Whether one loop covers LOOP_SHARE of the items, and at least min_length of them."""
+    """Return whether one loop covers LOOP_SHARE of the items, and at least min_length of them."""
     n = len(items)
     needed = max(min_length, LOOP_SHARE * n)
     for period in range(1, min(longest_period, n // MIN_LOOPS) + 1):

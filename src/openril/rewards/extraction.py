@@ -1,4 +1,4 @@
-"""Finding the final answer in free text, and reading numbers. Shared by the answer rules; no model involved."""
+"""Extraction of the final answer and of numbers from free text, for the answer rules. It uses no model."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ _SUPERSCRIPT = re.compile("[\u00b2\u00b3\u00b9\u2070-\u207f]+")
 _VULGAR = re.compile(r"(?<=\d)(?=[\u00bc-\u00be\u2150-\u215e])")
 
 
-def normalise(text: str) -> str:
-    """NFKC (full-width letters and digits become plain ones), one kind of minus sign, no invisible characters, no
-    Markdown emphasis or inline LaTeX marks. Case and line breaks stay."""
+def normalize(text: str) -> str:
+    """Apply NFKC, use one kind of minus sign, and remove invisible characters, Markdown emphasis and inline LaTeX marks.
+
+    NFKC turns full-width letters and digits into plain ones. Case and line breaks are kept.
+    """
     text = _VULGAR.sub(" ", _INVISIBLE.sub("", text))
     text = re.sub("(?<=\\d)[\u00a0\u2009\u202f](?=\\d{3}(?!\\d))", ",", text).replace("{,}", ",")  # 1 000, 1{,}000
     text = _SUPERSCRIPT.sub(lambda m: "^" + unicodedata.normalize("NFKC", m.group()), text)  # 10⁶ is not 106
@@ -29,19 +31,20 @@ def normalise(text: str) -> str:
 
 
 def plain(text: str) -> str:
-    """For comparing words: normalised, case-folded, single spaces, no leading article, no punctuation at the ends."""
-    text = " ".join(normalise(text).casefold().split())
+    """Normalize and case-fold a text, with single spaces, without a leading article or punctuation at the ends."""
+    text = " ".join(normalize(text).casefold().split())
     text = text.strip(" .,:;!?\"'()[]{}<>*_$`")
     return re.sub(r"^(?:the|an?)\s+(?=\S)", "", text)
 
 
 @dataclass(frozen=True)
 class Found:
-    """Where the final answer stands. candidates: texts that claim to be it, best kind only. explicit: marked as the
-    answer by the writer (tags, a box, "the answer is"), as opposed to being merely the last line."""
+    """Candidates for the final answer."""
 
     candidates: tuple[str, ...]
+    """Texts that may be the answer, all from the same kind of place."""
     explicit: bool
+    """Whether the writer marked them (tags, a box, "the answer is"); False for a text that is only the last line."""
 
 
 _TAG = re.compile(r"<\s*answer\s*>(.*?)<\s*/\s*answer\s*>", re.I | re.S)
@@ -57,13 +60,13 @@ _NEGATED = re.compile(r"\s*(?:not|never|neither|isn't|cannot)\b|\s*不", re.I)
 
 
 LONGEST_BOX = 1000
-"""Characters after which an open box is given up."""
+"""Characters after which an unclosed box is ignored."""
 MOST_BOXES = 20
-"""Only the last so many are read."""
+"""Number of boxes that are read, counted from the end."""
 
 
 def _boxed(text: str) -> list[str]:
-    """Contents of ``\\boxed{...}``, with braces balanced."""
+    """Return the contents of ``\\boxed{...}`` with balanced braces."""
     found = []
     for start in list(re.finditer(r"\\f?boxed\s*\{", text))[-MOST_BOXES:]:
         depth, i = 1, start.end()
@@ -75,22 +78,25 @@ def _boxed(text: str) -> list[str]:
     return found
 
 
-def _behind_marker(text: str) -> str:
-    """What stands behind the last "the answer is" of a text, or all of it."""
+def _after_marker(text: str) -> str:
+    """Return the text after the last "the answer is", or all of it."""
     return _MARKER.split(text)[-1].strip() or text
 
 
 def find_answers(text: str) -> list[Found]:
-    """Candidates for the final answer, the surest kind first: ``<answer>`` tags, ``\\boxed{}``, "the answer is ...",
-    and the last line. Reasoning inside ``<think>`` tags is no answer. Empty text gives an empty list."""
+    """Return candidates for the final answer, the most reliable kind first; nothing for an empty text.
+
+    The kinds are ``<answer>`` tags, ``\\boxed{}``, "the answer is ...", and the last line. Text in ``<think>`` tags is
+    ignored.
+    """
     text = re.sub(r"<\s*think\s*>.*?<\s*/\s*think\s*>", "", text, flags=re.I | re.S)
     boxed = _boxed(_INVISIBLE.sub("", text))
-    text = normalise(text)
+    text = normalize(text)
     found = []
     if tagged := tuple(t.strip() for t in _TAG.findall(text) if t.strip()):
-        found.append(Found(tuple(map(_behind_marker, tagged)), True))
-    if boxes := tuple(n for b in boxed if (n := normalise(b).strip())):
-        found.append(Found(tuple(map(_behind_marker, boxes)), True))
+        found.append(Found(tuple(map(_after_marker, tagged)), True))
+    if boxes := tuple(n for b in boxed if (n := normalize(b).strip())):
+        found.append(Found(tuple(map(_after_marker, boxes)), True))
     text = re.sub(r"</?\s*answer\s*>", "\n", re.sub(r"\\f?boxed\s*\{", "", text), flags=re.I)
     marked = []
     for marker in _MARKER.finditer(text):
@@ -114,8 +120,10 @@ HEDGE = r"\s*(?:,?\s*\b(?:or|and|versus|vs)\b|[/|,;&、]|或者|或|和)\s*"
 
 
 def whole_words(text: str) -> re.Pattern[str]:
-    """The text as whole words (Chinese has no word borders, so only Latin letters and digits count as neighbours).
-    "3" is not a word of "3.5"."""
+    """Return a pattern for the text as whole words. "3" is not a word of "3.5".
+
+    Chinese has no word boundaries, so only Latin letters and digits count as part of a neighboring word.
+    """
     return re.compile(rf"(?<![a-z0-9])(?<!\d[.,]){re.escape(text)}(?![a-z0-9]|[.,]\d)")
 
 
@@ -149,23 +157,27 @@ _NUMBER = re.compile(
 
 
 LONGEST_NUMBER = 200
-"""Longer rows of digits (a model in a loop) are no numbers; Python refuses to read them from 4300 digits on."""
+"""Longer sequences of digits (a model in a loop) are not numbers. Python refuses to parse 4300 digits or more."""
 
 
 @dataclass(frozen=True)
 class Number:
-    """A number in a text. places: digits behind the point, None for a fraction. start, end: where it stands."""
+    """A number in a text."""
 
     value: Fraction
     percent: bool = False
     places: int | None = 0
+    """Digits after the decimal point, None for a fraction."""
     start: int = 0
     end: int = 0
 
 
 def numbers(text: str) -> list[Number]:
-    """Every number in normalised text: thousands separators, decimals, fractions, powers, scale words and percent
-    signs are understood. Number words count only where there are no digits ("three cats")."""
+    """Return every number in normalized text.
+
+    It reads thousands separators, decimals, fractions, powers, scale words and percent signs. Number words ("three cats")
+    count only in a text without digits.
+    """
     found = []
     for m in _NUMBER.finditer(text):
         if len(m.group()) > LONGEST_NUMBER:
@@ -197,8 +209,8 @@ def numbers(text: str) -> list[Number]:
 
 
 def whole_number(text: str) -> Number | None:
-    """The number a text consists of, with at most one word of unit behind it ("1,200 km", "-3 %"); else None."""
-    text = normalise(text).strip().rstrip(".")
+    """Return the number that a text consists of, with at most one word of unit after it ("1,200 km", "-3 %"), or None."""
+    text = normalize(text).strip().rstrip(".")
     found = numbers(text)
     if len(found) != 1 or found[0].start > 0:
         return None

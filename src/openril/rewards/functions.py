@@ -1,6 +1,6 @@
-"""Reward functions of the user's own, with TRL's signature ``(prompts, completions, **columns) -> list[float | None]``.
+"""The user's reward functions, with TRL's signature ``(prompts, completions, **columns) -> list[float | None]``.
 
-What they raise is passed on with a note that names the function; a broken reward never becomes a 0.
+What they raise is passed on with a note that names the function. A broken reward never becomes a 0.
 """
 
 from __future__ import annotations
@@ -29,17 +29,19 @@ BUILT_IN = ("similarity", "answer")
 
 @dataclass(frozen=True)
 class LoadedFunction:
-    """A reward function ready to be called. name: its key in ``Rollout.rewards``. where: how errors call it."""
+    """A reward function that is ready to be called."""
 
     name: str
+    """Its key in ``Rollout.rewards``."""
     where: str
+    """What errors call it."""
     weight: float
     form: str
     call: Callable[..., Any]
 
 
 def load_functions(settings: Sequence[RewardFunctionConfig]) -> list[LoadedFunction]:
-    """Import every function of a recipe. Raises RecipeError where one cannot be found or is not callable."""
+    """Import every function of a recipe. Raises RecipeError if one is missing or not callable."""
     loaded: list[LoadedFunction] = []
     for i, function in enumerate(settings):
         where = f"rewards.functions.{i} ({function.function or 'no function'})"
@@ -48,18 +50,18 @@ def load_functions(settings: Sequence[RewardFunctionConfig]) -> list[LoadedFunct
         if name in BUILT_IN or any(name == other.name for other in loaded):
             name = function.function
         if any(name == other.name for other in loaded):
-            raise RecipeError(f"{where}: is listed twice; give it one weight")
+            raise RecipeError(f"{where}: listed twice. Remove one, and give the other the weight.")
         loaded.append(LoadedFunction(name, where, function.weight, function.form, call))
     return loaded
 
 
 def load_callable(spec: str, where: str) -> Callable[..., Any]:
-    """What ``package.module:name`` or ``path/to/file.py:name`` names."""
+    """Return the object that ``package.module:name`` or ``path/to/file.py:name`` names."""
     # The user's module may import transformers, which this must precede.
     importlib.import_module("openril.models")
     module_name, separator, attribute = spec.rpartition(":")
     if not separator or not module_name or not attribute:
-        raise RecipeError(f"{where}: write it as package.module:name or path/to/file.py:name")
+        raise RecipeError(f"{where}: expected package.module:name or path/to/file.py:name, got {spec!r}")
     if module_name.endswith(".py"):
         module = _load_file(Path(module_name).expanduser().resolve(), where)
     else:
@@ -67,9 +69,9 @@ def load_callable(spec: str, where: str) -> Callable[..., Any]:
             module = importlib.import_module(module_name)
         except ModuleNotFoundError as e:
             if e.name is None or not (module_name == e.name or module_name.startswith(f"{e.name}.")):
-                raise  # the module is there; something it imports is not
+                raise  # the module exists, but something that it imports does not
             raise RecipeError(
-                f"{where}: there is no module {module_name}; install it, or name a file: path/to/file.py:{attribute}"
+                f"{where}: no module {module_name}. Install it, or name a file: path/to/file.py:{attribute}."
             ) from e
     found: Any = module
     for part in attribute.split("."):
@@ -77,17 +79,17 @@ def load_callable(spec: str, where: str) -> Callable[..., Any]:
     if found is None:
         there = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
         raise RecipeError(
-            f"{where}: {module_name} has no {attribute}; it has {', '.join(sorted(there)[:10]) or 'nothing'}"
+            f"{where}: expected one of {', '.join(sorted(there)[:10]) or 'nothing'} in {module_name}, got {attribute}"
         )
     if not callable(found):
-        raise RecipeError(f"{where}: {attribute} is a {type(found).__name__}, not a function")
+        raise RecipeError(f"{where}: expected a function, got {attribute}, a {type(found).__name__}")
     return found
 
 
 def _load_file(path: Path, where: str) -> Any:
     if not path.is_file():
-        raise RecipeError(f"{where}: there is no file {path}; paths start from the folder the command runs in")
-    # Registered, so that dataclasses and pickling inside the file work; named by path, so that two files do not meet.
+        raise RecipeError(f"{where}: no file {path}. Paths are relative to the folder in which the command runs.")
+    # The module is registered, because dataclasses and pickling need that, under a name that is unique to its path.
     name = f"openril_reward_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     if name in sys.modules:
         return sys.modules[name]
@@ -104,8 +106,11 @@ def _load_file(path: Path, where: str) -> Any:
 
 
 def columns_of(rollouts: Sequence[tuple[Question, Rollout]]) -> dict[str, list[Any]]:
-    """One list per column, a value per response: every metadata column, every field of Question, ``question_id``,
-    ``source`` and ``completion_ids`` (None for responses that came as text). Rows without a column hold None."""
+    """Return one list per column, with one value per response.
+
+    The columns are those of the metadata, the fields of Question, ``question_id``, ``source`` and ``completion_ids`` (None
+    for responses that came as text). Rows without a column hold None.
+    """
     names = dict.fromkeys(name for q, _ in rollouts for name in q.metadata)
     columns: dict[str, list[Any]] = {name: [q.metadata.get(name) for q, _ in rollouts] for name in names}
     for field in fields(Question):
@@ -120,15 +125,18 @@ def columns_of(rollouts: Sequence[tuple[Question, Rollout]]) -> dict[str, list[A
 
 
 class FunctionRewards:
-    """Calls all functions once per step; async ones run side by side."""
+    """Calls all functions once per step. Async functions run concurrently."""
 
     def __init__(self, functions: Sequence[LoadedFunction]) -> None:
         self.functions = list(functions)
         self._loop: EventLoopThread | None = None
 
     def score(self, groups: Sequence[Group]) -> dict[str, list[float | None]]:
-        """Rewards by function name, one for each rollout of all groups in order. Raises RecipeError, naming the
-        function, for a result that is not one finite number or None per completion."""
+        """Return rewards by function name, one for each rollout of all groups in order.
+
+        Raises:
+            RecipeError: Naming the function, for a result that is not one finite number or None per completion.
+        """
         rollouts = [(group.question, rollout) for group in groups for rollout in group.rollouts]
         if not rollouts or not self.functions:
             return {f.name: [] for f in self.functions}
@@ -147,7 +155,7 @@ class FunctionRewards:
         return {f.name: check_rewards(results[f.name], len(rollouts), f.where) for f in self.functions}
 
     def _await(self, results: dict[str, Any]) -> None:
-        """Replace what async functions returned by what it resolves to."""
+        """Replace the results of async functions by the values they resolve to."""
         waiting = {f.name: f for f in self.functions if inspect.isawaitable(results[f.name])}
         if not waiting:
             return
@@ -179,7 +187,7 @@ class _noted:
 
 
 def _accepted(function: LoadedFunction, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments a function takes: all of them with ``**kwargs``, else those it names."""
+    """Return the arguments that a function accepts: all of them with ``**kwargs``, otherwise those that it names."""
     try:
         parameters = inspect.signature(function.call).parameters.values()
     except (TypeError, ValueError):
@@ -192,23 +200,25 @@ def _accepted(function: LoadedFunction, arguments: dict[str, Any]) -> dict[str, 
         if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in arguments
     ]
     if missing:
-        raise RecipeError(f"{function.where}: wants {', '.join(missing)}; there is {', '.join(sorted(arguments))}")
+        raise RecipeError(
+            f"{function.where}: expected arguments among {', '.join(sorted(arguments))}, got {', '.join(missing)}"
+        )
     return {p.name: arguments[p.name] for p in parameters if p.name in arguments}
 
 
 def check_rewards(result: Any, count: int, where: str) -> list[float | None]:
-    """``result`` as a list of finite floats and None, one per completion. Arrays and tensors are taken too."""
+    """Return ``result``, which may be an array or a tensor, as a list of finite floats and None, one per completion."""
     values = result.tolist() if hasattr(result, "tolist") else result
     if not isinstance(values, list | tuple):
-        raise RecipeError(f"{where}: returned a {type(result).__name__}; return a list with one number per completion")
+        raise RecipeError(f"{where}: expected a list with one number per completion, got a {type(result).__name__}")
     if len(values) != count:
-        raise RecipeError(f"{where}: returned {len(values)} rewards for {count} completions; return one for each")
+        raise RecipeError(f"{where}: expected {count} rewards, one per completion, got {len(values)}")
     rewards: list[float | None] = []
     for i, value in enumerate(values):
         value = value.item() if hasattr(value, "item") else value
         if value is not None and not isinstance(value, int | float):
-            raise RecipeError(f"{where}: reward {i} is {value!r}, neither a number nor None")
+            raise RecipeError(f"{where}: reward {i}: expected a number or None, got {value!r}")
         if value is not None and not math.isfinite(value):
-            raise RecipeError(f"{where}: reward {i} is {value}; return None where there is no reward")
+            raise RecipeError(f"{where}: reward {i}: expected a finite number, got {value}. Return None for no reward.")
         rewards.append(None if value is None else float(value))
     return rewards

@@ -1,4 +1,4 @@
-"""What the judge reads and how its verdict is read. Nothing a response contains can forge either.
+"""The judge's prompt and the parsing of its reply. The contents of a response can forge neither.
 
 The structure is the paper's (section 3, "LLM-as-a-judge"): the system text asks to compare the generated text with the
 ground truth, 1 if it fully and correctly captures its core point, 0 if it is wrong or irrelevant, a brief explanation
@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from openril.data.sanitize import strip_disguised_tags
 
 PROMPT_VERSION = "1"
-"""Part of every verdict's key: change it with anything here that could change a verdict."""
+"""Part of every verdict's key. Change it together with anything here that could change a verdict."""
 
-# No complete score stands here, so that no part of the prompt can be taken for a verdict.
+# The prompt never contains a complete score, so no part of it can be mistaken for a verdict.
 SYSTEM = (
     "You grade answers. You are given a question, its ground truth, and a generated text. Compare the generated text"
     " with the ground truth. The score is 1 if the generated text fully and correctly captures the core point of the"
@@ -44,12 +44,12 @@ NUDGES = (
     "\nYour reply must be: one sentence of explanation, then the opening answer tag, one digit (0 or 1), and the"
     " closing answer tag. Write the tags once.",
 )
-"""Added to the prompt when a verdict could not be read; further attempts repeat the last with their number."""
+"""Added to the prompt after a verdict that could not be read. Further attempts repeat the last one with their number."""
 
 _OWN_TAGS = frozenset(
     ["question", "groundtruth", "generatedtext", "answer", "score", "response", "system", "user", "assistant", "think"]
 )
-# Ends of turns that a raw server may leave behind the verdict.
+# Ends of turns that some servers leave after the verdict.
 _END_MARKS = r"(?:<\|[a-z_]{1,30}\|>|</s>|<eos>|<end_of_turn>)"
 _SPACED_TAG = r"<\s*{slash}\s*answer\s*>"
 _OPEN_TAG = re.compile(_SPACED_TAG.format(slash=""), re.I)
@@ -63,7 +63,7 @@ def clean(text: str) -> str:
 
 
 def cut(text: str, max_chars: int) -> str:
-    """First and last half of a longer text, with the cut marked."""
+    """Return the first and last half of a text longer than ``max_chars``, with the cut marked."""
     if len(text) <= max_chars:
         return text
     head, tail = max_chars - max_chars // 2, max_chars // 2
@@ -80,12 +80,12 @@ class Prompt:
 
     @staticmethod
     def of(question: str, truth: str, response: str, max_response_chars: int) -> Prompt:
-        # Cut before cleaning too, to at most four times the length: cleaning a megabyte of nested tags takes its time.
+        # Cut before cleaning too, to at most four times the length, because cleaning a megabyte of nested tags is slow.
         response = clean(cut(response, 4 * max_response_chars))
         return Prompt(clean(question), clean(truth), cut(response, max_response_chars))
 
     def messages(self, attempt: int = 0) -> list[dict[str, str]]:
-        """The chat. attempt: 0 at first; later ones add a nudge, so that a greedy judge answers differently."""
+        """Return the chat. From attempt 1 on it has a nudge, so that a greedy judge answers differently."""
         nudge = NUDGES[min(attempt, len(NUDGES) - 1)]
         if attempt >= len(NUDGES):
             nudge += f" (Attempt {attempt + 1}.)"
@@ -94,21 +94,21 @@ class Prompt:
 
 
 def read_verdict(text: str) -> tuple[float, str] | str:
-    """(score, explanation) of a judge's reply, or why it cannot be read.
+    """Return (score, explanation) of a judge's reply, or the reason why it cannot be read.
 
     The reply must end with ``<answer>0</answer>`` or ``<answer>1</answer>`` (white space, a full stop and end-of-turn
-    marks may follow), hold exactly one pair of answer tags, and explain itself before them. A reasoning model's leading
-    ``<think>`` block is passed over.
+    marks may follow), contain exactly one pair of answer tags, and have an explanation before them. The leading
+    ``<think>`` block of a reasoning model is skipped.
     """
     thought = re.match(r"\s*<think>(.*?)</think>", text, re.S)
-    said = text[thought.end() :] if thought else text
-    opened, closed = len(_OPEN_TAG.findall(said)), len(_CLOSE_TAG.findall(said))
+    reply = text[thought.end() :] if thought else text
+    opened, closed = len(_OPEN_TAG.findall(reply)), len(_CLOSE_TAG.findall(reply))
     if (opened, closed) != (1, 1):
         return f"the reply has {opened} opening and {closed} closing answer tags instead of one pair"
-    verdict = _VERDICT.search(said)
+    verdict = _VERDICT.search(reply)
     if verdict is None:
         return "the reply does not end with 0 or 1 in answer tags"
-    explanation = said[: verdict.start()].strip() or (thought[1].strip() if thought else "")
+    explanation = reply[: verdict.start()].strip() or (thought[1].strip() if thought else "")
     if not any(c.isalnum() for c in explanation):
         return "the reply has no explanation before its score"
     return float(verdict[1]), explanation

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -48,7 +48,7 @@ class Judge(Protocol):
 
     name: str
     """What logs call the model. It also seeds the model's sampling."""
-    identity: Mapping[str, Any]
+    identity: dict[str, Any]
     """Everything about the judge that its verdicts depend on, as plain data. It is part of every verdict's key."""
 
     async def ask(self, messages: list[dict[str, str]], seed: int) -> str:

@@ -1,8 +1,7 @@
-"""Answer rules: is the final answer of a free text the ground truth? No model is asked.
+"""Answer rules: whether the final answer of a free text is the ground truth. They ask no model.
 
-``score`` gives 1.0, 0.0, or None where the response holds no answer that the rule could compare. Guards against reward
-hacking are part of every rule: an empty response, several different final answers, "A or B or C" and a list of all
-options score 0.
+``score`` gives 1.0, 0.0, or None if the response has no answer that the rule can compare. Every rule guards against reward
+hacking: an empty response, several different final answers, "A or B or C" and a list of all options score 0.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from openril.rewards.extraction import (
     Found,
     Number,
     find_answers,
-    normalise,
+    normalize,
     numbers,
     plain,
     whole_number,
@@ -35,25 +34,30 @@ RELAXED_TOLERANCE = Fraction(5, 100)
 """ChartQA's relaxed accuracy: a numeric answer may be off by 5 % of the truth."""
 
 LONGEST_RESPONSE = 20_000
-"""Of longer responses the rules read the first and last halves of this many characters."""
+"""The rules read only the first and last halves of this many characters of a longer response."""
 
 T = TypeVar("T")
 
 
 def score(rule: str, question: Question, response_text: str) -> float | None:
-    """1.0 right, 0.0 wrong, None when no answer to compare was found ("unparsed").
+    """Return 1.0 for right, 0.0 for wrong, None where no answer to compare was found ("unparsed").
 
-    rule: one of ``RULES``. Raises DataError for an unknown rule and for a question without ground truth, or whose
-    ground truth the rule cannot read.
+    Args:
+        rule: One of ``RULES``.
+
+    Raises:
+        DataError: For an unknown rule, and for a question whose ground truth is missing or cannot be read by the rule.
     """
     where = f"question {question.id}" + (f" ({question.origin})" if question.origin else "")
     if rule not in RULES:
-        raise DataError(f"{where}: unknown answer rule {rule!r}; choose one of {', '.join(RULES)}")
+        raise DataError(f"{where}: rule: expected one of {', '.join(RULES)}, got {rule!r}")
     if not question.answer.strip():
-        raise DataError(f"{where} has no answer to compare with; give it one, or set rewards.answer.kind none")
+        raise DataError(
+            f"{where}: expected an answer to compare with, got none. Add it, or set rewards.answer.kind: none."
+        )
     if not plain(response_text):
         return 0.0
-    if len(response_text) > LONGEST_RESPONSE:  # the answer stands at an end; runaway text must not stall a step
+    if len(response_text) > LONGEST_RESPONSE:  # the answer is near an end, and runaway text must not stall a step
         response_text = f"{response_text[: LONGEST_RESPONSE // 2]}\n{response_text[-LONGEST_RESPONSE // 2 :]}"
     chosen = choose_rule(question) if rule == "auto" else rule
     answers = find_answers(response_text)
@@ -63,25 +67,28 @@ def score(rule: str, question: Question, response_text: str) -> float | None:
         case "number" | "relaxed_number":
             truth = whole_number(question.answer)
             if truth is None:
-                if chosen == "relaxed_number":  # ChartQA: answers that are no numbers must match exactly
+                if chosen == "relaxed_number":  # ChartQA: answers that are not numbers must match exactly
                     return _exact(question, answers, response_text)
-                raise DataError(f"{where}: rule number, but its answer {question.answer!r} is not a number")
+                raise DataError(f"{where}: rule number expects a number, got the answer {question.answer!r}")
             relaxed = chosen == "relaxed_number" and not _asks_for_year(question)
             return _verdict(answers, _read_number, lambda found: _same_number(found, truth, relaxed))
         case "boolean":
-            wanted = _BOOLEANS.get(plain(question.answer))
-            if wanted is None:
-                raise DataError(f"{where}: rule boolean, but its answer {question.answer!r} is not yes/no/true/false")
-            return _boolean(answers, response_text, wanted)
+            truth_value = _BOOLEANS.get(plain(question.answer))
+            if truth_value is None:
+                raise DataError(f"{where}: rule boolean expects yes/no/true/false, got the answer {question.answer!r}")
+            return _boolean(answers, response_text, truth_value)
         case "contains":
             return _contains(question, answers, response_text)
     return _exact(question, answers, response_text, strict=rule == "exact")
 
 
 def choose_rule(question: Question) -> str:
-    """The rule ``auto`` stands for: choice where there are options (in the data, or lettered lines in the text that the
-    answer names); boolean for yes/no/true/false; number for a number with at most a unit; contains for up to five
-    words; exact for longer answers (where a different wording is unparsed rather than wrong)."""
+    """Return the rule that ``auto`` selects for a question.
+
+    ``choice`` where there are options, in the data or as lettered lines in the text that the answer names; ``boolean`` for
+    yes/no/true/false; ``number`` for a number with at most a unit; ``contains`` for up to five words; ``exact`` for longer
+    answers, where another wording is unparsed rather than wrong.
+    """
     if (options := find_options(question)) and (question.choices or truth_index(question.answer, options) is not None):
         return "choice"
     if plain(question.answer) in _BOOLEANS:
@@ -96,12 +103,14 @@ def choose_rule(question: Question) -> str:
 def _verdict(
     answers: list[Found], read: Callable[[str, bool], frozenset[T]], right: Callable[[T], bool]
 ) -> float | None:
-    """Score by the surest kind of candidate that the rule can read; different answers of one kind score 0.
+    """Score by the most reliable kind of candidate that the rule can read. Different answers of one kind score 0.
 
-    read: the different answers a candidate states (empty: none; several: the writer hedges). right: whether one is it.
+    Args:
+        read: Returns the different answers that a candidate states: none, one, or several if the writer hedges.
+        right: Returns whether an answer is right.
     """
     for found in answers:
-        stated = {said for candidate in found.candidates for said in read(candidate, found.explicit)}
+        stated = {answer for candidate in found.candidates for answer in read(candidate, found.explicit)}
         if len(stated) == 1:
             return float(right(next(iter(stated))))
         if stated:
@@ -114,17 +123,15 @@ def _choice(question: Question, answers: list[Found], response_text: str, where:
     if options:
         truth = truth_index(question.answer, options)
         if truth is None:
-            raise DataError(f"{where}: its answer {question.answer!r} is none of its choices {', '.join(options)}")
+            raise DataError(f"{where}: answer: expected one of {', '.join(options)}, got {question.answer!r}")
     else:
         options = [""] * 26  # letters alone
         truth = truth_index(question.answer, options)
         if truth is None:
-            raise DataError(
-                f"{where}: rule choice, but it has no choices and its answer {question.answer!r} is no letter"
-            )
+            raise DataError(f"{where}: rule choice expects choices or a letter as the answer, got {question.answer!r}")
     if answers and not answers[0].explicit:
-        # A response that lists the options and stops has not chosen the last of them.
-        letters = LISTING.findall(normalise(response_text))
+        # A response that ends with a list of the options has not chosen the last one.
+        letters = LISTING.findall(normalize(response_text))
         last = LISTING.match(answers[-1].candidates[0])
         if last and len(set(letters)) > 1 and letters.count(last[1]) == 1:
             return 0.0
@@ -135,8 +142,10 @@ def _choice(question: Question, answers: list[Found], response_text: str, where:
 
 
 def _read_number(text: str, explicit: bool) -> frozenset[Number]:
-    """The number a candidate states: behind its last "=" or "so"; its only number; or the one it begins with. A list of
-    numbers ("3 or 4", "1, 2, 3") states them all. In a sentence with several numbers none of this settles: nothing."""
+    """Return the number that a candidate states: after its last "=" or "so", its only number, or the one it begins with.
+
+    A list of numbers ("3 or 4", "1, 2, 3") states all of them. Other sentences with several numbers state none.
+    """
     for separator in (r"=|≈", CONCLUSION.pattern):
         parts = re.split(separator, text, flags=re.I)
         if len(parts) > 1 and numbers(parts[-1]):
@@ -162,7 +171,7 @@ def _same_number(found: Number, truth: Number, relaxed: bool) -> bool:
 
 
 def _asks_for_year(question: Question) -> bool:
-    """5 % of 2010 is a century: years are compared exactly."""
+    """Return whether the answer is a year. Years are compared exactly, since 5 % of 2010 is a century."""
     year = re.fullmatch(r"(?:1[5-9]|20)\d\d", question.answer.strip())
     return bool(year and re.search(r"\byears?\b|\bwhen\b|年", question.question, re.I))
 
@@ -171,16 +180,16 @@ def _asks_for_year(question: Question) -> bool:
 
 _BOOLEANS = dict.fromkeys(("yes", "true", "correct", "是", "对", "正确", "是的", "对的"), True)
 _BOOLEANS |= dict.fromkeys(("no", "false", "incorrect", "否", "不是", "错", "错误", "不对", "不正确"), False)
-_SAID = "|".join(sorted(_BOOLEANS, key=len, reverse=True))
-_START = re.compile(rf"\W*(?:it(?:'s| is)\s+)?({_SAID})(?![a-z])", re.I)
+_YES_NO = "|".join(sorted(_BOOLEANS, key=len, reverse=True))
+_START = re.compile(rf"\W*(?:it(?:'s| is)\s+)?({_YES_NO})(?![a-z])", re.I)
 _TRUTH_WORD = re.compile(r"(\bnot\s+|n't\s+)?\b(true|false)\b", re.I)
 
 
 def _read_boolean(text: str, explicit: bool = False) -> frozenset[bool]:
-    """Yes or no at the start, or true/false anywhere ("not true" is false). "yes or no" states both."""
+    """Read yes or no at the start, or true/false anywhere ("not true" is false). "yes or no" states both."""
     if start := _START.match(text):
         value = _BOOLEANS[start[1].casefold()]
-        more = re.match(rf"{HEDGE}({_SAID})(?![a-z])", text[start.end() :], re.I)
+        more = re.match(rf"{HEDGE}({_YES_NO})(?![a-z])", text[start.end() :], re.I)
         return frozenset({value, _BOOLEANS[more[1].casefold()]} if more else {value})
     parts = CONCLUSION.split(text)
     if len(parts) > 1 and (concluded := _read_boolean(parts[-1].strip(" ,:"))):
@@ -188,15 +197,15 @@ def _read_boolean(text: str, explicit: bool = False) -> frozenset[bool]:
     return frozenset((m[2].casefold() == "true") != bool(m[1]) for m in _TRUTH_WORD.finditer(text))
 
 
-def _boolean(answers: list[Found], response_text: str, wanted: bool) -> float | None:
+def _boolean(answers: list[Found], response_text: str, truth: bool) -> float | None:
     if answers and answers[0].explicit:
-        return _verdict(answers, _read_boolean, lambda said: said == wanted)
-    # Without a marked answer people say it first or last; saying both is two answers.
+        return _verdict(answers, _read_boolean, lambda value: value == truth)
+    # An unmarked answer comes first or last. A response that has both gives two answers.
     stated = _read_boolean(answers[-1].candidates[0]) if answers else frozenset()
-    first = _START.match(normalise(response_text))
+    first = _START.match(normalize(response_text))
     if first:
-        stated |= _read_boolean(normalise(response_text).strip().split("\n", 1)[0])
-    return float(stated == {wanted}) if stated else None
+        stated |= _read_boolean(normalize(response_text).strip().split("\n", 1)[0])
+    return float(stated == {truth}) if stated else None
 
 
 # exact and contains
@@ -207,13 +216,16 @@ def _first_sentence(text: str) -> str:
 
 
 def _is_brief(text: str) -> bool:
-    """Whether a response is nothing but an answer: one line of at most six words."""
+    """Return whether a response is only an answer: one line of at most six words."""
     return len(plain(text).split()) <= 6 and "\n" not in text.strip()
 
 
 def _exact(question: Question, answers: list[Found], response_text: str, strict: bool = True) -> float | None:
-    """The stated answer equals the truth but for case, spaces, leading articles and outer punctuation. Unmarked text
-    counts as the answer when it is one line of at most six words; ``strict`` off leaves other wordings unparsed."""
+    """Return whether the stated answer equals the truth up to case, spaces, leading articles and outer punctuation.
+
+    Unmarked text counts as the answer if it is one line of at most six words. Without ``strict``, other wordings are
+    unparsed.
+    """
     truth = plain(question.answer)
     if plain(response_text) == truth:
         return 1.0
@@ -227,11 +239,13 @@ def _exact(question: Question, answers: list[Found], response_text: str, strict:
 
 
 def _contains(question: Question, answers: list[Found], response_text: str) -> float | None:
-    """The truth stands as whole words in the stated answer (or the last line), not denied and not one of a list. An
-    unmarked sentence without the truth is unparsed: it may say the same in other words."""
+    """Return whether the stated answer or the last line contains the truth as whole words, not negated and not in a list.
+
+    An unmarked sentence without the truth is unparsed, because it may say the same in other words.
+    """
     truth = plain(question.answer)
     for found in answers:
-        if all(_holds(plain(c), truth) for c in found.candidates):
+        if all(_contains_truth(plain(c), truth) for c in found.candidates):
             return 1.0
         if (
             found.explicit
@@ -242,7 +256,7 @@ def _contains(question: Question, answers: list[Found], response_text: str) -> f
     return None
 
 
-def _holds(text: str, truth: str) -> bool:
+def _contains_truth(text: str, truth: str) -> bool:
     hits = list(whole_words(truth).finditer(text))
     if not hits or any(NEGATION.search(text[: m.start()]) for m in hits):
         return False
