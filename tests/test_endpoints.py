@@ -70,13 +70,13 @@ def test_key_comes_from_its_variable(client, monkeypatch):
 
 def test_missing_key_is_named(monkeypatch):
     monkeypatch.delenv("SOME_KEY", raising=False)
-    with pytest.raises(EndpointError, match="SOME_KEY is not set"):
+    with pytest.raises(EndpointError, match=r"judge: api_key_env: SOME_KEY"):
         ChatClient(EndpointConfig(base_urls=["http://127.0.0.1:1/v1"], model="m", api_key_env="SOME_KEY"), "judge")
 
 
 @pytest.mark.parametrize("settings", [{"base_urls": []}, {"model": ""}, {"base_urls": ["127.0.0.1:8000/v1"]}])
 def test_unusable_endpoint_is_refused_at_once(settings):
-    with pytest.raises(EndpointError, match=r"judge: .*(set base_urls|must start with http)"):
+    with pytest.raises(EndpointError, match=r"judge: .*(base_urls.*model|http://)"):
         ChatClient(EndpointConfig(**{"base_urls": ["http://h/v1"], "model": "m", **settings}), "judge")
 
 
@@ -142,7 +142,7 @@ def test_retry_after_in_its_three_forms():
 
 
 @pytest.mark.parametrize(
-    ("status", "fix"), [(400, ""), (401, "set api_key_env"), (403, "may use this model"), (422, "")]
+    ("status", "fix"), [(400, ""), (401, "(?i:set api_key_env)"), (403, "may use this model"), (422, "")]
 )
 def test_refused_requests_are_not_repeated(client, status, fix):
     with MisbehavingServer(then=Status(status, "no, because")) as server:
@@ -153,7 +153,7 @@ def test_refused_requests_are_not_repeated(client, status, fix):
 
 
 def test_wrong_model_is_named(client):
-    with MisbehavingServer() as server, pytest.raises(RequestRefusedError, match="model 'other'"):
+    with MisbehavingServer() as server, pytest.raises(RequestRefusedError, match=r"404: .*'other'"):
         chat(client(server, model="other"))
 
 
@@ -170,7 +170,7 @@ def test_timeout_to_the_end(client):
 
 
 def test_connection_refused(client):
-    with pytest.raises(EndpointError, match=r"cannot reach http://127.0.0.1:9/v1.*is the server running"):
+    with pytest.raises(EndpointError, match=r"cannot reach http://127.0.0.1:9/v1.*(?i:is the server running)"):
         chat(client("http://127.0.0.1:9/v1"))
 
 
@@ -259,8 +259,8 @@ def test_probe_tells_a_missing_model_and_a_dead_server(client):
         c = client(server, "http://127.0.0.1:9/v1", model="other")
         problems = c.loop_thread.run(c.probe())
     assert len(problems) == 2
-    assert "has no model 'other'; it serves fake" in problems[0]
-    assert "cannot be asked" in problems[1]
+    assert "'other'" in problems[0] and "fake" in problems[0]
+    assert "http://127.0.0.1:9/v1" in problems[1]
 
 
 def test_probe_of_a_healthy_server_finds_nothing(client):

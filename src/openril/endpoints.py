@@ -1,7 +1,7 @@
-"""Talking to OpenAI-compatible servers: several URLs for one model, bounded concurrency, retries, one event loop.
+"""Clients of OpenAI-compatible servers: several URLs per model, bounded concurrency, retries, one event loop.
 
-The ``openai`` client speaks the protocol. Retries are here: they go to another server where there is
-one, and an unusable answer (a proxy's HTML page, an answer without choices) is worth one too.
+The ``openai`` client implements the protocol. Retries are implemented here, because they go to another server where there
+is one, and because an unusable answer (a proxy's HTML page, an answer without choices) is retried too.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ T = TypeVar("T")
 FIRST_BACKOFF, LONGEST_BACKOFF = 0.5, 30.0
 """Seconds before the first retry, doubled for each further one up to the second number."""
 LONGEST_RETRY_AFTER = 300.0
-"""A server's Retry-After is followed up to this many seconds."""
+"""A server's Retry-After is obeyed up to this many seconds."""
 REST_UNREACHABLE = 10.0
-"""Seconds for which a server that could not be reached gets no work while others can take it."""
+"""Seconds for which a server that could not be reached gets no work if others can do it."""
 
 
 class RequestRefusedError(EndpointError):
-    """The server refused the request itself (a 4xx status), so that asking again would change nothing.
+    """The server refused the request itself (a 4xx status), so a retry would fail too.
 
-    status: the HTTP status. concerns_every_request: key, model name or address are wrong, not this one request.
+    ``concerns_every_request`` is true if key, model name or address are wrong, rather than this request.
     """
 
     def __init__(self, message: str, status: int) -> None:
@@ -50,21 +50,22 @@ class RequestRefusedError(EndpointError):
 
 @dataclass(frozen=True)
 class Completion:
-    """One answer of a server.
-
-    text: what it said; its refusal when it refused; "" when it ended without a word. finish_reason: what the server
-    said ("stop", "length", "content_filter", ...), or "refusal". answer: the whole answer as the ``openai`` client has
-    it, for what only some servers send (token ids, further choices).
-    """
+    """One answer of a server."""
 
     text: str
+    """The content of the message, the refusal if the server refused, or "" for an answer without content."""
     finish_reason: str
+    """The server's value ("stop", "length", "content_filter", ...), or "refusal"."""
     model: str
     answer: Any = field(default=None, repr=False, compare=False)
+    """The whole answer of the ``openai`` client, for fields that only some servers send."""
 
 
 class EventLoopThread:
-    """An event loop in a thread of its own, so that synchronous code can start requests and fetch answers later."""
+    """An event loop in its own thread, so that synchronous code can start requests and fetch the answers later.
+
+    anyio's blocking portal is not used, because it waits without a limit for a thread that is blocked.
+    """
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
@@ -76,7 +77,7 @@ class EventLoopThread:
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Wait for the result; an interrupt cancels the coroutine and waits for its end before it is passed on."""
+        """Wait for the result. An interrupt cancels the coroutine and is raised once the coroutine has ended."""
         ended = threading.Event()
 
         async def watched() -> T:
@@ -103,43 +104,45 @@ class EventLoopThread:
 
 
 class ChatClient:
-    """Chat completions from the servers of one ``Endpoint``.
+    """Chat completions from the servers of one endpoint.
 
-    Raises EndpointError when the endpoint has no URL or model, or its key's variable is not set.
+    Raises EndpointError if the endpoint has no URL or model, or if the variable of its key is not set.
     """
 
     def __init__(self, endpoint: EndpointConfig, what: str) -> None:
-        """what: how messages call this endpoint, for instance "judge" or "teacher qwen72b"."""
+        """what: how messages name this endpoint, for instance "judge" or "teacher qwen72b"."""
         if not endpoint.base_urls or not endpoint.model:
-            raise EndpointError(f"{what}: set base_urls (for instance http://127.0.0.1:8000/v1) and model")
+            raise EndpointError(
+                f"{what}: expected base_urls (for instance http://127.0.0.1:8000/v1) and model. Set both."
+            )
         for url in endpoint.base_urls:
             if not url.startswith(("http://", "https://")):
-                raise EndpointError(f"{what}: base_urls: {url!r} must start with http:// or https://")
+                raise EndpointError(f"{what}: base_urls: expected http:// or https://, got {url!r}")
         self.endpoint = endpoint
         self.what = what
         self._key = ""
         if endpoint.api_key_env:
             self._key = os.environ.get(endpoint.api_key_env, "").strip()
             if not self._key:
-                raise EndpointError(
-                    f"{what}: environment variable {endpoint.api_key_env} is not set; export the key there"
-                )
+                raise EndpointError(f"{what}: api_key_env: {endpoint.api_key_env} is not set. Export the key there.")
             if not (self._key.isascii() and self._key.isprintable()):
-                raise EndpointError(f"{what}: {endpoint.api_key_env} holds characters that no key has; export it again")
+                raise EndpointError(
+                    f"{what}: api_key_env: {endpoint.api_key_env} contains characters that no key has. Export it again."
+                )
         self.loop_thread = EventLoopThread()
         self._clients: list[AsyncOpenAI] = []
         self._in_flight: list[int] = []
-        self._shunned_until: list[float] = []  # could not be reached
-        self._paused_until: list[float] = []  # asked for a pause
+        self._avoided_until: list[float] = []  # servers that could not be reached
+        self._paused_until: list[float] = []  # servers that asked for a pause
         self._headers: dict[str, Any] | None = None
         self._limit: asyncio.Semaphore | None = None
 
     def _start(self) -> None:
-        # Inside the loop's thread: connection pools and the semaphore belong to that loop.
+        # Called in the loop's thread, because connection pools and the semaphore belong to that loop.
         import openai
 
         for url in self.endpoint.base_urls:
-            # Environment proxies are for the internet; a loopback server must be reached directly.
+            # Proxies from the environment are for the internet. A loopback server must be reached directly.
             local = any(host in url for host in ("//127.", "//localhost", "//[::1]"))
             http_client = openai.DefaultAsyncHttpxClient(trust_env=False) if local else None
             self._clients.append(
@@ -152,19 +155,22 @@ class ChatClient:
                 )
             )
             self._in_flight.append(0)
-            self._shunned_until.append(0.0)
+            self._avoided_until.append(0.0)
             self._paused_until.append(0.0)
-        # Without a key no Authorization header is sent at all.
+        # Without a key, no Authorization header is sent.
         self._headers = None if self._key else {"Authorization": openai.Omit()}
         self._limit = asyncio.Semaphore(self.endpoint.concurrency)
 
     async def chat(self, messages: list[dict[str, Any]], **settings: Any) -> Completion:
-        """One completion. settings: fields of the chat completions request (max_tokens, temperature, top_p, seed, ...);
-        ``extra_body`` is merged with the endpoint's own.
+        """Request one completion. Must run on this client's loop: ``client.loop_thread.run(client.chat(...))``.
 
-        Must run on this client's loop: ``client.loop_thread.run(client.chat(...))`` or ``submit``.
-        Raises RequestRefusedError at once for a request the server will never take, and EndpointError when every retry
-        failed or answered with something that is no completion.
+        Args:
+            settings: Fields of the request (max_tokens, temperature, top_p, seed, ...). ``extra_body`` is merged with the
+                endpoint's own.
+
+        Raises:
+            RequestRefusedError: At once, for a request that the server will never accept.
+            EndpointError: If all retries failed or returned something that is not a completion.
         """
         if self._limit is None:
             self._start()
@@ -182,7 +188,7 @@ class ChatClient:
                     return await self._ask(server, messages, settings)
                 except RequestRefusedError:
                     raise
-                except _PassingError as e:
+                except _RetryableError as e:
                     failed.add(server)
                     if attempt == self.endpoint.max_retries:
                         raise EndpointError(f"{e}{f' ({attempt + 1} attempts)' if attempt else ''}") from e.__cause__
@@ -191,31 +197,31 @@ class ChatClient:
                     self._in_flight[server] -= 1
                 if wait is None:
                     wait = min(FIRST_BACKOFF * 2**attempt, LONGEST_BACKOFF) * random.uniform(0.75, 1.0)
-                # Another server that has not failed this request need not be waited for.
+                # A server that has not failed this request can be asked without waiting.
                 if len(failed) == len(self._clients):
                     await asyncio.sleep(wait)
                     failed.clear()
         raise AssertionError("unreachable")
 
     def _pick(self, avoid: set[int]) -> int:
-        """The least busy server; one that rests or failed this request, only where no other is left."""
+        """Return the least busy server. One that is paused or failed this request is used only if no other is left."""
         now = time.monotonic()
         return min(
             range(len(self._clients)),
             key=lambda i: (
                 i in avoid,
-                self._shunned_until[i] > now or self._paused_until[i] > now,
+                self._avoided_until[i] > now or self._paused_until[i] > now,
                 self._in_flight[i],
             ),
         )
 
     async def _ask(self, server: int, messages: list[dict[str, Any]], settings: dict[str, Any]) -> Completion:
-        """One attempt at one server. Raises RequestRefusedError or _PassingError."""
+        """Make one attempt at one server. Raises RequestRefusedError or _RetryableError."""
         import openai
 
         url = self.endpoint.base_urls[server]
         try:
-            # The client's own timeout is per read: a server that dribbles would never reach it.
+            # The client's timeout applies to each read, so a server that trickles bytes would never trip it.
             async with asyncio.timeout(self.endpoint.timeout):
                 answer = await self._clients[server].chat.completions.create(
                     model=self.endpoint.model,
@@ -224,17 +230,19 @@ class ChatClient:
                     **settings,
                 )
         except (TimeoutError, openai.APITimeoutError) as e:
-            raise _PassingError(f"{self.what}: no answer from {url} within {self.endpoint.timeout:g} s") from e
+            raise _RetryableError(f"{self.what}: no answer from {url} within {self.endpoint.timeout:g} s") from e
         except openai.APIConnectionError as e:
-            self._shunned_until[server] = time.monotonic() + REST_UNREACHABLE
-            raise _PassingError(f"{self.what}: cannot reach {url} ({e.__cause__ or e}); is the server running?") from e
+            self._avoided_until[server] = time.monotonic() + REST_UNREACHABLE
+            raise _RetryableError(
+                f"{self.what}: cannot reach {url} ({e.__cause__ or e}). Is the server running?"
+            ) from e
         except openai.APIStatusError as e:
             raise self._status_error(server, e) from e
         except (openai.OpenAIError, ValueError) as e:
-            raise _PassingError(f"{self.what}: {url} sent something unusable: {str(e)[:300]}") from e
+            raise _RetryableError(f"{self.what}: {url} sent an unusable answer: {str(e)[:300]}") from e
         completion = read_completion(answer)
         if completion is None:
-            raise _PassingError(f"{self.what}: {url} sent an answer that is no chat completion: {str(answer)[:200]!r}")
+            raise _RetryableError(f"{self.what}: {url} sent no chat completion but {str(answer)[:200]!r}")
         return completion
 
     def _status_error(self, server: int, error: openai.APIStatusError) -> EndpointError:
@@ -244,16 +252,16 @@ class ChatClient:
             wait = retry_after(error.response.headers)
             if wait is not None:
                 self._paused_until[server] = time.monotonic() + wait
-            return _PassingError(message, wait)
+            return _RetryableError(message, wait)
         fix = {
-            401: f"; check the key in {self.endpoint.api_key_env}" if self._key else "; set api_key_env",
-            403: "; check that the key may use this model",
-            404: f"; check that the server knows model {self.endpoint.model!r} and that the URL is whole (/v1)",
+            401: f". Check the key in {self.endpoint.api_key_env}" if self._key else ". Set api_key_env",
+            403: ". Check that the key may use this model",
+            404: f". Check that the server has model {self.endpoint.model!r} and that the URL is complete (/v1)",
         }
         return RequestRefusedError(message + fix.get(status, ""), status)
 
     async def probe(self) -> list[str]:
-        """Ask every server for its models; the list of problems found, empty when all is well."""
+        """Ask every server for its models, and return the problems found."""
         import openai
 
         if self._limit is None:
@@ -265,7 +273,7 @@ class ChatClient:
                     models = [m.id async for m in client.models.list(extra_headers=self._headers)]
             except (openai.OpenAIError, ValueError, TypeError, AttributeError, TimeoutError) as e:
                 reason = str(e)[:200] or "no answer within 10 s"
-                problems.append(f"{self.what}: {url} cannot be asked for its models ({reason}); is the server running?")
+                problems.append(f"{self.what}: {url} does not list its models ({reason}). Is the server running?")
                 continue
             if self.endpoint.model not in models:
                 problems.append(
@@ -274,7 +282,7 @@ class ChatClient:
         return problems
 
     def close(self) -> None:
-        """Close connections and end the loop's thread."""
+        """Close the connections and end the loop's thread."""
         if self._clients and self.loop_thread.loop.is_running():
             self.loop_thread.run(self._close_connections())
         self.loop_thread.close()
@@ -288,8 +296,8 @@ class ChatClient:
             await client.close()
 
 
-class _PassingError(EndpointError):
-    """An attempt that failed in a way that may pass. wait: seconds the server asked for."""
+class _RetryableError(EndpointError):
+    """An attempt that failed but may succeed when repeated. wait: seconds that the server asked for."""
 
     def __init__(self, message: str, wait: float | None = None) -> None:
         super().__init__(message)
@@ -297,7 +305,7 @@ class _PassingError(EndpointError):
 
 
 def nested(value: Any) -> Any:
-    """A field of ``extra_body``: what it says where it is the JSON text of an object or a list, else itself."""
+    """Return a field of ``extra_body``, parsed if it is the JSON text of an object or a list."""
     if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
         with contextlib.suppress(ValueError):
             return json.loads(value)
@@ -305,7 +313,7 @@ def nested(value: Any) -> Any:
 
 
 def read_completion(answer: Any) -> Completion | None:
-    """The first choice of a server's answer; None when it holds none."""
+    """Return the first choice of a server's answer, or None if there is none."""
     choices = getattr(answer, "choices", None)
     if not isinstance(choices, list) or not choices:
         return None
@@ -322,7 +330,7 @@ def read_completion(answer: Any) -> Completion | None:
 
 
 def retry_after(headers: Any) -> float | None:
-    """Seconds the server asks to wait, from Retry-After (seconds or a date) or retry-after-ms."""
+    """Return the seconds that the server asks to wait, from Retry-After (seconds or a date) or retry-after-ms."""
     from email.utils import parsedate_to_datetime
 
     try:
