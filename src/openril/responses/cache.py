@@ -59,8 +59,7 @@ class ResponseCache:
     def open(cls, folder: str | Path, *, shard_size: int = 8192) -> ResponseCache:
         """Open an existing cache, and turn the journals of dead writers into shards.
 
-        Raises:
-            CacheError: If there is no cache, it is damaged, or a newer OpenRIL made it.
+        Raises CacheError if there is no cache, it is damaged, or a newer OpenRIL made it.
         """
         cache = cls(Path(folder), shard_size)
         cache.manifest()
@@ -109,10 +108,7 @@ class ResponseCache:
     def register(self, source: str, *, model: str, revision: str | None, sampling: Mapping[str, Any]) -> None:
         """Record how this source's responses are produced. Every row of it holds this entry.
 
-        A revision that starts with ``weights:`` is a fingerprint: equal weights are the same model in any folder.
-
-        Raises:
-            CacheError: If the cache holds responses of this source from another model or with other settings.
+        Raises CacheError if the cache holds responses of this source from another model or with other settings.
         """
         entry = {"model": model, "revision": revision, "sampling": dict(sampling)}
         with self._lock():
@@ -179,8 +175,7 @@ class ResponseCache:
     def missing(self, questions: Sequence[Question], source: str, num_responses: int) -> list[tuple[Question, int]]:
         """Return the responses that are still to be collected, as (question, index) in the order of the questions.
 
-        Raises:
-            CacheError: If a cached response answers an older content of its question.
+        Raises CacheError if a cached response answers an older content of its question.
         """
         self.refresh()
         index = self._index.get(source, {})
@@ -213,13 +208,10 @@ class ResponseCache:
         return Writer(self.folder, source, entry, self.content_hash, self.shard_size)
 
     def discard(self, source: str, question_ids: Iterable[str] | None = None) -> int:
-        """Remove a source's responses, and return how many there were.
+        """Remove a source's responses to these questions, and return how many there were.
 
-        Args:
-            question_ids: Only those to these questions; None removes all, and the source's manifest entry.
-
-        Raises:
-            CacheError: While another process writes responses of this source.
+        None removes all responses and the source's manifest entry. Raises CacheError while another process writes
+        responses of this source.
         """
         self._fold()
         stem = files.file_stem(source)

@@ -49,13 +49,10 @@ class Collected:
     already: int = 0
     """Responses that were in the cache before."""
     new: int = 0
-    """Responses that this process wrote. The next three count some of them; all are kept."""
+    """Responses that this process wrote. ``cut`` at the length limit, ``empty`` and ``refused`` ones are among them."""
     cut: int = 0
-    """Responses that ended at the length limit."""
     empty: int = 0
-    """Responses without text."""
     refused: int = 0
-    """Responses that are refusals."""
     failed: int = 0
     """Responses that could not be obtained."""
     causes: dict[str, tuple[int, list[str]]] = field(default_factory=dict)
@@ -120,12 +117,12 @@ def collect(
             if teacher is not None and not teacher.model_path:
                 client = ChatClient(teacher, f"teacher {source}")
                 try:
-                    client.loop_thread.run(_Served(recipe, teacher, client, queue, writer, progress, result).run())
+                    client.loop_thread.run(_Served(recipe, queue, writer, progress, result, teacher, client).run())
                 finally:
                     client.close()
             else:
                 sampler = (make_sampler or local_sampler)(recipe, source)
-                _collect_locally(recipe, source, sampler, queue, writer, progress, result)
+                _Collection(recipe, queue, writer, progress, result).sample(sampler)
         finally:
             queue.release()
     return result
@@ -160,36 +157,87 @@ def local_sampler(recipe: Recipe, source: str) -> Sampler:
     )
 
 
-class _Served:
+@dataclass
+class _Collection:
+    """One collection of a source's responses."""
+
+    recipe: Recipe
+    queue: WorkQueue
+    writer: Writer
+    progress: Progress
+    result: Collected
+    waiting: bool = field(default=False, kw_only=True)
+
+    def keep(self, question: Question, response: Response) -> None:
+        self.writer.append(question, response)
+        self.result.count(response)
+
+    def show(self, in_flight: int = 0) -> None:
+        result = self.result
+        done = result.already + result.new
+        self.progress.update(result.source, done=done, in_flight=in_flight, failed=result.failed)
+
+    def note_waiting(self) -> None:
+        """Tell the user, once, that other processes hold the rest of the work."""
+        if not self.waiting:
+            self.waiting = True
+            self.progress.note(
+                f"{self.queue.source}: another process is collecting the last {self.queue.questions_elsewhere} questions;"
+                " waiting for it, and taking over if it stops"
+            )
+
+    def sample(self, sampler: Sampler) -> None:
+        """Collect from a model in this process."""
+        collect, source = self.recipe.collect, self.result.source
+        seed = stable_hash(self.recipe.seed, "collect", source) % 2**31
+        while True:
+            batch = take_batch(self.queue, collect.questions_per_batch)
+            if not batch:
+                if self.queue.finished:
+                    return
+                self.note_waiting()
+                time.sleep(POLL)
+                continue
+            # Questions that need the same indices are sampled together. An interrupted batch may have left gaps.
+            by_run: dict[tuple[int, int], list[Question]] = {}
+            for question, indices in batch:
+                for run in runs(indices):
+                    by_run.setdefault(run, []).append(question)
+            for (first, count), group in by_run.items():
+                answers = sampler.sample(
+                    group,
+                    count,
+                    settings=collect.sampling,
+                    max_completion_length=collect.max_completion_length,
+                    seed=seed,
+                    first_index=first,
+                    source=source,
+                )
+                for question, responses in zip(group, answers, strict=True):
+                    for response in responses:
+                        self.keep(question, response)
+                self.show()
+            for question, _ in batch:
+                self.queue.done(question)
+
+
+@dataclass
+class _Served(_Collection):
     """One collection from a teacher's servers. All methods run on the client's event loop."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        teacher: TeacherConfig,
-        client: ChatClient,
-        queue: WorkQueue,
-        writer: Writer,
-        progress: Progress,
-        result: Collected,
-    ) -> None:
-        self.recipe = recipe
-        self.teacher = teacher
-        self.client = client
-        self.queue = queue
-        self.writer = writer
-        self.progress = progress
-        self.result = result
-        self.settings = request_settings(recipe, teacher)
-        self.outstanding = 0
-        self.failures_in_a_row = 0
-        self.fatal: Exception | None = None
+    teacher: TeacherConfig
+    client: ChatClient
+    outstanding: int = 0
+    failures_in_a_row: int = 0
+    fatal: Exception | None = None
+
+    def __post_init__(self) -> None:
+        self.settings = request_settings(self.recipe, self.teacher)
         self.stop = asyncio.Event()
 
     async def run(self) -> None:
         running: set[asyncio.Task[None]] = set()
         stopped = asyncio.create_task(self.stop.wait())
-        waiting = False
         try:
             while self.fatal is None:
                 # A question is prepared only shortly before its requests are sent, so concurrency bounds the memory.
@@ -206,7 +254,7 @@ class _Served:
                 elif self.queue.finished:
                     return
                 else:
-                    waiting = _note_waiting(self.queue, self.progress, waiting)
+                    self.note_waiting()
                     await asyncio.sleep(POLL)
             raise self.fatal
         finally:
@@ -230,7 +278,7 @@ class _Served:
             await asyncio.gather(*(self.answer(question, messages, i) for i in indices))
         finally:
             self.queue.done(question)
-            self.show()
+            self.show(min(self.outstanding, self.teacher.concurrency))
 
     async def answer(self, question: Question, messages: list[dict[str, Any]], index: int) -> None:
         """Collect one response. Raises nothing but cancellation; an error that must end the collection is put in ``fatal``."""
@@ -239,8 +287,7 @@ class _Served:
             seed = response_seed(self.recipe.seed, source, question.id, index)
             completion = await self.client.chat(messages, seed=seed, **self.settings)
             response = Response(question.id, source, index, completion.text, completion.finish_reason)
-            self.writer.append(question, response)
-            self.result.count(response)
+            self.keep(question, response)
             self.failures_in_a_row = 0
         except EndpointError as e:
             self.result.fail(question.id, str(e))
@@ -253,7 +300,7 @@ class _Served:
             self.end(e)
         finally:
             self.outstanding -= 1
-            self.show()
+            self.show(min(self.outstanding, self.teacher.concurrency))
 
     def end(self, error: Exception) -> None:
         """Make ``run`` stop all requests and raise the first such error."""
@@ -277,54 +324,6 @@ class _Served:
             )
         return ""
 
-    def show(self) -> None:
-        result = self.result
-        in_flight = min(self.outstanding, self.teacher.concurrency)
-        self.progress.update(result.source, done=result.already + result.new, in_flight=in_flight, failed=result.failed)
-
-
-def _collect_locally(
-    recipe: Recipe,
-    source: str,
-    sampler: Sampler,
-    queue: WorkQueue,
-    writer: Writer,
-    progress: Progress,
-    result: Collected,
-) -> None:
-    seed = stable_hash(recipe.seed, "collect", source) % 2**31
-    waiting = False
-    while True:
-        batch = take_batch(queue, recipe.collect.questions_per_batch)
-        if not batch:
-            if queue.finished:
-                return
-            waiting = _note_waiting(queue, progress, waiting)
-            time.sleep(POLL)
-            continue
-        # Questions that need the same indices are sampled together. An interrupted batch may have left gaps.
-        by_run: dict[tuple[int, int], list[Question]] = {}
-        for question, indices in batch:
-            for run in runs(indices):
-                by_run.setdefault(run, []).append(question)
-        for (first, count), group in by_run.items():
-            answers = sampler.sample(
-                group,
-                count,
-                settings=recipe.collect.sampling,
-                max_completion_length=recipe.collect.max_completion_length,
-                seed=seed,
-                first_index=first,
-                source=source,
-            )
-            for question, responses in zip(group, answers, strict=True):
-                for response in responses:
-                    writer.append(question, response)
-                    result.count(response)
-            progress.update(source, done=result.already + result.new, in_flight=0, failed=0)
-        for question, _ in batch:
-            queue.done(question)
-
 
 def take_batch(queue: WorkQueue, size: int) -> list[Work]:
     """Take up to ``size`` pieces of work; fewer if no more are available now."""
@@ -341,12 +340,3 @@ def runs(indices: Sequence[int]) -> Iterator[tuple[int, int]]:
         if i == len(indices) or indices[i] != indices[i - 1] + 1:
             yield indices[start], i - start
             start = i
-
-
-def _note_waiting(queue: WorkQueue, progress: Progress, noted: bool) -> bool:
-    if not noted:
-        progress.note(
-            f"{queue.source}: another process is collecting the last {queue.questions_elsewhere} questions; "
-            "waiting for it, and taking over if it stops"
-        )
-    return True

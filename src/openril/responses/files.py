@@ -84,11 +84,7 @@ class Lock:
 
 
 def lock_file(file: int, path: Path, *, wait: bool, shared: bool = False) -> bool:
-    """Lock an open file. Return False if another process holds the lock and ``wait`` is off.
-
-    Raises:
-        CacheError: Where the file system has no locks.
-    """
+    """Lock an open file. Return False if another process holds the lock and ``wait`` is off."""
     try:
         fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
@@ -164,9 +160,7 @@ def shard_of(journal: Path, shards: Path) -> Path:
 def read_journal(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
     """Return the complete lines from ``offset`` on, and the offset at which they end. A torn last line is ignored.
 
-    Raises:
-        FileNotFoundError: If the journal has become a shard.
-        CacheError: For damage anywhere but in the last line.
+    Raises FileNotFoundError if the journal has become a shard, and CacheError for damage in any other line.
     """
     with open(path, "rb") as f:
         f.seek(offset)
@@ -238,11 +232,7 @@ def write_table(path: Path, table: pa.Table) -> None:
 
 
 def read_shard(path: Path, columns: list[str] | None = None) -> pa.Table:
-    """Read a shard.
-
-    Raises:
-        CacheError: Naming the file, if it is damaged or not a shard.
-    """
+    """Read a shard. Raises CacheError, which names the file, if it is damaged or not a shard."""
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             missing = set(SCHEMA.names) - set(file.schema_arrow.names)

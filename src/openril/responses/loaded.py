@@ -46,11 +46,7 @@ class LoadedResponses(Mapping[str, list[Response]]):
         self._hash_codes = hashes.indices.to_numpy()[self._rows]
 
     def _slot(self, question_id: str, source: str) -> tuple[int, int]:
-        """Return start and end of the rows of a question and a source.
-
-        Raises:
-            CacheError: If either was not loaded.
-        """
+        """Return start and end of the rows of a question and a source. Raises CacheError if either was not loaded."""
         q, s = self._question_number.get(question_id), self._source_number.get(source)
         if q is None:
             raise CacheError(f"question {question_id!r} was not loaded. Pass it to ResponseCache.load.")

@@ -9,7 +9,7 @@ from typing import Any
 from openril.errors import CacheError, ModelError
 from openril.recipe.schema import Recipe, TeacherConfig
 from openril.responses.files import SCHEMA_VERSION
-from openril.storage import changed_keys, weights_fingerprint
+from openril.storage import weights_fingerprint
 
 FORMAT = "openril-responses"
 MANIFEST = "manifest.json"
@@ -20,11 +20,7 @@ def empty_manifest() -> dict[str, Any]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read the manifest. ``sources`` maps a name to its model, revision and sampling settings.
-
-    Raises:
-        CacheError: If there is none, it cannot be read, or a newer OpenRIL made it.
-    """
+    """Read the manifest. Raises CacheError if there is none, it cannot be read, or a newer OpenRIL made it."""
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -75,10 +71,4 @@ def source_entry(recipe: Recipe, teacher: TeacherConfig | None) -> dict[str, Any
 
 def may_differ(old: dict[str, Any], new: dict[str, Any]) -> set[str]:
     """Return the keys of two entries that may differ: equal weights are the same model in whatever folder they are."""
-    same_weights = old["revision"] == new["revision"] and str(new["revision"]).startswith("weights:")
-    return {"model"} if same_weights else set()
-
-
-def same_entry(old: dict[str, Any], new: dict[str, Any]) -> bool:
-    """Return whether responses of two manifest entries may be mixed."""
-    return not changed_keys(old, new, ignored=may_differ(old, new).__contains__)
+    return {"model"} if old["revision"] == new["revision"] and str(new["revision"]).startswith("weights:") else set()

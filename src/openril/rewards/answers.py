@@ -71,9 +71,7 @@ def submit_answers(
         judge_service: A ``JudgeService``, or ``KnownVerdicts`` to ask nobody.
         shared: Which responses come from the response cache, so that their verdicts are stored there.
 
-    Raises:
-        DataError: For a question without ground truth.
-        RecipeError: Where a judge is needed but not given.
+    Raises DataError for a question without ground truth, and RecipeError where a judge is needed but not given.
     """
     if kind == "none":
         return AnswersHandle([AnswerScore(None)] * len(items), [], None)

@@ -38,13 +38,10 @@ class RewardStats:
     unparsed: int = 0
     """Responses in which a rule found no answer to compare."""
     empty: int = 0
-    """Responses without text, which score 0."""
     repetitive: int = 0
-    """Repetitive responses, which score 0."""
     answer_seconds: float = 0.0
     """Seconds spent waiting for answer scores."""
     function_seconds: float = 0.0
-    """Seconds spent in the user's functions."""
     causes: list[str] = field(default_factory=list)
     """Why verdicts are unknown."""
 
@@ -119,13 +116,10 @@ class RewardSystem:
         self._begun = (list(groups), self._submit(groups))
 
     def score(self, groups: Sequence[Group]) -> dict[str, float]:
-        """Fill ``similarity``, ``verdict``, ``rewards`` and ``reward`` of every rollout. ``stats`` then holds the counts.
+        """Fill ``similarity``, ``verdict``, ``rewards`` and ``reward`` of every rollout, and return the step's metrics.
 
         A rollout's reward is the weighted sum, or None if a reward with a weight is unknown. A reward with weight 0 is
-        only logged.
-
-        Returns:
-            The step's metrics.
+        only logged. ``stats`` holds the counts of the last call.
 
         Raises:
             JudgeError: If too many verdicts are unknown.

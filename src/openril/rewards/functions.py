@@ -12,7 +12,8 @@ import importlib.util
 import inspect
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -134,8 +135,7 @@ class FunctionRewards:
     def score(self, groups: Sequence[Group]) -> dict[str, list[float | None]]:
         """Return rewards by function name, one for each rollout of all groups in order.
 
-        Raises:
-            RecipeError: Naming the function, for a result that is not one finite number or None per completion.
+        Raises RecipeError, which names the function, for a result that is not one finite number or None per completion.
         """
         rollouts = [(group.question, rollout) for group in groups for rollout in group.rollouts]
         if not rollouts or not self.functions:
@@ -172,18 +172,14 @@ class FunctionRewards:
             results[name] = result
 
 
-class _noted:
-    """Adds the function's name to whatever it raises."""
-
-    def __init__(self, function: LoadedFunction) -> None:
-        self.function = function
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is not None:
-            error.add_note(f"raised by the reward function {self.function.where}")
+@contextmanager
+def _noted(function: LoadedFunction) -> Iterator[None]:
+    """Add the function's name to whatever it raises."""
+    try:
+        yield
+    except BaseException as e:
+        e.add_note(f"raised by the reward function {function.where}")
+        raise
 
 
 def _accepted(function: LoadedFunction, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -52,11 +52,7 @@ class Judge(Protocol):
     """Everything about the judge that its verdicts depend on, as plain data. It is part of every verdict's key."""
 
     async def ask(self, messages: list[dict[str, str]], seed: int) -> str:
-        """Return the model's reply, whatever it says.
-
-        Raises:
-            EndpointError: If the model cannot be reached.
-        """
+        """Return the model's reply, whatever it says. Raises EndpointError if the model cannot be reached."""
         ...
 
     def start(self, settle: Settle) -> Pending:

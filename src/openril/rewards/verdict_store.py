@@ -136,8 +136,7 @@ def _short(key: str) -> bytes:
 def open_verdict_store(recipe: Recipe, name: str = "rank0") -> VerdictStore:
     """Open the store of a run: ``verdicts/`` of the run folder and ``verdicts/`` of the response cache.
 
-    Args:
-        name: Of this process's file; unique among the processes that write at the same time ("rank0", "collect").
+    name: of this process's file, unique among the processes that write at the same time ("rank0", "collect", "eval").
     """
     run, cache = recipe.run_path / "verdicts", recipe.cache_path / "verdicts"
     # Runs may share a cache, so files there are named after the run as well.
@@ -158,16 +157,7 @@ class UnknownBudget:
     max_unknown_share: float
 
     def check(self, required: int, unknown: int, causes: Sequence[str]) -> None:
-        """Check the counts of one step.
-
-        Args:
-            required: Verdicts that the step needed, over all processes.
-            unknown: How many of them are unknown.
-            causes: Their causes, in any order.
-
-        Raises:
-            JudgeError: If the unknown share is above the maximum.
-        """
+        """Raise JudgeError if too many of the verdicts that a step needed, over all processes, are unknown."""
         if unknown == 0 or unknown <= self.max_unknown_share * required:
             return
         first = "\n".join(f"  {count} x {cause}" for cause, count in Counter(causes).most_common(3))

@@ -86,13 +86,15 @@ def drop_unfitting(
 ) -> None:
     """Remove a source's responses that belong to other settings, another model or older questions."""
     from openril.responses.collection import teacher_of
-    from openril.responses.manifest import same_entry, source_entry
+    from openril.responses.manifest import may_differ, source_entry
+    from openril.storage import changed_keys
 
     old = cache.manifest()["sources"].get(source)
     if old is None:
         return
     now = source_entry(recipe, teacher_of(recipe, source))
-    dropped = cache.discard_stale(questions, source) if same_entry(old, now) else cache.discard(source)
+    changed = changed_keys(old, now, ignored=may_differ(old, now).__contains__)
+    dropped = cache.discard(source) if changed else cache.discard_stale(questions, source)
     if dropped:
         console.print(f"{source}: dropped {dropped} responses that no longer fit", highlight=False)
 
