@@ -16,8 +16,8 @@ from typing import Any, get_args
 
 import pytest
 import tyro
-import yaml
 from pydantic import BaseModel
+from ruamel.yaml import YAML
 
 from openril.cli import COMMANDS, _options
 from openril.errors import RecipeError
@@ -91,7 +91,7 @@ def test_every_page_is_in_the_navigation_once():
             for value in entry if isinstance(entry, list) else entry.values():
                 yield from pages(value)
 
-    navigation = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    navigation = YAML(typ="safe").load((ROOT / "mkdocs.yml").read_text())["nav"]
     assert sorted(pages(navigation)) == sorted(p.name for p in (ROOT / "docs").glob("*.md"))
 
 
@@ -247,4 +247,4 @@ def test_recipe_keys_exist(page: Path):
 def test_yaml_examples_are_parts_of_a_recipe(page: Path):
     for _, language, block in FENCE.findall(page.read_text()):
         if language == "yaml":
-            Recipe.model_validate({k: v for k, v in yaml.safe_load(block).items() if k != "base"})
+            Recipe.model_validate({k: v for k, v in YAML(typ="safe").load(block).items() if k != "base"})

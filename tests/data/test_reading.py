@@ -331,3 +331,13 @@ def test_embedded_images_leave_the_memory_past_the_limit(tmp_path: Path, monkeyp
     kept, spooled = embedded_images.keep_bytes(png()), embedded_images.keep_bytes(png((5, 5, 5)))
     assert kept.data == png() and spooled.path is not None and spooled.path.read_bytes() == png((5, 5, 5))
     assert embedded_images.keep_bytes(png((5, 5, 5))) == spooled
+
+
+def test_the_example_rows_of_the_documentation_are_read(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    path = tmp_path / "q.jsonl"
+    path.write_text("".join(re.findall(r"```json\n(.*?)```", page, re.S)), encoding="utf-8")
+    questions = read_file(path)
+    assert [(len(q.images), q.answer) for q in questions] == [
+        (1, "red"), (2, "no"), (0, "B"), (1, "red"), (1, "red"), (1, "blue"), (1, "blue")
+    ]  # fmt: skip

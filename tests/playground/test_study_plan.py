@@ -1,7 +1,9 @@
 """Cells, their recipes, their order, what they need, and which of them are recognized as done."""
 
+import json
+
 import pytest
-import yaml
+from ruamel.yaml import YAML
 
 from openril.errors import DataError, RecipeError, StateError
 from openril.recipe.checks import cross_check
@@ -230,7 +232,7 @@ def test_a_finished_cell_with_earlier_setting_names_and_moved_models_is_recogniz
 
     before = job("old/weights")
     before.prepare()
-    values = yaml.safe_load(before.recipe_path.read_text())
+    values = YAML(typ="safe").load(before.recipe_path.read_text())
     for old, new in RENAMED_KEYS.items():
         *sections, last = old.split(".")
         section = values
@@ -238,7 +240,7 @@ def test_a_finished_cell_with_earlier_setting_names_and_moved_models_is_recogniz
             section = section[name]
         section[last] = section.pop(new.split(".")[-1])
     assert {"on", "optimiser"} <= set(values["sft"]) and values["discriminator"]["sees"] == "question"
-    before.recipe_path.write_text(yaml.safe_dump(values))
+    before.recipe_path.write_text(json.dumps(values))
     write_cell(tmp_path / "out", Place("student_qwen", "contenders", "gad_like", 0), 1)
 
     after = job("new/weights")
@@ -247,7 +249,7 @@ def test_a_finished_cell_with_earlier_setting_names_and_moved_models_is_recogniz
     after.prepare()  # Also a cell that has begun continues.
     assert load_recipe(after.recipe_path) == after.recipe()
     values["discriminator"]["sees"] = "image"
-    after.recipe_path.write_text(yaml.safe_dump(values))
+    after.recipe_path.write_text(json.dumps(values))
     assert after.changed(after.recipe()) == ["discriminator.inputs"]
 
 
