@@ -83,36 +83,32 @@ def train_judge(settings: Settings, say: Callable[[str], None] = print) -> dict[
     return result
 
 
-def run(settings: Settings, say: Callable[[str], None]) -> None:
-    """Do what the settings ask for."""
+def run(settings: Settings, say: Callable[[str], None]) -> int:
+    """Do what the settings ask for, and return the exit code."""
     if (settings.out is None) == (settings.measure is None):
         raise DataError("expected either --out (a folder for a new judge) or --measure (the folder of a judge)")
     if settings.measure is not None:
         if not (settings.measure / "config.json").is_file():
             raise DataError(f"{settings.measure} holds no judge (no config.json). Train one with --out.")
         show(measure(settings.measure, settings.num_verdicts, settings.seed), say)
-        return
+        return 0
     assert settings.out is not None
     if (settings.out / "agreement.json").is_file():
         say(f"judge: already trained in {settings.out}")
-        return
+        return 0
     if settings.out.exists() and any(settings.out.iterdir()):
         raise DataError(f"{settings.out} holds other files, which would be lost. Name a new folder.")
     result = train_judge(settings, say)
     show(result, say)
     say(f"judge: {settings.out}, {result['bytes'] / 1e6:.2f} MB, trained in {result['training_seconds']:.0f} s")
+    return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     import tyro
 
     settings = tyro.cli(Settings, args=arguments, prog="python -m playground.judge")
-
-    def body() -> int:
-        run(settings, lambda line: print(line, flush=True))
-        return 0
-
-    return exit_code("judge", body)
+    return exit_code("judge", lambda: run(settings, lambda line: print(line, flush=True)))
 
 
 if __name__ == "__main__":

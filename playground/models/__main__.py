@@ -99,7 +99,7 @@ def report(settings: Settings) -> dict[str, Any]:
     """Measure every stored model, write ``report.json`` and print the table."""
     import torch
 
-    from playground.models.report import load, measure_student, measure_teacher, print_table
+    from playground.models.report import load, measure, print_table
 
     torch.set_num_threads(1)
     results: dict[str, Any] = {}
@@ -111,10 +111,8 @@ def report(settings: Settings) -> dict[str, Any]:
                 continue
             model, encoder = load(folder)
             key = f"{name} {stage.name}".strip()
-            if stage.name:
-                results[key] = measure_student(model, encoder, questions, plan.styles)
-            else:
-                results[key] = measure_teacher(model, encoder, questions)
+            styles = plan.styles if stage.name else None
+            results[key] = measure(model, encoder, questions, styles)
             print(f"  measured {key}", flush=True)
     if not results:
         raise DataError(f"{settings.out} holds no models. Train them with: python -m playground.models")

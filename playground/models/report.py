@@ -101,34 +101,27 @@ def first_word(question: SkillQuestion, style: Any) -> str:
     return question.derivations[style].split()[0]
 
 
-def measure_student(
-    model: Any, encoder: ExampleEncoder, questions: Sequence[SkillQuestion], styles: Styles
+def measure(
+    model: Any, encoder: ExampleEncoder, questions: Sequence[SkillQuestion], styles: Styles | None = None
 ) -> dict[str, dict[str, float]]:
-    """Measure a student by skill.
+    """Measure a model by skill.
+
+    Args:
+        styles: Styles of a student's derivations. None for a teacher, of which only two values are measured.
 
     Returns:
-        greedy: right greedy responses. forced: right greedy responses that begin with a derivation in the first style of
-        the skill. sampled: right samples at temperature 1. derives: derivations of any style among these samples.
+        greedy: right greedy responses. sampled: right samples at temperature 1. forced: right greedy responses that begin
+        with a derivation in the first style of the skill. derives: derivations of any style among the samples.
     """
-    beginnings = [first_word(q, styles_of(styles, q.skill)[0]) for q in questions]
     samples = write(model, encoder, questions, temperature=1.0)
-    derives = [float(style_of(text) is not None) for text in samples]
-    return {
-        "greedy": by_skill(questions, right(questions, write(model, encoder, questions))),
-        "forced": by_skill(questions, right(questions, write(model, encoder, questions, beginnings))),
-        "sampled": by_skill(questions, right(questions, samples)),
-        "derives": by_skill(questions, derives),
-    }
-
-
-def measure_teacher(
-    model: Any, encoder: ExampleEncoder, questions: Sequence[SkillQuestion]
-) -> dict[str, dict[str, float]]:
-    """Measure a teacher by skill: right greedy responses, and right samples at temperature 1."""
-    return {
-        "greedy": by_skill(questions, right(questions, write(model, encoder, questions))),
-        "sampled": by_skill(questions, right(questions, write(model, encoder, questions, temperature=1.0))),
-    }
+    measured = {"greedy": right(questions, write(model, encoder, questions))}
+    if styles is not None:
+        beginnings = [first_word(q, styles_of(styles, q.skill)[0]) for q in questions]
+        measured["forced"] = right(questions, write(model, encoder, questions, beginnings))
+    measured["sampled"] = right(questions, samples)
+    if styles is not None:
+        measured["derives"] = [float(style_of(text) is not None) for text in samples]
+    return {name: by_skill(questions, values) for name, values in measured.items()}
 
 
 def load(folder: Path) -> tuple[Any, ExampleEncoder]:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from openril.errors import DataError, OpenRILError
+from openril.errors import DataError
+from playground.runner import exit_code
 from playground.world.gallery import write_page
 from playground.world.skills import SKILLS, write_skills_world
 
@@ -34,33 +35,28 @@ class Settings:
     """Write the gallery to this file instead: the docs page that shows one question of each skill."""
 
 
-def run(settings: Settings) -> None:
-    """Write what the settings ask for."""
+def run(settings: Settings) -> int:
+    """Write what the settings ask for, and return the exit code."""
     if (settings.out is None) == (settings.page is None):
         raise DataError("expected either --out (a folder to write) or --page (a page to write)")
     if settings.page is not None:
         write_page(settings.page)
         print(settings.page)
-        return
+        return 0
     assert settings.out is not None
     if settings.out.exists() and not (settings.out / "train.jsonl").is_file() and any(settings.out.iterdir()):
         raise DataError(f"{settings.out} holds other files, which would be lost. Name a new folder.")
     numbers = (settings.num_train, settings.num_validation, settings.num_test)
     paths = write_skills_world(settings.out, *numbers, settings.seed, settings.difficulty, settings.skills)
-    for path in paths.values():
-        print(path)
+    print(*paths.values(), sep="\n")
+    return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     import tyro
 
     settings = tyro.cli(Settings, args=arguments, prog="python -m playground.world")
-    try:
-        run(settings)
-    except OpenRILError as e:
-        print(e, file=sys.stderr)
-        return 2
-    return 0
+    return exit_code("world", lambda: run(settings))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from playground.models.examples import (
     image_features,
 )
 from playground.models.plan import MODELS, Schedule
-from playground.models.report import by_skill, measure_student, right, write
+from playground.models.report import by_skill, measure, right, write
 from playground.models.shipped import WEIGHTS
 from playground.models.training import Training, equal_pictures_together, losses
 from playground.world import SKILLS, make_questions
@@ -251,7 +251,7 @@ def test_means_are_over_skills() -> None:
 def test_students_are_measured_greedy_forced_and_sampled(blanks: dict[str, Path]) -> None:
     model, encoder = opened(blanks["qwen"])
     questions = make_questions("validation", 14)
-    measured = measure_student(model, encoder, questions, "c")
+    measured = measure(model, encoder, questions, "c")
     assert set(measured) == {"greedy", "forced", "sampled", "derives"}
     assert all(set(found) == {*SKILLS, "mean"} for found in measured.values())
 
