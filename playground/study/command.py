@@ -4,68 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from openril.errors import DataError, StateError
 from openril.report.progress import duration
 from openril.responses.files import Lock
 from openril.storage import refuse_changed, weights_fingerprint, write_json
-from playground.models.shipped import WEIGHTS
 from playground.runner import Clock, Runner, exit_code
 from playground.study.jobs import MODEL_NAMES, Plan
-from playground.study.plan import CELLS, GROUPS, STUDENTS, TEACHERS, Group
-from playground.study.recipes import Recipes
-
-
-@dataclass
-class Settings:
-    """Compare RIL with what it is built from: two students, eleven methods, ablations, equal compute; seeds and intervals.
-
-    The study can be stopped at any time; the same command continues it. Every cell is a run folder with its own recipe.
-    """
-
-    out: Path = Path("runs/study")
-    """Folder for everything it makes."""
-    models: Path = WEIGHTS
-    """Folder of the models, as `make playground` leaves them: student_qwen/{base,sft}, student_internvl/{base,sft},
-    teacher_a, teacher_b and judge. The default are the models of the checkout."""
-    students: tuple[str, ...] = STUDENTS
-    """Which students."""
-    seeds: int = 3
-    """Seeds of every method, from 0."""
-    ablation_seeds: int = 1
-    """Seeds of every ablation."""
-    ablation_students: tuple[str, ...] = STUDENTS[:1]
-    """Students of the ablations."""
-    groups: tuple[Group, ...] = GROUPS
-    """Which parts."""
-    only: tuple[str, ...] = ()
-    """Only cells of these names, with what they need."""
-    num_train: int = 700
-    """Training questions, the fourteen skills in turn."""
-    num_validation: int = 280
-    """Validation questions: curves and tuning."""
-    num_test: int = 1120
-    """Test questions."""
-    split: Literal["test", "validation"] = "test"
-    """The questions that score the cells. Tune with validation, in another folder; use the test questions once."""
-    world_seed: int = 0
-    """Seed of the questions."""
-    overrides: tuple[str, ...] = ()
-    """Settings of every recipe, as KEY=VALUE, for instance train.max_steps=5."""
-    lanes: int = 2
-    """Jobs at a time, each on one thread."""
-    report: bool = False
-    """Run nothing; write tables, figures and page from the finished cells."""
-    page: Path | None = None
-    """The page that receives the report, next to its figures; unset: docs/study.md for a report of the test questions in
-    runs/study, else study.md in the out folder."""
-    resamples: int = 4000
-    """Draws of the bootstrap."""
-    list_jobs: bool = False
-    """Run nothing; print every job and whether it is done."""
+from playground.study.plan import CELLS, STUDENTS, TEACHERS, Settings
 
 
 def say(line: str = "") -> None:
@@ -111,26 +58,13 @@ def prepare(settings: Settings) -> None:
         say(f"world: {sum(numbers)} questions in {settings.out / 'world'}")
 
 
-def make_plan(settings: Settings) -> Plan:
-    return Plan(
-        Recipes(settings.out, settings.models, settings.overrides),
-        settings.out / "world" / f"{settings.split}.jsonl",
-        settings.students,
-        settings.seeds,
-        settings.ablation_seeds,
-        settings.ablation_students,
-        settings.groups,
-        settings.only,
-    )
-
-
 def run(settings: Settings) -> int:
     """Run the study; returns the exit code, which is 1 when a job failed (the same command tries it again)."""
     from rich.console import Console
 
     check(settings)
     prepare(settings)
-    jobs = make_plan(settings).jobs()
+    jobs = Plan(settings).jobs()
     clock = Clock(settings.out / "clock.json")
     runner = Runner(jobs, settings.out / "logs", Console(), width=settings.lanes, clock=clock, keep_going=True)
     if settings.list_jobs:

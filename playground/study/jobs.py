@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,7 @@ from openril.recipe.schema import Recipe
 from openril.storage import changed_keys, read_jsonl
 from playground.runner import Job, Progress, metrics_progress
 from playground.study.metrics import median, seconds_of
-from playground.study.plan import (
-    ABLATIONS,
-    COMPUTE,
-    GROUPS,
-    MAIN,
-    METHODS,
-    REFERENCE,
-    STUDENTS,
-    TEACHERS,
-    Group,
-    Start,
-)
+from playground.study.plan import CELLS, COMPUTE, MAIN, METHODS, REFERENCE, STUDENTS, TEACHERS, Settings, Start
 from playground.study.recipes import Place, Recipes, Variant, result_name
 from playground.study.work import DONE, Stage
 
@@ -141,61 +130,50 @@ MODEL_NAMES = (*(f"{student}/{start}" for student in STUDENTS for start in ("bas
 """Checkpoints in the folder of the models."""
 
 
-@dataclass
 class Plan:
     """The selected cells of the study as jobs, with everything that they need."""
 
-    recipes: Recipes
-    score: Path
-    """The file of the questions on which the results are scored."""
-    students: Sequence[str] = STUDENTS
-    seeds: int = 3
-    """Seeds of the methods and of the table at equal compute."""
-    ablation_seeds: int = 1
-    ablation_students: Sequence[str] = STUDENTS[:1]
-    groups: Sequence[Group] = GROUPS
-    only: Sequence[str] = ()
-    """Names of cells; empty selects all."""
-    _jobs: dict[str, StudyJob] = field(default_factory=dict)
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.recipes = Recipes(settings.out, settings.models, settings.overrides)
+        self.score = str(settings.out / "world" / f"{settings.split}.jsonl")
+        self._jobs: dict[str, StudyJob] = {}
 
     def places(self) -> Iterator[Place]:
         """Yield every selected cell, the most informative ones first, because a study may be cut short."""
         for place in self._all_places():
-            if place.group in self.groups and (not self.only or place.name in self.only):
+            if place.group in self.settings.groups and (not self.settings.only or place.name in self.settings.only):
                 yield place
 
     def _all_places(self) -> Iterator[Place]:
+        settings, seeds = self.settings, range(self.settings.seeds)
+
         def methods(student: str, names: Sequence[str]) -> Iterator[Place]:
-            for seed in range(self.seeds):
+            for seed in seeds:
                 for name in names:
                     if METHODS[name].how != "as_is":
                         yield Place(student, "contenders", name, seed)
                     elif seed == 0:
                         yield Place(student, "contenders", name, None)
 
-        others = [name for name in METHODS if name not in MAIN]
-        if self.students:
-            yield from methods(self.students[0], list(METHODS))
-        for names in (MAIN, others):
-            for student in self.students[1:]:
+        if settings.students:
+            yield from methods(settings.students[0], list(METHODS))
+        for names in (MAIN, [name for name in METHODS if name not in MAIN]):
+            for student in settings.students[1:]:
                 yield from methods(student, names)
-        for student in (s for s in self.students if s in self.ablation_students):
-            for seed in range(self.ablation_seeds):
-                for _, cells in ABLATIONS.values():
-                    yield from (Place(student, "ablations", name, seed) for name in cells)
-        for student in self.students:
-            for seed in range(self.seeds):
-                yield from (Place(student, "compute", name, seed) for name in COMPUTE)
+        for student in (s for s in settings.students if s in settings.ablation_students):
+            for seed in range(settings.ablation_seeds):
+                yield from (Place(student, "ablations", name, seed) for name in CELLS["ablations"])
+        for student in settings.students:
+            yield from (Place(student, "compute", name, seed) for seed in seeds for name in COMPUTE)
 
     def jobs(self) -> list[StudyJob]:
         """Return the job of every selected cell, each after the jobs it needs."""
         self._jobs = {}
-        if not self.only and "contenders" in self.groups and self.students:
+        if not self.settings.only and "contenders" in self.settings.groups and self.settings.students:
             for teacher in TEACHERS:
                 make = partial(self.recipes.teacher, teacher)
-                self._add(
-                    f"teachers/{teacher}", make, "none", ("--name", "base", "--score", str(self.score)), kind="score"
-                )
+                self._add(f"teachers/{teacher}", make, "none", ("--name", "base", "--score", self.score), kind="score")
         for place in self.places():
             self._cell(place)
         return list(self._jobs.values())
@@ -238,7 +216,7 @@ class Plan:
     def _cell(self, place: Place) -> str:
         recipes, cell = self.recipes, place.cell
         stages: dict[str, Stage] = {"as_is": "none", "sft": "sft", "loop": "train"}
-        arguments = ["--name", result_name(cell), "--score", str(self.score)]
+        arguments = ["--name", result_name(cell), "--score", self.score]
         needs: list[str] = []
         recipe = recipes.cell(place)
         if cell.how == "sft" or (cell.how == "loop" and recipe.teacher_responses_per_question):
@@ -262,7 +240,9 @@ class Plan:
         """Add the jobs whose steps are timed to know how many a cell at equal compute takes."""
         names = (REFERENCE, place.name)
         return [
-            self._cell(Place(place.student, "contenders", name, seed)) for name in names for seed in range(self.seeds)
+            self._cell(Place(place.student, "contenders", name, seed))
+            for name in names
+            for seed in range(self.settings.seeds)
         ]
 
     def _compute_recipe(self, place: Place) -> Recipe:
@@ -275,7 +255,7 @@ class Plan:
             return load_saved_recipe(begun).train.max_steps
 
         def timings(name: str) -> list[dict[str, Any]]:
-            places = [Place(place.student, "contenders", name, seed) for seed in range(self.seeds)]
+            places = [Place(place.student, "contenders", name, seed) for seed in range(self.settings.seeds)]
             return [done for p in places if (done := read_done(self.recipes.out / p.path)) is not None]
 
         reference = median([s for done in timings(REFERENCE) if (s := seconds_of(done)) is not None])

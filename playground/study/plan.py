@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
+
+from playground.models.shipped import WEIGHTS
 
 STUDENTS = ("student_qwen", "student_internvl")
 TEACHERS = ("teacher_a", "teacher_b")
@@ -22,6 +25,55 @@ Group = Literal["contenders", "ablations", "compute"]
 GROUPS: tuple[Group, ...] = ("contenders", "ablations", "compute")
 How = Literal["as_is", "sft", "loop"]
 Start = Literal["base", "sft"]
+
+
+@dataclass
+class Settings:
+    """Compare RIL with what it is built from: two students, eleven methods, ablations, equal compute; seeds and intervals.
+
+    The study can be stopped at any time; the same command continues it. Every cell is a run folder with its own recipe.
+    """
+
+    out: Path = Path("runs/study")
+    """Folder for everything it makes."""
+    models: Path = WEIGHTS
+    """Folder of the models, as `make playground` leaves them: student_qwen/{base,sft}, student_internvl/{base,sft},
+    teacher_a, teacher_b and judge. The default are the models of the checkout."""
+    students: tuple[str, ...] = STUDENTS
+    """Which students."""
+    seeds: int = 3
+    """Seeds of every method, from 0."""
+    ablation_seeds: int = 1
+    """Seeds of every ablation."""
+    ablation_students: tuple[str, ...] = STUDENTS[:1]
+    """Students of the ablations."""
+    groups: tuple[Group, ...] = GROUPS
+    """Which parts."""
+    only: tuple[str, ...] = ()
+    """Only cells of these names, with what they need."""
+    num_train: int = 700
+    """Training questions, the fourteen skills in turn."""
+    num_validation: int = 280
+    """Validation questions: curves and tuning."""
+    num_test: int = 1120
+    """Test questions."""
+    split: Literal["test", "validation"] = "test"
+    """The questions that score the cells. Tune with validation, in another folder; use the test questions once."""
+    world_seed: int = 0
+    """Seed of the questions."""
+    overrides: tuple[str, ...] = ()
+    """Settings of every recipe, as KEY=VALUE, for instance train.max_steps=5."""
+    lanes: int = 2
+    """Jobs at a time, each on one thread."""
+    report: bool = False
+    """Run nothing; write tables, figures and page from the finished cells."""
+    page: Path | None = None
+    """The page that receives the report, next to its figures; unset: docs/study.md for a report of the test questions in
+    runs/study, else study.md in the out folder."""
+    resamples: int = 4000
+    """Draws of the bootstrap."""
+    list_jobs: bool = False
+    """Run nothing; print every job and whether it is done."""
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from openril.errors import DataError, RecipeError, StateError
 from openril.recipe.checks import cross_check
 from openril.recipe.loading import load_recipe
 from openril.recipe.validation import RENAMED_KEYS
-from openril.storage import write_json
-from playground.study.command import Settings, check, prepare
+from openril.storage import changed_keys, write_json
+from playground.study.command import check, prepare
 from playground.study.jobs import Plan
-from playground.study.plan import ABLATIONS, CELLS, COMPUTE, MAIN, METHODS, REFERENCE
+from playground.study.plan import ABLATIONS, CELLS, COMPUTE, MAIN, METHODS, REFERENCE, Settings
 from playground.study.recipes import RECIPES, Place, Recipes, baseline_settings, put
 from support.finished_study import write_cell
 
@@ -25,22 +25,18 @@ def recipes(tmp_path, *overrides):
 
 
 def plan(tmp_path, **selected):
-    return Plan(recipes(tmp_path), tmp_path / "out/world/test.jsonl", **selected)
+    return Plan(Settings(tmp_path / "out", tmp_path / "models", **selected))
 
 
 @pytest.mark.parametrize(("group", "name"), TRAINED, ids=[n for _, n in TRAINED])
-def test_recipe_of_a_cell_is_consistent(tmp_path, group, name):
-    recipe = recipes(tmp_path).cell(Place("student_qwen", group, name, 0))
-    stage = "sft" if recipe.sft.enabled else "train"
-    problems = [str(p) for p in cross_check(recipe, stage) if p.key != "train.beta"]
-    assert [p for p in problems if not any(w in p for w in NOT_HERE_YET)] == []
-
-
-@pytest.mark.parametrize(("group", "name"), TRAINED, ids=[n for _, n in TRAINED])
-def test_every_cell_takes_the_same_steps_from_the_same_student_on_the_same_questions(tmp_path, group, name):
+def test_every_cell_is_consistent_and_takes_the_same_steps_from_the_same_student_on_the_same_questions(
+    tmp_path, group, name
+):
     made = recipes(tmp_path)
     recipe = made.cell(Place("student_qwen", group, name, 1))
     reference = made.cell(Place("student_qwen", "contenders", REFERENCE, 1))
+    problems = [str(p) for p in cross_check(recipe, "sft" if recipe.sft.enabled else "train") if p.key != "train.beta"]
+    assert [p for p in problems if not any(w in p for w in NOT_HERE_YET)] == []
     assert (recipe.sft.max_steps if recipe.sft.enabled else recipe.train.max_steps) == reference.train.max_steps
     assert recipe.train.questions_per_step == reference.train.questions_per_step
     assert recipe.data == reference.data
@@ -177,7 +173,7 @@ def test_a_begun_compute_cell_keeps_its_steps(tmp_path):
 
 def test_a_folder_of_other_settings_is_refused(tmp_path):
     def job(*overrides):
-        selected = Plan(recipes(tmp_path, *overrides), tmp_path / "t", ["student_qwen"], 1, only=["dr_grpo"])
+        selected = plan(tmp_path, students=["student_qwen"], seeds=1, only=["dr_grpo"], overrides=overrides)
         return next(j for j in selected.jobs() if "contenders/dr_grpo" in j.name)
 
     job().prepare()
@@ -187,27 +183,19 @@ def test_a_folder_of_other_settings_is_refused(tmp_path):
 
 
 def test_settings_of_a_method_come_from_its_baseline_recipe(tmp_path):
-    with_recipe = {name for name, method in METHODS.items() if method.baseline}
-    assert with_recipe == {path.stem for path in (RECIPES / "baselines").glob("*.yaml")}
     made = recipes(tmp_path)
     reference = made.cell(Place("student_qwen", "contenders", REFERENCE, 0)).model_dump()
-    for name in with_recipe:
+    named = {name for name, method in METHODS.items() if method.baseline}
+    assert named == {path.stem for path in (RECIPES / "baselines").glob("*.yaml")}
+    for name in named:
+        settings = baseline_settings(METHODS[name].baseline)
+        cell = made.cell(Place("student_qwen", "contenders", name, 0)).model_dump()
+        changed = {key: new for key, (_, new) in changed_keys(reference, cell).items()}
+        of_every_cell = {"collect.judge_responses", "run_dir", "sft.enabled", "sft.max_steps", "sft.batch_size"}
+        assert {k: v for k, v in changed.items() if k not in of_every_cell} == {
+            k: v for k, v in settings.items() if k not in of_every_cell
+        }
         assert METHODS[name].baseline == name and not METHODS[name].overrides
-        settings = baseline_settings(name)
-        values = made.cell(Place("student_qwen", "contenders", name, 0)).model_dump()
-        for key, value in settings.items():
-            section, *rest = key.split(".")
-            found, expected = values[section], reference[section]
-            for part in rest[:-1]:
-                found, expected = found[part], expected[part]
-            assert found.pop(rest[-1]) == value
-            expected.pop(rest[-1])
-        for own in ("enabled", "max_steps", "batch_size") if METHODS[name].how == "sft" else ():
-            values["sft"].pop(own)
-            reference["sft"].pop(own)
-        values.pop("run_dir")
-        assert values == {key: value for key, value in reference.items() if key != "run_dir"}
-        reference = made.cell(Place("student_qwen", "contenders", REFERENCE, 0)).model_dump()
 
 
 def test_the_method_settings_are_few():
@@ -226,9 +214,8 @@ def test_the_method_settings_are_few():
 
 def test_a_finished_cell_with_earlier_setting_names_and_moved_models_is_recognized(tmp_path):
     def job(models):
-        made = Recipes(tmp_path / "out", tmp_path / models)
-        selected = Plan(made, tmp_path / "t", ["student_qwen"], 1, only=["gad_like"], groups=["contenders"])
-        return next(j for j in selected.jobs() if "contenders/gad_like" in j.name)
+        settings = Settings(tmp_path / "out", tmp_path / models, seeds=1, only=["gad_like"], groups=["contenders"])
+        return next(j for j in Plan(settings).jobs() if "student_qwen/contenders/gad_like" in j.name)
 
     before = job("old/weights")
     before.prepare()
