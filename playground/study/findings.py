@@ -15,7 +15,6 @@ from playground.study.plan import BASELINE, REFERENCE, SKILL, START, Group
 from playground.study.scores import Results, Scores
 
 SINGLE = ("ril_a", "ril_b")
-TEXT = ("sft_teacher_text", "rejection_sampling")
 AT_CHANCE, SATURATED = 0.05, 0.95
 """Outside these bounds a similarity reward carries no information."""
 SIMILARITY = "reward/student_similarity"
@@ -39,34 +38,32 @@ class Findings:
         }
 
     def student(self, student: str) -> dict[str, Any]:
-        groups = self.results.cells[student]
+        def get(name: str) -> Scores | None:
+            return self.results.get(student, "contenders", name)
 
-        def rows(group: Group, more: Callable[[str, Scores], dict[str, Any]]) -> dict[str, Any]:
-            return {name: self.row(scores) | more(name, scores) for name, scores in groups.get(group, {}).items()}
-
-        def over(name: str, scores: Scores) -> dict[str, Any] | None:
-            return _plain(self.between(self._get(student, name), scores))
-
-        def reference_over(scores: Scores) -> dict[str, Any] | None:
-            return _plain(self.between(scores, self._get(student, REFERENCE)))
+        def rows(group: Group, **pairs: Callable[[str, Scores], tuple[Scores | None, Scores | None]]) -> dict[str, Any]:
+            return {
+                name: self.row(scores) | {key: _plain(self.between(*pair(name, scores))) for key, pair in pairs.items()}
+                for name, scores in self.results.cells[student].get(group, {}).items()
+            }
 
         return {
-            "contenders": rows("contenders", lambda _, scores: {
-                "over_start": over(START, scores),
-                "over_baseline": over(BASELINE, scores),
-                "reference_over": reference_over(scores),
-            }),
-            "ablations": rows("ablations", lambda _, scores: {"over_reference": over(REFERENCE, scores)}),
-            "compute": rows("compute", lambda name, scores: {
-                "over_equal_steps": over(name, scores), "reference_over": reference_over(scores),
-            }),
+            "contenders": rows(
+                "contenders",
+                over_start=lambda _, scores: (get(START), scores),
+                over_baseline=lambda _, scores: (get(BASELINE), scores),
+                reference_over=lambda _, scores: (scores, get(REFERENCE)),
+            ),
+            "ablations": rows("ablations", over_reference=lambda _, scores: (get(REFERENCE), scores)),
+            "compute": rows(
+                "compute",
+                over_equal_steps=lambda name, scores: (get(name), scores),
+                reference_over=lambda _, scores: (scores, get(REFERENCE)),
+            ),
             "single": self.better_single(student),
             "passes": self.passes(student),
             "goals": self.goals(student),
-        }  # fmt: skip
-
-    def _get(self, student: str, name: str, group: Group = "contenders") -> Scores | None:
-        return self.results.get(student, group, name)
+        }
 
     def row(self, scores: Scores) -> dict[str, Any]:
         """Return mean, skills and seeds, the judge's agreement, and what the training cost."""
@@ -93,66 +90,70 @@ class Findings:
             return None
         return self.resampling.skill_means(values)[skill] if skill else self.resampling.mean(values)
 
+    def singles(self, student: str) -> dict[str, Scores]:
+        """Return the scores of RIL with each single teacher, or nothing until both are finished."""
+        found = {name: s for name in SINGLE if (s := self.results.get(student, "contenders", name)) is not None}
+        return found if len(found) == len(SINGLE) else {}
+
     def better_single(self, student: str) -> str | None:
-        """Return the single-teacher RIL with the higher mean, or None until both are finished."""
-        found = {name: s for name in SINGLE if (s := self._get(student, name)) is not None}
-        if len(found) < len(SINGLE):
-            return None
-        return max(found, key=lambda name: self.resampling.mean(found[name].values).value)
+        """Return the single-teacher RIL with the higher mean."""
+        found = self.singles(student)
+        return max(found, key=lambda name: self.resampling.mean(found[name].values).value, default=None)
 
     # Goals
 
     def goals(self, student: str) -> list[dict[str, Any]]:
         """Return the table of goals: what was measured, in points of 100, and whether the goal is reached (None: not
         measured yet)."""
-        get = self._get
-        both, baseline = get(student, REFERENCE), get(student, BASELINE)
-        single = self.better_single(student)
-        rows = [
-            self._goal("Dr.GRPO over the starting student", "+1.8", 0.0, self.between(get(student, START), baseline)),
-            self._goal("RIL, one teacher, over Dr.GRPO", "+4.0", 4.0, self.one_teacher(student)),
-            self._goal("RIL, both, over Dr.GRPO", "+5.1", 5.1, self.between(baseline, both)),
-            self._goal(
-                "both over the better single teacher", "+1.1", 0.0, self.between(get(student, single or ""), both)
+
+        def get(name: str, group: Group = "contenders") -> Scores | None:
+            return self.results.get(student, group, name)
+
+        start, baseline, both = get(START), get(BASELINE), get(REFERENCE)
+        single = list(self.singles(student).values())
+        one = None  # The mean of the two single-teacher students.
+        if single and single[0].seeds == single[1].seeds:
+            one = Scores(single[0].seeds, (single[0].values + single[1].values) / 2)
+        differences = [
+            ("Dr.GRPO over the starting student", "+1.8", 0.0, self.between(start, baseline)),
+            ("RIL, one teacher, over Dr.GRPO", "+4.0", 4.0, self.between(baseline, one)),
+            ("RIL, both, over Dr.GRPO", "+5.1", 5.1, self.between(baseline, both)),
+            (
+                "both over the better single teacher", "+1.1", 0.0,
+                self.between(get(self.better_single(student) or ""), both),
             ),
-            self._goal(f"the skill {SKILL}, both over Dr.GRPO", "+10.2", 10.0, self.between(baseline, both, SKILL)),
+            (f"the skill {SKILL}, both over Dr.GRPO", "+10.2", 10.0, self.between(baseline, both, SKILL)),
+            ("RIL, both, over SFT on teacher text", "not shown", 0.0, self.between(get("sft_teacher_text"), both)),
+            ("RIL, both, over rejection sampling", "not shown", 0.0, self.between(get("rejection_sampling"), both)),
+        ]  # fmt: skip
+        rows = [
+            {
+                "goal": goal,
+                "paper": paper,
+                "required": f"at least +{at_least:g}" if at_least else "above 0",
+                "found": e and points(e),
+                "reached": None if e is None else e.above_zero and 100 * e.value >= at_least,
+            }
+            for goal, paper, at_least, e in differences
+        ]
+        zero = self.between(both, get("beta_0", "ablations"))
+        beta = {"goal": "beta 0 against 0.01", "paper": "collapse", "required": "", "found": zero and points(zero)}
+        return [
+            *rows[:5],
             self._passing_goal(student),
-            self._similarity_goal(student),
+            self._similarity_goal(both),
+            *rows[5:],
+            beta | {"reached": None},
         ]
-        rows += [
-            self._goal(f"RIL, both, over {title}", "not shown", 0.0, self.between(get(student, name), both))
-            for name, title in zip(TEXT, ("SFT on teacher text", "rejection sampling"), strict=True)
-        ]
-        zero = self.between(both, get(student, "beta_0", "ablations"))
-        found = None if zero is None else points(zero)
-        rows.append(
-            {"goal": "beta 0 against 0.01", "paper": "collapse", "required": "", "found": found, "reached": None}
-        )
-        return rows
-
-    def one_teacher(self, student: str) -> Estimate | None:
-        """Return the mean of the two single-teacher students over the baseline."""
-        found = [s for name in SINGLE if (s := self._get(student, name)) is not None]
-        baseline = self._get(student, BASELINE)
-        if len(found) < len(SINGLE) or baseline is None or found[0].seeds != found[1].seeds:
-            return None
-        return self.between(baseline, Scores(found[0].seeds, (found[0].values + found[1].values) / 2))
-
-    def _goal(self, goal: str, paper: str, at_least: float, measured: Estimate | None) -> dict[str, Any]:
-        required = f"at least +{at_least:g}" if at_least else "above 0"
-        reached = None if measured is None else measured.above_zero and 100 * measured.value >= at_least
-        found = None if measured is None else points(measured)
-        return {"goal": goal, "paper": paper, "required": required, "found": found, "reached": reached}
 
     def passes(self, student: str) -> dict[str, Any] | None:
         """Return the skills on which the reference student is better than each teacher and than all teachers, and the
         number of skills on which it is better than at least one, with its interval."""
-        both, teachers = self._get(student, REFERENCE), self.results.teachers
+        both, teachers = self.results.get(student, "contenders", REFERENCE), self.results.teachers
         if both is None or not teachers:
             return None
         mine, drawn = self.resampling.by_skill(both.values), self.resampling.drawn_by_skill(both.values)
-        lows = {name: self.resampling.by_skill(t.values) for name, t in teachers.items()}
-        better = {name: mine > low for name, low in lows.items()}
+        better = {name: mine > self.resampling.by_skill(t.values) for name, t in teachers.items()}
         drawn_better = [drawn > self.resampling.drawn_by_skill(t.values) for t in teachers.values()]
         any_of = np.any(list(better.values()), axis=0)
         number = estimate(float(any_of.sum()), np.any(drawn_better, axis=0).sum(1).astype(float), len(both.seeds))
@@ -176,21 +177,17 @@ class Findings:
         shown = f"{n['value']:.0f} [{n['low']:.0f}, {n['high']:.0f}]; passes each teacher on {len(found['all'])}"
         return {**row, "found": shown, "reached": bool(n["value"] >= 3 and n["low"] > 0)}
 
-    def _similarity_goal(self, student: str) -> dict[str, Any]:
+    def _similarity_goal(self, both: Scores | None) -> dict[str, Any]:
         row = {"goal": "similarity reward of the student's samples", "paper": "0.2 to 0.65"}
         row |= {"required": f"rises and stays between {AT_CHANCE:g} and {SATURATED:g}"}
-        both = self._get(student, REFERENCE)
         curves = [] if both is None else [series(read_jsonl(f / "metrics.jsonl"), SIMILARITY)[1] for f in both.folders]
-        curves = [c for c in curves if c]
-        if not curves:
+        parts = [tenths(c) for c in curves if c]
+        if not parts:
             return {**row, "found": None, "reached": None}
-        windows = [w for c in curves for w in tenths(c)]
-        ends = [(tenths(c)[0], tenths(c)[-1]) for c in curves]
-        rises = all(last > first for first, last in ends)
-        shown = [f"{first:.2f} to {last:.2f}" for first, last in ends]
-        inside = all(AT_CHANCE <= w <= SATURATED for w in windows)
-        found = f"{', '.join(shown)} by seed; between {min(windows):.2f} and {max(windows):.2f}"
-        return {**row, "found": found, "reached": bool(rises and inside)}
+        lowest, highest = min(map(min, parts)), max(map(max, parts))
+        shown = ", ".join(f"{part[0]:.2f} to {part[-1]:.2f}" for part in parts)
+        reached = all(part[-1] > part[0] for part in parts) and lowest >= AT_CHANCE and highest <= SATURATED
+        return {**row, "found": f"{shown} by seed; between {lowest:.2f} and {highest:.2f}", "reached": reached}
 
 
 def tenths(values: list[float]) -> list[float]:
