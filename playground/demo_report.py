@@ -263,7 +263,7 @@ def method_rows(summary: Mapping[str, Any]) -> list[list[str]]:
 
 def skill_rows(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Return a header and a row for each skill, in per cent. The teachers' columns are of their cached responses."""
-    header = ["skill", "stands for", *(m.short for m in METHODS.values()), *TEACHERS.values()]
+    header = ["skill", "modeled on", *(m.short for m in METHODS.values()), *TEACHERS.values()]
     found = [summary["contenders"][name] for name in METHODS] + [summary["teachers"][name] for name in TEACHERS]
     rows = [
         [skill, about.benchmark, *(number(e["skills"].get(skill), "{:.0%}").rstrip("%") for e in found)]

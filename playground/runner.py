@@ -34,7 +34,7 @@ Progress = tuple[int, int, str]
 
 @dataclass(kw_only=True)
 class Job:
-    """A command that leaves a result behind, so that it is not run a second time."""
+    """A command that leaves a result, so that it is not run a second time."""
 
     name: str
     """Unique among the jobs that run together."""

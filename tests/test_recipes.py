@@ -16,7 +16,7 @@ from support.tiny import tiny_questions, write_questions
 
 ROOT = Path(__file__).parents[1] / "recipes"
 RECIPES = sorted(p for p in ROOT.rglob("*.yaml") if p.parent.name != "accelerate")
-BASES = {"base.yaml", "world.yaml"}
+BASES = {"base.yaml"}
 BASELINES = sorted((ROOT / "baselines").glob("*.yaml"))
 
 

@@ -1,4 +1,4 @@
-"""``python -m playground.study``: run the study, go on with it, and report what is there."""
+"""``python -m playground.study``: run, continue and report the study."""
 
 import sys
 

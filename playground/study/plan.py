@@ -160,7 +160,7 @@ ABLATIONS: dict[str, tuple[str, dict[str, Method]]] = {
         "each_4": Method("4", overrides=_each(4), cost=2.0),
         "each_16": Method("16", overrides=_each(16), cost=5.0),
     }),
-    "freezing": ("Frozen besides the vision tower", {
+    "freezing": ("Frozen in addition to the vision tower", {
         "freeze_word_embeddings": Method("word embeddings", overrides=_freeze("vision_tower", "word_embeddings")),
         "freeze_attention": Method("self-attention", overrides=_freeze("vision_tower", "attention")),
         "freeze_mlp_gate": Method("FFN gate", overrides=_freeze("vision_tower", "mlp_gate")),
