@@ -239,10 +239,10 @@ def test_batch_has_to_fit_the_number_of_processes(good: Recipe) -> None:
 def test_an_attention_whose_package_is_missing_is_refused(good: Recipe, monkeypatch: pytest.MonkeyPatch, package: str):
     name = {"flash_attn": "flash_attention_2", "flash_attn_interface": "flash_attention_3"}[package]
     there = change(good, student__attn_implementation=name, train__precision="bfloat16")
-    monkeypatch.setattr("importlib.util.find_spec", lambda wanted: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     reason = found(there, "train")["student.attn_implementation"]
     assert name in reason and package.replace("_", "-") in reason
-    monkeypatch.setattr("importlib.util.find_spec", lambda wanted: object())
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     assert "student.attn_implementation" not in found(there, "train")
     half = change(there, train__precision="float32")
     assert "train.precision" in found(half, "train")["student.attn_implementation"]

@@ -42,11 +42,7 @@ _SENDABLE = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
 
 
 def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS, allow_urls: bool = False) -> Image.Image:
-    """Return the image as upright 8-bit RGB.
-
-    Raises:
-        DataError: If it is missing, damaged or too large, or if it may not be fetched.
-    """
+    """Return the image as upright 8-bit RGB. Raises DataError if it is missing, damaged, too large or must not be fetched."""
     image, _ = _decode(source, read_bytes(source, allow_urls), max_pixels)
     return image
 
@@ -56,9 +52,6 @@ def to_data_url(source: ImageSource, max_pixels: int = MAX_PIXELS, allow_urls: b
 
     A plain upright PNG, JPEG or WebP file is sent unchanged. Everything that a server could decode differently (rotation
     tags, transparency, animation, 16 bits, other formats) is sent as a PNG of the result of ``load_image``.
-
-    Raises:
-        DataError: As for ``load_image``.
     """
     data = read_bytes(source, allow_urls)
     image, kept = _decode(source, data, max_pixels)
@@ -70,11 +63,7 @@ def to_data_url(source: ImageSource, max_pixels: int = MAX_PIXELS, allow_urls: b
 
 
 def image_url_parts(question: Question, *, max_pixels: int, allow_urls: bool = False) -> list[dict[str, Any]]:
-    """Return the question's images as data URLs, in the form of the chat completions API.
-
-    Raises:
-        DataError: As for ``load_image``, naming the question.
-    """
+    """Return the images as parts of a chat request. Raises DataError as ``load_image`` does, naming the question."""
     parts = []
     for source in question.images:
         try:
@@ -140,7 +129,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def read_bytes(source: ImageSource, allow_urls: bool = False) -> bytes:
-    """Return the encoded image. Raises DataError if it is missing or unreadable, or if it may not be fetched."""
+    """Return the encoded image. Raises DataError if it is missing or unreadable, or if it must not be fetched."""
     if source.data is not None:
         return source.data
     if source.path is not None:

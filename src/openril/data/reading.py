@@ -20,16 +20,16 @@ _SHOWN = 8
 
 @dataclass(frozen=True)
 class RowProblem:
-    """A problem with one row."""
+    """A problem with one row. A row with an error cannot be used; one with a warning can.
+
+    kind: short name, for counting. origin: "file:line", or "file:row" in Parquet files and folders; both start at 1.
+    """
 
     kind: str
-    """Short name, for counting."""
     origin: str
-    """"file:line", or the number of the row in Parquet files and folders. Both start at 1."""
     id: str
     cause: str
     level: Literal["error", "warning"] = "error"
-    """A row with an error cannot be used; one with a warning can."""
 
     def __str__(self) -> str:
         return f"{self.origin}{f' ({self.id})' if self.id else ''}: {self.cause}."

@@ -37,15 +37,15 @@ _FROM_HERE = "Correct the path; relative paths start at the current directory"
 
 @dataclass(frozen=True)
 class Problem:
-    """A setting that does not work."""
+    """A setting that does not work. An error stops the stage; a warning is only printed.
+
+    key: dotted name of the setting. fix: what to change, as a sentence without a full stop.
+    """
 
     key: str
-    """Dotted name of the setting."""
     reason: str
     fix: str
-    """What to change, as a sentence without a full stop."""
     level: Literal["error", "warning"] = "error"
-    """An error stops the stage; a warning is only printed."""
 
     def __str__(self) -> str:
         return f"{self.key}: {self.reason}. {self.fix}."
@@ -314,9 +314,8 @@ def _discriminator(recipe: Recipe, stage: str, world_size: int) -> Iterator[Prob
         n = recipe.collect.num_responses
         if not recipe.collect.student:
             reason = "it is off, but pre-training of the discriminator needs student responses"
-            level: Literal["error", "warning"]
-            level = "warning" if stage == "discriminator" and _cached(recipe) else "error"
-            yield Problem("collect.student", reason, "Turn it on", level)
+            usable = stage == "discriminator" and _cached(recipe)
+            yield Problem("collect.student", reason, "Turn it on", "warning" if usable else "error")
         if d.pretraining.responses_per_question > n:
             reason = f"expected at most collect.num_responses ({n}), got {d.pretraining.responses_per_question}"
             fix = "Lower it, or raise collect.num_responses"

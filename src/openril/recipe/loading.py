@@ -55,11 +55,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), prog: str = "ri
 
 
 def load_saved_recipe(path: str | Path) -> Recipe:
-    """Load a recipe that a run saved in its folder, even if its settings have earlier names.
-
-    Raises:
-        RecipeError: As for ``load_recipe``.
-    """
+    """Load a recipe that a run saved in its folder, even if its settings have earlier names."""
     path = Path(path)
     values, lines = _read(path, ())
     for old, new in RENAMED_KEYS.items():
@@ -120,9 +116,7 @@ Lines = dict[KeyPath, tuple[str, int]]
 def _read(path: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], Lines]:
     """Return the values of a recipe file, merged over those of its base, and the place of each key."""
     if path.resolve() in chain:
-        raise RecipeError(
-            f"base: recipes are based on each other: {' -> '.join(map(str, (*chain, path)))}. Remove one."
-        )
+        raise RecipeError(f"base: recipes are based on each other: {' -> '.join(map(str, (*chain, path)))}.")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -141,8 +135,7 @@ def _read(path: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], Lines]:
         raise RecipeError(f"{path}{line}: not valid YAML: {getattr(e, 'problem', None) or e}.") from e
     except (RecursionError, ValueError) as e:
         raise RecipeError(f"{path}: not valid YAML: {e}.") from e
-    if values is None:
-        values = {}
+    values = {} if values is None else values
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: expected sections (data:, student:, ...), got {describe(values)}.")
     base = values.pop(BASE, None)

@@ -14,6 +14,8 @@ from openril.errors import RecipeError
 from openril.recipe.schema import Recipe
 from openril.recipe.validation import nearest, settings, suspicious, translate
 
+_SWITCHES = {**dict.fromkeys(("true", "yes", "on", "1"), True), **dict.fromkeys(("false", "no", "off", "0"), False)}
+
 
 def override(recipe: Recipe, overrides: list[str], prog: str) -> Recipe:
     """Return ``recipe`` with ``overrides`` applied; see ``loading.load_recipe``."""
@@ -57,30 +59,23 @@ def _spell_switches(overrides: list[str], known: Mapping[str, Any]) -> list[str]
         negated = re.sub(r"(^|\.)no_(?=[^.]*$)", r"\1", name)
         if name not in names and not (negated != name and isinstance(known.get(negated), bool)):
             match = nearest(name, list(names))
-            if match is None or (match.rpartition(".")[0] != name.rpartition(".")[0] and name in _last_words(names)):
-                match = _last_words(names).get(name, match)
+            last_words = {n.rsplit(".", 1)[-1]: n for n in names}
+            if match is None or (match.rpartition(".")[0] != name.rpartition(".")[0] and name in last_words):
+                match = last_words.get(name, match)
             hint = f"Did you mean --{match}?" if match else "--help lists every setting."
             raise RecipeError(f"--{raw}: unknown setting. {hint}")
         if isinstance(known.get(names.get(name, "")), bool):
             word = value if equals else (overrides[i] if i < len(overrides) else "")
-            if equals or not word.startswith("-"):
-                switch = {"true": True, "yes": True, "on": True, "1": True}.get(word.lower())
-                if switch is None and word.lower() in ("false", "no", "off", "0"):
-                    switch = False
-                if switch is None and (equals or word):
+            if equals or (word and not word.startswith("-")):
+                switch = _SWITCHES.get(word.lower())
+                if switch is None:
                     raise RecipeError(f"--{raw}: expected true or false, got {word!r}.")
-                i += int(not equals and bool(word))
-                if switch is False:
-                    head, _, last = name.rpartition(".")
-                    name = f"{head}.no_{last}" if head else f"no_{last}"
+                i += not equals
+                name = name if switch else re.sub(r"[^.]+$", r"no_\g<0>", name)
             arguments.append(f"--{name.replace('_', '-')}")
         else:
             arguments.append(argument)
     return arguments
-
-
-def _last_words(names: Mapping[str, str]) -> dict[str, str]:
-    return {n.rsplit(".", 1)[-1]: n for n in names}
 
 
 def _plain(boxed: str) -> str:
