@@ -58,8 +58,8 @@ def load_functions(settings: Sequence[RewardFunctionConfig]) -> list[LoadedFunct
 
 def load_callable(spec: str, where: str) -> Callable[..., Any]:
     """Return the object that ``package.module:name`` or ``path/to/file.py:name`` names."""
-    # The user's module may import transformers, which this must precede.
-    importlib.import_module("openril.models")
+    # The user's module may import transformers, which openril.hf must precede.
+    importlib.import_module("openril.hf")
     module_name, separator, attribute = spec.rpartition(":")
     if not separator or not module_name or not attribute:
         raise RecipeError(f"{where}: expected package.module:name or path/to/file.py:name, got {spec!r}")
