@@ -148,12 +148,14 @@ def _one_frame(patches: Any) -> Callable[[Tensor], Tensor]:
 
 
 def _together(attention: Any) -> Callable[..., Tensor]:
-    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
+    from openril.hf import submodule
+
+    modeling = submodule("transformers.models.qwen2_5_vl.modeling_qwen2_5_vl")
 
     def forward(states: Tensor, cu_seqlens: Tensor, position_embeddings: Any = None, **kwargs: Any) -> Tensor:
         length, count = states.shape[0], len(cu_seqlens) - 1
         query, key, value = attention.qkv(states).reshape(length, 3, attention.num_heads, -1).unbind(1)
-        query, key = apply_rotary_pos_emb_vision(query, key, *position_embeddings)
+        query, key = modeling.apply_rotary_pos_emb_vision(query, key, *position_embeddings)
         query, key, value = (
             x.reshape(count, length // count, attention.num_heads, -1).transpose(1, 2) for x in (query, key, value)
         )

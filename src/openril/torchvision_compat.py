@@ -1,9 +1,9 @@
-"""Make torchvision importable beside a CPU-only torch whose compiled operators do not fit. Import before transformers.
+"""Make torchvision importable next to a CPU-only torch whose compiled operators do not fit. Import before transformers.
 
-torchvision's default wheels are built for CUDA torch. Beside a CPU torch their compiled half does not load, and the
-import fails with ``operator torchvision::nms does not exist``, because Python code registers fake kernels for operators
-that nobody declared. transformers needs torchvision only for pure-Python image functions, so declaring the missing
-operators (without kernels) is enough. Where torchvision is healthy this module does nothing.
+torchvision's default wheels are built for CUDA torch. Next to a CPU-only torch their compiled part does not load, and
+the import fails with ``operator torchvision::nms does not exist``, because Python code registers fake kernels for
+operators that were never declared. transformers needs torchvision only for image functions in pure Python, so it is
+enough to declare the missing operators without kernels. If torchvision loads, this module does nothing.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ _SCHEMAS = (
 _declared: operators.Library | None = None
 
 
-def _compiled_half_loads() -> bool:
+def _compiled_part_loads() -> bool:
     spec = importlib.util.find_spec("torchvision")
     if spec is None or spec.origin is None:
-        return True  # nothing to cure; transformers says itself that torchvision is missing
+        return True  # torchvision is not installed, which transformers reports itself
     compiled = sorted(Path(spec.origin).parent.glob("_C*.so")) + sorted(Path(spec.origin).parent.glob("_C*.pyd"))
     try:
         for path in compiled:
@@ -60,11 +60,11 @@ def _compiled_half_loads() -> bool:
 
 
 def apply() -> bool:
-    """Declare torchvision's operators if its compiled half cannot load. Returns whether that was needed."""
+    """Declare torchvision's operators if its compiled part cannot be loaded, and return whether that was needed."""
     global _declared
     if _declared is not None:
         return True
-    if hasattr(torch.ops.torchvision, "nms") or _compiled_half_loads():
+    if hasattr(torch.ops.torchvision, "nms") or _compiled_part_loads():
         return False
     _declared = operators.Library("torchvision", "DEF")
     for schema in _SCHEMAS:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from openril.recipe.schema import SamplingConfig
-from openril.sampling.logits_processors import candidates, draw, penalise_repetition
+from openril.sampling.logits_processors import candidates, draw, penalize_repetition
 
 P = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
 
@@ -46,7 +46,7 @@ def test_temperature_sharpens_before_top_p():
 def test_repetition_penalty_divides_positive_and_multiplies_negative_scores():
     logits = torch.tensor([[2.0, -2.0, 2.0, -2.0]])
     seen = torch.tensor([[1, 0, 1]])
-    assert penalise_repetition(logits, seen, 1.25)[0].tolist() == pytest.approx([1.6, -2.5, 2.0, -2.0])
+    assert penalize_repetition(logits, seen, 1.25)[0].tolist() == pytest.approx([1.6, -2.5, 2.0, -2.0])
 
 
 def test_draw_inverts_the_cumulative_distribution():
@@ -67,25 +67,20 @@ def test_greedy_takes_the_most_likely():
 
 def test_matches_transformers_processors():
     """Our order of penalty, temperature, top-k and top-p is the one transformers' generate applies."""
-    from openril.hf import (
-        RepetitionPenaltyLogitsProcessor,
-        TemperatureLogitsWarper,
-        TopKLogitsWarper,
-        TopPLogitsWarper,
-    )
+    from openril.hf import transformers
 
     torch.manual_seed(0)
     logits = torch.randn(5, 200) * 3
     prompt = torch.randint(0, 200, (5, 20))
     expected = logits
     for processor in (
-        RepetitionPenaltyLogitsProcessor(1.3),
-        TemperatureLogitsWarper(0.7),
-        TopKLogitsWarper(40),
-        TopPLogitsWarper(0.8),
+        transformers.RepetitionPenaltyLogitsProcessor(1.3),
+        transformers.TemperatureLogitsWarper(0.7),
+        transformers.TopKLogitsWarper(40),
+        transformers.TopPLogitsWarper(0.8),
     ):
         expected = processor(prompt, expected)
-    ids, p = candidates(penalise_repetition(logits, prompt, 1.3), SamplingConfig(temperature=0.7, top_k=40, top_p=0.8))
+    ids, p = candidates(penalize_repetition(logits, prompt, 1.3), SamplingConfig(temperature=0.7, top_k=40, top_p=0.8))
     ours = torch.zeros(5, 200).scatter_(1, ids, p)
     assert torch.allclose(ours, expected.softmax(-1), atol=1e-6)
     assert math.isclose(float(ours.sum()), 5.0, rel_tol=1e-5)

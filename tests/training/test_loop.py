@@ -234,7 +234,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(tiny_qwen: Path, tmp_path
     recipe = tiny_recipe(tmp_path / "run", tiny_qwen, train__max_completion_length=8)
     trainer = make_trainer(recipe, tmp_path / "data", Infinite())
     before = weights(trainer)
-    with pytest.raises(StateError, match=r"gradient norm is (inf|nan)"):
+    with pytest.raises(StateError, match=r"gradient norm.* (inf|nan)"):
         trainer.train()
     assert all(torch.equal(v, before[k]) for k, v in weights(trainer).items())
     assert not list((tmp_path / "run/checkpoints").glob("step_*"))

@@ -23,7 +23,7 @@ def test_a_server_without_token_ids_is_refused(encoder):
     with MisbehavingServer(then=Say("red"), model="student") as server:
         sampler = VLLMSampler(SamplerConfig(engine="vllm", base_urls=[server.url]), encoder)
         try:
-            with pytest.raises(EndpointError, match="does not report token ids; it must be vLLM"):
+            with pytest.raises(EndpointError, match="return_token_ids"):
                 sampler.sample([Question("q", "Which?")], 2, settings=SamplingConfig(), max_completion_length=4, seed=0)
         finally:
             sampler.close()

@@ -218,7 +218,9 @@ class TRLStep:
 
     def _prompts(self, call: int) -> list[Any]:
         """Return the messages that TRL's own step passes to its generation: each question group_size times."""
-        from trl.data_utils import prepare_multimodal_messages
+        from openril.hf import submodule
+
+        prepare_multimodal_messages = submodule("trl.data_utils").prepare_multimodal_messages
 
         first = (call * QUESTIONS) % len(self.dataset)
         rows = [self.dataset[(first + j) % len(self.dataset)] for j in range(QUESTIONS)]

@@ -1,4 +1,4 @@
-"""Low-rank adapters by peft: on the language model only; the reference model is the base with them switched off."""
+"""Low-rank adapters of peft, on the language model only. The reference model is the base model without them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from openril.recipe.schema import LoraConfig
 
 
 def add_adapters(model: nn.Module, lora: LoraConfig) -> nn.Module:
-    """Wrap ``model`` with LoRA on the named linear layers outside the vision side; all else is frozen.
+    """Add LoRA to the named linear layers outside the vision side, and freeze everything else.
 
-    Raises ModelError if no layer has one of the names.
+    Raises:
+        ModelError: No layer has one of the names.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -28,8 +29,8 @@ def add_adapters(model: nn.Module, lora: LoraConfig) -> nn.Module:
         and module_group(name) not in ("vision_tower", "projector")
     ]
     if not targets:
-        raise ModelError(f"student.lora.target_modules: no linear layer is called {', '.join(lora.target_modules)}")
-    alpha: Any = lora.alpha  # peft's annotation says int; it divides by r and takes any number
+        raise ModelError(f"student.lora.target_modules: the model has no linear layer {', '.join(lora.target_modules)}")
+    alpha: Any = lora.alpha  # annotated as int in peft, which divides it by r and takes any number
     config = LoraConfig(r=lora.r, lora_alpha=alpha, lora_dropout=lora.dropout, target_modules=targets)
     return get_peft_model(model, config)
 
@@ -40,11 +41,11 @@ def is_adapted(model: Any) -> bool:
 
 @contextmanager
 def without_adapters(model: Any) -> Iterator[None]:
-    """Inside, the adapted model computes what its base would: the reference model of a LoRA run."""
+    """Switch the adapters off for a while: the model is then the reference model of a LoRA run."""
     with model.disable_adapter() if is_adapted(model) else nullcontext():
         yield
 
 
 def base_model(model: Any) -> Any:
-    """The transformers model, with or without adapters around it."""
+    """Return the transformers model inside its adapters, or the model itself if it has none."""
     return model.get_base_model() if is_adapted(model) else model

@@ -1,4 +1,4 @@
-"""Which parameters train: the module groups of the paper's Table 5c and the vision side, found by name."""
+"""Choose the parameters that train, by the module groups of the paper's Table 5c and of the vision side."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 from openril.errors import ModelError
 from openril.recipe.schema import ModuleGroup
 
-# First match wins, so the vision side comes first: its blocks have attention, norms and MLPs too.
+# The first match wins. The vision side comes first, because its blocks have attention, norms and MLPs too.
 _PATTERNS: tuple[tuple[ModuleGroup, re.Pattern[str]], ...] = (
     (
         "projector",
@@ -31,7 +31,7 @@ _PATTERNS: tuple[tuple[ModuleGroup, re.Pattern[str]], ...] = (
 
 
 def module_group(parameter_name: str) -> ModuleGroup | None:
-    """Group of a parameter of any AutoModelForImageTextToText, by its name; None if it belongs to none."""
+    """Return the group of a parameter of any AutoModelForImageTextToText by its name, or None."""
     for group, pattern in _PATTERNS:
         if pattern.search(parameter_name):
             return group
@@ -41,8 +41,13 @@ def module_group(parameter_name: str) -> ModuleGroup | None:
 def freeze(model: nn.Module, groups: Collection[ModuleGroup]) -> dict[str, int]:
     """Turn gradients off for the parameters of ``groups`` and on for all others.
 
-    Returns the number of parameters that stay trainable, by group. Tied weights (embeddings and LM head) are frozen if
-    either group is named. Raises ModelError if a named group has no parameters, or if nothing is left to train.
+    Tied weights (embeddings and LM head) are frozen if either group is named.
+
+    Returns:
+        Number of trainable parameters by group.
+
+    Raises:
+        ModelError: A named group has no parameters, or nothing is left to train.
     """
     found: set[ModuleGroup | None] = set()
     trainable: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""Checkpoints on disk or on the hub, safetensors only, with errors that say what is missing."""
+"""Load models and processors from checkpoints with safetensors files, on disk or on the hub."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from openril.errors import ModelError
 from openril.hf import AutoConfig, AutoModelForImageTextToText, AutoProcessor, transformers_logging
 from openril.recipe.schema import StudentConfig
 
-# A bar for every load of a model drowns our own progress display.
+# A bar for every model that is loaded would hide our own progress display.
 transformers_logging.disable_progress_bar()
 
 
 def _checked(checkpoint: str, what: str) -> str:
     if not checkpoint:
-        raise ModelError(f"{what}: no checkpoint is named")
+        raise ModelError(f"{what}: expected a checkpoint folder or a hub name, got an empty string")
     path = Path(checkpoint).expanduser()
     looks_local = checkpoint.startswith((".", "/", "~")) or checkpoint.count("/") > 1
     if looks_local and not (path / "config.json").is_file():
-        raise ModelError(f"{what}: {checkpoint} holds no checkpoint (no config.json); has the stage before it run?")
+        raise ModelError(f"{what}: {checkpoint} holds no checkpoint (no config.json). Run the stage that writes it.")
     return str(path) if path.is_dir() else checkpoint
 
 
@@ -35,10 +35,14 @@ def load_model(
     trust_remote_code: bool = False,
     attn_implementation: str = "sdpa",
 ) -> nn.Module:
-    """An ``AutoModelForImageTextToText``, in evaluation mode.
+    """Load an ``AutoModelForImageTextToText`` and put it into evaluation mode.
 
-    what: how errors call it. Raises ModelError when there is none, when it is not a vision-language model, when its
-    weights are not safetensors, or when weights are missing from the file (they would be random).
+    Args:
+        what: The model's name in errors.
+
+    Raises:
+        ModelError: There is no checkpoint, it is not a vision-language model, its weights are not in safetensors files,
+            or weights are missing (they would be random).
     """
     checkpoint = _checked(checkpoint, what)
     try:
@@ -74,7 +78,7 @@ def load_processor(
     min_pixels: int = 0,
     max_pixels: int = 0,
 ) -> Any:
-    """The checkpoint's processor; min_pixels and max_pixels bound the resized image area where it supports that."""
+    """Load the checkpoint's processor; min_pixels and max_pixels limit the area of resized images (0: no limit)."""
     checkpoint = _checked(checkpoint, what)
     try:
         processor = AutoProcessor.from_pretrained(checkpoint, revision=revision, trust_remote_code=trust_remote_code)
@@ -83,11 +87,11 @@ def load_processor(
     if min_pixels or max_pixels:
         image_processor = getattr(processor, "image_processor", None)
         size = dict(getattr(image_processor, "size", None) or {})
-        # Some processors have one of the two, and mean the length of a side by it.
+        # Some processors have one of the two, for the length of a side.
         if not {"shortest_edge", "longest_edge"} <= set(size):
             raise ModelError(
-                f"{what}: min_pixels and max_pixels are not supported by {type(image_processor).__name__};"
-                " leave student.min_pixels and student.max_pixels at 0"
+                f"{what}: {type(image_processor).__name__} does not support min_pixels and max_pixels. Set"
+                " student.min_pixels and student.max_pixels to 0."
             )
         if min_pixels:
             size["shortest_edge"] = min_pixels
@@ -99,7 +103,7 @@ def load_processor(
 
 
 def load_student(student: StudentConfig, checkpoint: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
-    """Model and processor of the recipe's student from ``checkpoint`` (its SFT version or student.model)."""
+    """Load model and processor of the recipe's student from ``checkpoint``, its SFT version or student.model."""
     remote = student.trust_remote_code
     revision = student.revision if checkpoint == student.model else None
     model = load_model(
@@ -120,7 +124,7 @@ def load_student(student: StudentConfig, checkpoint: str, dtype: torch.dtype = t
 
 
 def load_config(checkpoint: str, *, what: str = "student", trust_remote_code: bool = False) -> Any:
-    """The configuration alone: cheap, for checks before anything is loaded."""
+    """Load the configuration only, for checks before anything is loaded."""
     checkpoint = _checked(checkpoint, what)
     try:
         return AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)

@@ -1,7 +1,7 @@
-"""What a recipe will need, worked out from the checkpoint's header and the recipe: memory, disk, steps, requests.
+"""Estimate memory, disk, steps and requests of a recipe from the recipe and the checkpoint's header.
 
-The formulas are in docs/configuration.md. They are estimates for choosing machines, not promises: allocator slack, the
-framework itself and communication buffers come on top.
+The formulas are in docs/configuration.md. They leave out allocator overhead, the framework itself and communication
+buffers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ADAMW_BYTES = 8
 
 @dataclass(frozen=True)
 class Shape:
-    """What the estimate needs to know of the student. parameters: module group ("other" for none) -> count."""
+    """The student's size. parameters: number of parameters by module group ("other" for none)."""
 
     parameters: dict[str, int]
     hidden: int
@@ -42,7 +42,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the device of one process, weights unsharded. parts: name -> bytes."""
+    """Bytes on the device of one process, with unsharded weights, by name."""
 
     parts: dict[str, int]
 
@@ -52,13 +52,13 @@ class Memory:
 
     @property
     def shardable(self) -> int:
-        """What sharding (FSDP, ZeRO) would divide by the number of processes."""
+        """Bytes that sharding (FSDP, ZeRO) would divide by the number of processes."""
         return sum(n for name, n in self.parts.items() if not name.startswith("loop:"))
 
 
 @dataclass(frozen=True)
 class Work:
-    """Numbers of things a run will make. requests: by server ("teacher NAME", "judge"), upper bounds."""
+    """Amounts of work of a run. requests: upper bounds by server ("teacher NAME", "judge")."""
 
     questions: int
     steps: int
@@ -68,14 +68,14 @@ class Work:
 
 
 def read_header(path: Path) -> dict[str, int]:
-    """Tensor name -> number of values, from a safetensors file's header alone. Raises ModelError if it is damaged."""
+    """Read the number of values of each tensor from a safetensors file's header. Raises ModelError if it is damaged."""
     try:
         size = path.stat().st_size
         with open(path, "rb") as f:
             length = int.from_bytes(f.read(8), "little")
             if not 2 <= length <= size - 8:
                 raise ModelError(
-                    f"{path}: damaged or cut off (its header claims {length} bytes of {size}); download it again"
+                    f"{path}: damaged or cut off (its header claims {length} bytes of {size}). Download it again."
                 )
             header = json.loads(f.read(length))
         end = max((t["data_offsets"][1] for n, t in header.items() if n != "__metadata__"), default=0)
@@ -85,12 +85,14 @@ def read_header(path: Path) -> dict[str, int]:
             raise
         raise ModelError(f"{path}: not a safetensors file ({e})") from e
     if size != 8 + length + end:
-        raise ModelError(f"{path}: damaged or cut off ({size} bytes, {8 + length + end} expected); download it again")
+        raise ModelError(
+            f"{path}: damaged or cut off: expected {8 + length + end} bytes, got {size}. Download it again."
+        )
     return counts
 
 
 def checkpoint_parameters(folder: Path) -> dict[str, int]:
-    """Module group -> parameters of a checkpoint folder. Raises ModelError without whole safetensors files."""
+    """Count a checkpoint's parameters by module group. Raises ModelError if safetensors files are missing or damaged."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         others = [p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt")]
@@ -98,12 +100,12 @@ def checkpoint_parameters(folder: Path) -> dict[str, int]:
         raise ModelError(f"{folder} holds no weights as .safetensors{found}")
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        wanted = set(json.loads(index.read_text())["weight_map"].values())
-        if absent := sorted(wanted - {f.name for f in files}):
+        named = set(json.loads(index.read_text())["weight_map"].values())
+        if absent := sorted(named - {f.name for f in files}):
             raise ModelError(
-                f"{folder}: {len(absent)} of {len(wanted)} weight files are missing: {', '.join(absent[:3])}"
+                f"{folder}: {len(absent)} of {len(named)} weight files are missing: {', '.join(absent[:3])}"
             )
-        files = [f for f in files if f.name in wanted]
+        files = [f for f in files if f.name in named]
     return by_group({name: n for f in files for name, n in read_header(f).items()})
 
 
@@ -123,7 +125,7 @@ def shape_of(config: Any, parameters: dict[str, int]) -> Shape:
 
 
 def loop_memory(recipe: Recipe, shape: Shape, prompt_tokens: float) -> Memory:
-    """Memory of the loop. prompt_tokens: of a long question (95%), image tokens included."""
+    """Estimate the memory of the loop. prompt_tokens: of a long question (95%), including image tokens."""
     train, student = recipe.train, recipe.student
     master = 2 if train.precision == "pure_bf16" else 4
     compute = 4 if train.precision == "float32" else 2
@@ -135,7 +137,7 @@ def loop_memory(recipe: Recipe, shape: Shape, prompt_tokens: float) -> Memory:
         parts[f"{name}: AdamW states"] = ADAMW_BYTES * trainable
 
     if student.lora.enabled:
-        # r x (in + out) for each adapted layer; all of attention and MLP as an upper bound.
+        # r x (in + out) for each adapted layer; at most all of attention and MLP.
         layer = 4 * 2 * shape.hidden + 3 * (shape.hidden + shape.intermediate)
         trainable = student.lora.r * layer * shape.layers
         trained("student", shape.total + trainable, trainable)
@@ -152,14 +154,14 @@ def loop_memory(recipe: Recipe, shape: Shape, prompt_tokens: float) -> Memory:
         else:
             parts["discriminator: weights"] = body * master
     if train.precision == "bfloat16":
-        # Autocast keeps a bfloat16 copy of the weights that train while a pass lasts.
+        # Autocast keeps a bfloat16 copy of the trained weights during a pass.
         parts["loop: bfloat16 copy of the weights"] = trainable * 2
 
     teachers = recipe.teacher_responses_per_question if train.teacher_responses_in_update else 0
     members = train.num_generations + teachers
     responses = members * train.max_completion_length
     group = (prompt_tokens if train.packed else members * prompt_tokens) + responses
-    # A micro-batch holds whole groups within the budget, and at least one.
+    # A micro-batch holds whole groups within the budget, but at least one.
     groups = max(1, min(train.questions_per_step, int(train.max_tokens_per_micro_batch // group)))
     tokens = groups * group
     one_layer = tokens * (8 * shape.hidden + 4 * shape.intermediate) * compute
@@ -170,14 +172,14 @@ def loop_memory(recipe: Recipe, shape: Shape, prompt_tokens: float) -> Memory:
     parts["loop: activations"] = int(activations)
     if train.packed:  # in parts, each with its gradient
         parts["loop: logits"] = 3 * min(groups * responses * shape.vocabulary * 4, LOGITS_BYTES)
-    else:  # of all rows in the computation's type with their gradient, and one part in float32
+    else:  # of all rows in the compute type with their gradient, and one part in float32
         logits = groups * responses * shape.vocabulary
         parts["loop: logits"] = int(logits * 2 * compute + 2 * LOGITS_BYTES)
     return Memory(parts)
 
 
 def checkpoint_bytes(recipe: Recipe, shape: Shape) -> int:
-    """Disk of one checkpoint of the loop: both models in the training type and both optimizers' states."""
+    """Estimate a checkpoint of the loop: both models in the training type and both optimizers' states."""
     master = 2 if recipe.train.precision == "pure_bf16" else 4
     trainable = 0 if recipe.student.lora.enabled else shape.trainable(recipe.student.freeze)
     total = shape.total * master + ADAMW_BYTES * trainable
@@ -189,7 +191,7 @@ def checkpoint_bytes(recipe: Recipe, shape: Shape) -> int:
 
 
 def work(recipe: Recipe, num_train: int, num_validation: int) -> Work:
-    """Steps, responses and requests of ``ril run``, retries and already cached work not counted."""
+    """Count steps, responses and requests of ``ril run``, without retries and work that is cached."""
     train, collect = recipe.train, recipe.collect
     questions = num_train
     if recipe.data.selection.enabled:
@@ -201,7 +203,7 @@ def work(recipe: Recipe, num_train: int, num_validation: int) -> Work:
     verdicts = 0
     if recipe.answer_kind in ("judge", "rules_then_judge"):
         verdicts += groups * train.num_generations
-        # A cached response is judged once, however often it is drawn.
+        # A cached response is judged once, even if it is drawn several times.
         drawn = groups * recipe.teacher_responses_per_question
         verdicts += min(drawn, num_train * collect.num_responses * len(recipe.teacher_names))
         if collect.judge_responses:

@@ -1,4 +1,4 @@
-"""One optimizer step: gradients made whole, checked, clipped, applied."""
+"""Take one optimizer step on complete, checked and clipped gradients."""
 
 from __future__ import annotations
 
@@ -16,20 +16,27 @@ from openril.errors import StateError
 def take_step(
     accelerator: Accelerator, optimizer: Any, parameters: Sequence[nn.Parameter], max_grad_norm: float, what: str
 ) -> float:
-    """Clip at ``max_grad_norm`` (0: not), step, forget the gradients; returns the norm before clipping.
+    """Clip the gradients, take a step, and drop the gradients.
 
-    what: whose step, for the message. Raises StateError before anything is changed when the norm is not finite: one
-    such step would make every weight NaN.
+    Args:
+        max_grad_norm: 0 does not clip.
+        what: Whose step it is, for the error.
+
+    Returns:
+        The norm of the gradient before clipping.
+
+    Raises:
+        StateError: The norm is not finite, so that the step would make every weight NaN. Nothing was changed.
     """
     for p in parameters:
-        if p.grad is None:  # parts no question of the batch used; with other processes they would be zero too
+        if p.grad is None:  # not used by any question of the batch; with several processes it would be zero too
             p.grad = torch.zeros_like(p)
     norm = float(accelerator.clip_grad_norm_(list(parameters), max_grad_norm or float("inf")) or 0.0)
     if not math.isfinite(norm):
         optimizer.zero_grad(set_to_none=True)
         raise StateError(
-            f"{what}: the gradient norm is {norm}; its weights are as they were before this step. Lower the learning rate"
-            " or look at the last step's rewards; the same command continues from the last checkpoint"
+            f"{what}: expected a finite gradient norm, got {norm}. The weights were not changed. Lower the learning rate or"
+            " look at the rewards of the last step; the same command continues from the last checkpoint."
         )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

@@ -1,8 +1,8 @@
-"""Log-probabilities of a group's responses: one call of the wrapped module per micro-batch of whole groups.
+"""Compute log-probabilities of responses with one call of the wrapped module per micro-batch of whole groups.
 
-Two ways to lay groups out give the same numbers. ``pack`` puts everything into one row, each prompt once with its responses
-behind it (models/group_attention.py); ``lay_out`` repeats the prompt for every response. The first is what runs; the second
-is the reference, and what an architecture falls back to on which the first would not be exact.
+Two layouts give the same numbers. ``pack`` puts everything into one row, each prompt once and then its responses
+(models/group_attention.py). ``pad_rows`` repeats the prompt for every response; it is the reference, and the fallback for
+architectures on which ``pack`` is not exact.
 
 Shapes: R responses of the micro-batch, L tokens of a row, T tokens of the longest response, N response tokens in all.
 """
@@ -23,45 +23,46 @@ from openril.models.prompts import Prompt
 from openril.models.vision_features import FeatureCache, VisionFeatures
 from openril.models.vision_inputs import collate_vision_inputs
 
-# Logits in float32 that are alive at a time, forward and backward.
+# Bytes of float32 logits that exist at a time, forward and backward.
 LOGITS_BYTES = 64 * 2**20
 
 
 @dataclass
 class GroupTokens:
-    """A group as tokens: its prompt once, and int64 [T_i] ids of each of its responses."""
+    """A group as tokens: its prompt, and the ids of each response, int64 [T_i]."""
 
     prompt: Prompt
     completions: list[Tensor]
 
     def packed_length(self) -> int:
-        """Tokens of a packed row that the group takes."""
+        """Return the group's tokens in a packed row."""
         return self.prompt.length + sum(len(c) for c in self.completions)
 
     def plain_length(self) -> int:
-        """Tokens of the plain rows that the group takes, padding left out."""
+        """Return the group's tokens in plain rows, without padding."""
         return sum(self.prompt.length + len(c) for c in self.completions)
 
 
 @dataclass
 class Batch:
-    """A micro-batch of groups laid out for the model. Group order and response order are kept.
-
-    model_inputs: what the transformers model is called with. targets: int64 [R, T], padded. mask: bool [R, T].
-    index: int64 [R, T], where in the kept states (of the rows, one after the other) the prediction of each target is.
-    keep: int64 [K], the positions of every row that are kept. last: int64 [R], where in the rows, one after the other,
-    the last token of each response is; -1 where it is not an input. layout: set for a packed row. prompts: whose images
-    the row holds, for a packed row.
-    """
+    """A micro-batch of groups laid out for the model, in the order of groups and responses."""
 
     model_inputs: dict[str, Any]
+    """Arguments of the transformers model."""
     targets: Tensor
+    """int64 [R, T]: ids of the responses, padded."""
     mask: Tensor
+    """bool [R, T]: which targets are not padding."""
     index: Tensor
+    """int64 [R, T]: where each target's prediction is in the kept states of all rows, one row after the other."""
     keep: Tensor
+    """int64 [K]: positions whose states are kept, the same in every row."""
     last: Tensor
+    """int64 [R]: where each response's last token is in all rows, one after the other; -1 if it is not an input."""
     layout: GroupLayout | None = None
+    """Set for a packed row."""
     prompts: tuple[Prompt, ...] = ()
+    """Prompts of a packed row, for their images."""
 
     def to(self, device: torch.device) -> Batch:
         names = ("targets", "mask", "index", "keep", "last")
@@ -74,9 +75,10 @@ class Batch:
 
 
 def pack(groups: Sequence[GroupTokens], pad_token_id: int, *, whole: bool = False) -> Batch:
-    """One row ``[prompt][response 1][response 2]...``, group after group, without padding.
+    """Lay groups out as one row ``[prompt][response 1][response 2]...``, group after group, without padding.
 
-    whole: with every response's last token too, which predicts nothing: the discriminator reads its state.
+    Args:
+        whole: Keep the last token of every response, which predicts nothing, but whose state the discriminator reads.
     """
     ids: list[Tensor] = []
     positions: list[Tensor] = []
@@ -122,7 +124,7 @@ def pack(groups: Sequence[GroupTokens], pad_token_id: int, *, whole: bool = Fals
 
 
 def pad_rows(groups: Sequence[GroupTokens], pad_token_id: int) -> Batch:
-    """Rows ``prompt + response`` for every response, padded on the right (causal attention never sees the padding)."""
+    """Lay groups out as one row ``prompt + response`` for every response, padded on the right."""
     pairs = [(g.prompt, c) for g in groups for c in g.completions]
     rows = len(pairs)
     longest = max(p.length + len(c) for p, c in pairs)
@@ -162,7 +164,7 @@ def pad_rows(groups: Sequence[GroupTokens], pad_token_id: int) -> Batch:
 
 
 def run_packed(model: Any, rows: Batch, vision: VisionFeatures) -> Tensor:
-    """[1, L, D]: last hidden states of a packed row. model: a transformers model without its LM head."""
+    """Return the last hidden states [1, L, D] of a packed row. The model is one without LM head."""
     inputs = dict(rows.model_inputs)
     inputs["attention_mask"] = no_mask(inputs["input_ids"].device)
     features = vision(rows.prompts)
@@ -172,27 +174,26 @@ def run_packed(model: Any, rows: Batch, vision: VisionFeatures) -> Tensor:
 
 
 class Policy(nn.Module):
-    """The student (or the reference) as the loop sees it: groups in, log-probabilities out.
+    """Map groups to log-probabilities under the student or the reference.
 
-    This is the module that accelerate wraps, so that its wrappers see one forward per micro-batch. features: where the
-    outputs of the frozen vision side are kept.
+    accelerate wraps this module, so that its wrappers see one forward pass per micro-batch.
     """
 
     def __init__(self, model: nn.Module, temperature: float = 1.0, vision: VisionFeatures | None = None) -> None:
         super().__init__()
         self.model = model
-        # A sample drawn at temperature t comes from softmax(logits / t): that is the policy being improved.
+        # A sample at temperature t comes from softmax(logits / t), which is the policy that the loop improves.
         self.temperature = temperature if temperature > 0 else 1.0
         self.vision = vision if vision is not None else VisionFeatures(base_model(model), FeatureCache(0))
 
     def enable_packing(self) -> None:
-        """Let the model take packed rows. Raises CannotPack where it cannot."""
+        """Let the model take packed rows, or raise CannotPack."""
         if not self.vision.available:
             raise CannotPack("it takes no ready image features")
         enable(base_model(self.model))
 
     def forward(self, rows: Batch) -> Tensor:
-        """float32 [R, T]: log-probability in nats of every response token; 0 where mask is False."""
+        """Return the log-probability of every response token in nats, float32 [R, T]; 0 where the mask is False."""
         if rows.layout is None:
             logits = self.model(**rows.model_inputs, logits_to_keep=rows.keep, use_cache=False).logits
             states, head = logits.flatten(0, 1), None
@@ -207,10 +208,13 @@ class Policy(nn.Module):
 def token_logprobs(
     states: Tensor, index: Tensor, targets: Tensor, head: nn.Module | None, temperature: float
 ) -> Tensor:
-    """float32 [N]: log-probabilities of int64 [N] targets, predicted by the states [K, D] at int64 [N] index.
+    """Return log-probabilities, float32 [N], of targets, int64 [N], predicted by the states [K, D] at index, int64 [N].
 
-    head: from a state to its logits [V]; None if the states are logits already. Of float32 logits at most LOGITS_BYTES
-    are alive at a time: in parts, each computed again in the backward pass where there is more than one.
+    At most LOGITS_BYTES of float32 logits exist at a time. If that takes several parts, the backward pass computes each
+    again.
+
+    Args:
+        head: Maps states to logits [V]; None if the states are logits.
     """
 
     def part(index: Tensor, targets: Tensor) -> Tensor:
@@ -241,7 +245,7 @@ def packing_difference(policy: Policy, groups: Sequence[GroupTokens], pad_token_
 
 
 def batch_by_tokens(lengths: Sequence[int], budget: int) -> list[range]:
-    """Neighbours whose lengths sum to at most ``budget``; something longer stands alone."""
+    """Split into consecutive batches whose lengths sum to at most ``budget``, or that hold a single longer item."""
     batches: list[range] = []
     filled = 0
     for i, length in enumerate(lengths):
@@ -254,7 +258,7 @@ def batch_by_tokens(lengths: Sequence[int], budget: int) -> list[range]:
 
 
 def split_to(batches: list[range], count: int) -> list[range]:
-    """The longest halved until there are ``count``: processes that share gradients make as many passes each."""
+    """Halve the longest batch until there are ``count``, because all processes must run equally many passes."""
     batches = list(batches)
     while len(batches) < count:
         i = max(range(len(batches)), key=lambda n: len(batches[n]))

@@ -1,16 +1,16 @@
-"""From a question to what a model reads: chat template, images, token ids and positions, computed once a question."""
+"""Encode questions for a model: chat template, images, token ids and positions."""
 
 from __future__ import annotations
 
 import copy
 import re
-from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from cachetools import LRUCache
 from PIL import Image
 from torch import Tensor, nn
 
@@ -25,22 +25,22 @@ _TILE_MARK = re.compile(r"<row_\d+_col_\d+>")
 
 @dataclass
 class Prompt:
-    """A prompt ready for the model; P is its length in tokens, image tokens included.
-
-    input_ids: int64 [P]. vision: tensors of the processor that belong to images (pixel values, grids); those of several
-    prompts are put together by ``vision_inputs.join_vision``. token_types: int64 [P], where the processor gives them,
-    under the name token_type_key (Gemma 3 has another than Qwen2.5-VL). position_ids: int64 [C, P], with C = 3 for
-    M-RoPE and 1 otherwise. next_position: the position of the first token behind the prompt. images_key: says which
-    images these are, so that what is computed from them can be kept; None if unknown.
-    """
+    """A prompt ready for the model; P is its length in tokens, including image tokens."""
 
     input_ids: Tensor
+    """int64 [P]."""
     vision: dict[str, Tensor]
+    """The processor's image tensors (pixel values, grids). ``collate_vision_inputs`` joins those of several prompts."""
     token_types: Tensor | None
+    """int64 [P], or None if the processor returns none."""
     position_ids: Tensor
+    """int64 [C, P], with C = 3 for M-RoPE and 1 otherwise."""
     next_position: int
+    """Position of the first token after the prompt."""
     token_type_key: str = "mm_token_type_ids"
+    """Name of ``token_types`` in the model's arguments; Gemma 3 uses another than Qwen2.5-VL."""
     images_key: Hashable = None
+    """Identifies the images, so that results computed from them can be kept; None if unknown."""
 
     @property
     def length(self) -> int:
@@ -48,10 +48,13 @@ class Prompt:
 
 
 class PromptEncoder:
-    """Encodes questions for one model, and keeps the last few prompts so that a step processes its images once.
+    """Encode questions for one model, and keep the last prompts so that a step processes its images once.
 
-    processor: the checkpoint's processor. model: the (unwrapped) model, asked for M-RoPE positions where it has them.
-    Raises DataError for a prompt longer than max_prompt_length (never cut: cutting breaks image tokens).
+    A prompt longer than max_prompt_length raises DataError; it is not cut, because cutting breaks image tokens.
+
+    Args:
+        model: The unwrapped model, which computes M-RoPE positions if it uses them.
+        keep: Number of prompts that are kept.
     """
 
     def __init__(
@@ -68,7 +71,7 @@ class PromptEncoder:
         self.processor = processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
         if getattr(processor, "chat_template", None) is None and self.tokenizer.chat_template is None:
-            raise ModelError("the checkpoint has no chat template; add chat_template.jinja to its folder")
+            raise ModelError("the checkpoint has no chat template. Add chat_template.jinja to its folder.")
         base = getattr(model, "model", model)
         self._rope_index = getattr(base, "get_rope_index", None)
         self.system_prompt = system_prompt
@@ -79,13 +82,13 @@ class PromptEncoder:
         self.special_token_ids = special_token_ids(self.tokenizer) | image_token_ids(model, processor)
         self._special_texts = [self.tokenizer.convert_ids_to_tokens(i) for i in sorted(self.special_token_ids)]
         self._keep = keep
-        self._kept: OrderedDict[Question, Prompt] = OrderedDict()
+        self._kept: LRUCache[Question, Prompt] = LRUCache(keep)
         self._coming: dict[Question, Future[Prompt]] = {}
         self._background: tuple[ThreadPoolExecutor, PromptEncoder] | None = None
 
     @property
     def _template(self) -> Any:
-        """Whatever holds the chat template: the processor, or its tokenizer."""
+        """The object with the chat template: the processor, or its tokenizer."""
         return self.processor if getattr(self.processor, "chat_template", None) else self.tokenizer
 
     @property
@@ -94,44 +97,42 @@ class PromptEncoder:
         return int(pad if pad is not None else self.eos_token_ids[0])
 
     def clean(self, text: str) -> str:
-        """Text from data or from another model, without anything this tokenizer would read as a special token."""
+        """Remove everything that this tokenizer would read as a special token from text of data or other models."""
         return strip_special(text, extra=self._special_texts)
 
     def __call__(self, question: Question) -> Prompt:
-        """The prompt of a question, up to and including the header of the assistant's turn."""
+        """Return the prompt of a question, up to and including the header of the assistant's turn."""
         kept = self._kept.get(question)
         if kept is not None:
-            self._kept.move_to_end(question)
             return kept
         coming = self._coming.pop(question, None)
         prompt = coming.result() if coming is not None else self._encode_question(question)
-        self._kept[question] = prompt
-        if len(self._kept) > self._keep:
-            self._kept.popitem(last=False)
+        if self._keep:
+            self._kept[question] = prompt
         return prompt
 
     def prefetch(self, questions: Iterable[Question]) -> None:
-        """Encode questions in the background; whoever asks for one later gets it, or the error it raised.
+        """Encode questions in the background. A later call for one returns its prompt, or raises its error.
 
-        At most as many wait as are kept; older ones that nobody has asked for are dropped.
+        At most as many wait as are kept; the oldest that were not asked for are dropped.
         """
-        wanted = [q for q in dict.fromkeys(questions) if q not in self._kept and q not in self._coming]
-        if not wanted:
+        missing = [q for q in dict.fromkeys(questions) if q not in self._kept and q not in self._coming]
+        if not missing:
             return
         if self._background is None:
-            # Its own processor: the tokenizers of two threads must not be one object.
+            # With a separate processor, because two threads must not share a tokenizer.
             twin = copy.copy(self)
             twin.processor = copy.deepcopy(self.processor)
             twin.tokenizer = getattr(twin.processor, "tokenizer", twin.processor)
             self._background = (ThreadPoolExecutor(1, thread_name_prefix="prompts"), twin)
         pool, twin = self._background
-        for question in wanted:
+        for question in missing:
             self._coming[question] = pool.submit(twin._encode_question, question)
         while len(self._coming) > self._keep:
             self._coming.pop(next(iter(self._coming))).cancel()
 
     def close(self) -> None:
-        """Give up what is being encoded in the background."""
+        """Stop encoding in the background."""
         if self._background is not None:
             self._background[0].shutdown(wait=False, cancel_futures=True)
         self._background, self._coming = None, {}
@@ -152,18 +153,23 @@ class PromptEncoder:
         name: str = "prompt",
         key: Hashable = None,
     ) -> Prompt:
-        """Any chat (ending in a user turn) with its images in order. name: how errors call it. key: ``images_key``."""
+        """Encode any chat that ends in a user turn, with its images in order.
+
+        Args:
+            name: The prompt's name in errors.
+            key: The prompt's ``images_key``.
+        """
         return self.encode_text(self.render(messages), images, name=name, key=key)
 
     def render(self, messages: list[dict[str, Any]]) -> str:
-        """A chat in the model's own format, ending in the header of the assistant's turn."""
+        """Return a chat in the model's format, ending in the header of the assistant's turn."""
         return self._template.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
     def encode_text(
         self, text: str, images: Sequence[Image.Image], *, name: str = "prompt", key: Hashable = None
     ) -> Prompt:
-        """A rendered chat, or its beginning, with its images in order."""
-        # A template that writes the first token itself must not get a second one from the tokenizer.
+        """Encode a rendered chat, or its beginning, with its images in order."""
+        # If the template writes the first token, the tokenizer must not add another.
         bos = self.tokenizer.bos_token
         once = {"add_special_tokens": False} if not images or (bos and text.startswith(bos)) else {}
         with_images = {"images": [list(images)]} if images else {}
@@ -172,8 +178,8 @@ class PromptEncoder:
         length = input_ids.shape[0]
         if length > self.max_prompt_length:
             raise DataError(
-                f"{name}: the prompt has {length} tokens, more than data.max_prompt_length {self.max_prompt_length};"
-                " raise it, lower student.max_pixels, or leave the question out"
+                f"{name}: expected at most data.max_prompt_length {self.max_prompt_length} tokens, got {length}."
+                " Increase it, lower student.max_pixels, or leave the question out."
             )
         vision: dict[str, Tensor] = {}
         token_types, token_type_key = None, "mm_token_type_ids"
@@ -201,8 +207,11 @@ class PromptEncoder:
         return positions[:, 0]
 
     def completion_ids(self, response: Response, max_completion_length: int) -> Tensor:
-        """int64 [T]: the sampler's own ids where it kept them; otherwise the text's ids, with the end-of-turn token if
-        the response ended by itself, cut at max_completion_length."""
+        """Return the ids of a response, int64 [T].
+
+        These are the sampler's ids if it kept them. Otherwise they are the ids of the text, with the end-of-turn token
+        if the response ended by itself, cut at max_completion_length.
+        """
         if response.token_ids is not None:
             return torch.tensor(response.token_ids, dtype=torch.long)
         ids = self.tokenizer(self.clean(response.text), add_special_tokens=False)["input_ids"]
@@ -230,9 +239,13 @@ def question_messages(
 
 
 def eos_token_ids(model: nn.Module, tokenizer: Any, template: Any = None) -> list[int]:
-    """End-of-sequence ids, the one that ends an assistant's turn in the chat template first.
+    """Return end-of-sequence ids; the first ends an assistant's turn in the chat template.
 
-    template: what holds the chat template; None puts the tokenizer's own first. Raises ModelError if there is none.
+    Args:
+        template: The object with the chat template; None puts the tokenizer's own id first.
+
+    Raises:
+        ModelError: There is none.
     """
     config = getattr(model, "generation_config", None)
     ids = getattr(config, "eos_token_id", None)
@@ -240,18 +253,18 @@ def eos_token_ids(model: nn.Module, tokenizer: Any, template: Any = None) -> lis
     if tokenizer.eos_token_id is not None:
         ids = [tokenizer.eos_token_id, *ids]
     if not ids:
-        raise ModelError("the checkpoint names no end-of-sequence token; set eos_token in its tokenizer")
+        raise ModelError("the checkpoint names no end-of-sequence token. Set eos_token in its tokenizer.")
     ids = list(dict.fromkeys(int(i) for i in ids))
     if template is not None and len(ids) > 1:
         chat = [{"role": role, "content": [{"type": "text", "text": "x"}]} for role in ("user", "assistant")]
         written = tokenizer(template.apply_chat_template(chat, tokenize=False), add_special_tokens=False)["input_ids"]
         last = {i: n for n, i in enumerate(written)}
-        ids.sort(key=lambda i: -last.get(i, -1))  # stable: ids the template does not write keep their order
+        ids.sort(key=lambda i: -last.get(i, -1))  # a stable sort: ids that the template does not write keep their order
     return ids
 
 
 def image_token_ids(model: nn.Module, processor: Any = None) -> set[int]:
-    """Ids that stand for or around images and videos in this model's prompts, whatever the tokenizer thinks of them."""
+    """Return ids used for and around images and videos in this model's prompts, special to the tokenizer or not."""
     config = getattr(model, "config", None)
     marks = ("image", "video", "boi", "eoi", "vision_start", "vision_end")
     named = (getattr(config, f"{mark}_token_{ending}", None) for mark in marks for ending in ("id", "index"))
@@ -266,6 +279,6 @@ def image_token_ids(model: nn.Module, processor: Any = None) -> set[int]:
 
 
 def special_token_ids(tokenizer: Any) -> set[int]:
-    """Ids of special tokens: turn marks, image placeholders, padding."""
+    """Return ids of special tokens: turn marks, image placeholders, padding."""
     added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     return added | set(tokenizer.all_special_ids)

@@ -1,8 +1,8 @@
-"""The vision side runs once a prompt: what its frozen part gives is kept and used again.
+"""Run the vision side once per prompt: the output of its frozen part is kept and used again.
 
 transformers' vision-language models take ready image features as ``mm_encoder_outputs``. What is kept depends on what
-trains: with tower and projector frozen the features themselves, with a frozen tower and a training projector the
-tower's output (the projector then runs every time, with its gradient), with a training tower nothing.
+trains. If tower and projector are frozen, it is the features. If only the tower is frozen, it is the tower's output, and
+the projector runs every time, with its gradient. If the tower trains, nothing is kept.
 """
 
 from __future__ import annotations
@@ -59,10 +59,12 @@ class FeatureCache:
 
 
 class VisionFeatures:
-    """Image features of prompts, for one model.
+    """Compute image features of prompts for one model.
 
-    model: a transformers vision-language model, without wrappers. store: where frozen parts' outputs are kept. keep: what
-    is kept; None decides by what of the model trains. A model that shares another's store must keep the same.
+    Args:
+        model: A transformers vision-language model, without wrappers.
+        store: Keeps the outputs of frozen parts.
+        keep: What is kept; None decides by what trains. Models that share a store must keep the same.
     """
 
     def __init__(self, model: Any, store: FeatureCache | None = None, keep: Kept | None = None) -> None:
@@ -78,11 +80,11 @@ class VisionFeatures:
 
     @property
     def available(self) -> bool:
-        """Whether the model takes ready features at all."""
+        """Whether the model takes ready features."""
         return bool(self._parameters)
 
     def __call__(self, prompts: Sequence[Prompt]) -> dict[str, Any] | None:
-        """``mm_encoder_outputs`` for prompts that stand in this order in one row; None if they have no images."""
+        """Return ``mm_encoder_outputs`` for prompts that follow each other in a row; None if they have no images."""
         outputs = [self._features(p) for p in prompts if p.vision]
         if not outputs:
             return None
@@ -105,7 +107,7 @@ class VisionFeatures:
             return self._run(prompt)
         parameter = next(self.base.parameters())
         device, kind = parameter.device, parameter.device.type
-        # Autocast's rounding is in what it computes: a pass of another precision must not be given it.
+        # Features that autocast rounded must not reach a pass in another precision.
         precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else parameter.dtype
         key = None if prompt.images_key is None else (prompt.images_key, precision)
         if self.keep == "features":
@@ -128,7 +130,7 @@ class VisionFeatures:
             return self.base.get_image_features(**inputs, return_dict=True)
 
     def _embed_patches(self, patches: Tensor) -> Tensor:
-        """The convolution over patches that are each as large as its kernel, as the matrix product it is: much faster."""
+        """Compute a convolution over patches of the kernel's size as a matrix product, which is much faster."""
         conv: Any = self._patches
         return nn.functional.linear(patches.flatten(1), conv.weight.flatten(1), conv.bias)[..., None, None, None]
 
@@ -141,7 +143,7 @@ class VisionFeatures:
         return kept
 
     def _mergers(self) -> list[nn.Module]:
-        """The projectors inside a tower of Qwen's kind: of the last layer first, then of its deepstack layers."""
+        """Return the projectors inside Qwen's towers: of the last layer, then of the deepstack layers."""
         merger = getattr(self.tower, "merger", None)
         if not isinstance(merger, nn.Module):
             return []
@@ -149,7 +151,7 @@ class VisionFeatures:
 
     @torch.no_grad()
     def _unmerged(self, prompt: Prompt) -> tuple[Tensor, ...]:
-        """What each merger would be given, in the order of its results: float [merged tokens, patches of each, D]."""
+        """Return the input of each merger, float [merged tokens, patches of each, D]."""
         tower: Any = self.tower
         unit = int(tower.spatial_merge_size) ** 2
 
@@ -178,7 +180,7 @@ _TOWERS = ("visual", "vision_tower", "vision_model")
 
 
 def _convolution_of_patches(tower: nn.Module | None) -> nn.Module | None:
-    """The patch embedding of a tower of Qwen's kind, which is given its patches one by one."""
+    """Return the patch embedding of Qwen's towers, which take separate patches."""
     conv = getattr(getattr(tower, "patch_embed", None), "proj", None)
     if isinstance(conv, nn.Conv3d) and conv.kernel_size == conv.stride and not any(conv.padding):
         return conv
@@ -191,7 +193,7 @@ def _arguments(function: Any) -> list[str]:
 
 @contextmanager
 def _answering(modules: Any, answer: Callable[..., Any]) -> Iterator[None]:
-    """The modules' forward is ``answer`` for a while."""
+    """Replace the modules' forward by ``answer`` for a while."""
     modules = modules if isinstance(modules, list) else [modules]
     before = [m.__dict__.get("forward") for m in modules]
     for module in modules:
@@ -207,7 +209,7 @@ def _answering(modules: Any, answer: Callable[..., Any]) -> Iterator[None]:
 
 
 def _join(parts: list[Any]) -> Any:
-    """Features of several prompts, as the models give them: one tensor, or a tensor an image."""
+    """Join features of several prompts; models return one tensor, or one tensor per image."""
     if all(isinstance(p, Tensor) for p in parts):
         return torch.cat(parts) if len(parts) > 1 else parts[0]
     return tuple(t for p in parts for t in ([p] if isinstance(p, Tensor) else p))
@@ -238,5 +240,5 @@ def _on(value: Any, device: torch.device) -> Any:
 
 
 def _copy(value: Any) -> Any:
-    """Models write into the output object they get; the kept one must stay as it was."""
+    """Copy the containers, because models write into the output object they get. Tensors are shared."""
     return _map(value, lambda t: t)

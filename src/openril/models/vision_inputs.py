@@ -1,4 +1,4 @@
-"""Image tensors of several prompts as one batch."""
+"""Collate image tensors of several prompts."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from openril.models.prompts import Prompt
 
 
 def collate_vision_inputs(prompts: Sequence[Prompt]) -> dict[str, Tensor]:
-    """What the model's own processor would return for all of these prompts' images, in order; {} without images.
+    """Return what the model's processor would return for the images of all prompts in order; {} without images.
 
-    Tensors are concatenated along dim 0. Where prompts have unlike sizes behind it, zeros are added at the end: the
-    tiles of LLaVA-OneVision ([image, tile, 3, H, W], its model cuts them off by image size) and of SmolVLM and Idefics3
-    ([prompt, tile, 3, H, W], its model drops tiles that are all zero) are padded by their processors in the same way.
+    Tensors are concatenated along dim 0. Other dimensions of different size are padded with zeros at the end, as the
+    processors do: LLaVA-OneVision's tiles are [image, tile, 3, H, W], and its model cuts the padding off by image size;
+    SmolVLM's and Idefics3's are [prompt, tile, 3, H, W], and their models drop tiles that are all zero.
     """
     keys = dict.fromkeys(key for p in prompts for key in p.vision)
     return {key: _concatenate([p.vision[key] for p in prompts if key in p.vision]) for key in keys}

@@ -1,1 +1,1 @@
-"""Sampling engines: responses drawn from a model."""
+"""Engines that sample responses from a model."""

@@ -1,5 +1,4 @@
-"""Greedy replies of a small text model to many prompts at once; the part of the prompts that all share is run once and
-kept."""
+"""Decode greedy replies of a small text model in batches; the beginning that prompts share runs once and is kept."""
 
 from __future__ import annotations
 
@@ -8,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# isort: split
 import torch
+from cachetools import LRUCache
 from torch import Tensor
 
 from openril.errors import ModelError
@@ -18,16 +17,19 @@ from openril.hf import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 Chat = list[dict[str, str]]
 
 MOST_HEADS = 4
-"""Shared beginnings that are kept."""
+"""Number of shared beginnings that are kept."""
 ROWS = 32
-"""Prompts in one pass: on a CPU more of them are no faster, and unlike lengths cost padding."""
+"""Prompts per pass. More are no faster on a CPU, and different lengths cost padding."""
 
 
 class GreedyDecoder:
     """A causal language model with its tokenizer, on the model's device.
 
-    ends: token ids that end a reply; the tokenizer's own by default. Raises ModelError for a model whose forward pass
-    takes no positions, which rows of unlike length need.
+    Args:
+        ends: Token ids that end a reply; by default the tokenizer's end-of-sequence token.
+
+    Raises:
+        ModelError: The model's forward pass takes no positions, which rows of different lengths need.
     """
 
     def __init__(self, model: Any, tokenizer: Any, ends: Sequence[int] = ()) -> None:
@@ -37,7 +39,7 @@ class GreedyDecoder:
         if missing := [name for name in ("position_ids", "past_key_values", "logits_to_keep") if name not in takes]:
             raise ModelError(f"{type(model).__name__} cannot answer in batches: its forward pass takes no {missing[0]}")
         self.ends = torch.tensor([*ends] or [tokenizer.eos_token_id], device=model.device)
-        self._heads: dict[str, tuple[list[int], list[tuple[Tensor, Tensor]]]] = {}
+        self._heads: LRUCache[str, tuple[list[int], list[tuple[Tensor, Tensor]]]] = LRUCache(MOST_HEADS)
 
     @classmethod
     def from_checkpoint(cls, folder: Path) -> GreedyDecoder:
@@ -45,8 +47,7 @@ class GreedyDecoder:
         return cls(model, AutoTokenizer.from_pretrained(folder))
 
     def replies(self, chats: Sequence[Chat], max_new_tokens: int = 64) -> list[str]:
-        """One reply a chat, in order, of at most max_new_tokens tokens. Chats whose first message is the same share
-        that message's pass."""
+        """Return one reply per chat, in order. Chats with the same first message share that message's pass."""
         by_head: dict[str, list[int]] = {}
         for i, chat in enumerate(chats):
             by_head.setdefault(self._render(chat[:1], False) if len(chat) > 1 else "", []).append(i)
@@ -59,8 +60,12 @@ class GreedyDecoder:
 
     @torch.inference_mode()
     def complete(self, prompts: Sequence[str], head: str, max_new_tokens: int, rows: int = ROWS) -> list[str]:
-        """What the model writes behind each prompt, in order. head: how all of them begin; "" for no common beginning.
-        rows: prompts in one pass; those of like length share one."""
+        """Return what the model writes after each prompt, in order.
+
+        Args:
+            head: The beginning that all prompts share; may be empty.
+            rows: Prompts per pass; those of similar length share one.
+        """
         ids = self.tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         out = [""] * len(ids)
@@ -73,7 +78,7 @@ class GreedyDecoder:
     def _decode(self, head: str, rows: Sequence[list[int]], max_new_tokens: int) -> list[str]:
         prefix, states = self._run_head(head)
         if any(row[: len(prefix)] != prefix or len(row) == len(prefix) for row in rows):
-            prefix, states = [], []  # a tokenizer that merges over the end of the head
+            prefix, states = [], []  # the tokenizer merges over the end of the head
         device = self.model.device
         ends = [row[len(prefix) :] for row in rows]
         count, longest = len(rows), max(map(len, ends))
@@ -106,10 +111,8 @@ class GreedyDecoder:
         return str(self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt))
 
     def _run_head(self, head: str) -> tuple[list[int], list[tuple[Tensor, Tensor]]]:
-        """Token ids of a shared beginning and each layer's keys and values."""
+        """Return token ids of a shared beginning, and each layer's keys and values."""
         if head not in self._heads:
-            if len(self._heads) >= MOST_HEADS:
-                self._heads.clear()
             ids = list(self.tokenizer(head, add_special_tokens=False)["input_ids"]) if head else []
             layers = []
             if ids:

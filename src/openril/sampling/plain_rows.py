@@ -1,4 +1,4 @@
-"""Decoding with transformers' own cache: for architectures whose attention cannot be branched, and to compare with."""
+"""Decode with transformers' cache: the reference, and the fallback for attention that cannot share prompts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from openril.models.prompts import Prompt
 class PlainRows:
     """Rows being decoded: num_generations of each prompt, each with a copy of the prompt's cache, padded on the left.
 
-    logits: [prompts, V] behind each prompt. Raises ModelError for layers without keys and values.
+    ``logits`` are those after each prompt, [prompts, V]. Layers without keys and values raise ModelError.
     """
 
     def __init__(self, model: Any, prompts: Sequence[Prompt], num_generations: int) -> None:
@@ -31,13 +31,13 @@ class PlainRows:
         self._mask = (torch.arange(longest, device=device)[None] >= longest - lengths[:, None]).long()
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these of the alive rows only."""
+        """Continue with only these of the running rows."""
         index = torch.tensor(rows, device=self._mask.device)
         self._cache.batch_select_indices(index)
         self._mask, self._position = self._mask[index], self._position[index]
 
     def advance(self, tokens: Tensor) -> Tensor:
-        """Logits [N, V] behind the newest token of each row, int64 [N]."""
+        """Return the logits [N, V] after the newest token of each row, int64 [N]."""
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], dim=1)
         position = self._position[:, None]
         output = self.model(
@@ -53,7 +53,7 @@ class PlainRows:
     def _prefill(
         self, prompts: Sequence[Prompt], num_generations: int, longest: int, device: torch.device
     ) -> tuple[Any, Tensor]:
-        """One pass per prompt, alone and unpadded; then one cache for all rows, padded on the left."""
+        """Run each prompt alone and unpadded, then make one cache for all rows, padded on the left."""
         keys: list[list[Tensor]] = []
         values: list[list[Tensor]] = []
         logits = []
@@ -75,8 +75,8 @@ class PlainRows:
             layers = output.past_key_values.layers
             if not all(hasattr(layer, "keys") for layer in layers):
                 raise ModelError(
-                    f"{type(self.model).__name__} has layers without keys and values (linear attention), which cannot be"
-                    " branched here; set train.sampler.engine: vllm"
+                    f"train.sampler.engine: {type(self.model).__name__} has layers without keys and values (linear"
+                    " attention), whose states cannot be copied for several samples. Set it to vllm."
                 )
             keys.append([_left_pad(layer.keys, longest, num_generations) for layer in layers])
             values.append([_left_pad(layer.values, longest, num_generations) for layer in layers])

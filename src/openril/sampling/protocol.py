@@ -1,4 +1,4 @@
-"""What the rest asks of a sampling engine."""
+"""The interface of sampling engines."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from openril.records import STUDENT, Question, Response
 
 
 class Sampler(Protocol):
-    """Draws responses from a model."""
+    """Samples responses from a model."""
 
     def sample(
         self,
@@ -23,9 +23,9 @@ class Sampler(Protocol):
         first_index: int = 0,
         source: str = STUDENT,
     ) -> list[list[Response]]:
-        """``num_generations`` responses to each question, numbered from ``first_index``.
+        """Return ``num_generations`` responses to each question, numbered from ``first_index``.
 
-        Response ``i`` of a question follows from (seed, question id, i) alone: it is the same whatever else is in the
-        call, so interrupted work continues where it stopped. Local engines fill token_ids and logprobs.
+        Response ``i`` of a question depends only on (seed, question id, i) and not on the rest of the call, so that
+        interrupted work continues where it stopped. Local engines fill token_ids and logprobs.
         """
         ...

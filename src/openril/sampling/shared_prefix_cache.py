@@ -1,11 +1,11 @@
-"""Keys and values of sampling: a question's prompt once, its rows' own tokens beside it, and attention over both.
+"""Keep the keys and values of sampling: each prompt's once, each row's own tokens, and attention over both.
 
-The object is the ``group_layout`` of models/group_attention.py. In prefill the model reads one row ``[1, L]`` of prompts, one
-after the other; each attends causally to itself, and its keys and values stay here. In decoding the model reads one row
-``[1, N]``, the newest token of every alive row, question after question; each attends to its question's prompt, which all
-rows of the question share in one matmul, and to its own tokens. The softmax runs over both at once, in float32: exact.
+The object is a ``group_layout`` of models/group_attention.py. In prefill the model reads one row ``[1, L]`` of prompts.
+Each attends causally to itself, and its keys and values are kept here. In decoding the model reads one row ``[1, N]``, the
+newest token of every running row, question after question. Each attends to its question's prompt, in one matrix product
+for all rows of the question, and to its own tokens. One softmax in float32 runs over both, so the result is exact.
 
-Shapes: N alive rows, B questions of a bucket, n rows of its fullest question, P tokens of its longest prompt, t own tokens
+Shapes: N running rows, B questions of a bucket, n rows of its fullest question, P tokens of its longest prompt, t own tokens
 of every row; H query heads, K key-value heads, g = H / K, D size of a head.
 """
 
@@ -23,18 +23,18 @@ from openril.models.group_attention import CannotPack
 
 # Prompts whose lengths differ by less than this factor are padded to one length and attend in one call.
 _UNLIKE = 1.3
-# Own tokens that buffers hold at first; they grow by doubling.
+# Own tokens in the first buffers, which grow by doubling.
 _FIRST_CAPACITY = 32
-# Whether a batched matmul of 16-bit numbers can give float32 on a GPU.
+# Whether a batched product of 16-bit numbers can return float32 on a GPU.
 _WIDE_BMM = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 8)
 
 
 class SharedPrefixCache:
-    """lengths: tokens of each question's prompt. num_generations: rows of each. limit: own tokens a row may reach."""
+    """Keys and values for prompts of these lengths, num_generations rows of each, and at most limit own tokens a row."""
 
     def __init__(self, lengths: Sequence[int], num_generations: int, limit: int) -> None:
         self.lengths = list(lengths)
-        self.layers: set[int] = set()  # those that left keys and values here
+        self.layers: set[int] = set()  # those whose keys and values are kept
         self._limit = limit
         self._buckets = [_Bucket(self.lengths[r.start : r.stop], num_generations) for r in _alike(self.lengths)]
         self._reading: list[int] | None = None
@@ -42,18 +42,18 @@ class SharedPrefixCache:
         self._own_tokens = 0
 
     def read(self, lengths: Sequence[int]) -> SharedPrefixCache:
-        """The cache as ``group_layout`` of a prefill call over the next prompts, whose lengths these are."""
+        """Return the ``group_layout`` of a prefill call over the next prompts, which have these lengths."""
         self._reading = list(lengths)
         return self
 
     def decode(self) -> SharedPrefixCache:
-        """The cache as ``group_layout`` of a call with one new token a row."""
+        """Return the ``group_layout`` of a call with one new token per row."""
         self._reading = None
         self._own_tokens += 1
         return self
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these of the alive rows (ascending) only."""
+        """Continue with only these of the running rows (ascending)."""
         at = 0
         for bucket in self._buckets:
             size = bucket.size
@@ -64,10 +64,10 @@ class SharedPrefixCache:
         self._buckets = [b for b in self._buckets if b.size]
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """query [1, H, L, D], key and value [1, K, L, D] -> [1, L, H, D]; see ``group_attention.Layout``."""
+        """Map query [1, H, L, D], key and value [1, K, L, D] to [1, L, H, D]; see ``group_attention.Layout``."""
         layer = getattr(module, "layer_idx", None)
         if layer is None:
-            raise CannotPack(f"{type(module).__name__} does not know the number of its layer")
+            raise CannotPack(f"{type(module).__name__} has no layer_idx")
         if self._reading is not None:
             return self._read(layer, query, key, value, scale)
         states = [x[0].transpose(0, 1) for x in (query, key, value)]
@@ -85,9 +85,9 @@ class SharedPrefixCache:
     def _read(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         assert self._reading is not None
         if sum(self._reading) != query.shape[2]:
-            raise CannotPack("its language part sees other tokens than the prompt's")
+            raise CannotPack("its language part reads other tokens than the prompt's")
         if key.shape[-1] != value.shape[-1]:
-            raise CannotPack("its keys and values have heads of unlike size")
+            raise CannotPack("its keys and values have heads of different sizes")
         self.layers.add(layer)
         prompts = self._read_so_far.setdefault(layer, [])
         outputs = []
@@ -108,7 +108,7 @@ class SharedPrefixCache:
 
 
 def _alike(lengths: Sequence[int]) -> list[range]:
-    """Neighbours of about the same length."""
+    """Split into consecutive prompts of about the same length."""
     runs: list[range] = []
     for i, length in enumerate(lengths):
         run = [length, *(lengths[j] for j in runs[-1])] if runs else []
@@ -120,15 +120,14 @@ def _alike(lengths: Sequence[int]) -> list[range]:
 
 @dataclass
 class _Layer:
-    """One layer's keys and values. prompt_keys: [B * K, D, P]. prompt_values: [B * K, P, D].
-
-    own: [2, N, K, capacity, D], keys and values of the rows' own tokens. own_keys [N * K, D, capacity] and own_values
-    [N * K, capacity, D] look into it.
-    """
+    """One layer's keys and values. own_keys [N * K, D, capacity] and own_values [N * K, capacity, D] are views of own."""
 
     prompt_keys: Tensor
+    """[B * K, D, P]."""
     prompt_values: Tensor
+    """[B * K, P, D]."""
     own: Tensor
+    """[2, N, K, capacity, D]: keys and values of the rows' own tokens."""
 
     def __post_init__(self) -> None:
         self.hold(self.own)
@@ -139,7 +138,7 @@ class _Layer:
         self.own_values = own[1].flatten(0, 1)
 
     def append(self, key: Tensor, value: Tensor, own_tokens: int, limit: int) -> None:
-        """Write the newest keys and values, [N, K, D]."""
+        """Write the newest keys and values, both [N, K, D]."""
         capacity = self.own.shape[3]
         if capacity < own_tokens:
             more = max(own_tokens, min(limit, max(_FIRST_CAPACITY, 2 * capacity)))
@@ -152,14 +151,14 @@ class _Layer:
 
 
 class _Bucket:
-    """Questions whose prompts are of about the same length, and their rows."""
+    """Questions whose prompts have about the same length, and their rows."""
 
     def __init__(self, lengths: list[int], num_generations: int) -> None:
         self.lengths = lengths
-        self.counts = [num_generations] * len(lengths)  # alive rows of each question
+        self.counts = [num_generations] * len(lengths)  # running rows of each question
         self._layers: dict[int, _Layer] = {}
         self._padding: Tensor | None = None  # [B * K, 1, P]: -inf at the padding of shorter prompts
-        # Where questions have unlike numbers of rows: the row in each of B x n places, and each row's place.
+        # If questions have different numbers of rows: the row in each of B x n places, and each row's place.
         self._places: Tensor | None = None
         self._place_of_row: Tensor | None = None
 
@@ -168,7 +167,7 @@ class _Bucket:
         return sum(self.counts)
 
     def take(self, layer: int, prompts: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Keep a layer's keys and values of every question, each [K, length, D]."""
+        """Keep the keys and values of a layer for every question, each [K, length, D]."""
         longest = max(self.lengths)
         like = prompts[0][0]
         heads, _, size = like.shape
@@ -188,7 +187,7 @@ class _Bucket:
             self._padding = padding.repeat_interleave(heads, dim=0)
 
     def keep(self, rows: list[int]) -> None:
-        """Go on with these rows. Only rows' own tokens move, and the prompts when a question's last row is gone."""
+        """Continue with these rows. Prompts move only when the last row of a question ends."""
         if not rows:
             self.counts = []
             return
@@ -232,7 +231,7 @@ class _Bucket:
     def attend(
         self, number: int, query: Tensor, key: Tensor, value: Tensor, scale: float, own_tokens: int, limit: int
     ) -> Tensor:
-        """One new token a row, in the layer of this number: query [N, H, D], key and value [N, K, D] -> [N, H, D]."""
+        """Map one new token per row, query [N, H, D], key and value [N, K, D], to [N, H, D] in the layer ``number``."""
         layer = self._layers[number]
         layer.append(key, value, own_tokens, limit)
         questions, n = len(self.counts), max(self.counts)
@@ -268,7 +267,7 @@ class _Bucket:
 
 
 def _scores(query: Tensor, keys: Tensor, scale: float, padding: Tensor | None = None) -> Tensor:
-    """scale * query [X, A, D] @ keys [X, D, C] + padding [X, 1, C], in float32 (float64 stays)."""
+    """Return scale * query [X, A, D] @ keys [X, D, C] + padding [X, 1, C], in float32 (float64 stays)."""
     if query.dtype in (torch.float32, torch.float64):
         start = query.new_empty(1, 1, 1) if padding is None else padding
         return torch.baddbmm(start, query, keys, beta=0 if padding is None else 1, alpha=scale)
@@ -277,7 +276,7 @@ def _scores(query: Tensor, keys: Tensor, scale: float, padding: Tensor | None = 
 
 
 def _bmm(a: Tensor, b: Tensor) -> Tensor:
-    """Batched product of a (float32 or as b) and b, in float32 for 16-bit b: rounded scores would move shares by percent."""
+    """Multiply a and b, in float32 for 16-bit b, because rounded scores would change the weights by percents."""
     if b.dtype in (torch.float32, torch.float64):
         return torch.bmm(a, b)
     if b.is_cuda and _WIDE_BMM:

@@ -1,4 +1,4 @@
-"""Decoding with the prompts' keys and values shared: all prompts run in one packed row, all rows' newest tokens in another."""
+"""Decode with shared keys and values of the prompts: one packed row of prompts, then one of all newest tokens."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from openril.sampling.shared_prefix_cache import SharedPrefixCache
 
 
 class Vision(Protocol):
-    """Image features of prompts; ``models.vision_features.VisionFeatures`` is one."""
+    """Computes image features of prompts, as ``models.vision_features.VisionFeatures`` does."""
 
     def __call__(self, prompts: Sequence[Prompt]) -> dict[str, Any] | None:
-        """``mm_encoder_outputs`` for prompts that stand in this order in one row, or None."""
+        """Return ``mm_encoder_outputs`` for prompts that follow each other in a row, or None."""
         ...
 
 
 class SharedPrefixRows:
     """Rows being decoded: num_generations of each prompt, at most limit tokens each.
 
-    logits: [prompts, V] behind each prompt. Raises CannotPack where the model's attention cannot be branched.
+    ``logits`` are those after each prompt, [prompts, V]. Attention that cannot share prompts raises CannotPack.
     """
 
     def __init__(
@@ -42,18 +42,18 @@ class SharedPrefixRows:
         self.logits = self._prefill(prompts, vision)
         layers = self.model.config.get_text_config().num_hidden_layers
         if len(self._cache.layers) != layers:
-            raise CannotPack(f"{len(self._cache.layers)} of its {layers} layers answer to group_layout")
+            raise CannotPack(f"{len(self._cache.layers)} of its {layers} layers take group_layout")
         self._position = torch.tensor(
             [p.next_position for p in prompts for _ in range(num_generations)], device=self._device
         )
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these of the alive rows (ascending) only."""
+        """Continue with only these of the running rows (ascending)."""
         self._cache.keep(rows)
         self._position = self._position[torch.tensor(rows, device=self._device)]
 
     def advance(self, tokens: Tensor) -> Tensor:
-        """Logits [N, V] behind the newest token of each row, int64 [N]."""
+        """Return the logits [N, V] after the newest token of each row, int64 [N]."""
         position = self._position[None]
         output = self.model(
             input_ids=tokens[None],
@@ -66,7 +66,7 @@ class SharedPrefixRows:
         return output.logits[0]
 
     def _prefill(self, prompts: Sequence[Prompt], vision: Vision | None) -> Tensor:
-        """One call over all prompts; one a prompt where the model takes only image tensors, which do not join."""
+        """Run all prompts in one call, or one by one if the model takes only image tensors, which cannot be joined."""
         features = vision(prompts) if vision is not None else None
         if features is not None or not any(p.vision for p in prompts):
             return self._read(prompts, {"mm_encoder_outputs": features} if features is not None else {})
@@ -111,6 +111,6 @@ def decoding_difference(model: Any, prompts: Sequence[Prompt], vision: Vision | 
 
 
 def _difference(a: Tensor, b: Tensor) -> float:
-    """Mean over rows of the expected difference in nats, under the distribution of ``b``."""
+    """Return the mean over rows of the expected difference in nats, under the distribution of ``b``."""
     expected = b.float().log_softmax(-1)
     return float((expected.exp() * (a.float().log_softmax(-1) - expected).abs()).sum(-1).mean())

@@ -1,4 +1,4 @@
-"""A sampler on servers that always holds the policy's present weights: what the loop uses in place of a local one."""
+"""Sample from servers whose weights follow the policy's."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from openril.sampling.vllm_engine import VLLMSampler
 
 
 class SyncedSampler:
-    """A ``Sampler`` that gives the servers new weights before it samples, whenever there are new ones.
+    """A ``Sampler`` that sends new weights to the servers before it samples. Every process must sample equally often.
 
-    folder: where the weights pass through (``train.sampler.weights_dir``). write: writes the policy there as a
-    checkpoint; every process calls it. policy: the wrapped ``Policy``. version: changes whenever the weights do, for
-    instance the number of the step. probes: questions that a sync is verified on, the same in every process; one with
-    images and one without are enough. Every process must sample equally often.
+    Args:
+        folder: Folder through which the weights are sent (``train.sampler.weights_dir``).
+        write: Writes the policy to the folder as a checkpoint; every process calls it.
+        policy: The wrapped ``Policy``.
+        version: Returns a number that changes whenever the weights do.
+        probes: Questions that verify a sync, the same in every process; one with images and one without are enough.
     """
 
     def __init__(
@@ -55,7 +57,7 @@ class SyncedSampler:
         first_index: int = 0,
         source: str = STUDENT,
     ) -> list[list[Response]]:
-        """See ``Sampler``. Raises EndpointError, in every process, when a server does not take the new weights."""
+        """See ``Sampler``. Raises EndpointError, in every process, if a server does not take the new weights."""
         if self._synced != (version := self.version()):
             self._sync()
             self._synced = version
@@ -78,7 +80,7 @@ class SyncedSampler:
                 self.sampler.sync(self.folder)
             except EndpointError as e:
                 failure = [str(e)]
-        broadcast_object_list(failure)  # the others would wait for ever for a process that has raised
+        broadcast_object_list(failure)  # otherwise the other processes would wait forever for one that has raised
         if failure[0] is not None:
             raise EndpointError(failure[0])
         self.sampler.verify(self.policy, self.probes)

@@ -1,4 +1,4 @@
-"""Sampling with transformers: each question's prompt is run once, branched to its G rows, and all rows decode together."""
+"""Sample with transformers: each question's prompt runs once for its G rows, and all rows decode together."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from openril.models.prompts import Prompt, PromptEncoder
 from openril.models.vision_features import FeatureCache, VisionFeatures
 from openril.recipe.schema import SamplingConfig, StudentConfig
 from openril.records import STUDENT, Question, Response
-from openril.sampling.logits_processors import draw, penalise_repetition
+from openril.sampling.logits_processors import draw, penalize_repetition
 from openril.sampling.plain_rows import PlainRows
 from openril.sampling.shared_prefix_rows import SharedPrefixRows, Vision, decoding_difference
 from openril.storage import stable_hash
@@ -24,12 +24,13 @@ from openril.storage import stable_hash
 class TransformersSampler:
     """A ``Sampler`` over a model in this process.
 
-    Every response has its own random stream, derived from (seed, question id, index): the batch it is drawn in does
-    not matter. Special tokens other than the end of the turn are never drawn: an image placeholder in a response would
-    be taken for an image when it is read back.
+    Every response has a separate random stream derived from (seed, question id, index), so its batch does not matter.
+    Special tokens other than the end of the turn are never drawn, because an image placeholder in a response would be
+    read as an image later.
 
-    vision: image features of prompts, where the caller keeps them; else the vision side runs at every call. warn: told
-    when the model cannot share its prompts' keys and values, which is tried at the first call; by default the log.
+    Args:
+        vision: Image features of prompts, if the caller keeps them. By default the vision side runs at every call.
+        warn: Receives a warning if the model cannot share its prompts' keys and values. By default it is logged.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class TransformersSampler:
         trust_remote_code: bool = False,
         system_prompt: str = "",
     ) -> TransformersSampler:
-        """A sampler of its own model, on the GPU if there is one. student: processor bounds and attention settings."""
+        """Load a model and make its sampler, on the GPU if there is one. student: image sizes and attention settings."""
         from openril.models.loading import load_student, torch_dtype
 
         student = student or StudentConfig(
@@ -94,7 +95,7 @@ class TransformersSampler:
         first_index: int = 0,
         source: str = STUDENT,
     ) -> list[list[Response]]:
-        """See ``Sampler``. Long prompts are batched with long ones, to pad little."""
+        """See ``Sampler``. Prompts of similar length share a batch, which saves padding."""
         with evaluating(self.model):
             prompts = [self.encoder(q) for q in questions]
             order = sorted(range(len(questions)), key=lambda i: prompts[i].length)
@@ -133,9 +134,9 @@ class TransformersSampler:
     def _decode(
         self, prompts: list[Prompt], num_generations: int, settings: SamplingConfig, uniforms: Tensor
     ) -> list[tuple[list[int], list[float]]]:
-        """Token ids and log-probabilities of each row; rows are prompts x num_generations. uniforms: [R, max tokens]."""
+        """Return token ids and log-probabilities of each of prompts x num_generations rows. uniforms: [R, max tokens]."""
         rows = self._start(prompts, num_generations, uniforms.shape[1])
-        # Prompts are not read in it: features that the caller keeps must stay ordinary tensors, fit for training.
+        # Prompts run outside of it, because features that the caller keeps must be usable in training.
         with torch.inference_mode():
             return self._draw_all(rows, prompts, num_generations, settings, uniforms)
 
@@ -150,7 +151,7 @@ class TransformersSampler:
         device = rows.logits.device
         count, limit = uniforms.shape
         logits = rows.logits.repeat_interleave(num_generations, dim=0)
-        # Ids each row has seen, as far as they count; a row's own are written behind its prompt's.
+        # Ids that each row has seen: those of its prompt, and then its own.
         prompt_ids = [p.input_ids.unique() for p in prompts]
         most = max(len(ids) for ids in prompt_ids)
         padded = torch.stack([torch.cat([ids, ids[-1:].expand(most - len(ids))]) for ids in prompt_ids])
@@ -161,7 +162,7 @@ class TransformersSampler:
         banned = torch.tensor(self._banned, device=device)
         ids: list[list[int]] = [[] for _ in range(count)]
         logprobs: list[list[float]] = [[] for _ in range(count)]
-        alive = list(range(count))  # number of every row still being decoded
+        alive = list(range(count))  # numbers of the running rows
         drawn: list[tuple[list[int], Tensor]] = []
         for step in range(limit):
             token, chosen = _draw(logits, settings, seen[:, : most + step], banned, uniforms[:, step])
@@ -179,13 +180,13 @@ class TransformersSampler:
                 token, seen, uniforms = token[index], seen[index], uniforms[index]
             seen[:, most + step] = token
             logits = rows.advance(token)
-        together = torch.cat([chosen for _, chosen in drawn]).tolist()  # the device is asked once
+        together = torch.cat([chosen for _, chosen in drawn]).tolist()  # one transfer from the device
         for row, logprob in zip((r for numbers, _ in drawn for r in numbers), together, strict=True):
             logprobs[row].append(logprob)
         return list(zip(ids, logprobs, strict=True))
 
     def _start(self, prompts: list[Prompt], num_generations: int, limit: int) -> SharedPrefixRows | PlainRows:
-        """The prompts, read, and their rows, ready to be decoded."""
+        """Run the prompts, and return their rows ready for decoding."""
         if self.packing.due(images := has_images(prompts)):
             trial = sorted(prompts, key=lambda p: (not p.vision, p.length))  # one with images, and another
             forbidden = self.encoder.special_token_ids | set(self.encoder.eos_token_ids)
@@ -203,16 +204,16 @@ class TransformersSampler:
 def _draw(
     logits: Tensor, settings: SamplingConfig, seen: Tensor, banned: Tensor, uniform: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Tokens int64 [N] and their log-probabilities [N], from logits [N, V]. seen: int64 [N, S] ids."""
+    """Draw tokens, int64 [N], and return them with their log-probabilities [N]. logits: [N, V]; seen: int64 [N, S]."""
     logits = logits.float()
-    # Under the policy itself, before bans, penalties and truncation: what the trainer computes too.
+    # Log-probabilities are the policy's, before bans, penalties and truncation, as in the trainer.
     scaled = logits / settings.temperature if settings.temperature not in (0.0, 1.0) else logits
-    normaliser = scaled.logsumexp(-1)
-    allowed = penalise_repetition(logits, seen, settings.repetition_penalty).index_fill_(-1, banned, float("-inf"))
+    log_total = scaled.logsumexp(-1)
+    allowed = penalize_repetition(logits, seen, settings.repetition_penalty).index_fill_(-1, banned, float("-inf"))
     token = draw(allowed, settings, uniform)
-    return token, scaled.gather(-1, token[:, None])[:, 0] - normaliser
+    return token, scaled.gather(-1, token[:, None])[:, 0] - log_total
 
 
 def _uniforms(seed: int, count: int) -> Tensor:
-    """float64 [count] in [0, 1), from the seed alone."""
+    """Return float64 [count] in [0, 1) that depend only on the seed."""
     return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

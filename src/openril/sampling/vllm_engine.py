@@ -1,7 +1,7 @@
-"""Sampling from vLLM servers that hold the student: requests by HTTP, new weights by way of a folder.
+"""Sample from vLLM servers that hold the student. Requests go over HTTP, new weights through a folder.
 
-The server tokenises the chat itself, so that it can process images. Every answer names the prompt's token ids, and they
-must be the ones the trainer computes with: a server whose template, tokenizer or image settings differ is refused.
+The server tokenizes the chat itself, so that it can process images. Every answer contains the prompt's token ids, which
+must equal the trainer's: a server with another template, tokenizer or image settings is refused.
 
 Servers are started with ``VLLM_SERVER_DEV_MODE=1 vllm serve CHECKPOINT --served-model-name student`` (docs/vllm.md).
 """
@@ -31,20 +31,21 @@ from openril.records import STUDENT, Question, Response
 from openril.storage import stable_hash
 
 PROBE_TOKENS = 16
-"""Length of the samples that ``verify`` compares."""
+"""Tokens of the samples that ``verify`` compares."""
 _WHAT = "train.sampler"
 
 
 class VLLMSampler:
     """A ``Sampler`` over vLLM servers of the student.
 
-    Seeds travel with the requests: sample ``i`` of a question has the seed (hash of seed and question id) + i. The
-    same server gives the same sample again as far as its batches, which move the last bits of its logits, allow.
-    Log-probabilities are those of the unmodified distribution at temperature 1; at other temperatures than 0 and 1,
-    for which servers do not report the policy's, responses carry none. Special tokens other than the end of the turn
-    are never drawn.
+    Sample ``i`` of a question has the seed (hash of seed and question id) + i, which is sent with the request. A server
+    returns the same sample again unless its batches change the last bits of its logits. Log-probabilities are those of
+    the unmodified distribution at temperature 1. At temperatures other than 0 and 1 these are not the policy's, and
+    responses carry none. Special tokens other than the end of the turn are never drawn.
 
-    settings: ``train.sampler``. encoder: of the trainer. Raises EndpointError when the settings name no server.
+    Args:
+        settings: ``train.sampler``. EndpointError is raised if it names no server.
+        encoder: The trainer's encoder.
     """
 
     def __init__(self, settings: SamplerConfig, encoder: PromptEncoder) -> None:
@@ -76,8 +77,8 @@ class VLLMSampler:
         first_index: int = 0,
         source: str = STUDENT,
     ) -> list[list[Response]]:
-        """See ``Sampler``. Raises EndpointError when a server cannot be had or reads a prompt differently from us."""
-        # Equal samples of a greedy server are one request, which vLLM insists on.
+        """See ``Sampler``. Raises EndpointError if a server is unreachable or reads a prompt differently."""
+        # A greedy server is asked for one sample, because vLLM refuses n > 1 then.
         count = num_generations if settings.temperature > 0 else 1
         request = self._request(settings, max_completion_length)
 
@@ -95,7 +96,7 @@ class VLLMSampler:
 
         asked = self.client.loop_thread.submit(ask_all())
         try:
-            prompts = [self.encoder(q) for q in questions]  # while the servers work; the trainer needs them anyway
+            prompts = [self.encoder(q) for q in questions]  # while the servers work; the trainer needs them too
             completions = asked.result()
         except BaseException:
             asked.cancel()
@@ -106,7 +107,7 @@ class VLLMSampler:
             self._check_prompt(question, prompt, completion.answer)
             choices = sorted(completion.answer.choices, key=lambda c: c.index)
             if len(choices) != count:
-                raise EndpointError(f"{_WHAT}: the server gave {len(choices)} samples instead of {count}")
+                raise EndpointError(f"{_WHAT}: expected {count} samples from the server, got {len(choices)}")
             drawn = [self._read(choice, with_logprobs) for choice in choices] * (num_generations // count)
             out.append(
                 [
@@ -125,9 +126,9 @@ class VLLMSampler:
         return out
 
     def _request(self, settings: SamplingConfig, max_completion_length: int) -> dict[str, Any]:
-        """Fields of every request; also those left alone, since a server may have defaults of its own for them."""
+        """Return the fields of every request, also those that are not used, because a server may set other defaults."""
         extra = {
-            "top_k": settings.top_k or -1,  # vLLM's word for all
+            "top_k": settings.top_k or -1,  # vLLM's value for all tokens
             "min_p": 0.0,
             "repetition_penalty": settings.repetition_penalty,
             "stop_token_ids": self.encoder.eos_token_ids,
@@ -141,7 +142,7 @@ class VLLMSampler:
             "frequency_penalty": 0.0,
             "logprobs": True,
             "top_logprobs": 0,
-            # The strongest bias there is: e^-100 leaves nothing, and _read makes sure of it.
+            # The strongest possible bias: e^-100 leaves nothing, and _read checks it.
             "logit_bias": {str(i): -100 for i in self.banned},
             "extra_body": extra,
         }
@@ -151,7 +152,7 @@ class VLLMSampler:
         return await self.client.chat(messages, n=count, seed=seed, **request)
 
     def _messages(self, question: Question) -> list[dict[str, Any]]:
-        """The encoder's chat with its images as data URLs. Raises DataError naming the question."""
+        """Return the encoder's chat with images as data URLs. Errors name the question."""
         encoder = self.encoder
         images = image_url_parts(question, max_pixels=encoder.max_image_pixels, allow_urls=encoder.allow_urls)
         return question_messages(question, encoder.system_prompt, encoder.clean, images)
@@ -160,8 +161,7 @@ class VLLMSampler:
         theirs = getattr(answer, "prompt_token_ids", None)
         if not isinstance(theirs, list):
             raise EndpointError(
-                f"{_WHAT}: the server does not report token ids; it must be vLLM that knows return_token_ids (0.10.2 or"
-                " newer)"
+                f"{_WHAT}: the server does not report token ids (return_token_ids). Use vLLM 0.10.2 or newer."
             )
         ours = prompt.input_ids.tolist()
         if theirs == ours:
@@ -175,40 +175,42 @@ class VLLMSampler:
         if question.images and size:
             fix += f", and start it with --mm-processor-kwargs '{json.dumps({'size': dict(size)})}'"
         raise EndpointError(
-            f"{_WHAT}: question {question.id!r}: the server reads the prompt as {len(theirs)} tokens, the trainer as"
-            f" {len(ours)}; they differ from token {place} on ({shown[0]!r} there, {shown[1]!r} here). {fix}"
+            f"{_WHAT}: question {question.id!r}: expected the trainer's {len(ours)} prompt tokens, got {len(theirs)} from"
+            f" the server; they differ from token {place} on ({shown[1]!r} here, {shown[0]!r} there). {fix}."
         )
 
     def _read(self, choice: Any, with_logprobs: bool) -> tuple[tuple[int, ...], tuple[float, ...] | None, str]:
-        """Token ids, their log-probabilities and the finish reason of one sample."""
+        """Return token ids, their log-probabilities and the finish reason of a sample."""
         ids = tuple(getattr(choice, "token_ids", None) or ())
         content = choice.logprobs.content if choice.logprobs is not None else None
         logprobs = tuple(float(token.logprob) for token in content or ())
         reason = choice.finish_reason
         if reason not in ("stop", "length") or not ids or len(ids) != len(logprobs):
             raise EndpointError(
-                f"{_WHAT}: the server sent a sample that cannot be used (finish reason {reason!r}, {len(ids)} tokens,"
-                f" {len(logprobs)} log-probabilities)"
+                f"{_WHAT}: expected a sample that ends by 'stop' or 'length' with a log-probability per token, got"
+                f" {reason!r} with {len(ids)} tokens and {len(logprobs)} log-probabilities"
             )
         ended = ids[-1] in self.encoder.eos_token_ids
         if ended != (reason == "stop") and not (ended and reason == "length"):
             raise EndpointError(
-                f"{_WHAT}: the server ended a sample with token {ids[-1]}, which ends no turn for the trainer; serve"
-                " the checkpoint that the run starts from, and start the server without stop tokens of its own"
+                f"{_WHAT}: the server ended a sample with token {ids[-1]}, which ends no turn in the trainer. Serve the"
+                " checkpoint that the run starts from, and start the server without additional stop tokens."
             )
         if forbidden := sorted(set(ids) & set(self.banned)):
             name = self.encoder.tokenizer.convert_ids_to_tokens(forbidden[0])
-            raise EndpointError(f"{_WHAT}: the server drew {name!r} although it is forbidden; lower the temperature")
+            raise EndpointError(f"{_WHAT}: the server sampled {name!r}, which is forbidden. Lower the temperature.")
         return ids, logprobs if with_logprobs else None, "stop" if ended else "length"
 
     # New weights
 
     def sync(self, folder: Path) -> None:
-        """Make every server load the checkpoint in ``folder``, and forget what it computed with the old weights.
+        """Make every server load the checkpoint in ``folder``, and drop what it computed with the old weights.
 
-        One process calls this, between samplings. Raises EndpointError when a server refuses, and when the checkpoint
-        holds other tensors than the one a server was started with: those it lacks would silently keep old values.
-        ``verify`` tells whether what the server now computes is right.
+        One process calls this between samplings. ``verify`` checks what the servers compute afterwards.
+
+        Raises:
+            EndpointError: A server refuses, or the checkpoint holds other tensors than the one the server was started
+                with; those that are missing would silently keep their old values.
         """
         import httpx
 
@@ -223,12 +225,12 @@ class VLLMSampler:
                     self._check_tensors(http, url, folder)
                     body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
                     _checked(http.post(f"{root}/collective_rpc", json=body), url, f"loading {folder}")
-                    # Loading empties the worker's stores of images; these empty the front's, which would rely on them.
+                    # Loading empties the workers' image caches; these empty the front end's, which relies on them.
                     for store in ("mm", "encoder"):
                         _checked(http.post(f"{root}/reset_{store}_cache"), url, f"emptying its {store} cache")
                     self._reset_prefix_cache(http, root, url)
             except httpx.HTTPError as e:
-                raise EndpointError(f"{_WHAT}: {url} cannot be given new weights ({e or type(e).__name__})") from e
+                raise EndpointError(f"{_WHAT}: sending new weights to {url} failed ({e or type(e).__name__})") from e
 
     def _check_tensors(self, http: Any, url: str, folder: Path) -> None:
         if self._tensors is None:
@@ -236,8 +238,8 @@ class VLLMSampler:
             roots = [m.get("root") for m in models if m.get("id") == self.settings.model]
             if not roots:
                 served = ", ".join(str(m.get("id")) for m in models)
-                raise EndpointError(f"{_WHAT}: {url} has no model {self.settings.model!r}; it serves {served}")
-            # A hub name or a folder of another machine cannot be looked into; then verify() alone is left.
+                raise EndpointError(f"{_WHAT}.model: expected a model of {url} ({served}), got {self.settings.model!r}")
+            # A hub name or a folder of another machine cannot be read; then only verify() checks the weights.
             self._tensors = tensor_shapes(Path(str(roots[0])))
         sent = tensor_shapes(folder)
         if not sent:
@@ -248,8 +250,8 @@ class VLLMSampler:
         for verb, names in (("lacks", lacking), ("adds", extra)):
             if names:
                 raise EndpointError(
-                    f"{_WHAT}: {folder} {verb} {len(names)} tensors against the checkpoint that {url} was started with"
-                    f" ({', '.join(names[:3])}, ...); start the server with the checkpoint that the run starts from"
+                    f"{_WHAT}: {folder} {verb} {len(names)} tensors compared with the checkpoint of {url}"
+                    f" ({', '.join(names[:3])}, ...). Start the server with the checkpoint that the run starts from."
                 )
 
     def _reset_prefix_cache(self, http: Any, root: str, url: str) -> None:
@@ -257,23 +259,30 @@ class VLLMSampler:
             answer = _checked(http.post(f"{root}/reset_prefix_cache"), url, "emptying its prefix cache")
             if answer.json().get("success", True):
                 return
-            time.sleep(0.1)  # a request that was cancelled may still hold blocks
+            time.sleep(0.1)  # a canceled request may still hold blocks
         raise EndpointError(
-            f"{_WHAT}: {url} cannot empty its prefix cache, which holds states of the old weights; who else uses it?"
+            f"{_WHAT}: {url} cannot empty its prefix cache, which holds states of the old weights. Stop its other users."
         )
 
     def verify(self, policy: Any, questions: Sequence[Question]) -> float:
-        """Compare what the servers sample with what ``policy`` computes for it; returns the larger of the differences.
+        """Compare the servers' log-probabilities of short samples with those of ``policy``.
 
-        Probes are short samples for the first of the questions with images and the first without; the difference is
-        the mean of |server - trainer| over a probe's tokens, in nats. policy: the wrapped ``Policy``; where it is
-        sharded every process must call this with the same questions. Raises EndpointError above
-        ``max_logprob_difference``: weights did not arrive, or arrived in part.
+        There is a sample for the first question with images and for the first without. If the policy is sharded, every
+        process must call this with the same questions.
+
+        Args:
+            policy: The wrapped ``Policy``.
+
+        Returns:
+            The larger mean of |server - trainer| over a sample's tokens, in nats.
+
+        Raises:
+            EndpointError: It exceeds ``max_logprob_difference``, so that weights are missing or incomplete.
         """
         kinds = {bool(q.images): q for q in reversed(questions)}
         probes = list(kinds.values())
         neutral = SamplingConfig(temperature=1.0, top_p=1.0, top_k=0, repetition_penalty=1.0)
-        # A prompt that the server has seen before is answered from its prefix cache, which sync must have emptied.
+        # A prompt that the server has seen would be answered from its prefix cache, which sync must have emptied.
         sampled = self.sample(probes, 1, settings=neutral, max_completion_length=PROBE_TOKENS, seed=0)
         worst = 0.0
         for question, (response,) in zip(probes, sampled, strict=True):
@@ -282,9 +291,9 @@ class VLLMSampler:
             worst = max(worst, float((ours - theirs).abs().mean()))
         if not worst <= self.settings.max_logprob_difference:
             raise EndpointError(
-                f"{_WHAT}: after the sync, log-probabilities of server and trainer differ by {worst:.3g} nats a token,"
-                f" more than max_logprob_difference {self.settings.max_logprob_difference:g}: the server does not"
-                " compute with the new weights. Look for 'not loaded' in its log, and compare its dtype"
+                f"{_WHAT}.max_logprob_difference: expected at most {self.settings.max_logprob_difference:g} nats a token"
+                f" between server and trainer after the sync, got {worst:.3g}: the server does not compute with the new"
+                " weights. Look for 'not loaded' in its log, and compare its dtype."
             )
         return worst
 
@@ -294,13 +303,13 @@ class VLLMSampler:
 
 
 def sample_seed(seed: int, question_id: str) -> int:
-    """The seed of a question's sample 0; the others follow one by one, as vLLM itself numbers them for n > 1."""
+    """Return the seed of a question's sample 0; the others add their index, as vLLM does for n > 1."""
     return stable_hash(seed, question_id) % 2**31
 
 
 @torch.no_grad()
 def policy_logprobs(policy: Any, encoder: PromptEncoder, question: Question, response: Response) -> Tensor:
-    """float32 [T] on the CPU: log-probabilities at temperature 1 of a response's tokens under ``policy``."""
+    """Return log-probabilities of a response's tokens under ``policy`` at temperature 1, float32 [T] on the CPU."""
     assert response.token_ids is not None
     tokens = GroupTokens(encoder(question), [torch.tensor(response.token_ids)])
     device = next(policy.parameters()).device
@@ -326,7 +335,7 @@ def _at_temperature_1(policy: Any) -> Iterator[None]:
 
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors in a folder's safetensors files; empty when it has none."""
+    """Return the shapes of the tensors in a folder's safetensors files by name."""
     from safetensors import safe_open
 
     shapes: dict[str, tuple[int, ...]] = {}
@@ -337,10 +346,10 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def shape_differences(old: dict[str, tuple[int, ...]], new: dict[str, tuple[int, ...]]) -> tuple[list[str], list[str]]:
-    """Tensors of ``old`` that ``new`` lacks, and those it adds, by name and shape.
+    """Return the tensors of ``old`` that ``new`` lacks, and those that it adds.
 
-    A tensor under another name counts as there when its shape is (libraries rename tensors when they save), and an
-    ``lm_head.weight`` that only one of the two holds is tied to the word embeddings in the other.
+    A renamed tensor counts as present if its shape is, because libraries rename tensors when they save. An
+    ``lm_head.weight`` in only one of the two is tied to the word embeddings in the other.
     """
     lacking = {k: v for k, v in old.items() if new.get(k) != v and not k.endswith("lm_head.weight")}
     extra = {k: v for k, v in new.items() if old.get(k) != v and not k.endswith("lm_head.weight")}
@@ -355,7 +364,7 @@ def shape_differences(old: dict[str, tuple[int, ...]], new: dict[str, tuple[int,
 def _checked(answer: Any, url: str, what: str) -> Any:
     if answer.status_code == 404:
         raise EndpointError(
-            f"{_WHAT}: {url} has no way of {what}; start vllm serve with VLLM_SERVER_DEV_MODE=1 in the environment"
+            f"{_WHAT}: {url} does not support {what}. Start vllm serve with VLLM_SERVER_DEV_MODE=1 in the environment."
         )
     if answer.status_code != 200:
         raise EndpointError(f"{_WHAT}: {url} answered {answer.status_code} to {what}: {answer.text[:300]}")

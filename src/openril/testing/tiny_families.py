@@ -1,6 +1,6 @@
-"""The families of vision-language models that can be built tiny: their special tokens, chat templates and processors.
+"""Define the families of models that can be built tiny: special tokens, chat templates and processors.
 
-Each family gets the real transformers classes, and marks images in its prompts as its published checkpoints do.
+Each family uses the real transformers classes, and marks images in its prompts as its published checkpoints do.
 """
 
 from __future__ import annotations
@@ -13,55 +13,21 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, processors
 
-from openril.hf import (
-    Gemma3Config,
-    Gemma3ForConditionalGeneration,
-    Gemma3ImageProcessor,
-    Gemma3Processor,
-    GotOcr2ImageProcessor,
-    InternVLConfig,
-    InternVLForConditionalGeneration,
-    InternVLProcessor,
-    InternVLVideoProcessor,
-    LlavaOnevisionConfig,
-    LlavaOnevisionForConditionalGeneration,
-    LlavaOnevisionImageProcessor,
-    LlavaOnevisionProcessor,
-    LlavaOnevisionVideoProcessor,
-    PreTrainedTokenizerFast,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2_5_VLProcessor,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen2VLImageProcessor,
-    Qwen2VLVideoProcessor,
-    Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
-    Qwen3VLProcessor,
-    Qwen3VLVideoProcessor,
-    SmolVLMConfig,
-    SmolVLMForConditionalGeneration,
-    SmolVLMImageProcessor,
-    SmolVLMProcessor,
-    SmolVLMVideoProcessor,
-)
+from openril.hf import PreTrainedTokenizerFast, transformers
 from openril.testing.tiny_templates import CHATML, IMAGES_FIRST, TURNS, UTTERANCES
 
 PATCH = 14
-"""Pixels a side of a vision patch, where the family does not say otherwise."""
+"""Pixels on each side of a vision patch, unless the family sets another size."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What ``build_tiny_model`` was asked for, and the parts made before the model.
-
-    text: settings every language model shares. ids: id of every special token. max_pixels, tile_size, max_tiles: see
-    ``build_tiny_model``.
-    """
+    """The sizes given to ``build_tiny_model``, and the parts made before the model."""
 
     text: dict[str, Any]
+    """Settings that every language model shares."""
     ids: dict[str, int]
+    """Id of every special token."""
     tokenizer: PreTrainedTokenizerFast
     vision_hidden_size: int
     vision_layers: int
@@ -75,11 +41,11 @@ class Sizes:
 
     @property
     def tile_tokens(self) -> int:
-        """Image tokens of a tile where the projector joins 2 x 2 patches."""
+        """Image tokens of a tile if the projector joins 2 x 2 patches."""
         return (self.tile_size // (2 * PATCH)) ** 2
 
     def vision(self, **names: Any) -> dict[str, Any]:
-        """A vision transformer over square images of one tile."""
+        """Return the settings of a vision transformer over square images of one tile."""
         return {
             "hidden_size": self.vision_hidden_size,
             "intermediate_size": 2 * self.vision_hidden_size,
@@ -93,21 +59,21 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Family:
-    """A family of models.
-
-    tokens: special tokens in the order of their ids. build: model (on the current random state) and processor. ends:
-    what generation stops at; the first is the tokenizer's eos. writes_bos: whether the tokenizer itself puts bos in front
-    of a text. names: attributes its processor looks up on the tokenizer.
-    """
+    """A family of models."""
 
     tokens: list[str]
+    """Special tokens in the order of their ids."""
     template: str
     build: Callable[[Sizes], tuple[Any, Any]]
+    """Makes the model, from torch's current random state, and its processor."""
     ends: tuple[str, ...] = ("<|im_end|>",)
+    """Tokens that end generation; the first is the tokenizer's end-of-sequence token."""
     pad: str = "<|endoftext|>"
     bos: str | None = None
     writes_bos: bool = False
+    """Whether the tokenizer itself puts ``bos`` in front of a text."""
     names: Mapping[str, str] = field(default_factory=dict)
+    """Attributes that the processor reads from the tokenizer."""
 
     def tokenizer(self, backend: Tokenizer) -> PreTrainedTokenizerFast:
         if self.bos and self.writes_bos:
@@ -128,7 +94,7 @@ class Family:
 
 
 def _qwen2(sizes: Sizes) -> tuple[Any, Any]:
-    return Qwen2ForCausalLM(Qwen2Config(**sizes.text)), sizes.tokenizer
+    return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes.text)), sizes.tokenizer
 
 
 def _qwen_ids(sizes: Sizes) -> dict[str, Any]:
@@ -141,10 +107,10 @@ def _qwen_ids(sizes: Sizes) -> dict[str, Any]:
 
 
 def _qwen2_5_vl(sizes: Sizes) -> tuple[Any, Any]:
-    # M-RoPE shares a head's rotary pairs between time, height and width, in the ratio 2 : 3 : 3 of the real models.
+    # M-RoPE divides a head's rotary pairs between time, height and width, 2 : 3 : 3 as in the real models.
     pairs = sizes.head_dim // 2
     height = 3 * pairs // 8
-    config = Qwen2_5_VLConfig(
+    config = transformers.Qwen2_5_VLConfig(
         text_config={
             **sizes.text,
             "rope_parameters": {
@@ -165,20 +131,22 @@ def _qwen2_5_vl(sizes: Sizes) -> tuple[Any, Any]:
         **_qwen_ids(sizes),
         tie_word_embeddings=False,
     )
-    processor = Qwen2_5_VLProcessor(
-        image_processor=Qwen2VLImageProcessor(size={"shortest_edge": 28 * 28, "longest_edge": sizes.max_pixels}),
+    processor = transformers.Qwen2_5_VLProcessor(
+        image_processor=transformers.Qwen2VLImageProcessor(
+            size={"shortest_edge": 28 * 28, "longest_edge": sizes.max_pixels}
+        ),
         tokenizer=sizes.tokenizer,
-        video_processor=Qwen2VLVideoProcessor(),
+        video_processor=transformers.Qwen2VLVideoProcessor(),
         chat_template=sizes.tokenizer.chat_template,
     )
-    return Qwen2_5_VLForConditionalGeneration(config), processor
+    return transformers.Qwen2_5_VLForConditionalGeneration(config), processor
 
 
 def _qwen3_vl(sizes: Sizes) -> tuple[Any, Any]:
-    # M-RoPE deals a head's rotary pairs out in turn to time, height and width, about 6 : 5 : 5 in the real models.
+    # M-RoPE deals a head's rotary pairs in turn to time, height and width, about 6 : 5 : 5 in the real models.
     pairs = sizes.head_dim // 2
     height = 5 * pairs // 16
-    config = Qwen3VLConfig(
+    config = transformers.Qwen3VLConfig(
         text_config={
             **sizes.text,
             "head_dim": sizes.head_dim,
@@ -204,18 +172,18 @@ def _qwen3_vl(sizes: Sizes) -> tuple[Any, Any]:
     )
     half = [0.5, 0.5, 0.5]
     size = {"shortest_edge": 32 * 32, "longest_edge": sizes.max_pixels}
-    processor = Qwen3VLProcessor(
-        image_processor=Qwen2VLImageProcessor(size=size, patch_size=16, image_mean=half, image_std=half),
+    processor = transformers.Qwen3VLProcessor(
+        image_processor=transformers.Qwen2VLImageProcessor(size=size, patch_size=16, image_mean=half, image_std=half),
         tokenizer=sizes.tokenizer,
-        video_processor=Qwen3VLVideoProcessor(),
+        video_processor=transformers.Qwen3VLVideoProcessor(),
         chat_template=sizes.tokenizer.chat_template,
     )
-    return Qwen3VLForConditionalGeneration(config), processor
+    return transformers.Qwen3VLForConditionalGeneration(config), processor
 
 
 def _internvl(sizes: Sizes) -> tuple[Any, Any]:
     side = sizes.tile_size
-    config = InternVLConfig(
+    config = transformers.InternVLConfig(
         text_config={"model_type": "qwen2", **sizes.text},
         vision_config=sizes.vision(image_size=[side, side], patch_size=[PATCH, PATCH]),
         image_token_id=sizes.ids["<IMG_CONTEXT>"],
@@ -223,8 +191,8 @@ def _internvl(sizes: Sizes) -> tuple[Any, Any]:
         downsample_ratio=0.5,
         tie_word_embeddings=False,
     )
-    processor = InternVLProcessor(
-        image_processor=GotOcr2ImageProcessor(
+    processor = transformers.InternVLProcessor(
+        image_processor=transformers.GotOcr2ImageProcessor(
             crop_to_patches=True,
             min_patches=1,
             max_patches=sizes.max_tiles,
@@ -233,18 +201,18 @@ def _internvl(sizes: Sizes) -> tuple[Any, Any]:
             image_std=[0.229, 0.224, 0.225],
         ),
         tokenizer=sizes.tokenizer,
-        video_processor=InternVLVideoProcessor(),
+        video_processor=transformers.InternVLVideoProcessor(),
         image_seq_length=sizes.tile_tokens,
         chat_template=sizes.tokenizer.chat_template,
     )
-    return InternVLForConditionalGeneration(config), processor
+    return transformers.InternVLForConditionalGeneration(config), processor
 
 
 def _llava_onevision(sizes: Sizes) -> tuple[Any, Any]:
-    """An image alone is cut into a grid of tiles beside its thumbnail; of several, each is one tile."""
+    """A single image becomes a grid of tiles and a thumbnail; each of several images becomes one tile."""
     side, most = sizes.tile_size, sizes.max_tiles
     grids = [[side * h, side * w] for h in range(1, most + 1) for w in range(1, most + 1) if h * w <= most]
-    config = LlavaOnevisionConfig(
+    config = transformers.LlavaOnevisionConfig(
         text_config={"model_type": "qwen2", **sizes.text},
         vision_config=sizes.vision(model_type="siglip_vision_model", vision_use_head=False),
         image_token_index=sizes.ids["<image>"],
@@ -252,44 +220,44 @@ def _llava_onevision(sizes: Sizes) -> tuple[Any, Any]:
         image_grid_pinpoints=grids,
         tie_word_embeddings=False,
     )
-    processor = LlavaOnevisionProcessor(
-        image_processor=LlavaOnevisionImageProcessor(
+    processor = transformers.LlavaOnevisionProcessor(
+        image_processor=transformers.LlavaOnevisionImageProcessor(
             size={"height": side, "width": side}, image_grid_pinpoints=grids, image_mean=[0.5] * 3, image_std=[0.5] * 3
         ),
         tokenizer=sizes.tokenizer,
-        video_processor=LlavaOnevisionVideoProcessor(size={"height": side, "width": side}),
+        video_processor=transformers.LlavaOnevisionVideoProcessor(size={"height": side, "width": side}),
         num_image_tokens=(side // PATCH) ** 2,
         vision_feature_select_strategy="full",
         chat_template=sizes.tokenizer.chat_template,
     )
-    return LlavaOnevisionForConditionalGeneration(config), processor
+    return transformers.LlavaOnevisionForConditionalGeneration(config), processor
 
 
 def _smolvlm(sizes: Sizes) -> tuple[Any, Any]:
-    """Images are enlarged to fill a grid of tiles, as wide or high as fits max_tiles, beside a thumbnail."""
+    """Images are enlarged to fill a grid of tiles, as wide or high as max_tiles allows, next to a thumbnail."""
     side = sizes.tile_size
-    config = SmolVLMConfig(
+    config = transformers.SmolVLMConfig(
         text_config={"model_type": "llama", **sizes.text},
         vision_config=sizes.vision(),
         image_token_id=sizes.ids["<image>"],
         scale_factor=2,
         tie_word_embeddings=False,
     )
-    processor = SmolVLMProcessor(
-        image_processor=SmolVLMImageProcessor(
+    processor = transformers.SmolVLMProcessor(
+        image_processor=transformers.SmolVLMImageProcessor(
             size={"longest_edge": side * math.isqrt(sizes.max_tiles)}, max_image_size={"longest_edge": side}
         ),
         tokenizer=sizes.tokenizer,
-        video_processor=SmolVLMVideoProcessor(),
+        video_processor=transformers.SmolVLMVideoProcessor(),
         image_seq_len=sizes.tile_tokens,
         chat_template=sizes.tokenizer.chat_template,
     )
-    return SmolVLMForConditionalGeneration(config), processor
+    return transformers.SmolVLMForConditionalGeneration(config), processor
 
 
 def _gemma3(sizes: Sizes) -> tuple[Any, Any]:
-    """Sliding windows in every second layer, and image tokens that see all of their image."""
-    config = Gemma3Config(
+    """Every second layer has a sliding window, and an image token attends to all tokens of its image."""
+    config = transformers.Gemma3Config(
         text_config={
             **sizes.text,
             "head_dim": sizes.head_dim,
@@ -304,14 +272,14 @@ def _gemma3(sizes: Sizes) -> tuple[Any, Any]:
         eoi_token_index=sizes.ids["<end_of_image>"],
         image_token_index=sizes.ids["<image_soft_token>"],
     )
-    processor = Gemma3Processor(
-        image_processor=Gemma3ImageProcessor(size={"height": sizes.tile_size, "width": sizes.tile_size}),
+    processor = transformers.Gemma3Processor(
+        image_processor=transformers.Gemma3ImageProcessor(size={"height": sizes.tile_size, "width": sizes.tile_size}),
         tokenizer=sizes.tokenizer,
         image_seq_length=sizes.tile_tokens,
         chat_template=sizes.tokenizer.chat_template,
     )
-    model = Gemma3ForConditionalGeneration(config)
-    # transformers starts this projection at zero, and then all images would look the same.
+    model = transformers.Gemma3ForConditionalGeneration(config)
+    # transformers initializes this projection to zero, which would make all images look the same.
     projection = model.model.multi_modal_projector.mm_input_projection_weight
     torch.nn.init.normal_(projection, std=sizes.vision_hidden_size**-0.5)
     return model, processor

@@ -1,7 +1,4 @@
-"""Tiny random models of the real architectures: real transformers classes, processors and chat templates, on disk.
-
-For tests, the demo and trying a recipe before renting machines. A folder written here is an ordinary checkpoint.
-"""
+"""Build tiny random checkpoints of the real architectures, with their processors and chat templates."""
 
 from __future__ import annotations
 
@@ -29,7 +26,7 @@ _CORPUS = [
 
 
 def _bpe_tokenizer(texts: Iterable[str], vocab_size: int, special: list[str]) -> Tokenizer:
-    """Byte-level BPE: any text can be written, and read back exactly."""
+    """Train a byte-level BPE, which writes and reads back any text exactly."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -45,18 +42,18 @@ def _bpe_tokenizer(texts: Iterable[str], vocab_size: int, special: list[str]) ->
 
 
 def _unigram_tokenizer(texts: Iterable[str], vocab_size: int, special: list[str]) -> Tokenizer:
-    """Another family of tokenizer, so that students and teachers share no ids: a unigram model over bytes and words.
+    """Make a unigram model over bytes and words, a second kind of tokenizer whose ids differ from the BPE's.
 
-    The library's trainer adds up in the order of a hash map, so its result differs from process to process. Here the
-    pieces are all bytes and the most frequent words, with the logarithm of their shares as scores.
+    The library's trainer sums in the order of a hash map, so its result differs between processes. Here the pieces are
+    all bytes and the most frequent words, and their scores are the logarithms of their shares.
     """
     normalizer, split = normalizers.NFC(), pre_tokenizers.ByteLevel(add_prefix_space=False)
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(word for word, _ in split.pre_tokenize_str(normalizer.normalize_str(text)))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    room = max(0, vocab_size - len(special) - len(alphabet))
-    words = sorted((w for w in counts if len(w) > 1), key=lambda w: (-counts[w], w))[:room]
+    count = max(0, vocab_size - len(special) - len(alphabet))
+    words = sorted((w for w in counts if len(w) > 1), key=lambda w: (-counts[w], w))[:count]
     total = sum(counts.values()) + len(alphabet)
     pieces = [(token, 0.0) for token in special]
     pieces += [(byte, math.log(1 / total) - 1) for byte in alphabet]
@@ -87,21 +84,27 @@ def build_tiny_model(
     max_tiles: int = 4,
     seed: int = 0,
 ) -> Path:
-    """Write a tiny random checkpoint with its processor to ``folder`` and return the folder.
+    """Write a tiny random checkpoint with its processor to ``folder``, and return the folder.
 
-    architecture: "qwen2" is a text-only model, for judges; "smolvlm" needs the package num2words. texts: what the
-    tokenizer is trained on, beside a few built-in sentences. num_kv_heads: heads of keys and values, half of num_heads at
-    0. max_pixels: largest image area of the Qwen-VL families (one
-    image token per 28 x 28 pixels, in Qwen3-VL per 32 x 32). tile_size: the other families' square tiles, in pixels (a
-    multiple of 28; one image token per 28 x 28 pixels, in LLaVA-OneVision per 14 x 14). max_tiles: most tiles an image
-    is cut into (Gemma 3 takes it whole). Raises ModelError when sizes do not fit.
+    Args:
+        architecture: "qwen2" is a text-only model, for judges; "smolvlm" needs the package num2words.
+        texts: What the tokenizer is trained on, together with a few built-in sentences.
+        num_kv_heads: Heads of keys and values; 0 for half of num_heads.
+        max_pixels: Largest image area of the Qwen-VL families, which have one image token per 28 x 28 pixels (Qwen3-VL:
+            32 x 32).
+        tile_size: Side of the other families' square tiles in pixels, a multiple of 28. They have one image token per
+            28 x 28 pixels (LLaVA-OneVision: 14 x 14).
+        max_tiles: Most tiles of an image. Gemma 3 does not split images.
+
+    Raises:
+        ModelError: The sizes do not fit together.
     """
     if architecture not in FAMILIES:
-        raise ModelError(f"unknown architecture {architecture!r}; choose from {', '.join(FAMILIES)}")
+        raise ModelError(f"architecture: expected one of {', '.join(FAMILIES)}, got {architecture!r}")
     if hidden_size % num_heads or (hidden_size // num_heads) % 8:
-        raise ModelError(f"hidden_size {hidden_size} must be num_heads {num_heads} times a multiple of 8")
+        raise ModelError(f"hidden_size: expected a multiple of 8 x num_heads ({8 * num_heads}), got {hidden_size}")
     if tile_size % 28:
-        raise ModelError(f"tile_size {tile_size} must be a multiple of 28")
+        raise ModelError(f"tile_size: expected a multiple of 28, got {tile_size}")
     folder = Path(folder)
     family = FAMILIES[architecture]
     make = _bpe_tokenizer if tokenizer == "bpe" else _unigram_tokenizer

@@ -1,6 +1,6 @@
-"""Chat templates in the manner of each family. A message's content is a string, or a list of image and text parts."""
+"""Chat templates that follow each family. A message's content is a string, or a list of image and text parts."""
 
-# ChatML as Qwen and InternVL write it: IMAGE stands for the family's own mark.
+# ChatML of Qwen and InternVL. IMAGE is replaced by the family's mark.
 CHATML = """\
 {%- for message in messages -%}
 {{ '<|im_start|>' + message['role'] + '\\n' }}

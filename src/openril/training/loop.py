@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -259,18 +260,11 @@ def total_steps(recipe: Recipe, num_questions: int) -> int:
     return max(1, -int(-recipe.train.epochs * num_questions // recipe.train.questions_per_step))
 
 
-_permutations: dict[tuple[int, int, int], list[int]] = {}
-
-
+@lru_cache(maxsize=5)
 def permutation(n: int, seed: int, epoch: int) -> list[int]:
-    """Order of the questions in pass ``visit``."""
-    key = (n, seed, epoch)
-    if key not in _permutations:
-        if len(_permutations) > 4:
-            _permutations.clear()
-        generator = torch.Generator().manual_seed(stable_hash(seed, "order", epoch))
-        _permutations[key] = torch.randperm(n, generator=generator).tolist()
-    return _permutations[key]
+    """Return the order of the questions in an epoch."""
+    generator = torch.Generator().manual_seed(stable_hash(seed, "order", epoch))
+    return torch.randperm(n, generator=generator).tolist()
 
 
 def prefixed(prefix: str, metrics: dict[str, float]) -> dict[str, float]:
