@@ -1,4 +1,4 @@
-"""What every test needs: helpers of tests/support importable, and nothing fetched from the hub."""
+"""Settings of all tests: the modules of tests/support are importable, and nothing is fetched from the hub."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# A shell script's background jobs ignore Ctrl-C, and so would the commands that tests start and then interrupt.
+# The background jobs of a shell script ignore Ctrl-C. Commands that tests start and interrupt would inherit this.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -32,7 +32,7 @@ def tiny_qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_internvl(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoint folder of a tiny random InternVL with another kind of tokenizer."""
+    """Checkpoint folder of a tiny random InternVL with a unigram tokenizer."""
     from openril.testing.tiny_models import build_tiny_model
 
     folder = tmp_path_factory.mktemp("models") / "internvl"
@@ -41,7 +41,7 @@ def tiny_internvl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_llava_onevision(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoint folder of a tiny random LLaVA-OneVision: one image becomes up to five tiles, two stay one tile each."""
+    """Checkpoint folder of a tiny random LLaVA-OneVision. One image becomes up to five tiles, two images one tile each."""
     from openril.testing.tiny_models import build_tiny_model
 
     folder = tmp_path_factory.mktemp("models") / "llava_onevision"
@@ -78,7 +78,7 @@ def tiny_gemma3(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_gemma3_full_attention(tiny_gemma3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same without sliding windows. Tokens of an image still see all of it: not causal, and nothing says so."""
+    """The same without sliding windows. The tokens of an image still see all of it, which its configuration does not say."""
     folder = tmp_path_factory.mktemp("models") / "gemma3_full_attention"
     shutil.copytree(tiny_gemma3, folder)
     config = json.loads((folder / "config.json").read_text())
@@ -91,11 +91,11 @@ def tiny_gemma3_full_attention(tiny_gemma3: Path, tmp_path_factory: pytest.TempP
     params=["tiny_qwen", "tiny_internvl", "tiny_llava_onevision", "tiny_smolvlm", "tiny_qwen3_vl", "tiny_gemma3"]
 )
 def tiny_family(request: pytest.FixtureRequest) -> Path:
-    """Every supported family, one after the other."""
+    """Checkpoint folder of each supported family."""
     return request.getfixturevalue(request.param)
 
 
 @pytest.fixture(params=["qwen2_5_vl", "internvl"])
 def tiny_student(request: pytest.FixtureRequest, tiny_qwen: Path, tiny_internvl: Path) -> Path:
-    """Both architectures, one after the other."""
+    """Checkpoint folder of each of two architectures."""
     return tiny_qwen if request.param == "qwen2_5_vl" else tiny_internvl

@@ -19,7 +19,7 @@ from openril.storage import (
 
 
 def test_stable_hash_is_the_same_in_every_process():
-    # Pinned: it decides seeds and blocks of work, so a change would not continue old runs.
+    # Pinned, because seeds and blocks of work depend on it: old runs could not continue after a change.
     assert stable_hash("q1", 0) == 4594234897306181453
     assert 0 <= stable_hash("anything") < 2**63
 

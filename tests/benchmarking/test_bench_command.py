@@ -1,4 +1,4 @@
-"""`ril bench` as it is given: a very small model, all contenders."""
+"""The command `ril bench` on a very small model with all contenders."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_a_whole_run_of_all_contenders(tmp_path: Path, capsys: pytest.CaptureFix
     assert cell["precision"] == "bfloat16"
     contenders = cell["contenders"]
     assert list(contenders) == ["trl", "plain", "ours"]
-    # The same work: prompts, trained weights, and in `exactly` of every measurement the lengths of the responses.
+    # All do the same work: equal prompts and trained weights; `exactly` checks the responses of every measurement.
     assert len({c["prompt_tokens"] for c in contenders.values()}) == 1
     assert len({c["trainable_parameters"] for c in contenders.values()}) == 1
     assert all(c["settings"]["precision"] == "bfloat16" and c["fast_path_off"] == [] for c in contenders.values())
@@ -68,7 +68,7 @@ def test_bad_flags_are_refused_with_their_name(arguments: list[str], message: st
 
 
 class StoppedSession:
-    """Measures one shape in no time, and is interrupted in the second."""
+    """A session that measures one shape at once and is interrupted in the second."""
 
     machine = SimpleNamespace(about={"versions": {}, "machine": {}})
 

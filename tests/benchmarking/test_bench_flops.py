@@ -1,4 +1,4 @@
-"""Operations and bytes of a small model, worked by hand."""
+"""Operations and bytes of a small model, computed by hand."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_weights_of_a_layer():
 
 
 def test_pairs_of_a_group():
-    # Prompt 1 + 2 + 3; each of two responses: its two tokens see 3 prompt tokens, and 1 and 2 of their own.
+    # Prompt 1 + 2 + 3; each of two responses: its two tokens see 3 prompt tokens, and 1 and 2 tokens of the response.
     assert attended_pairs(prompt=3, response=2, group_size=2) == 6 + 2 * (2 * 3 + 3)
 
 

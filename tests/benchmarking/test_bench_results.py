@@ -1,4 +1,4 @@
-"""Aggregation of rounds: nothing is made up where something is missing."""
+"""Aggregation of rounds: what was not measured stays missing."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def seconds(*values: float | None) -> list[Measurement | None]:
 
 
 def test_a_ratio_is_the_median_of_the_rounds_own_ratios():
-    # 10/2 = 5, 30/3 = 10, 8/4 = 2: the median is 5, whereas the ratio of the medians were 10/3.
+    # 10/2 = 5, 30/3 = 10, 8/4 = 2: the median is 5, whereas the ratio of the medians is 10/3.
     got = ratio("update", seconds(10, 30, 8), seconds(2, 3, 4))
     assert got == {"median": 5, "min": 2, "max": 10, "rounds": 3}
 
 
-def test_rounds_that_one_side_lacks_are_left_out():
+def test_rounds_that_are_missing_on_one_side_are_left_out():
     got = ratio("update", seconds(10, None, 8), seconds(2, 3, None))
     assert got is not None and got["median"] == 5 and got["rounds"] == 1
     assert ratio("update", seconds(None), seconds(1)) is None
@@ -82,7 +82,7 @@ def test_headlines_that_were_not_measured_are_null():
     assert cell_figures(result)["contenders"]["trl"]["measured"]["update"] == {"seconds": None}
 
 
-def test_contenders_with_unlike_prompts_are_refused():
+def test_contenders_with_different_prompts_are_refused():
     result = CellResult(
         Cell(Shape("micro", 16, 4, 4)), about={"ours": {"prompt_tokens": 20}, "trl": {"prompt_tokens": 21}}
     )
@@ -106,7 +106,7 @@ def test_responses_of_another_length_are_refused():
         ("tiny-200-32-8-fp8", "'fp8'"),
     ],
 )
-def test_bad_shapes_say_what_is_wrong(name: str, message: str):
+def test_bad_shapes_name_the_value(name: str, message: str):
     with pytest.raises(OpenRILError, match=message):
         parse_shape(name)
 

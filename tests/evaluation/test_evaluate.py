@@ -25,7 +25,7 @@ TEXTS = {"q0": "red", "q1": "blue", "q2": "The answer is red.", "q3": "I would r
 
 
 class Scripted:
-    """A sampler that says TEXTS and remembers what it was asked; it may break off at a question."""
+    """A sampler that answers with TEXTS and records the questions; it can be interrupted at one of them."""
 
     def __init__(self, break_at=None):
         self.asked, self.settings, self.break_at = [], [], break_at
@@ -79,7 +79,7 @@ def judged_recipe(tmp_path, server, **judge):
     return Recipe.model_validate({"run_dir": str(tmp_path), "judge": endpoint, "eval": {"score": "judge"}})
 
 
-def test_without_verdicts_the_score_is_unknown_and_asking_again_draws_no_answer_again(tmp_path):
+def test_without_verdicts_the_score_is_unknown_and_a_second_run_samples_no_answer_again(tmp_path):
     with MisbehavingServer(Status(400), then=Say("Right.\n<answer>1</answer>")) as server:
         judge = build_judge_service(judged_recipe(tmp_path, server, concurrency=1), "eval")
         try:
@@ -151,7 +151,7 @@ def test_the_stage_evaluates_what_is_there_and_nothing_twice(recipe, tiny_qwen, 
 
     run_eval(recipe, console, make_sampler=load)
     assert loaded == []
-    # The final student is trained further: it alone is evaluated again, and the removed checkpoint keeps its row.
+    # The final student is trained further. Only it is evaluated again, and the removed checkpoint keeps its row.
     shutil.rmtree(tmp_path / "run/student")
     shutil.copytree(tiny_qwen, tmp_path / "run/student")
     shutil.rmtree(tmp_path / "run/checkpoints")
@@ -159,7 +159,7 @@ def test_the_stage_evaluates_what_is_there_and_nothing_twice(recipe, tiny_qwen, 
     assert loaded == [str(tmp_path / "run/student")]
     table = json.loads((folder / "table.json").read_text())
     assert [e["name"] for e in table["evaluations"]] == ["base", "step_000002", "final"]
-    assert table["evaluations"][1]["gain"]["difference"] == 0.0  # the very same weights
+    assert table["evaluations"][1]["gain"]["difference"] == 0.0  # the same weights
     assert table["evaluations"][2]["gain"]["difference"] == 0.0
 
 

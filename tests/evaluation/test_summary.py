@@ -1,4 +1,4 @@
-"""Scores, standard errors, groups and paired differences, against numbers worked by hand."""
+"""Scores, standard errors, groups and paired differences, against numbers computed by hand."""
 
 import math
 
@@ -49,7 +49,7 @@ def test_a_paired_difference_has_less_error_than_two_means():
     assert (c.better, c.worse) == (1, 0)
 
 
-def test_questions_that_one_side_lacks_are_not_compared():
+def test_questions_missing_on_one_side_are_not_compared():
     a, b = evaluation(1.0), evaluation(1.0, 0.0)
     assert compare(a, b).n == 1 and compare(a, b).standard_error is None
 
@@ -63,7 +63,7 @@ def test_the_table_shows_percent_errors_and_gains():
     assert markdown_table([base, trained]).splitlines()[3].startswith("| final | 75.0 ± 25.0 | +25.0 ± 25.0 | 4 |")
 
 
-def test_many_groups_leave_the_terminal_but_not_the_file():
+def test_many_groups_are_left_out_on_the_terminal_but_not_in_the_file():
     groups = [{"skill": f"s{i}"} for i in range(9)]
     e = evaluation(*[1.0] * 9, groups=groups)
     assert cells([e], 8)[0][-1] == "mean over skills" and "s3" not in cells([e], 8)[0]

@@ -86,7 +86,7 @@ def test_servers_are_asked_for_their_models(tmp_path: Path, tiny_qwen: Path) -> 
         assert code == 0 and "up to 32 requests to teacher big" in page, page
 
 
-def test_text_only_checkpoints_are_no_students(tmp_path: Path) -> None:
+def test_text_only_checkpoints_cannot_be_students(tmp_path: Path) -> None:
     from openril.testing.tiny_models import build_tiny_model
 
     text_only = build_tiny_model(tmp_path / "text", "qwen2", hidden_size=32)
@@ -94,7 +94,7 @@ def test_text_only_checkpoints_are_no_students(tmp_path: Path) -> None:
     assert code == 2 and "takes no images" in page
 
 
-def test_a_cut_off_weight_file_is_found_without_loading_it(tmp_path: Path, tiny_qwen: Path) -> None:
+def test_a_truncated_weight_file_is_found_without_loading_it(tmp_path: Path, tiny_qwen: Path) -> None:
     copy = Path(shutil.copytree(tiny_qwen, tmp_path / "copy"))
     weights = copy / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
@@ -134,7 +134,7 @@ def test_token_counts_are_the_processors_own(tiny_student: Path, sizes: list[tup
     blank = [Image.new("RGB", size) for size in sizes]
     real = processor(text=[text], images=[blank] if blank else None, return_tensors="pt")["input_ids"].shape[1]
     counter = TokenCounter(processor, "Be brief.")
-    counter._COMPARED = 0  # trust the rule, so that the rule itself is what is measured here
+    counter._COMPARED = 0  # compare nothing, so that the rule itself is tested here
     assert counter(question, sizes)[0] == real
 
 
@@ -158,7 +158,7 @@ def small(**changes: Any) -> Recipe:
     return Recipe.model_validate({"teachers": [{"name": "a"}], "train": train, **changes})
 
 
-def test_memory_worked_by_hand() -> None:
+def test_memory_computed_by_hand() -> None:
     parts = estimate.loop_memory(small(), SHAPE, prompt_tokens=15).parts
     # 1300 values x 4 bytes; 1200 of them train (the vision tower is frozen); the discriminator has no LM head.
     assert parts["student: weights"] == 5200 and parts["student: gradients"] == 4800

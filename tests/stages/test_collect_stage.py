@@ -103,7 +103,7 @@ def test_killed_again_and_again_it_ends_with_everything_once(make_recipe):
         output = process.communicate(timeout=60)[0]
         assert process.returncode == 0, output
         assert rows_on_disk(recipe) == Counter({(f"q{i}", n): 1 for i in range(24) for n in range(4)})
-        # Asked twice was only what was in flight at a kill.
+        # Only requests in flight at a kill were sent twice.
         assert server.count <= 96 + 4 * 4
 
 
@@ -114,7 +114,7 @@ def test_two_collectors_share_one_source(make_recipe):
         outputs = [p.communicate(timeout=60)[0] for p in pair]
         assert [p.returncode for p in pair] == [0, 0], outputs
         assert rows_on_disk(recipe) == Counter({(f"q{i}", n): 1 for i in range(24) for n in range(4)})
-        assert server.count == 96  # nothing was asked twice
+        assert server.count == 96  # no request was sent twice
         assert sum(int(n) for o in outputs for n in re.findall(r"\((\d+) new", o)) == 96
 
 

@@ -1,9 +1,9 @@
-"""A local OpenAI-compatible server whose every answer is scripted, for tests of whatever talks to one.
+"""A local OpenAI-compatible server with scripted answers, for tests of its clients.
 
     with MisbehavingServer(Status(500), Garbage(), then=Say("42")) as server:
         ...                              # first request: 500, second: not JSON, every later one: "42"
         assert server.count == 3         # chat requests that arrived
-        server.requests[0].body["model"] # what they held
+        server.requests[0].body["model"] # their contents
 
 An act may also be chosen by a function of the request: ``MisbehavingServer(then=lambda request: ...)``.
 """
@@ -42,7 +42,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Say:
-    """A proper completion. text may be a function of the request."""
+    """A valid completion. text may be a function of the request."""
 
     text: str | Callable[[Request], str] = "ok"
     finish_reason: str = "stop"
@@ -68,14 +68,14 @@ class Garbage:
 
 @dataclass(frozen=True)
 class Hang:
-    """No answer for this long (or until the server closes), then the connection closes."""
+    """Wait for this long (or until the server closes), then close the connection without an answer."""
 
     seconds: float = 60.0
 
 
 @dataclass(frozen=True)
 class Drop:
-    """The connection closes without an answer."""
+    """Close the connection without an answer."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ Chooser = Callable[[Request], Act]
 
 
 class MisbehavingServer:
-    """Acts in ``script`` are used up in the order requests arrive; then every request gets ``then``."""
+    """Answers requests with the acts of ``script`` in order of arrival, and every later one with ``then``."""
 
     def __init__(self, *script: Act, then: Act | Chooser | None = None, model: str = "fake") -> None:
         self.script = list(script)
@@ -136,7 +136,7 @@ class MisbehavingServer:
                         act = Status(404, f"The model `{body.get('model')}` does not exist.")
                     self.perform(act, request)
                 except (BrokenPipeError, ConnectionResetError):
-                    self.close_connection = True  # the client gave up waiting
+                    self.close_connection = True  # the client has stopped waiting
                 finally:
                     with server._lock:
                         server.in_flight -= 1
@@ -145,8 +145,8 @@ class MisbehavingServer:
                 match act:
                     case Say(text, finish_reason, delay):
                         server._closing.wait(delay)
-                        said = text if isinstance(text, str) else text(request)
-                        self.complete([choice({"role": "assistant", "content": said}, finish_reason)])
+                        content = text if isinstance(text, str) else text(request)
+                        self.complete([choice({"role": "assistant", "content": content}, finish_reason)])
                     case Refuse(text, finish_reason):
                         message = {"role": "assistant", "content": None, "refusal": text}
                         self.complete([choice(message, finish_reason)])
@@ -193,7 +193,7 @@ class MisbehavingServer:
             request_queue_size = 128
 
             def handle_error(self, request: Any, client_address: Any) -> None:
-                # A client that was killed in the middle of a request is no news.
+                # Tests kill clients in the middle of a request.
                 if not isinstance(sys.exc_info()[1], ConnectionError | json.JSONDecodeError):
                     super().handle_error(request, client_address)
 
@@ -203,12 +203,12 @@ class MisbehavingServer:
 
     @property
     def url(self) -> str:
-        """The base URL, for ``Endpoint.base_urls``."""
+        """The base URL, for ``EndpointConfig.base_urls``."""
         return f"http://127.0.0.1:{self._http.server_address[1]}/v1"
 
     @property
     def count(self) -> int:
-        """Chat requests so far."""
+        """The number of chat requests so far."""
         return len(self.requests)
 
     def close(self) -> None:

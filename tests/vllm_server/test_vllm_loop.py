@@ -44,11 +44,11 @@ train:
         assert main(["train", str(recipe)]) == 0
         rows = read_jsonl(tmp_path / "run/metrics.jsonl")
         assert len(rows) == 3
-        for row in rows:  # the old weights are tenths of a nat away after a step of this size
+        for row in rows:  # a step of this size moves the log-probabilities by tenths of a nat
             assert row["train/sampling/sampling_logp_difference/max"] < 1e-3
         assert rows[-1]["train/kl"] > 1e-4
         assert (tmp_path / "run/student/model.safetensors").exists()
-    finally:  # the server is shared: give it its weights back
+    finally:  # other tests use the server: restore its weights
         model, processor = load_student(StudentConfig(), str(vlm_checkpoint))
         settings = SamplerConfig(engine="vllm", base_urls=[vlm_server.url])
         sampler = VLLMSampler(settings, PromptEncoder(processor, model))

@@ -20,7 +20,7 @@ from support.tiny import tiny_questions
 pytestmark = pytest.mark.vllm
 
 VERDICT = r"[A-Za-z0-9 ,.']{15,80}<answer>[01]</answer>"
-"""A real but weak judge is held to this form by the server; a strong one keeps to it unasked."""
+"""The server forces a weak real judge into this form. A strong judge follows it without help."""
 
 
 def recipe_for(server, folder: Path, **teacher) -> Recipe:
@@ -62,7 +62,7 @@ def test_a_probe_finds_the_model_and_names_what_is_served(vlm_server, tmp_path):
         wrong.close()
 
 
-def test_a_teacher_is_shown_text_and_images_as_the_student_is(vlm_server, vlm_checkpoint, tmp_path):
+def test_a_teacher_gets_text_and_images_as_the_student_does(vlm_server, vlm_checkpoint, tmp_path):
     from openril.models.loading import load_student
     from openril.models.prompts import PromptEncoder
     from openril.recipe.schema import StudentConfig
@@ -87,17 +87,17 @@ def test_teacher_responses_are_collected_with_images_and_without(vlm_server, tmp
     done = collect(recipe, questions, "t", cache)
     assert (done.total, done.new, done.failed) == (24, 24, 0)
     kept = texts(cache, questions)
-    # Every response has a seed of its own, so samples of a random model differ.
+    # Every response has its own seed, so samples of a random model differ.
     assert all(len(set(responses)) == 4 for responses in kept)
     assert collect(recipe, questions, "t", cache).new == 0
-    # The seeds follow from the recipe: another run's cache holds the same responses.
+    # The seeds depend on the recipe, so the cache of another run holds the same responses.
     other = recipe_for(vlm_server, tmp_path / "other")
     collect(other, questions, "t", ResponseCache.create(other.cache_path))
     assert texts(ResponseCache.open(other.cache_path), questions) == kept
 
 
 class KillAfter(Silent):
-    """Ends the server once so many responses are there."""
+    """Kill the server after a number of responses."""
 
     def __init__(self, server, count: int) -> None:
         self.server, self.count = server, count
@@ -108,7 +108,7 @@ class KillAfter(Silent):
             self.server = None
 
 
-def test_a_server_killed_in_the_middle_costs_nothing_but_the_missing_responses(vlm_server, tmp_path):
+def test_a_killed_server_costs_only_the_missing_responses(vlm_server, tmp_path):
     questions = tiny_questions(tmp_path / "images", 5)
     whole = recipe_for(vlm_server, tmp_path / "whole")
     collect(whole, questions, "t", ResponseCache.create(whole.cache_path))
@@ -129,7 +129,7 @@ def test_a_server_killed_in_the_middle_costs_nothing_but_the_missing_responses(v
         continued = collect(recipe, questions, "t", cache)
         assert (continued.already, continued.new, continued.failed) == (broken.new, broken.failed, 0)
         assert texts(cache, questions) == texts(ResponseCache.open(whole.cache_path), questions)
-        # An unknown verdict is not kept: the judge is asked again.
+        # An unknown verdict is not stored, so the judge is asked again.
         assert judge.judge(ITEMS[:1])[0].score in (0.0, 1.0)
     finally:
         judge.close()
@@ -146,7 +146,7 @@ def test_verdicts_are_read_from_a_real_models_words_once(judge_server, tmp_path)
 
 
 def test_a_judge_that_gives_no_verdict_is_unknown_and_never_wrong(judge_server, tmp_path):
-    # Eight tokens hold no explanation and verdict, whatever the model says.
+    # Eight tokens are too few for an explanation and a verdict.
     judge = judge_for(judge_server, tmp_path, max_tokens=8, bad_verdict_retries=1)
     try:
         verdicts = judge.judge(ITEMS)

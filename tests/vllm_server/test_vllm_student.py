@@ -23,7 +23,7 @@ TOLERANCE = 1e-4
 
 
 class StudentInTheLoop:
-    """A policy in this process and the server that samples for it."""
+    """A policy in this process, and the server that samples for it."""
 
     def __init__(self, server, checkpoint: Path, folder: Path) -> None:
         self.checkpoint, self.folder = checkpoint, folder
@@ -43,7 +43,7 @@ class StudentInTheLoop:
         )
 
     def difference(self, samples) -> float:
-        """Largest |server - trainer| over all tokens, in nats."""
+        """Return the largest |server - trainer| over all tokens, in nats."""
         return max(
             float((policy_logprobs(self.policy, self.encoder, q, r) - torch.tensor(r.logprobs)).abs().max())
             for q, responses in zip(self.questions, samples, strict=True)
@@ -72,7 +72,7 @@ def internvl(internvl_server, internvl_checkpoint, tmp_path):
 
 
 def perturb(model: torch.nn.Module) -> None:
-    """Change every tensor, so that one which does not arrive shows."""
+    """Change every tensor, so that a missing one is noticed."""
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -109,7 +109,7 @@ def test_greedy_samples_are_equal_and_other_temperatures_carry_no_log_probabilit
 
 
 @pytest.mark.parametrize("which", ["student", "internvl"])
-def test_new_weights_arrive_whole_and_nothing_old_is_remembered(which, request):
+def test_new_weights_arrive_whole_and_caches_are_emptied(which, request):
     student = request.getfixturevalue(which)
     old = student.sample()  # fills the caches of prompts and images
     assert student.sampler.verify(student.policy, student.questions) < TOLERANCE
@@ -124,7 +124,7 @@ def test_new_weights_arrive_whole_and_nothing_old_is_remembered(which, request):
     assert [r.token_ids for r in new[0]] != [r.token_ids for r in old[0]]
 
 
-def test_a_synced_sampler_samples_from_the_present_weights(student):
+def test_a_synced_sampler_samples_from_the_current_weights(student):
     from accelerate import Accelerator
 
     from openril.sampling.synced import SyncedSampler
@@ -144,7 +144,7 @@ def test_a_synced_sampler_samples_from_the_present_weights(student):
         version=lambda: step,
         probes=student.questions,
     )
-    for step in (3, 3, 4):  # two samplings of one step, as when it is evaluated, need one sync
+    for step in (3, 3, 4):  # two samplings in one step, as with an evaluation, need one sync
         if step not in written:
             perturb(student.policy.model)
         samples = synced.sample(student.questions, 1, settings=SamplingConfig(), max_completion_length=8, seed=0)
@@ -152,7 +152,7 @@ def test_a_synced_sampler_samples_from_the_present_weights(student):
     assert written == [3, 4]
 
 
-def test_special_tokens_are_never_drawn_and_do_not_bend_the_log_probabilities(student):
+def test_special_tokens_are_never_sampled_and_do_not_change_the_log_probabilities(student):
     # A model whose likeliest token is nearly always an image or a video placeholder: one of x and -x is large.
     tokenizer = student.encoder.tokenizer
     image, video = (tokenizer.convert_tokens_to_ids(t) for t in ("<|image_pad|>", "<|video_pad|>"))
@@ -183,7 +183,7 @@ def test_a_checkpoint_with_a_tensor_missing_is_refused(student, tmp_path):
         student.sampler.sync(tmp_path)
 
 
-def test_a_server_that_reads_the_prompt_differently_is_named_with_the_cure(student):
+def test_a_server_that_reads_the_prompt_differently_is_named_with_the_fix(student):
     # 56 x 56 pixels at most: 4 image tokens for pictures that the server shows with more.
     processor = load_processor(str(student.checkpoint), max_pixels=28 * 28)
     encoder = PromptEncoder(processor, student.policy.model)
@@ -195,10 +195,10 @@ def test_a_server_that_reads_the_prompt_differently_is_named_with_the_cure(stude
         sampler.close()
 
 
-def test_a_server_without_the_endpoints_for_syncing_is_named_with_the_cure(judge_server, student):
+def test_a_server_without_the_endpoints_for_syncing_is_named_with_the_fix(judge_server, student):
     settings = SamplerConfig(engine="vllm", base_urls=[judge_server.url], model="judge")
     sampler = VLLMSampler(settings, student.encoder)
-    sampler._tensors = {}  # as for a server whose checkpoint lies on another machine
+    sampler._tensors = {}  # as for a server whose checkpoint is on another machine
     try:
         with pytest.raises(EndpointError, match="VLLM_SERVER_DEV_MODE=1"):
             sampler.sync(student.checkpoint)

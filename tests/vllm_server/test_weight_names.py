@@ -1,4 +1,4 @@
-"""Which tensors a sync may do without: none, but they may be renamed or tied."""
+"""A sync needs all tensors, but they may be renamed or tied."""
 
 from openril.sampling.vllm_engine import shape_differences
 
