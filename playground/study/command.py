@@ -71,7 +71,7 @@ def run(settings: Settings) -> int:
         for job in jobs:
             say(f"{'done' if job.name in runner.finished else '    '}  {job.name}")
         return 0
-    changed = {job.name: keys for job in jobs if job.recipe_path.is_file() and (keys := job.changed(job.recipe()))}
+    changed = {job.name: keys for job in jobs if (keys := job.changed())}
     if changed:
         lines = "\n".join(f"  {name}: {', '.join(keys[:6])}" for name, keys in list(changed.items())[:8])
         raise StateError(

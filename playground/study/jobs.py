@@ -13,7 +13,7 @@ from typing import Any
 from openril.errors import CacheError, StateError
 from openril.recipe.loading import load_saved_recipe, save_recipe
 from openril.recipe.schema import Recipe
-from openril.storage import changed_keys, read_jsonl
+from openril.storage import changed_keys, read_jsonl, refuse_changed
 from playground.runner import Job, Progress, metrics_progress
 from playground.study.metrics import median, seconds_of
 from playground.study.plan import CELLS, COMPUTE, MAIN, METHODS, REFERENCE, STUDENTS, TEACHERS, Settings, Start
@@ -92,19 +92,17 @@ class StudyJob(Job):
     def prepare(self) -> None:
         """Write the recipe. Raises StateError when the folder was begun with another one."""
         recipe = self.recipe()
-        if changed := self.changed(recipe):
-            raise StateError(
-                f"{self.folder} was made with other values of {', '.join(changed[:6])}. Restore them, remove the folder to"
-                " make it again, or name another --out."
-            )
+        if self.recipe_path.is_file():
+            was, fix = load_saved_recipe(self.recipe_path), "remove the folder to make it again, or name another --out"
+            refuse_changed(self.folder, _plain(was), _plain(recipe), fix=fix)
         save_recipe(recipe, self.recipe_path)
         self._written = recipe
 
-    def changed(self, recipe: Recipe) -> list[str]:
+    def changed(self) -> list[str]:
         """Return the settings in which the folder's recipe differs."""
         if not self.recipe_path.is_file():
             return []
-        return list(changed_keys(_plain(load_saved_recipe(self.recipe_path)), _plain(recipe)))
+        return list(changed_keys(_plain(load_saved_recipe(self.recipe_path)), _plain(self.recipe())))
 
     def progress(self) -> Progress:
         return (0, 0, "") if self._written is None else stage_progress(self.stage, self._written)

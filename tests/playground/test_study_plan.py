@@ -232,12 +232,12 @@ def test_a_finished_cell_with_earlier_setting_names_and_moved_models_is_recogniz
 
     after = job("new/weights")
     assert after.seconds() == 60.0
-    assert after.changed(after.recipe()) == []
+    assert after.changed() == []
     after.prepare()  # Also a cell that has begun continues.
     assert load_recipe(after.recipe_path) == after.recipe()
     values["discriminator"]["sees"] = "image"
     after.recipe_path.write_text(json.dumps(values))
-    assert after.changed(after.recipe()) == ["discriminator.inputs"]
+    assert after.changed() == ["discriminator.inputs"]
 
 
 def test_a_key_that_is_no_setting_is_refused():
