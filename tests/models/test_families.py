@@ -15,9 +15,8 @@ from torch import Tensor
 from openril.models.dummy_image import dummy_image_prompt
 from openril.models.freezing import module_group
 from openril.models.loading import load_model, load_processor
-from openril.models.packing import GroupTokens, Policy, pad_rows
+from openril.models.packing import GroupTokens, Policy, collate_vision_inputs, pad_rows
 from openril.models.prompts import Prompt, PromptEncoder
-from openril.models.vision_inputs import collate_vision_inputs
 from openril.recipe.schema import SamplingConfig
 from openril.records import Response
 from openril.sampling.transformers_engine import TransformersSampler

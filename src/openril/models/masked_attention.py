@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import count
 from typing import Any
 
 import torch
@@ -32,15 +33,10 @@ class TokenOwners:
 
     @classmethod
     def of(cls, groups: Sequence[tuple[int, Sequence[int]]]) -> TokenOwners:
-        group_ids: list[int] = []
-        response_ids: list[int] = []
-        responses = 0
-        for number, (prompt, lengths) in enumerate(groups):
-            group_ids += [number] * (prompt + sum(lengths))
-            response_ids += [-1] * prompt
-            for n in lengths:
-                response_ids += [responses] * n
-                responses += 1
+        counter = count()
+        parts = [[(-1, prompt), *((next(counter), n) for n in lengths)] for prompt, lengths in groups]
+        group_ids = [number for number, group in enumerate(parts) for _, n in group for _ in range(n)]
+        response_ids = [response for group in parts for response, n in group for _ in range(n)]
         return cls(groups, torch.tensor(group_ids, dtype=torch.int32), torch.tensor(response_ids, dtype=torch.int32))
 
     def to(self, device: torch.device) -> TokenOwners:
@@ -83,8 +79,8 @@ class TokenOwners:
 
         They follow from the lengths of the groups, so that the mask over pairs of tokens, L x L values, is never made.
         """
-        count = -(-len(self.group) // _BLOCK)
-        causal = torch.ones(count, count, dtype=torch.bool).tril()
+        number = -(-len(self.group) // _BLOCK)
+        causal = torch.ones(number, number, dtype=torch.bool).tril()
         some, whole = torch.zeros_like(causal), torch.zeros_like(causal)
 
         def mark(queries: range, keys: range) -> None:

@@ -21,7 +21,6 @@ from openril.models.adapters import base_model
 from openril.models.group_attention import CannotPack, GroupLayout, enable, no_mask
 from openril.models.prompts import Prompt
 from openril.models.vision_features import FeatureCache, VisionFeatures
-from openril.models.vision_inputs import collate_vision_inputs
 
 # Bytes of float32 logits that exist at a time, forward and backward.
 LOGITS_BYTES = 64 * 2**20
@@ -161,6 +160,27 @@ def pad_rows(groups: Sequence[GroupTokens], pad_token_id: int) -> Batch:
     if key := next((p.token_type_key for p, _ in pairs if p.token_types is not None), None):
         inputs[key] = token_types
     return Batch(inputs, targets, mask, index, keep, last)
+
+
+def collate_vision_inputs(prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+    """Return what the model's processor would return for the images of all prompts in order; {} without images.
+
+    Tensors are concatenated along dim 0. Other dimensions of different size are padded with zeros at the end, as the
+    processors do: LLaVA-OneVision's tiles are [image, tile, 3, H, W], and its model cuts the padding off by image size;
+    SmolVLM's and Idefics3's are [prompt, tile, 3, H, W], and their models drop tiles that are all zero.
+    """
+    keys = dict.fromkeys(key for p in prompts for key in p.vision)
+    return {key: _concatenate([p.vision[key] for p in prompts if key in p.vision]) for key in keys}
+
+
+def _concatenate(tensors: Sequence[Tensor]) -> Tensor:
+    common = [max(sizes) for sizes in zip(*(t.shape[1:] for t in tensors), strict=True)]
+    padded = []
+    for t in tensors:
+        # pad() takes the last dimension first
+        missing = [n for most, size in zip(common[::-1], t.shape[:0:-1], strict=True) for n in (0, most - size)]
+        padded.append(nn.functional.pad(t, missing) if any(missing) else t)
+    return torch.cat(padded)
 
 
 def run_packed(model: Any, rows: Batch, vision: VisionFeatures) -> Tensor:

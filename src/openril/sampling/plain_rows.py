@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,8 +55,7 @@ class PlainRows:
         self, prompts: Sequence[Prompt], num_generations: int, longest: int, device: torch.device
     ) -> tuple[Any, Tensor]:
         """Run each prompt alone and unpadded, then make one cache for all rows, padded on the left."""
-        keys: list[list[Tensor]] = []
-        values: list[list[Tensor]] = []
+        states: list[list[tuple[Tensor, Tensor]]] = []  # of each prompt and layer
         logits = []
         for prompt in prompts:
             inputs = {k: v.to(device) for k, v in prompt.vision.items()}
@@ -78,11 +78,12 @@ class PlainRows:
                     f"train.sampler.engine: {type(self.model).__name__} has layers without keys and values (linear"
                     " attention), whose states cannot be copied for several samples. Set it to vllm."
                 )
-            keys.append([_left_pad(layer.keys, longest, num_generations) for layer in layers])
-            values.append([_left_pad(layer.values, longest, num_generations) for layer in layers])
+            pad = partial(_left_pad, length=longest, rows=num_generations)
+            states.append([(pad(layer.keys), pad(layer.values)) for layer in layers])
         merged = DynamicCache()
-        for number in range(len(keys[0])):
-            merged.update(torch.cat([k[number] for k in keys]), torch.cat([v[number] for v in values]), number)
+        for number, layer in enumerate(zip(*states, strict=True)):
+            keys, values = (torch.cat(part) for part in zip(*layer, strict=True))
+            merged.update(keys, values, number)
         return merged, torch.cat(logits)
 
 

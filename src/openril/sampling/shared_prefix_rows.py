@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,13 +15,8 @@ from openril.models.prompts import Prompt
 from openril.sampling.plain_rows import PlainRows
 from openril.sampling.shared_prefix_cache import SharedPrefixCache
 
-
-class Vision(Protocol):
-    """Computes image features of prompts, as ``models.vision_features.VisionFeatures`` does."""
-
-    def __call__(self, prompts: Sequence[Prompt]) -> dict[str, Any] | None:
-        """Return ``mm_encoder_outputs`` for prompts that follow each other in a row, or None."""
-        ...
+Vision = Callable[[Sequence[Prompt]], dict[str, Any] | None]
+"""Returns ``mm_encoder_outputs`` for prompts that follow each other in a row, or None, as ``VisionFeatures`` does."""
 
 
 class SharedPrefixRows:

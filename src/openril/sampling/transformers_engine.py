@@ -102,29 +102,16 @@ class TransformersSampler:
             out: list[list[Response]] = [[] for _ in questions]
             for start in range(0, len(order), self.questions_per_batch):
                 batch = order[start : start + self.questions_per_batch]
-                uniforms = torch.stack(
-                    [
-                        _uniforms(stable_hash(seed, questions[i].id, first_index + g), max_completion_length)
-                        for i in batch
-                        for g in range(num_generations)
-                    ]
-                )
+                keys = [(questions[i].id, first_index + g) for i in batch for g in range(num_generations)]
+                uniforms = torch.stack([_uniforms(stable_hash(seed, *key), max_completion_length) for key in keys])
                 drawn = self._decode([prompts[i] for i in batch], num_generations, settings, uniforms)
                 for n, i in enumerate(batch):
                     for g in range(num_generations):
                         ids, logprobs = drawn[n * num_generations + g]
-                        ended = bool(ids) and ids[-1] in self.encoder.eos_token_ids
-                        out[i].append(
-                            Response(
-                                question_id=questions[i].id,
-                                source=source,
-                                index=first_index + g,
-                                text=self.encoder.decode(ids),
-                                finish_reason="stop" if ended else "length",
-                                token_ids=tuple(ids),
-                                logprobs=tuple(logprobs),
-                            )
-                        )
+                        reason = "stop" if ids and ids[-1] in self.encoder.eos_token_ids else "length"
+                        text, index = self.encoder.decode(ids), first_index + g
+                        tokens = tuple(ids), tuple(logprobs)
+                        out[i].append(Response(questions[i].id, source, index, text, reason, *tokens))
             return out
 
     @property

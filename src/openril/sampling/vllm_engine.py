@@ -102,27 +102,17 @@ class VLLMSampler:
             asked.cancel()
             raise
         with_logprobs = settings.temperature in (0.0, 1.0)
-        out = []
+        out: list[list[Response]] = []
         for question, prompt, completion in zip(questions, prompts, completions, strict=True):
             self._check_prompt(question, prompt, completion.answer)
             choices = sorted(completion.answer.choices, key=lambda c: c.index)
             if len(choices) != count:
                 raise EndpointError(f"{_WHAT}: expected {count} samples from the server, got {len(choices)}")
             drawn = [self._read(choice, with_logprobs) for choice in choices] * (num_generations // count)
-            out.append(
-                [
-                    Response(
-                        question_id=question.id,
-                        source=source,
-                        index=first_index + g,
-                        text=self.encoder.decode(ids),
-                        finish_reason=reason,
-                        token_ids=ids,
-                        logprobs=logprobs,
-                    )
-                    for g, (ids, logprobs, reason) in enumerate(drawn)
-                ]
-            )
+            out.append([])
+            for index, (ids, logprobs, reason) in enumerate(drawn, first_index):
+                text = self.encoder.decode(ids)
+                out[-1].append(Response(question.id, source, index, text, reason, ids, logprobs))
         return out
 
     def _request(self, settings: SamplingConfig, max_completion_length: int) -> dict[str, Any]:

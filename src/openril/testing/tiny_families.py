@@ -106,6 +106,17 @@ def _qwen_ids(sizes: Sizes) -> dict[str, Any]:
     }
 
 
+def _qwen_vision(sizes: Sizes, **more: Any) -> dict[str, Any]:
+    return {
+        "depth": sizes.vision_layers,
+        "hidden_size": sizes.vision_hidden_size,
+        "intermediate_size": 2 * sizes.vision_hidden_size,
+        "num_heads": max(1, sizes.vision_hidden_size // 32),
+        "out_hidden_size": sizes.text["hidden_size"],
+        **more,
+    }
+
+
 def _qwen2_5_vl(sizes: Sizes) -> tuple[Any, Any]:
     # M-RoPE divides a head's rotary pairs between time, height and width, 2 : 3 : 3 as in the real models.
     pairs = sizes.head_dim // 2
@@ -120,14 +131,7 @@ def _qwen2_5_vl(sizes: Sizes) -> tuple[Any, Any]:
             },
             "use_sliding_window": False,
         },
-        vision_config={
-            "depth": sizes.vision_layers,
-            "hidden_size": sizes.vision_hidden_size,
-            "intermediate_size": 2 * sizes.vision_hidden_size,
-            "num_heads": max(1, sizes.vision_hidden_size // 32),
-            "out_hidden_size": sizes.text["hidden_size"],
-            "fullatt_block_indexes": [sizes.vision_layers - 1],
-        },
+        vision_config=_qwen_vision(sizes, fullatt_block_indexes=[sizes.vision_layers - 1]),
         **_qwen_ids(sizes),
         tie_word_embeddings=False,
     )
@@ -157,16 +161,12 @@ def _qwen3_vl(sizes: Sizes) -> tuple[Any, Any]:
                 "mrope_interleaved": True,
             },
         },
-        vision_config={
-            "depth": sizes.vision_layers,
-            "hidden_size": sizes.vision_hidden_size,
-            "intermediate_size": 2 * sizes.vision_hidden_size,
-            "num_heads": max(1, sizes.vision_hidden_size // 32),
-            "out_hidden_size": sizes.text["hidden_size"],
-            "num_position_embeddings": 8 * 8,
+        vision_config=_qwen_vision(
+            sizes,
+            num_position_embeddings=8 * 8,
             # These layers' features are added to the first layers of the language model.
-            "deepstack_visual_indexes": sorted({0, sizes.vision_layers - 1}),
-        },
+            deepstack_visual_indexes=sorted({0, sizes.vision_layers - 1}),
+        ),
         **_qwen_ids(sizes),
         tie_word_embeddings=False,
     )
@@ -340,11 +340,7 @@ FAMILIES: dict[str, Family] = {
         pad="<pad>",
         bos="<bos>",
         writes_bos=True,
-        names={
-            "boi_token": "<start_of_image>",
-            "eoi_token": "<end_of_image>",
-            "image_token": "<image_soft_token>",
-        },
+        names={"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"},
     ),
     "qwen2": Family(_CHAT, CHATML.replace("IMAGE", ""), _qwen2),
 }
