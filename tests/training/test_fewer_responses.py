@@ -9,7 +9,7 @@ import pytest
 
 from openril.recipe.checks import require
 from openril.recipe.schema import Recipe
-from openril.records import Question
+from openril.records import Question, Response
 from openril.responses.cache import ResponseCache
 from openril.stages.train import cached_teacher_responses
 from support.loop import make_trainer, tiny_recipe
@@ -26,8 +26,11 @@ def questions(tmp_path: Path) -> list[Question]:
 @pytest.fixture
 def cache_dir(questions: list[Question], tmp_path: Path) -> Path:
     """16 responses of each teacher to each question."""
-    cache = ResponseCache.create(tmp_path / "cache")
-    responses = teacher_responses(questions, TEACHERS, 16)
+    return write_cache(tmp_path / "cache", questions, teacher_responses(questions, TEACHERS, 16))
+
+
+def write_cache(path: Path, questions: list[Question], responses: dict[str, list[Response]]) -> Path:
+    cache = ResponseCache.create(path)
     for source in TEACHERS:
         cache.register(source, model=source, revision=None, sampling={})
         with cache.writer(source) as writer:
@@ -35,7 +38,7 @@ def cache_dir(questions: list[Question], tmp_path: Path) -> Path:
                 for r in responses[q.id]:
                     if r.source == source:
                         writer.append(q, r)
-    return tmp_path / "cache"
+    return path
 
 
 def recipe_with(tmp_path: Path, checkpoint: Path, cache_dir: Path, **overrides: Any) -> Recipe:
@@ -114,3 +117,48 @@ def test_teacher_responses_need_not_be_as_many_as_samples(
         assert all(r.student_prob is not None for r in g.rollouts)
     assert 0.5 < metrics["discriminator/loss"] < 3  # each side is a mean: about 2 log 2, whatever their sizes
     assert metrics["discriminator/loss"] == pytest.approx(1.386, abs=0.3)
+
+
+def test_what_would_be_learnt_in_part_is_not_drawn(tiny_qwen: Path, questions: list[Question], tmp_path: Path):
+    """Judge and discriminator see whole texts, so a group holds no teacher response that the student's limit would cut."""
+    # One to eight words; of one question all of teacher b's are longer than the limit, which is four words.
+    words = {
+        (q.id, t): [20 if (n, t) == (1, "b") else 1 + (n + i) % 8 for i in range(16)]
+        for n, q in enumerate(questions)
+        for t in TEACHERS
+    }
+    responses = {
+        q.id: [Response(q.id, t, i, "red " * words[q.id, t][i]) for t in TEACHERS for i in range(16)] for q in questions
+    }
+    write_cache(tmp_path / "long", questions, responses)
+    recipe = recipe_with(tmp_path, tiny_qwen, tmp_path / "long", train__num_generations=4, train__max_steps=1)
+    trainer = make_trainer(recipe, tmp_path / "data")
+    everything = ResponseCache.open(tmp_path / "long").load(questions, TEACHERS)
+    count = lambda r: len(trainer.policy.encoder.completion_ids(r, 1000))  # noqa: E731
+    lengths = {(q.id, t): [count(r) for r in everything.responses_for(q.id, t)] for q in questions for t in TEACHERS}
+    limit = count(Response("q0", "a", 0, "red " * 4))
+    trainer.policy.settings.max_completion_length = limit
+    trainer.teacher_responses = cached_teacher_responses(recipe, questions, fits=trainer.policy.fits)
+    some, none = 0, 0
+    for epoch in range(4):
+        for q in questions:
+            group = trainer.teacher_responses(q, epoch)
+            assert group == trainer.teacher_responses(q, epoch)  # a function of its arguments, as resuming needs
+            for t in TEACHERS:
+                mine = [r for r in group if r.source == t]
+                fitting = sum(n <= limit for n in lengths[q.id, t])
+                assert all(count(r) <= limit for r in mine)
+                assert len(mine) == (2 if fitting else 0)
+                assert len({r.index for r in mine}) == min(2, fitting)
+                some, none = some + (0 < fitting < 16), none + (not fitting)
+    assert some and none
+    # A step counts what its questions have that does not fit, and the update cuts nothing.
+    groups, metrics = trainer.step(trainer.batch_at(0))
+    over = sum(n > limit for g in groups for t in TEACHERS for n in lengths[g.question.id, t])
+    assert metrics["train/teacher_too_long"] == over > 0
+    learnt = sum(count(r.response) for g in groups for r in g.teachers)
+    learnt += sum(len(r.response.token_ids or ()) for g in groups for r in g.students)
+    assert metrics["train/update_tokens"] == learnt
+    # Responses that only train the discriminator are never cut.
+    trainer.policy.settings.teacher_responses_in_update = False
+    assert all(len(trainer.teacher_responses(q, 0)) == 4 for q in questions)

@@ -76,9 +76,15 @@ def open_trainer(recipe: Recipe, console: Console | None = None) -> Iterator[RIL
         if console is not None and accelerator.is_main_process:
             console.print(f"train: {warning}")
     questions = training_questions(recipe)
-    teacher_responses = cached_teacher_responses(recipe, questions, check=accelerator.is_main_process)
     evaluates = recipe.train.eval_every > 0
-    judge, parts = None, None
+    judge: JudgeService | None = None
+    parts: TrainingComponents | None = None
+
+    def fits(response: Response) -> bool:
+        assert parts is not None
+        return parts.policy_update.fits(response)
+
+    teacher_responses = cached_teacher_responses(recipe, questions, check=accelerator.is_main_process, fits=fits)
     if recipe.answer_kind in ("judge", "rules_then_judge") or (evaluates and recipe.eval.score != "rules"):
         judge = build_judge_service(recipe, f"rank{accelerator.process_index}")
         if judge.store.outdated and console is not None and accelerator.is_main_process:
@@ -144,9 +150,15 @@ def training_questions(recipe: Recipe) -> list[Question]:
     return questions
 
 
-def cached_teacher_responses(recipe: Recipe, questions: list[Question], *, check: bool = True) -> TeacherResponses:
-    """Return a function that draws a question's teacher responses from the cache. check: compare the cache with the
-    questions and their images now; one process of a run is enough."""
+def cached_teacher_responses(
+    recipe: Recipe,
+    questions: list[Question],
+    *,
+    check: bool = True,
+    fits: Callable[[Response], bool] = lambda response: True,
+) -> TeacherResponses:
+    """Return a function that draws a question's teacher responses from the cache, those that ``fits`` accepts. check:
+    compare the cache with the questions and their images now; one process of a run is enough."""
     count = recipe.teacher_responses_per_question
     if not count:
         return lambda question, epoch: []
@@ -158,7 +170,7 @@ def cached_teacher_responses(recipe: Recipe, questions: list[Question], *, check
     amount = {"per_teacher": each} if train.per_teacher else {"total": count}
 
     def responses(question: Question, epoch: int) -> list[Response]:
-        return draw(cache, question.id, recipe.teacher_names, seed=recipe.seed, epoch=epoch, **amount)
+        return draw(cache, question.id, recipe.teacher_names, seed=recipe.seed, epoch=epoch, fits=fits, **amount)
 
     return responses
 

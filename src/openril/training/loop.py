@@ -1,6 +1,6 @@
 """The RIL loop. ``RILTrainer.step`` is Algorithm 2 of the paper (arXiv 2510.19307), line by line.
 
-Where it departs from the paper's text (docs/algorithm.md has the whole list):
+Its main departures from the text of the paper (docs/algorithm.md lists all):
 1. Ratios are per token; sums over a group are divided by the constant (members) x max_completion_length.
 2. KL is the k3 estimator per token.
 3. With several teachers, G teacher responses in all, balanced, drawn without replacement.
@@ -35,25 +35,35 @@ from openril.training.policy_update import PolicyUpdate
 from openril.training.run_folder import RunFolder
 
 TeacherResponses = Callable[[Question, int], list[Response]]
-"""(question, visit) -> teacher responses for its group; visit counts how often the question has come up before."""
+"""(question, epoch) -> teacher responses for its group; epoch counts how often the question was used before."""
 
 
 class RewardModel(Protocol):
-    """Fills reward, verdict and similarity of every rollout; returns counts and seconds of the whole step by name."""
+    """What gives the rollouts their rewards."""
 
     def begin(self, groups: Sequence[Group]) -> None:
-        """Start what needs no discriminator: the judge's requests run while the discriminator trains."""
+        """Start what does not need the discriminator: the judge's requests run while the discriminator trains."""
 
-    def score(self, groups: Sequence[Group]) -> dict[str, float]: ...
+    def score(self, groups: Sequence[Group]) -> dict[str, float]:
+        """Set reward, verdict and similarity of every rollout; return counts and seconds of the whole step by name."""
+        ...
 
 
 class RILTrainer:
     """Runs Algorithm 2 (or, with the recipe's switches, Algorithm 1 and the ablations between them).
 
-    The parts come ready (training/setup.py builds them from a recipe): ``sampler`` draws from the student's current
-    weights, ``policy`` is what learns, ``discriminator`` may be None, ``teacher_responses`` draws from the cache,
-    ``rewards`` fills in rewards. ``save(step)`` writes a checkpoint. ``evaluate()`` returns metrics or None.
-    All processes run the same steps on their own share of each batch.
+    All processes run the same steps on their own share of each batch. training/setup.py builds the components.
+
+    Args:
+        sampler: Draws from the student's current weights.
+        policy: Updates the student.
+        discriminator: None where the recipe has none.
+        teacher_responses: Draws from the cache.
+        rewards: Sets the rewards.
+        save: Writes the checkpoint of a step.
+        evaluate: Returns metrics of the current student.
+        report: Receives step, number of steps and the row of metrics after each step.
+        warn: Receives messages for the user.
     """
 
     def __init__(
@@ -97,11 +107,13 @@ class RILTrainer:
     # ---- Algorithm 2 ------------------------------------------------------------------------------------------------
 
     def step(self, batch: Sequence[tuple[Question, int]]) -> tuple[list[Group], dict[str, float]]:
-        """One pass over a batch of (question, visit), this process's share; returns its groups and metrics."""
+        """Train on this process's share of a batch of (question, epoch); return its groups and the metrics."""
         metrics: dict[str, float] = {}
         when = f"step {self.step_number + 1}"
         with self.timed("sampling"):  # G responses from pi_old, G of the teachers from the cache
             groups = self.sample_groups(batch)
+        if self.recipe.teacher_responses_per_question:
+            metrics["train/teacher_too_long"] = float(sum(gather_object([self.policy.too_long])))
         self.rewards.begin(groups)
         if self.discriminator is not None:
             with self.timed("discriminator"):  # D learns from these 2G responses first, then judges them
@@ -122,10 +134,11 @@ class RILTrainer:
         return groups, metrics
 
     def sample_groups(self, batch: Sequence[tuple[Question, int]]) -> list[Group]:
-        """Groups of the batch: the student's samples first, then the teachers' cached responses."""
+        """Return the groups of the batch: the student's samples first, then the teachers' cached responses."""
         train = self.recipe.train
+        self.policy.too_long = 0
         samples: dict[tuple[str, int], list[Response]] = {}
-        # Where one pass over the questions ends and the next begins, a question may come up twice: draw it anew.
+        # Where one epoch ends and the next begins, a question may come up twice; it is then sampled twice.
         for epoch in sorted({epoch for _, epoch in batch}):
             questions = [q for q, v in batch if v == epoch]
             with self.accelerator.autocast():
@@ -143,7 +156,7 @@ class RILTrainer:
         ]
 
     def replayed_groups(self, iteration: int) -> list[Group]:
-        """This process's share of the earlier groups that the discriminator is reminded of in its update."""
+        """Return this process's share of the earlier groups that the discriminator's update repeats."""
         if self.discriminator is None or not self.recipe.uses_replay:
             return []
         seed = stable_hash(self.recipe.seed, "replay", self.step_number, iteration)
@@ -155,7 +168,7 @@ class RILTrainer:
         return groups
 
     def set_advantages(self, groups: Sequence[Group]) -> None:
-        """A_i = R_i - mean over the group's members in the update; a member with unknown reward is left out."""
+        """Set A_i = R_i - mean over the group's members in the update, without those whose reward is unknown."""
         for group in groups:
             members = self.policy.members(group)
             rewards = [float("nan") if r.reward is None else r.reward for r in members]
@@ -165,28 +178,35 @@ class RILTrainer:
             for rollout, advantage in zip(members, advantages[0].tolist(), strict=True):
                 rollout.advantage = advantage
 
-    # ---- around it --------------------------------------------------------------------------------------------------
+    # ---- steps and logging --------------------------------------------------------------------------------------------------
 
     @property
     def total_steps(self) -> int:
         return total_steps(self.recipe, len(self.questions))
 
     def batch_at(self, step: int) -> list[tuple[Question, int]]:
-        """This process's share of the batch of ``step``: contiguous, so that any number of processes sees the same
-        batch. Batches cut an endless row of seeded permutations; the visit is the number of the permutation."""
+        """Return this process's share of the batch of ``step``.
+
+        Shares are contiguous, so that any number of processes sees the same batch. Batches are consecutive parts of an
+        endless sequence of seeded permutations; the epoch is the number of the permutation.
+        """
         size = self.recipe.train.questions_per_step
         share = size // self.accelerator.num_processes
         first = step * size + share * self.accelerator.process_index
         return [self.question_at(position) for position in range(first, first + share)]
 
     def question_at(self, position: int) -> tuple[Question, int]:
-        """The question at a place of the endless row, and its visit."""
+        """Return the question at a position of the endless sequence, and its epoch."""
         n = len(self.questions)
         epoch, place = divmod(position, n)
         return self.questions[permutation(n, self.recipe.seed, epoch)[place]], epoch
 
     def train(self) -> None:
-        """Run to the last step, from where the run is. Raises Interrupted after saving when asked to stop."""
+        """Run to the last step from the current one.
+
+        Raises:
+            Interrupted: A signal asked to stop; the state is saved.
+        """
         train = self.recipe.train
         saved = self.step_number
         with stop_requests() as stop:
@@ -199,7 +219,7 @@ class RILTrainer:
                     d_settings = self.recipe.discriminator.optimizer
                     d_rate = learning_rate(d_settings, self.step_number, self.total_steps)
                     set_learning_rate(self.discriminator.optimizer, d_rate)
-                if self.step_number + 1 < self.total_steps:  # images of the next step are made ready during this one
+                if self.step_number + 1 < self.total_steps:  # the images of the next step are prepared during this one
                     self.policy.encoder.prefetch(q for q, _ in self.batch_at(self.step_number + 1))
                 groups, metrics = self.step(self.batch_at(self.step_number))
                 self.step_number += 1
@@ -209,7 +229,7 @@ class RILTrainer:
                 ]
                 if self.discriminator is not None and self.recipe.uses_replay:
                     self.discriminator.replay.keep((step - 1) * train.questions_per_step, everyone)
-                metrics |= reward_metrics(everyone, train.max_completion_length)
+                metrics |= reward_metrics(everyone)
                 metrics["train/learning_rate"] = rate
                 if self.evaluate is not None and train.eval_every and step % train.eval_every == 0:
                     with self.timed("eval"):
@@ -226,11 +246,8 @@ class RILTrainer:
                     raise Interrupted(f"stopped after step {saved}; the same command continues")
 
     def write_student(self, folder: Path, dtype: torch.dtype | None = None) -> None:
-        """The student as an ordinary checkpoint with its processor (adapters merged), its weights as ``dtype``.
-
-        Every process must call this.
-        """
-        assert self._write_student is not None, "made without a way to write the student"
+        """Write the student as an ordinary checkpoint of type ``dtype``, adapters merged. Every process must call this."""
+        assert self._write_student is not None, "this trainer was built without write_student"
         self._write_student(folder, dtype)
 
     def _log(self, step: int, groups: list[Group], metrics: dict[str, float]) -> None:
@@ -254,15 +271,15 @@ class RILTrainer:
 
 
 def total_steps(recipe: Recipe, num_questions: int) -> int:
-    """Steps of a whole run: train.max_steps, or train.epochs passes over the questions, rounded up."""
+    """Return the steps of a whole run: train.max_steps, or those of train.epochs, rounded up."""
     if recipe.train.max_steps:
         return recipe.train.max_steps
     return max(1, -int(-recipe.train.epochs * num_questions // recipe.train.questions_per_step))
 
 
-@lru_cache(maxsize=5)
+@lru_cache(maxsize=8)
 def permutation(n: int, seed: int, epoch: int) -> list[int]:
-    """Return the order of the questions in an epoch."""
+    """Return the order of ``n`` questions in an epoch."""
     generator = torch.Generator().manual_seed(stable_hash(seed, "order", epoch))
     return torch.randperm(n, generator=generator).tolist()
 
@@ -272,12 +289,12 @@ def prefixed(prefix: str, metrics: dict[str, float]) -> dict[str, float]:
 
 
 def without_images(question: Question) -> Question:
-    """The question with its images' names alone: what other processes and the rollout files need of it."""
+    """Return the question with the names of its images alone, which is all that rollout files need."""
     return replace(question, images=tuple(ImageSource(url=image.name) for image in question.images))
 
 
 def memory_metrics() -> dict[str, float]:
-    """Peak memory in GiB: the device's if there is one, and this process's resident set."""
+    """Return the peak memory in GiB: this process's resident set, and the device's if there is one."""
     import resource
 
     out = {"memory/peak_resident_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}

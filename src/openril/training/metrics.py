@@ -11,8 +11,8 @@ from statistics import stdev
 from openril.records import Group, Rollout
 
 
-def reward_metrics(groups: Sequence[Group], max_completion_length: int) -> dict[str, float]:
-    """Means by side. A metric without a value in this step (nothing known, nothing of that side) is left out."""
+def reward_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """Return the means by side, without metrics that have no value in this step (nothing known, or nothing of a side)."""
     out: dict[str, float] = {}
     students = [r for g in groups for r in g.students]
     teachers = [r for g in groups for r in g.teachers]

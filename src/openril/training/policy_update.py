@@ -29,7 +29,7 @@ from openril.models.packing import (
 from openril.models.packing_probe import PackingProbe, trial_group
 from openril.models.prompts import PromptEncoder
 from openril.recipe.schema import TrainConfig
-from openril.records import Group, Rollout
+from openril.records import Group, Response, Rollout
 
 
 class PolicyUpdate:
@@ -62,6 +62,7 @@ class PolicyUpdate:
         self.unwrapped: Policy = accelerator.unwrap_model(policy)
         self.trainable = [p for p in self.unwrapped.parameters() if p.requires_grad]
         self.updates = 0  # optimizer steps of this object, which tell samplers elsewhere that the weights have changed
+        self.too_long = 0  # teacher responses that did not fit, since the loop last set this to 0
         self.warn = warn
         self._dummy = dummy_image_prompt(encoder, self.unwrapped, accelerator.num_processes)
         self.packing = PackingProbe(
@@ -71,6 +72,15 @@ class PolicyUpdate:
     def members(self, group: Group) -> list[Rollout]:
         """Return the rollouts that are in Eq. 2, without teacher responses if those only train the discriminator."""
         return group.rollouts if self.settings.teacher_responses_in_update else group.students
+
+    def fits(self, response: Response) -> bool:
+        """Return whether a teacher response is learnt whole, and count it in ``too_long`` if it would be cut."""
+        if not self.settings.teacher_responses_in_update:
+            return True
+        limit = self.settings.max_completion_length
+        fits = len(self.encoder.completion_ids(response, limit + 1)) <= limit
+        self.too_long += not fits
+        return fits
 
     def update(self, groups: Sequence[Group], step: int) -> dict[str, float]:
         """Take mu optimizer steps on the groups of one batch, whose advantages are set; return the metrics of the last.
