@@ -226,7 +226,7 @@ def test_left_out_examples_are_counted_once_and_said(tmp_path, tiny_qwen, data):
 
 def test_batch_sizes_that_do_not_divide_are_named(tmp_path, tiny_qwen, data):
     recipe = make_recipe(tmp_path, tiny_qwen, data, batch_size=6, micro_batch_size=4)
-    with pytest.raises(RecipeError, match=r"batch_size 6 .* micro_batch_size 4"):
+    with pytest.raises(RecipeError, match=r"sft\.batch_size: .*micro_batch_size 4 .*got 6"):
         micro_batches(recipe, 1)
     assert micro_batches(recipe, 2) == (3, 1)  # a process's share is smaller than the micro batch
     assert micro_batches(make_recipe(tmp_path, tiny_qwen, data, batch_size=128, micro_batch_size=4), 8) == (4, 4)

@@ -27,9 +27,9 @@ def answers(questions):
 def make_collator(checkpoint, examples, folder, *, processes=1, **limits):
     model = load_model(str(checkpoint))
     encoder = PromptEncoder(load_processor(str(checkpoint)), model, keep=0)
-    borrowed = dummy_image_prompt(encoder, model, processes)
+    dummy = dummy_image_prompt(encoder, model, processes)
     limits = {"max_prompt_length": 4096, "max_length": 4608, **limits}
-    return model, SFTCollator(examples, encoder, left_out_path=folder / "left_out.jsonl", borrowed=borrowed, **limits)
+    return model, SFTCollator(examples, encoder, left_out_path=folder / "left_out.jsonl", dummy=dummy, **limits)
 
 
 def rows(*numbers):

@@ -84,11 +84,7 @@ def response_weights(mask: Tensor, group_sizes: Tensor, *, per_length: bool, max
     """Return the weight [R] that the tokens of a response have in the loss of its group.
 
     Dr.GRPO and RIL: 1 / (members x max_completion_length), the same for every response. GRPO (per_length): 1 / (members x
-    tokens of the response).
-
-    Args:
-        mask: bool [R, T].
-        group_sizes: int [R], the number of members in the group of each response.
+    tokens of the response). mask: bool [R, T]; group_sizes: int [R], the members in the group of each response.
     """
     if per_length:
         return 1.0 / (group_sizes * mask.sum(-1).clamp(min=1))
@@ -108,10 +104,7 @@ def objective_stats(
 ) -> ObjectiveStats:
     """Return the sums for the metrics of one micro-batch.
 
-    Args:
-        mask: bool [R, T], the tokens that count.
-        from_student: bool [R], the responses that the student wrote.
-        The others: As in ``token_loss``.
+    mask: bool [R, T], the tokens that count; from_student: bool [R]; the others as in ``token_loss``.
     """
     with torch.no_grad():
         ratio = (logprobs - old_logprobs).exp()

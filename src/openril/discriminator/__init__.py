@@ -1,1 +1,1 @@
-"""The discriminator: network, prompt, training, health."""
+"""The discriminator: network, prompt, losses, replay and health."""

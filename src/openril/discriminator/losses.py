@@ -12,14 +12,8 @@ from torch.nn.functional import logsigmoid
 def bce_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """Return Eq. 1 of RIL for one question as a loss: -(mean log D(student) + mean log(1 - D(teacher))).
 
-    The label of a student response is one. A side without responses adds 0.
-
-    Args:
-        student_logits: [S].
-        teacher_logits: [T].
-
-    Returns:
-        Scalar in nats, 2 log 2 at chance.
+    The label of a student response is one. Logits: [S], [T]. The scalar is in nats, 2 log 2 at chance; a side without
+    responses adds 0.
     """
     loss = student_logits.sum() * 0.0 + teacher_logits.sum() * 0.0
     if student_logits.numel():
@@ -32,32 +26,23 @@ def bce_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 def bce_terms(logits: Tensor, labels_student_is_one: Tensor) -> Tensor:
     """Return the terms of ``bce_loss``: -log D for a student response, -log(1 - D) for a teacher response.
 
-    Their sum with weights 1/S and 1/T is ``bce_loss``, however the responses are batched.
-
-    Args:
-        logits: [N].
-        labels_student_is_one: bool [N].
-
-    Returns:
-        [N] in nats.
+    Logits: [N]; labels: bool [N]; terms: [N] in nats. Their sum with weights 1/S and 1/T is ``bce_loss``, however the
+    responses are batched.
     """
     return -logsigmoid(torch.where(labels_student_is_one, logits, -logits))
 
 
 def chance_loss(loss: str, has_student: bool, has_teacher: bool) -> float:
-    """Return the loss of one question, in nats, when every logit is 0.
+    """Return the loss of one question, in nats, when every logit is 0: 2 log 2 for ``bce``, log 2 for ``bradley_terry``.
 
-    Args:
-        loss: ``bce`` (2 log 2) or ``bradley_terry`` (log 2).
-        has_student: Whether the question has student responses; without them Eq. 1 has one term only.
-        has_teacher: The same for teacher responses.
+    Without responses of one side, Eq. 1 has one term and Bradley-Terry none.
     """
     sides = has_student + has_teacher
     return math.log(2) * (sides if loss == "bce" else sides // 2)
 
 
 def centered(logits: Tensor, labels_student_is_one: Tensor) -> Tensor:
-    """Return the logits [N] of one question, shifted so that zero is half-way between the means of the two sides.
+    """Return the logits [N] of one question, shifted so that zero is halfway between the means of the two sides.
 
     Bradley-Terry learns differences alone, so the zero of its logits is arbitrary. If one side has no responses, the
     logits are returned as they are.
@@ -71,13 +56,8 @@ def centered(logits: Tensor, labels_student_is_one: Tensor) -> Tensor:
 def bradley_terry_loss(student_logits: Tensor, teacher_logits: Tensor, weights: Tensor | None = None) -> Tensor:
     """Return -log sigmoid(z_student - z_teacher), averaged over the pairs of one question (GAD, arXiv 2511.10643).
 
-    Args:
-        student_logits: [S].
-        teacher_logits: [T].
-        weights: [S, T] with sum 1, where not all pairs count alike.
-
-    Returns:
-        Scalar in nats, log 2 at chance, 0 if one side is empty.
+    Logits: [S], [T]; weights: [S, T] with sum 1, where not all pairs count alike. The scalar is in nats, log 2 at chance,
+    0 if one side is empty.
     """
     if not student_logits.numel() or not teacher_logits.numel():
         return student_logits.sum() * 0.0 + teacher_logits.sum() * 0.0
@@ -88,21 +68,15 @@ def bradley_terry_loss(student_logits: Tensor, teacher_logits: Tensor, weights: 
 def length_only_accuracy(lengths: Tensor, labels_student_is_one: Tensor) -> float:
     """Return the accuracy of the best threshold on length, in either direction, on this batch.
 
-    A discriminator that looks at nothing but length could reach it.
-
-    Args:
-        lengths: [N], in any unit.
-        labels_student_is_one: bool [N].
-
-    Returns:
-        A share, NaN for an empty batch.
+    A discriminator that looks at nothing but length could reach it. Lengths: [N], in any unit; labels: bool [N]. NaN for
+    an empty batch.
     """
     n = lengths.numel()
     if n == 0:
         return float("nan")
     order = lengths.argsort()
     sorted_lengths, labels = lengths[order], labels_student_is_one[order].long()
-    # Cut after i shortest: those below called student and those above teacher, or the other way round.
+    # A cut after the i shortest calls those below student and those above teacher, or the reverse.
     students_below = torch.cat([labels.new_zeros(1), labels.cumsum(0)])
     below = torch.arange(n + 1)
     correct = students_below + (n - below) - (labels.sum() - students_below)

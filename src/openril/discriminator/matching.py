@@ -1,10 +1,10 @@
-"""Length matching: what of two responses may be compared so that length tells nothing.
+"""Length matching: choose the parts of two responses that can be compared without length giving the author away.
 
-Cutting the longer of a pair to the shorter's length is not enough: a text that breaks off beside one that ends still
-says which is longer. So neither shows its end. What is left are two beginnings of the same number of tokens, and over a
-group exactly the same weighted lengths on both sides: whoever looks at length alone is right half of the time.
-Responses are scored as they are learnt from. A whole text would show an end that the discriminator has never seen, at
-lengths it may never have seen on that side, and a response could earn by being long.
+Cutting the longer response of a pair to the length of the shorter is not enough: a text that breaks off next to one that
+ends still shows which is longer. So neither shows its end. Both are beginnings of the same number of tokens, and over a
+group both sides have exactly the same weighted lengths: a classifier by length alone is right half of the time.
+Scoring shows the same beginnings as the update. A whole text would show an end that the discriminator has never seen, at
+lengths it may never have seen on that side, and a response could earn reward by being long.
 """
 
 from __future__ import annotations
@@ -15,26 +15,28 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Pair:
-    """Student response number ``student`` beside teacher response number ``teacher``, of each its first ``tokens``.
-
-    weight: the pair's share of the group; those of a group sum to 1.
-    """
+    """The first ``tokens`` tokens of student response number ``student`` and of teacher response number ``teacher``."""
 
     student: int
     teacher: int
     weight: float
+    """The pair's share of the group; the shares of a group sum to 1."""
     tokens: int
 
 
 def matched_pairs(student_lengths: Sequence[int], teacher_lengths: Sequence[int], limit: int) -> list[Pair]:
-    """Pairs that use every student response with weight 1/S in all and every teacher response with 1/T.
+    """Return pairs in which every student response has weight 1/S in all and every teacher response 1/T.
 
-    student_lengths [S], teacher_lengths [T]: tokens. limit: most tokens shown. Both sides are walked through from short
-    to long, which makes the mean difference of lengths as small as it can be: with S = T the shortest meets the
-    shortest, and so on; otherwise a response meets several of the other side, with parts of its weight. Empty when a
-    side is empty: then there is nothing to compare.
+    Both sides are walked from short to long, which makes the mean difference of lengths as small as possible: with S = T
+    the shortest is paired with the shortest, and so on; otherwise a response is paired with several of the other side,
+    each with a part of its weight. There are no pairs if a side is empty.
+
+    Args:
+        student_lengths: [S] tokens.
+        teacher_lengths: [T] tokens.
+        limit: The most tokens that are shown.
     """
-    # Weights in whole parts of 1 / (S T): a student response has T of them, a teacher response S.
+    # Weights are counted in parts of 1 / (S T): a student response has T of them, a teacher response S.
     students = sorted(range(len(student_lengths)), key=student_lengths.__getitem__)
     teachers = sorted(range(len(teacher_lengths)), key=teacher_lengths.__getitem__)
     whole = len(students) * len(teachers)
@@ -50,7 +52,9 @@ def matched_pairs(student_lengths: Sequence[int], teacher_lengths: Sequence[int]
 
 
 def shown_tokens(a: int, b: int, limit: int) -> int:
-    """Tokens shown of two responses of ``a`` and ``b`` tokens: all but the last of the shorter, which would show that it
-    ends, but at least the first if both have one."""
+    """Return how many tokens to show of two responses of ``a`` and ``b`` tokens.
+
+    These are all but the last of the shorter, which would show that it ends, but at least the first if both have one.
+    """
     shorter = min(a, b)
     return min(limit, shorter - 1 if shorter > 1 else shorter)

@@ -22,10 +22,10 @@ HEAD_FILE = "score_head.safetensors"
 
 
 class DiscriminatorModel(nn.Module):
-    """Backbone of a vision-language model and a score head; the logit is of student_prob.
+    """The backbone of a vision-language model and a score head; the logit is of student_prob.
 
-    On disk: an ordinary checkpoint of the backbone (``AutoModel.from_pretrained`` takes it) with its processor, and
-    the head beside it in ``score_head.safetensors``.
+    On disk it is an ordinary checkpoint of the backbone, which ``AutoModel.from_pretrained`` loads, with its processor
+    and with the head in ``score_head.safetensors``.
     """
 
     def __init__(self, backbone: nn.Module, hidden_size: int) -> None:
@@ -36,7 +36,7 @@ class DiscriminatorModel(nn.Module):
 
     @classmethod
     def from_student(cls, checkpoint: str, student: StudentConfig, *, seed: int, dtype: torch.dtype = torch.float32):
-        """Student weights, its LM head replaced by a fresh score head drawn from ``seed``."""
+        """Build it from the student's weights, with a new score head drawn from ``seed`` in place of the LM head."""
         model: Any = load_model(
             checkpoint,
             what="discriminator",
@@ -56,10 +56,12 @@ class DiscriminatorModel(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, folder: str | Path, student: StudentConfig, *, dtype: torch.dtype = torch.float32):
-        """What ``save`` wrote. Raises ModelError when the folder holds no discriminator."""
+        """Load what ``save`` wrote. Raises ModelError if the folder holds no discriminator."""
         folder = Path(folder)
         if not (folder / HEAD_FILE).is_file():
-            raise ModelError(f"{folder} holds no discriminator (no {HEAD_FILE}); run `ril discriminator` first")
+            raise ModelError(
+                f"{folder}: expected a discriminator, but {HEAD_FILE} is missing. Run `ril discriminator` first."
+            )
         try:
             loaded: Any = AutoModel.from_pretrained(
                 folder,
@@ -75,7 +77,7 @@ class DiscriminatorModel(nn.Module):
         if info["missing_keys"]:
             missing = sorted(info["missing_keys"])
             raise ModelError(
-                f"{folder} lacks {len(missing)} weights ({', '.join(missing[:3])}, ...); they would be random"
+                f"{folder}: {len(missing)} weights are missing ({', '.join(missing[:3])}, ...) and would be random."
             )
         head = load_file(folder / HEAD_FILE)
         made = cls(backbone, head["weight"].shape[1])
@@ -83,10 +85,7 @@ class DiscriminatorModel(nn.Module):
         return made.eval()
 
     def save(self, folder: Path, processor: Any, state: dict[str, Tensor] | None = None) -> None:
-        """Write backbone, head and processor, atomically.
-
-        state: the whole module's weights, where they are sharded over processes.
-        """
+        """Write backbone, head and processor atomically. state: all weights, where they are sharded over processes."""
         state = state if state is not None else self.state_dict()
         backbone = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
         backbone_model: Any = self.backbone
@@ -96,7 +95,7 @@ class DiscriminatorModel(nn.Module):
             processor.save_pretrained(temporary)
 
     def forward(self, rows: Batch) -> Tensor:
-        """float32 [R]: logits of student_prob, one for each response of the rows."""
+        """Return float32 [R]: the logits of student_prob, one for each response of the rows."""
         if rows.layout is None:
             hidden = self.backbone(**rows.model_inputs, use_cache=False).last_hidden_state
         else:
@@ -107,17 +106,18 @@ class DiscriminatorModel(nn.Module):
             return self.head(state.to(self.head.weight.dtype))[:, 0].float()
 
     def enable_packing(self, store: FeatureCache) -> None:
-        """Let the backbone take packed rows; outputs of its frozen vision side are kept in ``store``.
+        """Let the backbone take packed rows, and keep the outputs of its frozen vision side in ``store``.
 
-        Raises CannotPack where it cannot.
+        Raises CannotPack if it cannot.
         """
         self.vision = VisionFeatures(self.backbone, store)
         if not self.vision.available:
-            raise CannotPack("it takes no ready image features")
+            raise CannotPack("it does not accept precomputed image features")
         enable(self.backbone)
 
 
 def load_discriminator_processor(folder: str | Path, student: StudentConfig) -> Any:
+    """Load the processor of a discriminator, or of the checkpoint it starts from."""
     return load_processor(
         str(folder),
         what="discriminator",

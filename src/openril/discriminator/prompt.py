@@ -1,11 +1,11 @@
-"""What the discriminator reads: own wording in the structure of the paper's prompt (its Figure 3)."""
+"""The prompt of the discriminator, in the structure of the paper's prompt (its Figure 3) with a wording of this project."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from typing import Any, Literal
 
 import torch
+from cachetools import LRUCache, cachedmethod
 from PIL import Image
 from torch import Tensor
 
@@ -19,14 +19,14 @@ SYSTEM = (
     "You are a discriminator. You read a response and decide who wrote it: a teacher model or a student model."
     " Judge by its reasoning, its accuracy and its style. Say 0 if a teacher wrote it and 1 if a student wrote it."
 )
-# What is asked stands before the response: all of it is then shared by the responses, and runs once for them.
+# The instruction comes before the response, so that all responses to a question share it and it runs once.
 USER = (
     "{question}Who wrote the following response? Answer with 0 for teacher or 1 for student.\n"
     "<response>\n{response}\n</response>"
 )
 QUESTION = "<question>\n{question}\n</question>\n"
 
-# Stands for the response while the chat template is filled in.
+# Marks the place of the response while the chat template is filled in.
 _PLACE = "RESPONSE-STANDS-HERE"
 
 # Tags of the prompt. A response that holds one could end its part of the prompt early.
@@ -34,10 +34,12 @@ _OWN_TAGS = ("response", "question")
 
 
 class DiscriminatorPrompts:
-    """Prompts of a discriminator in two parts: what all responses to a question share, encoded once, and the rest.
+    """Builds prompts in two parts: what all responses to a question share, encoded once, and the rest.
 
-    inputs: the response alone (paper), with the question's text, or with its images too. A response longer than
-    max_response_tokens keeps its first and last halves of that many tokens.
+    Args:
+        inputs: What the prompt shows: the response alone (paper), with the question's text, or with its images too.
+        max_response_tokens: A longer response keeps its first and last halves of that many tokens.
+        keep: The number of questions whose encoded parts are kept.
     """
 
     def __init__(
@@ -51,25 +53,16 @@ class DiscriminatorPrompts:
         self.encoder = encoder
         self.inputs = inputs
         self.max_response_tokens = max_response_tokens
-        self._keep = keep
-        self._heads: OrderedDict[Question | None, tuple[Prompt, str]] = OrderedDict()
-        self._tails: OrderedDict[tuple[str, str, int | None], Tensor] = OrderedDict()
-        self._lengths: OrderedDict[str, int] = OrderedDict()
+        self._heads: LRUCache[Question | None, tuple[Prompt, str]] = LRUCache(keep)
+        self._tails: LRUCache[tuple[str, str, int | None], Tensor] = LRUCache(64 * keep)
+        self._lengths: LRUCache[str, int] = LRUCache(64 * keep)
 
+    @cachedmethod(lambda self: self._heads, key=lambda self, question: None if self.inputs == "response" else question)
     def head(self, question: Question) -> tuple[Prompt, str]:
-        """The prompt up to the response, images included, and the text that follows the response.
+        """Return the prompt up to the response, images included, and the text that follows the response.
 
-        With inputs = response it is one and the same object for all questions. Raises DataError for an unusable image.
+        With inputs = response it is the same object for all questions. Raises DataError for an unusable image.
         """
-        key = None if self.inputs == "response" else question
-        if key not in self._heads:
-            self._heads[key] = self._encode_head(question)
-            if len(self._heads) > self._keep:
-                self._heads.popitem(last=False)
-        self._heads.move_to_end(key)
-        return self._heads[key]
-
-    def _encode_head(self, question: Question) -> tuple[Prompt, str]:
         encoder, asked = self.encoder, ""
         if self.inputs != "response":
             plain = question_text(question).replace(IMAGE_MARKER, "")
@@ -85,37 +78,25 @@ class DiscriminatorPrompts:
         name = f"discriminator prompt of question {question.id}"
         return encoder.encode_text(before, images, name=name, key=question.images if images else None), after
 
-    def tail(self, response_text: str, after: str, shown: int | None = None) -> Tensor:
-        """int64 [T]: ids of the response and of the text that follows it.
-
-        shown: only the response's first tokens, exactly this many (or all, if there are fewer).
-        """
-        key = (response_text, after, shown)
-        if key not in self._tails:
-            self._tails[key] = self._encode_tail(response_text, after, shown)
-            if len(self._tails) > 64 * self._keep:
-                self._tails.popitem(last=False)
-        self._tails.move_to_end(key)
-        return self._tails[key]
-
+    @cachedmethod(lambda self: self._lengths)
     def length(self, response_text: str) -> int:
-        """Tokens of a response, whole."""
-        if response_text not in self._lengths:
-            self._lengths[response_text] = len(self._response_ids(response_text)[1])
-            if len(self._lengths) > 64 * self._keep:
-                self._lengths.popitem(last=False)
-        self._lengths.move_to_end(response_text)
-        return self._lengths[response_text]
+        """Return the number of tokens of the whole response."""
+        return len(self._response_ids(response_text)[1])
 
     def _response_ids(self, response_text: str) -> tuple[str, list[int]]:
         text = remove_tags(self.encoder.clean(response_text), _OWN_TAGS)
         return text, self.encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def _encode_tail(self, response_text: str, after: str, shown: int | None) -> Tensor:
+    @cachedmethod(lambda self: self._tails)
+    def tail(self, response_text: str, after: str, shown: int | None = None) -> Tensor:
+        """Return int64 [T]: the ids of the response and of the text that follows it.
+
+        shown: Use only the response's first tokens, exactly this many or all if there are fewer.
+        """
         encoder = self.encoder
         text, ids = self._response_ids(response_text)
         if shown is not None:
-            # Put together as ids: read as one text, a token across the seam could betray that one was cut.
+            # Joined as ids: in one text, a token across the seam could show that the response was cut.
             return torch.tensor([*ids[:shown], *encoder.tokenizer(after, add_special_tokens=False)["input_ids"]])
         if len(ids) > self.max_response_tokens:
             half = self.max_response_tokens // 2
@@ -124,5 +105,5 @@ class DiscriminatorPrompts:
 
 
 def load_question_images(encoder: PromptEncoder, question: Question) -> list[Image.Image]:
-    """The question's images, decoded. Raises DataError for one that cannot be used."""
+    """Return the question's images, decoded. Raises DataError for one that cannot be used."""
     return [load_image(s, max_pixels=encoder.max_image_pixels, allow_urls=encoder.allow_urls) for s in question.images]

@@ -1,9 +1,9 @@
-"""What the student said in earlier steps, for the discriminator to be reminded of.
+"""Student responses of earlier steps, which the discriminator's update can repeat.
 
-A discriminator that only meets the student of today may forget the student of before, who then comes back (replay of
-older student responses: arXiv 2609.30864). Whole groups are replayed: an old response beside teacher responses to *its*
-question, drawn again from the cache. Without them one that sees the question would learn which questions are replayed,
-and Bradley-Terry would have no pairs.
+A discriminator that only sees the current student may forget the earlier one, whose responses then earn reward again
+(replay of older student responses: arXiv 2609.30864). Whole groups are replayed: old responses together with teacher
+responses to *their* question, drawn again from the cache. Without those, a discriminator that sees the question would
+learn which questions are replayed, and Bradley-Terry would have no pairs.
 """
 
 from __future__ import annotations
@@ -20,10 +20,13 @@ from openril.storage import write_jsonl
 
 
 class ReplayMemory:
-    """The student responses of the last ``steps`` steps, those of all processes: every process holds the same.
+    """The student responses of the last ``steps`` steps of all processes; every process holds the same.
 
-    share: of the discriminator's update that is about them. A question is known by its position in the run's endless
-    row of questions, from which its images, its visit and its teacher responses follow.
+    A question is stored as its position in the run's endless sequence of questions, from which its images, its epoch and
+    its teacher responses follow.
+
+    Args:
+        share: The share of the discriminator's loss that replayed groups have.
     """
 
     def __init__(self, share: float, steps: int) -> None:
@@ -32,27 +35,27 @@ class ReplayMemory:
         self._steps: deque[list[tuple[int, list[Response]]]] = deque(maxlen=steps)
 
     def __len__(self) -> int:
-        """Groups that can be drawn."""
+        """Return the number of groups that can be drawn."""
         return sum(map(len, self._steps))
 
     def keep(self, first_position: int, groups: Sequence[Group]) -> None:
-        """Remember a step's groups (of all processes, in order), the first of which stood at ``first_position``."""
+        """Remember a step's groups of all processes, in order; the first has position ``first_position``."""
         self._steps.append(
             [(first_position + i, [without_ids(r.response) for r in g.students]) for i, g in enumerate(groups)]
         )
 
     def draw(self, num_groups: int, seed: int) -> list[tuple[int, list[Response]]]:
-        """(position, student responses) of groups to put beside ``num_groups`` new ones, all alike likely, none twice.
+        """Draw (position, student responses) of groups to join ``num_groups`` new ones, uniformly and none twice.
 
-        As many as make ``share`` of all groups, at least one; fewer when fewer are there. Follows from ``seed`` and what
-        was kept.
+        They are as many as make ``share`` of all groups, at least one, or fewer if fewer are remembered. The draw depends
+        on ``seed`` and the remembered groups only.
         """
-        wanted = max(1, round(num_groups * self.share / (1 - self.share))) if self.share else 0
+        count = max(1, round(num_groups * self.share / (1 - self.share))) if self.share else 0
         everything = [entry for step in self._steps for entry in step]
-        return random.Random(seed).sample(everything, min(wanted, len(everything)))
+        return random.Random(seed).sample(everything, min(count, len(everything)))
 
     def save(self, path: Path) -> None:
-        """One row a step that is remembered."""
+        """Write one row for each remembered step."""
         rows = [
             [{"position": p, "question_id": rs[0].question_id, "texts": [r.text for r in rs]} for p, rs in step]
             for step in self._steps
@@ -60,7 +63,7 @@ class ReplayMemory:
         write_jsonl(path, [{"groups": groups} for groups in rows])
 
     def load(self, path: Path) -> None:
-        """Inverse of ``save``. Raises StateError when the file is not there or not readable."""
+        """Restore what ``save`` wrote. Raises StateError if the file is missing or unreadable."""
         try:
             steps = [json.loads(line)["groups"] for line in path.read_text(encoding="utf-8").split("\n") if line]
             self._steps.clear()
@@ -73,11 +76,11 @@ class ReplayMemory:
             )
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise StateError(
-                f"{path}: the student responses to be replayed cannot be read ({e}); remove this checkpoint to go on from"
-                " the one before"
+                f"{path}: expected the student responses to replay, got {e!r}. Remove this checkpoint to continue from the"
+                " one before it."
             ) from e
 
 
 def without_ids(response: Response) -> Response:
-    """What a discriminator needs of a response: it reads text. The same, whether a checkpoint lay between or not."""
+    """Return the response with its text only, as it is after a checkpoint: the discriminator reads nothing else."""
     return Response(response.question_id, STUDENT, response.index, response.text)

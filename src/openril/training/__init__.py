@@ -1,1 +1,1 @@
-"""The training room: warm start, pre-training, the loop, and its exact state."""
+"""Training: the warm start, discriminator pre-training, the loop, and checkpoints that continue exactly."""

@@ -1,8 +1,8 @@
-"""Checkpoints: everything a run needs to go on bit for bit, in files other tools read. No pickle anywhere.
+"""Checkpoints: everything a run needs to continue bit for bit, in files that other tools read, without pickle.
 
 A checkpoint folder holds ``student/`` and ``discriminator/`` (Hugging Face form), ``optimizer_<name>.safetensors``,
 ``rng_<process>.safetensors`` with ``rng_<process>.json``, ``state.json`` and ``recipe.yaml``, and ``replay.jsonl`` where
-earlier responses are replayed. It is written beside its place and renamed, so a killed run leaves the one before it.
+earlier responses are replayed. It is written under another name and then renamed, so a killed run leaves the one before.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Checkpoints:
         self.keep = keep
 
     def steps(self) -> list[int]:
-        """Steps with a whole checkpoint, oldest first."""
+        """Return the steps that have a complete checkpoint, oldest first."""
         if not self.folder.is_dir():
             return []
         found = [m and int(m[1]) for m in map(_NAME.match, os.listdir(self.folder))]
@@ -59,8 +59,8 @@ class Checkpoints:
         return self.path(steps[-1]) if steps else None
 
     def begin(self, step: int) -> Path:
-        """An empty folder beside the checkpoint's place, for all processes to write into."""
-        partial = self.folder / f".step_{step:06d}.partial"
+        """Create the empty folder into which all processes write checkpoint ``step``."""
+        partial = self.partial(step)
         remove(partial)
         partial.mkdir(parents=True)
         return partial
@@ -69,22 +69,22 @@ class Checkpoints:
         return self.folder / f".step_{step:06d}.partial"
 
     def finish(self, step: int) -> Path:
-        """Put the written folder in its place, and remove what is older than the last ``keep``."""
+        """Rename the written folder to its final name, and remove all but the last ``keep`` checkpoints."""
         place = self.path(step)
-        remove(place)  # the same step again: the recipe was continued after its end
+        remove(place)  # the same step again, after a run was continued from its end
         os.replace(self.partial(step), place)
         for old in self.steps()[: -self.keep]:
             shutil.rmtree(self.path(old))
         return place
 
     def sweep(self) -> None:
-        """Remove what a killed writer left."""
+        """Remove what a killed process left."""
         for path in self.folder.glob(".step_*.partial"):
             shutil.rmtree(path)
 
 
 def save_optimizer(path: Path, optimizer: Any) -> None:
-    """State of a torch optimizer as safetensors: tensors ``<parameter number>.<key>``, groups in the metadata."""
+    """Write an optimizer's state as safetensors: tensors ``<parameter number>.<key>``, groups in the metadata."""
     state = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
     for number, entries in state["state"].items():
@@ -95,7 +95,7 @@ def save_optimizer(path: Path, optimizer: Any) -> None:
 
 
 def load_optimizer(path: Path, optimizer: Any) -> None:
-    """Inverse of ``save_optimizer``. Raises StateError when the optimizer has other parameters."""
+    """Restore what ``save_optimizer`` wrote. Raises StateError if the optimizer has other parameters."""
     with safe_open(path, framework="pt") as f:
         saved_groups = json.loads((f.metadata() or {})["param_groups"])
     state: dict[int, dict[str, Tensor]] = {}
@@ -105,14 +105,14 @@ def load_optimizer(path: Path, optimizer: Any) -> None:
     groups = optimizer.state_dict()["param_groups"]
     if [len(g["params"]) for g in groups] != [len(g["params"]) for g in saved_groups]:
         raise StateError(
-            f"{path} belongs to a model with other trainable parameters; continue with the recipe it began with"
+            f"{path}: the model has other trainable parameters. Continue with the recipe that the run began with."
         )
     merged = [{**now, **saved} for now, saved in zip(groups, saved_groups, strict=True)]
     optimizer.load_state_dict({"state": state, "param_groups": merged})
 
 
 def _optimizer_file(folder: Path, name: str) -> Path:
-    """Return where the checkpoint keeps an optimizer; checkpoints of earlier versions spell the name differently."""
+    """Return the file of an optimizer; checkpoints of earlier versions spell its name differently."""
     path = folder / f"optimizer_{name}.safetensors"
     return path if path.exists() else folder / f"optimiser_{name}.safetensors"
 
@@ -126,7 +126,7 @@ def _plain(value: Any) -> bool:
 
 
 def save_rng(folder: Path, process: int) -> None:
-    """Random states of this process: Python, numpy, torch (CPU and every GPU)."""
+    """Write the random states of this process: Python, numpy, torch (CPU and every GPU)."""
     kind, keys, position, has_gauss, gauss = numpy.random.get_state(legacy=True)
     tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(numpy.asarray(keys).astype("int64"))}
     if torch.cuda.is_available():
@@ -140,7 +140,7 @@ def save_rng(folder: Path, process: int) -> None:
 
 
 def load_rng(folder: Path, process: int) -> None:
-    """Inverse of ``save_rng``. A process the checkpoint does not know (more processes than before) keeps its own."""
+    """Restore what ``save_rng`` wrote. A process that the checkpoint does not have keeps its state."""
     path = folder / f"rng_{process}.safetensors"
     if not path.exists():
         return
@@ -162,16 +162,16 @@ def write_progress(folder: Path, progress: dict[str, Any]) -> None:
 
 
 def read_progress(folder: Path) -> dict[str, Any]:
-    """Raises StateError when the file is not there or not readable."""
+    """Return the contents of ``state.json``. Raises StateError if the file is missing or unreadable."""
     try:
         return json.loads((folder / "state.json").read_text())
     except (OSError, ValueError) as e:
-        raise StateError(f"{folder} is not a checkpoint of ours ({e}); remove it to go on from the one before") from e
+        raise StateError(f"{folder}: expected a checkpoint ({e}). Remove it to continue from the one before it.") from e
 
 
 REPLAY_FILE = "replay.jsonl"
 
-# Settings that may change when a run is continued: they decide what is measured, kept or waited for, not what is learnt.
+# Settings that may change when a run is continued, because what is learnt does not depend on them.
 _FREE = (
     "run_dir", "cache_dir", "teachers", "sft", "eval", "judge.base_urls", "judge.concurrency", "judge.timeout",
     "judge.max_retries", "judge.api_key_env", "judge.max_unknown_share", "data.train", "data.validation",
@@ -188,7 +188,7 @@ _FREE = (
 
 
 def refuse_changed_recipe(path: Path, saved_recipe: Path, recipe: Recipe, *, fix: str) -> None:
-    """Raise StateError when ``recipe`` differs from the saved one in a way that would make a continued run another run.
+    """Raise StateError if ``recipe`` differs from the saved one in a setting that decides what is learnt.
 
     Args:
         path: The run or checkpoint folder that the message names.
@@ -206,7 +206,7 @@ def refuse_changed_recipe(path: Path, saved_recipe: Path, recipe: Recipe, *, fix
 
 
 def refuse_changed_length(path: Path, saved_recipe: Path, recipe: Recipe, *, fix: str) -> None:
-    """Raise StateError when the loop would go on with another number of steps although a learning rate follows from it.
+    """Raise StateError if the number of steps has changed although a learning rate of the loop depends on it.
 
     Args: As for ``refuse_changed_recipe``.
     """
@@ -220,13 +220,15 @@ def refuse_changed_length(path: Path, saved_recipe: Path, recipe: Recipe, *, fix
         return {f"train.{key}": getattr(r.train, key) for key in keys}
 
     if falling:
-        reason = f"{fix}, because {' and '.join(falling)}, so that the learning rate of every step follows from it"
+        reason = f"{fix}, because {' and '.join(falling)}, so that every step's learning rate depends on it"
         refuse_changed(path, length(load_saved_recipe(saved_recipe)), length(recipe), fix=reason)
 
 
 def run_fingerprint(recipe: Recipe, questions: Sequence[Question]) -> dict[str, str]:
-    """What a run's steps follow from besides its settings: its questions, and the student it starts from (which is also
-    the reference model). Images are compared with the response cache, by content."""
+    """Return what decides a run's steps besides its settings: its questions, and the student it starts from.
+
+    Images are compared by content with the response cache.
+    """
     start = recipe.start_student
     return {
         "questions (data.train)": str(stable_hash([[q.id, q.question, q.answer] for q in questions])),
@@ -235,10 +237,14 @@ def run_fingerprint(recipe: Recipe, questions: Sequence[Question]) -> dict[str, 
 
 
 class Saver:
-    """Saves and restores student, discriminator, optimizers and random states of a run, and what it replays.
+    """Saves and restores the student, the discriminator, their optimizers, random states and replayed responses.
 
-    policy, network: the wrapped modules (network None without a discriminator). optimizers: by name.
-    fingerprint: see ``run_fingerprint``; kept in state.json. replay: the discriminator's memory, where the run has one.
+    Args:
+        policy: The wrapped student; None in pre-training.
+        network: The wrapped discriminator; None without one.
+        optimizers: By name.
+        fingerprint: See ``run_fingerprint``; kept in state.json.
+        replay: The discriminator's memory, where the run has one.
     """
 
     def __init__(
@@ -267,7 +273,7 @@ class Saver:
         self.replay = replay
 
     def save(self, step: int) -> None:
-        """Write checkpoint ``step``; every process must call this."""
+        """Write checkpoint ``step``. Every process must call this."""
         accelerator = self.accelerator
         if accelerator.is_main_process:
             self.checkpoints.begin(step)
@@ -299,7 +305,7 @@ class Saver:
         accelerator.wait_for_everyone()
 
     def restore(self, folder: Path) -> None:
-        """Optimizers, random states and what is replayed; the models were loaded from the checkpoint when they were made."""
+        """Restore optimizers, random states and replayed responses; models are built from the checkpoint already."""
         if is_sharded(self.accelerator):
             self.accelerator.load_state(str(folder / "engine"))
         else:
@@ -310,7 +316,7 @@ class Saver:
         load_rng(folder, self.accelerator.process_index)
 
     def write_student(self, folder: Path, dtype: torch.dtype | None = None) -> None:
-        """The student as an ordinary checkpoint with its processor; adapters are merged. Every process must call this."""
+        """Write the student as an ordinary checkpoint with its processor, adapters merged. Every process must call this."""
         state = self.accelerator.get_state_dict(self.policy)
         if not self.accelerator.is_main_process:
             return
@@ -319,7 +325,7 @@ class Saver:
         write_checkpoint(model, state, self.processor, folder, dtype)
 
     def write_discriminator(self, folder: Path) -> None:
-        """The discriminator as a checkpoint. Every process must call this."""
+        """Write the discriminator as a checkpoint. Every process must call this."""
         state = self.accelerator.get_state_dict(self.network)
         if self.accelerator.is_main_process:
             network: DiscriminatorModel = self.accelerator.unwrap_model(self.network)
@@ -329,14 +335,14 @@ class Saver:
 def write_checkpoint(
     model: Any, state: dict[str, Tensor], processor: Any, folder: Path, dtype: torch.dtype | None = None
 ) -> None:
-    """Write ``state`` of ``model`` (adapters merged in) and the processor to ``folder``, atomically.
+    """Write ``state`` of ``model``, adapters merged, and the processor to ``folder``, atomically.
 
-    dtype: convert floating weights to it, in the file and in its configuration.
+    dtype: The type that floating weights are converted to, in the file and in its configuration.
     """
     base = base_model(model)
     if is_adapted(model):
         state = merged_state(model, state)
-    # Tied weights are one tensor under two names, and must stay one through the move and the conversion.
+    # Tied weights are one tensor under two names, and must remain one tensor.
     moved: dict[tuple[int, torch.Size], Tensor] = {}
     for key, value in state.items():
         place = (value.data_ptr(), value.shape)
@@ -351,7 +357,7 @@ def write_checkpoint(
 
 
 def _set_dtype(path: Path, name: str) -> None:
-    """Name the weights' type in a configuration: ``save_pretrained`` writes that of the weights in memory."""
+    """Write the weights' type to a configuration, because ``save_pretrained`` writes that of the weights in memory."""
 
     def put(node: dict[str, Any]) -> None:
         for key, value in node.items():
@@ -366,8 +372,7 @@ def _set_dtype(path: Path, name: str) -> None:
 
 
 def merged_state(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of the base with the adapters' updates added, without touching the model (merging in place and back
-    would change its last bits)."""
+    """Return the base's weights with the adapters' updates added, as a copy: merging in place would change the model."""
     from peft.tuners.lora import LoraLayer
 
     prefix = "base_model.model."
@@ -381,7 +386,7 @@ def merged_state(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
         name = key.removeprefix(prefix).replace(".base_layer.", ".")
         layer, _, kind = name.rpartition(".")
         if kind == "weight" and layer in layers:
-            # One layer's update at a time, and the sum in CPU memory: a second copy of the model would not fit.
+            # One layer at a time, and the sum in CPU memory, because a second copy of the model would not fit.
             update = layers[layer].get_delta_weight(layers[layer].active_adapters[0])
             value = (value + update.to(value)).cpu()
         merged[name] = value

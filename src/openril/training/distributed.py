@@ -1,4 +1,4 @@
-"""Processes and devices: accelerate, set up the same way for every stage."""
+"""Processes and devices: the same accelerate setup for every stage."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from openril.recipe.schema import Recipe
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
-    """An Accelerator with the recipe's precision. Stages of one process may differ in it, so earlier state is dropped.
+    """Return an Accelerator with the recipe's precision, without the state that an earlier stage left.
 
-    Seeds the global generators too (for user reward functions); everything of ours draws from streams of its own.
+    It also seeds the global generators, for reward functions of users; the library draws from separate streams.
     """
     AcceleratorState._reset_state()
-    # torch 2.13 has a new name for it, which accelerate does not pass on yet.
+    # torch 2.13 renamed this argument, and accelerate still passes the old name.
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
     accelerator = Accelerator(
         mixed_precision="bf16" if recipe.train.precision == "bfloat16" else "no",
@@ -39,45 +39,45 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
 
 
 def start_trackers(accelerator: Accelerator, recipe: Recipe) -> None:
-    """Begin a run in the trackers the recipe names, once nothing is left that could be refused."""
+    """Begin a run in the trackers that the recipe names. Call this after everything that could refuse the run."""
     if recipe.train.log_to:
         accelerator.init_trackers("openril", config=flat(recipe.model_dump(mode="json")))
 
 
 def one_process(command: str) -> None:
-    """Raises RecipeError under a launcher of several processes, each of which would do all of the work."""
+    """Raise RecipeError under a launcher of several processes, each of which would do all of the work."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RecipeError(
-            f"ril {command} is one process; give it without a launcher. What is launched on several is"
-            " sft, discriminator and train: torchrun --nproc_per_node N -m openril.cli train RECIPE"
+            f"ril {command}: expected one process, got WORLD_SIZE {os.environ['WORLD_SIZE']}. Run it without a launcher."
+            " Only sft, discriminator and train run in several: torchrun --nproc_per_node N -m openril.cli train RECIPE"
         )
 
 
 def release_memory() -> None:
-    """Give back what a finished stage's models held: they are in reference cycles, which wait for the collector."""
+    """Free the models of a finished stage, which are in reference cycles that only the collector finds."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def leave_process_group() -> None:
-    """End the communication with other processes, if there was any: the last thing a command does."""
+    """End the communication with other processes, if there was any. A command does this last."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def master_dtype(recipe: Recipe) -> torch.dtype:
-    """Type of the weights while training."""
+    """Return the type of the weights during training."""
     return torch.bfloat16 if recipe.train.precision == "pure_bf16" else torch.float32
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether weights and optimizer states are spread over processes (FSDP, ZeRO)."""
+    """Return whether weights and optimizer states are sharded over processes (FSDP, ZeRO)."""
     return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, int | float | str | bool]:
-    """Nested settings as dotted keys with plain values: what trackers take."""
+    """Return nested settings as dotted keys with plain values, as trackers expect them."""
     out: dict[str, int | float | str | bool] = {}
     for key, value in values.items():
         name = f"{prefix}.{key}" if prefix else key

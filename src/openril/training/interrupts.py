@@ -1,4 +1,4 @@
-"""Stopping a long command at a step boundary: Ctrl-C and SIGTERM are noted, the state is saved, then the command ends."""
+"""Stop a long command at a step boundary: Ctrl-C and SIGTERM are noted, the state is saved, then the command ends."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def stop_requests() -> Iterator[list[int]]:
 
     try:
         before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: whoever runs us there handles signals
+    except ValueError:  # not the main thread, so the caller handles signals
         yield received
         return
     try:

@@ -1,4 +1,4 @@
-"""Discriminator pre-training on the response cache (paper, section 3), before the loop."""
+"""Pre-train the discriminator on the response cache (paper, section 3), before the loop."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from openril.training.run_folder import RunFolder
 
 
 def split_held_out(questions: Sequence[Question], share: float, seed: int) -> tuple[list[Question], list[Question]]:
-    """(train, held out): each question's side follows from its id alone, so that more questions move none.
+    """Split the questions into (train, held out) by their ids alone, so that more questions never move the others.
 
-    Neither side is empty as long as there are two questions and share is above 0.
+    Neither side is empty if there are two questions and share is above 0.
     """
     ranked = sorted(questions, key=lambda q: stable_hash(seed, "held out", q.id))
     held = {q.id for q in ranked if stable_hash(seed, "held out", q.id) / 2**63 < share}
@@ -35,13 +35,13 @@ def split_held_out(questions: Sequence[Question], share: float, seed: int) -> tu
 
 
 def pretraining_steps(recipe: Recipe, num_questions: int) -> int:
-    """Optimizer steps of pre-training over ``num_questions`` training questions."""
+    """Return the optimizer steps of pre-training over ``num_questions`` training questions."""
     settings = recipe.discriminator.pretraining
     return max(1, -int(-settings.epochs * num_questions // settings.questions_per_step))
 
 
 class DiscriminatorPretraining:
-    """Trains a fresh discriminator on cached responses of the student and of every teacher, in whole groups."""
+    """Trains a new discriminator on cached responses of the student and of every teacher, in whole groups."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class DiscriminatorPretraining:
         return pretraining_steps(self.recipe, len(self.questions))
 
     def group(self, question: Question, epoch: int) -> Group:
-        """The question with cached responses of both sides: all, or a seeded choice of responses_per_question each."""
+        """Return the question with all cached responses, or a seeded choice of responses_per_question of each side."""
         students = self.responses.responses_for(question.id, STUDENT)
         teachers: list[Response] = []
         limit = self.settings.responses_per_question
@@ -97,7 +97,7 @@ class DiscriminatorPretraining:
         return sorted(rng.sample(responses, count), key=lambda r: r.index)
 
     def batch_at(self, step: int) -> list[Group]:
-        """This process's share of the step's groups."""
+        """Return this process's share of the step's groups."""
         size, n = self.settings.questions_per_step, len(self.questions)
         share = size // self.accelerator.num_processes
         groups = []
@@ -109,7 +109,7 @@ class DiscriminatorPretraining:
         return groups
 
     def train(self) -> dict[str, float]:
-        """Run to the end from where it is; returns the held-out measurement. Raises Interrupted after saving."""
+        """Run to the end from the current step; return the held-out measurement. Raises Interrupted after saving."""
         optimizer = self.settings.optimizer
         with stop_requests() as stop:
             while self.step_number < self.total_steps:
@@ -134,7 +134,7 @@ class DiscriminatorPretraining:
         return self.measure()
 
     def measure(self) -> dict[str, float]:
-        """Health on the held-out questions, of which every process takes an equal share."""
+        """Return the health on the held-out questions, of which every process takes an equal share."""
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         whole = len(self.held_out) // world * world
         mine = self.held_out[rank:whole:world]

@@ -1,4 +1,4 @@
-"""What a run leaves behind: recipe, metrics, rollouts, trackers. Plain files, whole lines, cut back on resume."""
+"""The files that a run writes: metrics and rollouts as JSON lines, cut back to the checkpoint on resume."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from openril.storage import append_jsonl, read_jsonl, write_jsonl
 
 
 class RunFolder:
-    """``metrics.jsonl`` (one flat row a step), ``rollouts/`` (every response of a step), beside the stages' folders."""
+    """``metrics.jsonl`` (one flat row a step), ``rollouts/`` (every response of a step), and paths of the other parts."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -22,7 +22,7 @@ class RunFolder:
         self.student_path = path / "student"
 
     def cut_after(self, step: int) -> None:
-        """Forget rows of steps after ``step``: they were made after the checkpoint the run goes on from."""
+        """Remove the rows of steps after ``step``, the checkpoint from which the run continues."""
         rows = read_jsonl(self.metrics_path)
         kept = [row for row in rows if row.get("step", 0) <= step]
         if self.metrics_path.exists():
@@ -42,7 +42,7 @@ class RunFolder:
 
 
 def rollout_rows(step: int, groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """One plain row a response, groups in order."""
+    """Return one plain row for each response, groups in order."""
     rows = []
     for group in groups:
         q = group.question

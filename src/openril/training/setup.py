@@ -1,4 +1,4 @@
-"""From a recipe to the parts of a run: models, optimizers, wrapping, restoring. Nothing here is part of the method."""
+"""Build the components of a run from a recipe: models, optimizers, wrapping, restoring. None of it is the method."""
 
 from __future__ import annotations
 
@@ -43,11 +43,14 @@ _NEW_RUN = "set another run_dir for a new run"
 
 
 class TrainingComponents:
-    """The models of a run, wrapped and (when it is continued) restored.
+    """The models of a run, wrapped, and restored if it is continued.
 
-    questions: the loop's; a continued run must have the same. probes: questions that new weights on vLLM servers are
-    verified with. warn: told what a person should know. step: optimizer steps already done. resumed_from: the
-    checkpoint folder, or None.
+    ``step`` is the number of steps already done, ``resumed_from`` the checkpoint folder or None.
+
+    Args:
+        questions: The loop's questions, which stay the same when a run is continued.
+        probes: Questions with which new weights on vLLM servers are verified.
+        warn: Receives messages for the user.
     """
 
     def __init__(
@@ -137,7 +140,7 @@ class TrainingComponents:
         )
 
     def _build_sampler(self, probes: Sequence[Question]) -> TransformersSampler | SyncedSampler:
-        """The student itself, or vLLM servers that are given its weights whenever they have changed."""
+        """Return a sampler: the student itself, or vLLM servers that receive its weights whenever they have changed."""
         recipe, train = self.recipe, self.recipe.train
         if train.sampler.engine == "transformers":
             model = self.accelerator.unwrap_model(self.policy).model
@@ -156,7 +159,7 @@ class TrainingComponents:
         )
 
     def close(self) -> None:
-        """Close connections to servers, and stop what runs in the background."""
+        """Close connections to servers, and stop background work."""
         self.encoder.close()
         if isinstance(self.sampler, SyncedSampler):
             self.sampler.close()
@@ -184,7 +187,7 @@ def fresh_discriminator(
     optimizer: OptimizerConfig,
     warn: Callable[[str], None] = lambda message: None,
 ) -> Discriminator:
-    """A discriminator with the SFT student's weights (or discriminator.init's) and a new head."""
+    """Return a discriminator with the weights of the SFT student, or of discriminator.init, and a new head."""
     start = recipe.discriminator.init or recipe.start_student
     network = DiscriminatorModel.from_student(start, recipe.student, seed=recipe.seed, dtype=master_dtype(recipe))
     return wrap_discriminator(
@@ -200,11 +203,11 @@ def wrap_discriminator(
     optimizer: OptimizerConfig | None,
     warn: Callable[[str], None] = lambda message: None,
 ) -> Discriminator:
-    """Freeze, place and wrap; optimizer None makes a fixed discriminator."""
+    """Freeze, place and wrap the network. Without an optimizer the discriminator is fixed."""
     settings = recipe.discriminator
     if recipe.student.gradient_checkpointing and optimizer is not None:
         enable_checkpointing(network.backbone)
-    # Its prompt holds the question and a response besides words of its own; all of them are bounded elsewhere.
+    # The prompt is the question, a response and the instruction, each of which is bounded elsewhere.
     longest = recipe.data.max_prompt_length + 2 * settings.max_response_tokens + 1024
     encoder = make_encoder(recipe, processor, network.backbone, keep=0, max_prompt_length=longest)
     shared: dict[str, Any] = {"packed": recipe.train.packed, "store": feature_store(recipe), "warn": warn}
@@ -223,16 +226,16 @@ def wrap_discriminator(
 
 
 def refuse_sharding(accelerator: Accelerator) -> None:
-    """Raises RecipeError under FSDP and DeepSpeed, which the loop does not support: better than failing half-way."""
+    """Raise RecipeError under FSDP and DeepSpeed, which the loop does not support."""
     if is_sharded(accelerator):
         raise RecipeError(
-            f"the loop and the discriminator do not run under {accelerator.distributed_type.value} yet; launch with"
-            " recipes/accelerate/ddp.yaml, and use student.lora or train.precision: pure_bf16 where memory is short"
+            f"the loop and the discriminator do not run under {accelerator.distributed_type.value} yet. Launch with"
+            " recipes/accelerate/ddp.yaml, and use student.lora or train.precision: pure_bf16 where memory is short."
         )
 
 
 def pretraining_settings(recipe: Recipe) -> dict[str, Any]:
-    """What a pre-trained discriminator depends on besides its training's length: whoever uses it must want the same."""
+    """Return the settings, besides its length, that pre-training and a loop which uses its result must share."""
     d = recipe.discriminator
     start = d.init or recipe.start_student
     return {
@@ -250,7 +253,7 @@ def pretraining_settings_file(recipe: Recipe) -> Path:
 
 
 def check_pretrained(recipe: Recipe) -> None:
-    """Raises StateError when the run folder's discriminator was pre-trained for something else."""
+    """Raise StateError if the run folder's discriminator was pre-trained with other settings."""
     path = pretraining_settings_file(recipe)
     if not path.exists():
         return
@@ -263,7 +266,7 @@ def check_pretrained(recipe: Recipe) -> None:
 def make_encoder(
     recipe: Recipe, processor: Any, model: nn.Module, keep: int | None = None, max_prompt_length: int = 0
 ) -> PromptEncoder:
-    """The recipe's encoder. keep: prompts kept; None for two steps' worth. max_prompt_length: 0 for the recipe's."""
+    """Return the recipe's encoder. keep: The prompts kept; None for two steps. max_prompt_length: 0 for the recipe's."""
     return PromptEncoder(
         processor,
         model,
@@ -276,6 +279,7 @@ def make_encoder(
 
 
 def enable_checkpointing(model: Any) -> None:
+    """Turn gradient checkpointing on."""
     # Reentrant checkpointing would lose the gradient where the embeddings are frozen, and is not exact under DDP.
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
@@ -284,5 +288,5 @@ def _load_adapter(model: Any, folder: Path) -> None:
     from peft import load_peft_weights, set_peft_model_state_dict
 
     if not (folder / "adapter_config.json").is_file():
-        raise ModelError(f"{folder} holds no adapter; the checkpoint was made without LoRA")
+        raise ModelError(f"{folder}: expected an adapter, but the checkpoint was made without LoRA.")
     set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))

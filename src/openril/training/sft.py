@@ -1,4 +1,4 @@
-"""The supervised warm start with TRL's SFTTrainer, in the loop's own token layout, continued exactly after a stop."""
+"""The supervised warm start with TRL's SFTTrainer, in the token layout of the loop. It continues exactly after a stop."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ from openril.training.sft_examples import Example, SFTCollator, fingerprint
 KEEP_CHECKPOINTS = 2
 _WHOLE = "whole"
 _FREE = ("sft.enabled", "sft.save_every", "sft.micro_batch_size", "student.gradient_checkpointing", "student.dtype")
-"""Settings that may change between two parts of a run: they decide about memory and files, not about what is learnt."""
+"""Settings that may change when a run is continued, because what is learnt does not depend on them."""
 
 
 class SFTFolder(RunFolder):
-    """``run_dir/sft``: ``student/`` (there exactly when the stage is done), ``metrics.jsonl``, ``left_out.jsonl``,
-    ``settings.json``, and ``checkpoints/`` while it runs."""
+    """``run_dir/sft``: ``student/`` (once the stage is done), ``metrics.jsonl``, ``left_out.jsonl``, ``settings.json``, and
+    ``checkpoints/`` while it runs."""
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe.sft_student_path.parent)
@@ -57,7 +57,7 @@ class SFTFolder(RunFolder):
         return self.student_path.is_dir()
 
     def whole_checkpoints(self) -> list[Path]:
-        """Checkpoints that were written to the end, oldest first. A kill leaves the others without their mark."""
+        """Return the complete checkpoints, oldest first. A killed process leaves one without its mark."""
         found = [p for p in self.checkpoints_path.glob("checkpoint-*") if (p / _WHOLE).exists()]
         return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
 
@@ -67,12 +67,12 @@ class SFTFolder(RunFolder):
                 remove(path)
 
     def left_out(self) -> int:
-        """Examples left out as too long; one met again after a restart counts once."""
+        """Return the number of examples left out as too long; those seen again after a restart count once."""
         return len({(r["question_id"], r["source"], r["index"]) for r in read_jsonl(self.left_out_path)})
 
 
 def sft_settings(recipe: Recipe, examples: Sequence[Example]) -> dict[str, Any]:
-    """What an SFT student follows from, as plain data."""
+    """Return the settings that decide what the SFT student learns, as plain data."""
     return {
         "student": recipe.student.model_dump(mode="json"),
         "sft": recipe.sft.model_dump(mode="json"),
@@ -85,7 +85,7 @@ def sft_settings(recipe: Recipe, examples: Sequence[Example]) -> dict[str, Any]:
 
 
 def refuse_changed_sft(folder: SFTFolder, settings: dict[str, Any]) -> None:
-    """Raise StateError when the folder was begun with settings other than these."""
+    """Raise StateError if the folder was begun with other settings."""
     try:
         saved = json.loads(folder.settings_path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -105,14 +105,19 @@ def train_sft(
     report: Callable[[int, int, dict[str, Any]], None] = lambda step, total, row: None,
     warn: Callable[[str], None] = lambda message: None,
 ) -> Path:
-    """Train ``recipe.student.model`` on the examples and write ``run_dir/sft/student``; returns that folder.
+    """Train ``recipe.student.model`` on the examples and write ``run_dir/sft/student``; return that folder.
 
-    The loss is the mean negative log-probability in nats over the answer tokens of a batch, end of turn included, on
-    all processes. Called again after a stop of any kind it continues from the newest whole checkpoint and ends with the
-    same weights. report: (steps done, steps in all, metrics row), on the first process.
+    The loss is the mean negative log-probability in nats over the answer tokens of a batch on all processes, end of turn
+    included. After a stop of any kind, the next call continues from the newest complete checkpoint to the same weights.
 
-    Raises Interrupted after saving when asked to stop; RecipeError for batch sizes that do not divide; StateError when
-    the folder was begun with other settings, or the loss is not finite; DataError when every example is too long.
+    Args:
+        report: Receives steps done, steps in all and the row of metrics, on the first process.
+
+    Raises:
+        Interrupted: A signal asked to stop; the state is saved.
+        RecipeError: Batch sizes do not divide.
+        StateError: The folder was begun with other settings, or the loss is not finite.
+        DataError: Every example is too long.
     """
     folder = SFTFolder(recipe)
     if folder.done:
@@ -128,8 +133,8 @@ def train_sft(
         left_out = folder.left_out()
         if left_out >= len(examples):
             raise DataError(
-                f"all {left_out} examples are too long (see {folder.left_out_path}); raise data.max_prompt_length"
-                f" {recipe.data.max_prompt_length} or lower student.max_pixels"
+                f"data.max_prompt_length: all {left_out} examples are longer than {recipe.data.max_prompt_length} allows"
+                f" (see {folder.left_out_path}). Raise it or lower student.max_pixels."
             )
         if left_out and accelerator.is_main_process:
             warn(
@@ -139,7 +144,8 @@ def train_sft(
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             model = accelerator.unwrap_model(trainer.model_wrapped)
-            trainer.configs.restore(base_model(model))
+            base = base_model(model)
+            base.config, base.generation_config = trainer.configs
             dtype = torch_dtype(recipe.student.dtype)
             write_checkpoint(model, state, trainer.processing_class, folder.student_path, dtype)
             remove(folder.checkpoints_path)
@@ -148,20 +154,20 @@ def train_sft(
 
 
 def micro_batches(recipe: Recipe, num_processes: int) -> tuple[int, int]:
-    """(examples per forward pass, passes per step) of one process. Raises RecipeError when they do not divide."""
+    """Return (examples per forward pass, passes per step) of one process. Raises RecipeError if they do not divide."""
     sft = recipe.sft
     micro = min(sft.micro_batch_size, max(1, sft.batch_size // num_processes))
     accumulation, rest = divmod(sft.batch_size, micro * num_processes)
     if rest:
         raise RecipeError(
-            f"sft.batch_size {sft.batch_size} is not micro_batch_size {micro} x processes {num_processes} x a whole"
-            f" number; set it to {micro * num_processes * (accumulation + 1)} or change sft.micro_batch_size"
+            f"sft.batch_size: expected a multiple of micro_batch_size {micro} x {num_processes} processes, got"
+            f" {sft.batch_size}. Set it to {micro * num_processes * (accumulation + 1)} or change sft.micro_batch_size."
         )
     return micro, accumulation
 
 
 def _prepare_folder(folder: SFTFolder, recipe: Recipe, examples: Sequence[Example], accelerator: Any) -> Path | None:
-    """Refuse, sweep or begin the folder; the checkpoint to go on from, or None. The first process decides for all."""
+    """Prepare the folder, and return the checkpoint to continue from or None. The first process decides for all."""
     outcome: list[Any] = [None, ""]
     if accelerator.is_main_process:
         settings = sft_settings(recipe, examples)
@@ -209,7 +215,7 @@ def _build_trainer(
         "use_cpu": not cuda,
         "seed": recipe.seed,
         "data_seed": recipe.seed,
-        "gradient_checkpointing": False,  # ours to switch on, below
+        "gradient_checkpointing": False,  # switched on below
         "save_strategy": "steps" if sft.save_every else "no",
         "save_steps": sft.save_every or 500,
         "save_total_limit": KEEP_CHECKPOINTS,
@@ -218,19 +224,19 @@ def _build_trainer(
         "report_to": "none",
         "disable_tqdm": True,
         "remove_unused_columns": False,
-        # Examples are laid out by our collator: nothing is prepared, and nothing is ever truncated.
+        # Our collator builds the rows, so that TRL prepares and truncates nothing.
         "dataset_kwargs": {"skip_prepare_dataset": True},
         "max_length": None,
-        # Images of the next micro-batches are decoded and resized while the GPU works.
+        # Workers decode and resize the images of the next micro-batches while the GPU works.
         "dataloader_num_workers": min(4, max(0, (os.cpu_count() or 1) // processes - 1)) if cuda else 0,
     }
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # about a setting's newer name, which older versions lack
+        warnings.simplefilter("ignore", FutureWarning)  # about the new name of a setting, which older versions lack
         args = SFTConfig(**settings)
     args._n_gpu = min(1, args.n_gpu)  # one process drives one device, as in every other stage
     model: Any
     model, processor = load_student(recipe.student, recipe.student.model, master_dtype(recipe))
-    configs = _Configs(model)
+    configs = copy.deepcopy((model.config, model.generation_config))
     if recipe.student.lora.enabled:
         torch.manual_seed(stable_hash(recipe.seed, "adapters"))
         model = add_adapters(model, recipe.student.lora)
@@ -245,7 +251,7 @@ def _build_trainer(
         max_prompt_length=recipe.data.max_prompt_length,
         max_length=recipe.data.max_prompt_length + recipe.train.max_completion_length,
         left_out_path=folder.left_out_path,
-        borrowed=dummy_image_prompt(encoder, model, processes),
+        dummy=dummy_image_prompt(encoder, model, processes),
     )
     trainer = _Trainer(
         model=model,
@@ -254,8 +260,8 @@ def _build_trainer(
         train_dataset=Dataset.from_dict({"example": list(range(len(examples)))}),
         processing_class=processor,
     )
-    # Some models say that their own loss cannot be divided by the tokens of all accumulated micro-batches. The loss
-    # here is TRL's, which can; without this, each micro-batch would weigh the same however few tokens it has.
+    # Some models declare that their loss cannot be divided by the tokens of all accumulated micro-batches. The loss here
+    # is TRL's, which can. Without this, each micro-batch would have the same weight however few tokens it has.
     trainer.model_accepts_loss_kwargs = True
     trainer.recipe = recipe
     trainer.settings = sft.optimizer
@@ -265,25 +271,13 @@ def _build_trainer(
     return trainer
 
 
-class _Configs:
-    """A model's configurations as they were: the trainer writes token ids and ``use_cache`` into them, and the student
-    must leave with its own."""
-
-    def __init__(self, model: Any) -> None:
-        self.config = copy.deepcopy(model.config)
-        self.generation_config = copy.deepcopy(model.generation_config)
-
-    def restore(self, model: Any) -> None:
-        model.config = self.config
-        model.generation_config = self.generation_config
-
-
 class _Trainer(SFTTrainer):
-    """TRL's trainer with our optimizer and learning rate, which are the loop's too."""
+    """TRL's trainer with the optimizer and the learning rate of the loop."""
 
     recipe: Recipe
     settings: OptimizerConfig
-    configs: _Configs
+    configs: tuple[Any, Any]
+    """The model's configurations before training, because the trainer writes token ids and ``use_cache`` into them."""
     learnt_tokens: Any = None
 
     def create_optimizer(self, model: Any = None) -> Any:
@@ -310,9 +304,8 @@ class _Trainer(SFTTrainer):
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        # The trainer's own loading passes over names it does not know, and vision-language models are saved under
-        # other names than they have in memory: it would go on with the weights the run began with. from_pretrained
-        # knows both.
+        # Vision-language models are saved under other names than they have in memory, and the trainer's loading skips
+        # names it does not know: it would continue with the weights the run began with. from_pretrained knows both.
         model = self.model if model is None else model
         if is_adapted(model) or is_sharded(self.accelerator):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -327,11 +320,11 @@ class _Trainer(SFTTrainer):
         model.load_state_dict(saved.state_dict())
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """None: these checkpoints are not for others to read."""
+        """Write none, because these checkpoints are temporary."""
 
 
 class _Steps(TrainerCallback):
-    """Metrics, requests to stop, and the mark of a whole checkpoint."""
+    """Writes metrics, handles requests to stop, and marks complete checkpoints."""
 
     def __init__(
         self,
@@ -350,8 +343,8 @@ class _Steps(TrainerCallback):
         self.started = time.perf_counter()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # A part that no example of the batch used (the projector, in a batch of text) has no gradient; with several
-        # processes it would have zeros. The optimizer must do the same in both cases.
+        # A part that no example of the batch used (the projector, in a batch of text) has no gradient, but with several
+        # processes it has zeros. The optimizer must do the same in both cases.
         if self.trainer.accelerator.num_processes == 1:
             model: Any = self.trainer.model
             for parameter in model.parameters():
@@ -369,8 +362,8 @@ class _Steps(TrainerCallback):
         step, loss = state.global_step, float(logs["loss"])
         if not math.isfinite(loss):
             raise StateError(
-                f"the SFT loss of step {step} is {loss}; lower sft.optimizer.learning_rate or set train.precision to"
-                " float32, then run the same command: it goes on from the last checkpoint"
+                f"the SFT loss of step {step}: expected a finite number, got {loss}. Lower sft.optimizer.learning_rate or"
+                " set train.precision to float32, then run the same command: it continues from the last checkpoint."
             )
         if not state.is_world_process_zero:
             return
@@ -389,7 +382,7 @@ class _Steps(TrainerCallback):
         self.report(step, state.max_steps, row)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.accelerator.wait_for_everyone()  # every process has written its random state
+        self.trainer.accelerator.wait_for_everyone()  # until every process has written its random state
         if state.is_world_process_zero:
             path = self.folder.checkpoints_path / f"checkpoint-{state.global_step}" / _WHOLE
             write_text(path, f"step {state.global_step}\n")
@@ -397,8 +390,7 @@ class _Steps(TrainerCallback):
 
 @contextmanager
 def own_accelerate_state() -> Iterator[None]:
-    """accelerate keeps its settings in globals and in the environment: later stages of this process must not see the
-    trainer's, nor the trainer theirs."""
+    """Isolate accelerate's settings, which are global, from those of the other stages of this process."""
     before = {k: v for k, v in os.environ.items() if k.startswith("ACCELERATE_")}
     AcceleratorState._reset_state(True)
     try:
@@ -412,7 +404,7 @@ def own_accelerate_state() -> Iterator[None]:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Inside, the trainer's own remarks and bars are off: the stage has a display of its own."""
+    """Turn the trainer's messages and progress bars off inside, because the stage has its own display."""
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:

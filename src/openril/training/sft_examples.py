@@ -1,4 +1,4 @@
-"""What the warm start learns from: pairs of question and answer, and how they become rows of a batch."""
+"""The examples of the warm start, pairs of question and answer, and the collator that makes rows of them."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from openril.rewards.answers import known_answers
 from openril.storage import append_jsonl
 
 IGNORED = -100
-"""Label of a token that is not learnt."""
+"""Label of a token without loss."""
 
 UNCUT = 2**31
-"""As a limit on an answer's tokens: none. Answers that do not fit are left out whole, never cut."""
+"""No limit on an answer's tokens: answers that do not fit are left out whole, never cut."""
 
 
 _NO_ANSWER = ("refusal", "content_filter")
@@ -33,23 +33,25 @@ _NO_ANSWER = ("refusal", "content_filter")
 
 @dataclass(frozen=True)
 class Example:
-    """A question and the answer to learn. Holds no image: those are opened when the example's batch comes up."""
+    """A question and the answer to learn. Its images are opened when its batch is built."""
 
     question: Question
     answer: Response
 
 
 def sft_examples(recipe: Recipe, questions: Sequence[Question]) -> list[Example]:
-    """The examples ``recipe.sft.targets`` asks for, in the order of the questions, sources and indices.
+    """Return the examples that ``recipe.sft.targets`` names, in the order of questions, sources and indices.
 
-    Raises DataError when no question has an answer, and CacheError when the cache lacks responses or verdicts.
+    Raises:
+        DataError: No question has an answer.
+        CacheError: The cache lacks responses or verdicts.
     """
     if recipe.sft.targets == "answers":
         examples = [Example(q, Response(q.id, "answer", 0, q.answer)) for q in questions if q.answer.strip()]
         if not examples:
             raise DataError(
-                "data.train: no question has an answer to learn; add answers, map data.columns.answer to the column"
-                " that holds them, or set sft.targets to teacher_responses"
+                "data.train: no question has an answer to learn. Add answers, map data.columns.answer to the column"
+                " that holds them, or set sft.targets to teacher_responses."
             )
         return examples
     return _cached_examples(recipe, questions)
@@ -81,13 +83,13 @@ def _cached_examples(recipe: Recipe, questions: Sequence[Question]) -> list[Exam
     if not examples:
         what = "judged right" if judged else "with text"
         raise CacheError(
-            f"{recipe.cache_path}: no response of {', '.join(sources)} is {what}, so there is nothing to learn"
+            f"{recipe.cache_path}: no response of {', '.join(sources)} is {what}, so there is nothing to learn."
         )
     return examples
 
 
 def fingerprint(examples: Sequence[Example]) -> str:
-    """Changes with any question id, source, index or answer text, and with their order."""
+    """Return a fingerprint of all question ids, sources, indices and answer texts, in order."""
     digest = hashlib.sha256()
     for e in examples:
         parts = [e.question.id, e.question.question, e.answer.source, e.answer.index, e.answer.text]
@@ -96,10 +98,10 @@ def fingerprint(examples: Sequence[Example]) -> str:
 
 
 def labels_of(rows: Batch) -> Tensor:
-    """int64 [R, L]: every response token at its place in the row, ``IGNORED`` for prompt, image and padding tokens."""
+    """Return int64 [R, L]: the response tokens at their positions, ``IGNORED`` for prompt, image and padding tokens."""
     labels = torch.full_like(rows.model_inputs["input_ids"], IGNORED)
-    # ``index`` says from which kept position a target is predicted, counted over all rows; the target itself stands one
-    # further right.
+    # ``index`` is the kept position from which a target is predicted, counted over all rows; the target is one further
+    # to the right.
     place = rows.index % len(rows.keep) + rows.keep[0] + 1
     row = torch.arange(len(labels))[:, None].expand_as(place)
     labels[row[rows.mask], place[rows.mask]] = rows.targets[rows.mask]
@@ -107,11 +109,18 @@ def labels_of(rows: Batch) -> Tensor:
 
 
 class SFTCollator:
-    """Micro-batches of examples, laid out token for token as the loop lays out groups: prompt, answer, end of turn.
+    """Builds micro-batches of examples from dataset rows ``{"example": number}``, with the tokens that the loop uses.
 
-    An example whose prompt has more than ``max_prompt_length`` tokens, or that has more than ``max_length`` in all, is
-    left out (cutting could cut through an image) and noted in ``left_out_path``. borrowed: see models/vision_balance.
-    Called with dataset rows ``{"example": number}``. Raises DataError for an image that cannot be used.
+    An example that is too long is left out, because cutting it could cut through an image.
+
+    Args:
+        max_prompt_length: The most tokens of a prompt.
+        max_length: The most tokens of prompt and answer.
+        left_out_path: Receives a row for each example left out.
+        dummy: See models/dummy_image.py.
+
+    Raises:
+        DataError: An image cannot be used.
     """
 
     def __init__(
@@ -122,24 +131,26 @@ class SFTCollator:
         max_prompt_length: int,
         max_length: int,
         left_out_path: Path,
-        borrowed: Prompt | None = None,
+        dummy: Prompt | None = None,
     ) -> None:
         self.examples = examples
         self.encoder = encoder
         self.max_prompt_length = max_prompt_length
         self.max_length = max_length
         self.left_out_path = left_out_path
-        self.borrowed = borrowed
-        # The encoder refuses over-long prompts by an error; here they are left out and counted instead.
+        self.dummy = dummy
+        # The encoder would raise an error for long prompts, but here they are left out and counted.
         encoder.max_prompt_length = UNCUT
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """Inputs of the model and ``labels`` [R, L]. A micro-batch is never empty: if all its examples are left out, a
-        row without labels stands in, so that every process makes the same steps."""
+        """Return the model's inputs and ``labels`` [R, L].
+
+        If all examples are left out, the micro-batch is one row without labels, so that all processes make the same steps.
+        """
         groups = [g for row in rows if (g := self._tokens(self.examples[row["example"]])) is not None]
         learnt = len(groups)
-        if self.borrowed is not None and not any(g.prompt.vision for g in groups):
-            groups.append(self._filler(self.borrowed))
+        if self.dummy is not None and not any(g.prompt.vision for g in groups):
+            groups.append(self._filler(self.dummy))
         if not groups:
             question = Question("stand-in", "-")
             groups.append(self._filler(self.encoder(question)))
