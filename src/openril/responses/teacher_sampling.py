@@ -26,7 +26,7 @@ def draw(
     per_teacher: int | None = None,
     seed: int,
     epoch: int,
-    fits: Callable[[Response], bool] = lambda response: True,
+    fits: Callable[[Response], bool] | None = None,
 ) -> list[Response]:
     """Return the teacher responses of one group, in the order of ``teachers``.
 
@@ -39,7 +39,7 @@ def draw(
             rotates over the epochs from a seeded start.
         per_teacher: Number of responses of each teacher, instead of ``total``.
         epoch: How often this question has been used before, from 0.
-        fits: Whether a response may be drawn. A teacher without such a response gives none.
+        fits: Whether a response may be drawn; None allows all. A teacher without such a response gives none.
 
     Raises:
         CacheError: If a teacher has no response.
@@ -60,7 +60,7 @@ def draw(
                 f"question {question_id!r}: expected {max(shares)} cached responses of teacher {teacher!r} for a group, got"
                 " none. Run `ril collect`."
             )
-        if fitting := [r for r in responses if fits(r)]:
+        if fitting := [r for r in responses if fits is None or fits(r)]:
             drawn += [fitting[i] for i in hand(len(fitting), shares, [seed, question_id, teacher])]
     return drawn
 

@@ -155,7 +155,7 @@ def cached_teacher_responses(
     questions: list[Question],
     *,
     check: bool = True,
-    fits: Callable[[Response], bool] = lambda response: True,
+    fits: Callable[[Response], bool] | None = None,
 ) -> TeacherResponses:
     """Return a function that draws a question's teacher responses from the cache, those that ``fits`` accepts. check:
     compare the cache with the questions and their images now; one process of a run is enough."""
