@@ -37,15 +37,12 @@ REST_UNREACHABLE = 10.0
 
 
 class RequestRefusedError(EndpointError):
-    """The server refused the request itself (a 4xx status), so a retry would fail too.
-
-    ``concerns_every_request`` is true if key, model name or address are wrong, rather than this request.
-    """
+    """The server refused the request itself (a 4xx status), so a retry would fail too."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
         self.status = status
-        self.concerns_every_request = status in (401, 403, 404)
+        self.concerns_every_request = status in (401, 403, 404)  # key, model name or address are wrong
 
 
 @dataclass(frozen=True)
@@ -62,10 +59,7 @@ class Completion:
 
 
 class EventLoopThread:
-    """An event loop in its own thread, so that synchronous code can start requests and fetch the answers later.
-
-    anyio's blocking portal is not used, because it waits without a limit for a thread that is blocked.
-    """
+    """An event loop in its own thread, so that synchronous code can start requests and fetch the answers later."""
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
@@ -103,18 +97,22 @@ class EventLoopThread:
             self.loop.close()
 
 
-class ChatClient:
-    """Chat completions from the servers of one endpoint.
+@dataclass(eq=False)
+class _Server:
+    url: str
+    client: AsyncOpenAI
+    in_flight: int = 0
+    avoided_until: float = 0.0  # after it could not be reached
+    paused_until: float = 0.0  # because it asked for a pause
 
-    Raises EndpointError if the endpoint has no URL or model, or if the variable of its key is not set.
-    """
+
+class ChatClient:
+    """Chat completions from the servers of one endpoint. Raises EndpointError if it has no URL, model or key."""
 
     def __init__(self, endpoint: EndpointConfig, what: str) -> None:
         """what: how messages name this endpoint, for instance "judge" or "teacher qwen72b"."""
         if not endpoint.base_urls or not endpoint.model:
-            raise EndpointError(
-                f"{what}: expected base_urls (for instance http://127.0.0.1:8000/v1) and model. Set both."
-            )
+            raise EndpointError(f"{what}: set base_urls (for instance http://127.0.0.1:8000/v1) and model")
         for url in endpoint.base_urls:
             if not url.startswith(("http://", "https://")):
                 raise EndpointError(f"{what}: base_urls: expected http:// or https://, got {url!r}")
@@ -126,14 +124,9 @@ class ChatClient:
             if not self._key:
                 raise EndpointError(f"{what}: api_key_env: {endpoint.api_key_env} is not set. Export the key there.")
             if not (self._key.isascii() and self._key.isprintable()):
-                raise EndpointError(
-                    f"{what}: api_key_env: {endpoint.api_key_env} contains characters that no key has. Export it again."
-                )
+                raise EndpointError(f"{what}: api_key_env: {endpoint.api_key_env} is no key. Export it again.")
         self.loop_thread = EventLoopThread()
-        self._clients: list[AsyncOpenAI] = []
-        self._in_flight: list[int] = []
-        self._avoided_until: list[float] = []  # servers that could not be reached
-        self._paused_until: list[float] = []  # servers that asked for a pause
+        self._servers: list[_Server] = []
         self._headers: dict[str, Any] | None = None
         self._limit: asyncio.Semaphore | None = None
 
@@ -145,18 +138,11 @@ class ChatClient:
             # Proxies from the environment are for the internet. A loopback server must be reached directly.
             local = any(host in url for host in ("//127.", "//localhost", "//[::1]"))
             http_client = openai.DefaultAsyncHttpxClient(trust_env=False) if local else None
-            self._clients.append(
-                openai.AsyncOpenAI(
-                    base_url=url,
-                    api_key=self._key or "none",
-                    timeout=self.endpoint.timeout,
-                    max_retries=0,
-                    http_client=http_client,
-                )
+            key, timeout = self._key or "none", self.endpoint.timeout
+            client = openai.AsyncOpenAI(
+                base_url=url, api_key=key, timeout=timeout, max_retries=0, http_client=http_client
             )
-            self._in_flight.append(0)
-            self._avoided_until.append(0.0)
-            self._paused_until.append(0.0)
+            self._servers.append(_Server(url, client))
         # Without a key, no Authorization header is sent.
         self._headers = None if self._key else {"Authorization": openai.Omit()}
         self._limit = asyncio.Semaphore(self.endpoint.concurrency)
@@ -178,52 +164,45 @@ class ChatClient:
         extra = {name: nested(value) for name, value in self.endpoint.extra_body.items()}
         settings["extra_body"] = {**extra, **settings.get("extra_body", {})} or None
         async with self._limit:
-            failed: set[int] = set()
+            failed: list[_Server] = []
             for attempt in range(self.endpoint.max_retries + 1):
                 server = self._pick(avoid=failed)
-                self._in_flight[server] += 1
+                server.in_flight += 1
                 try:
-                    if (pause := self._paused_until[server] - time.monotonic()) > 0:
+                    if (pause := server.paused_until - time.monotonic()) > 0:
                         await asyncio.sleep(pause)
                     return await self._ask(server, messages, settings)
                 except RequestRefusedError:
                     raise
                 except _RetryableError as e:
-                    failed.add(server)
+                    failed.append(server)
                     if attempt == self.endpoint.max_retries:
                         raise EndpointError(f"{e}{f' ({attempt + 1} attempts)' if attempt else ''}") from e.__cause__
                     wait = e.wait
                 finally:
-                    self._in_flight[server] -= 1
+                    server.in_flight -= 1
                 if wait is None:
                     wait = min(FIRST_BACKOFF * 2**attempt, LONGEST_BACKOFF) * random.uniform(0.75, 1.0)
                 # A server that has not failed this request can be asked without waiting.
-                if len(failed) == len(self._clients):
+                if all(server in failed for server in self._servers):
                     await asyncio.sleep(wait)
                     failed.clear()
         raise AssertionError("unreachable")
 
-    def _pick(self, avoid: set[int]) -> int:
+    def _pick(self, avoid: list[_Server]) -> _Server:
         """Return the least busy server. One that is paused or failed this request is used only if no other is left."""
         now = time.monotonic()
-        return min(
-            range(len(self._clients)),
-            key=lambda i: (
-                i in avoid,
-                self._avoided_until[i] > now or self._paused_until[i] > now,
-                self._in_flight[i],
-            ),
-        )
+        return min(self._servers, key=lambda s: (s in avoid, max(s.avoided_until, s.paused_until) > now, s.in_flight))
 
-    async def _ask(self, server: int, messages: list[dict[str, Any]], settings: dict[str, Any]) -> Completion:
+    async def _ask(self, server: _Server, messages: list[dict[str, Any]], settings: dict[str, Any]) -> Completion:
         """Make one attempt at one server. Raises RequestRefusedError or _RetryableError."""
         import openai
 
-        url = self.endpoint.base_urls[server]
+        url = server.url
         try:
             # The client's timeout applies to each read, so a server that trickles bytes would never trip it.
             async with asyncio.timeout(self.endpoint.timeout):
-                answer = await self._clients[server].chat.completions.create(
+                answer = await server.client.chat.completions.create(
                     model=self.endpoint.model,
                     messages=messages,  # type: ignore[arg-type]
                     extra_headers=self._headers,
@@ -232,7 +211,7 @@ class ChatClient:
         except (TimeoutError, openai.APITimeoutError) as e:
             raise _RetryableError(f"{self.what}: no answer from {url} within {self.endpoint.timeout:g} s") from e
         except openai.APIConnectionError as e:
-            self._avoided_until[server] = time.monotonic() + REST_UNREACHABLE
+            server.avoided_until = time.monotonic() + REST_UNREACHABLE
             raise _RetryableError(
                 f"{self.what}: cannot reach {url} ({e.__cause__ or e}). Is the server running?"
             ) from e
@@ -245,13 +224,13 @@ class ChatClient:
             raise _RetryableError(f"{self.what}: {url} sent no chat completion but {str(answer)[:200]!r}")
         return completion
 
-    def _status_error(self, server: int, error: openai.APIStatusError) -> EndpointError:
-        url, status = self.endpoint.base_urls[server], error.status_code
+    def _status_error(self, server: _Server, error: openai.APIStatusError) -> EndpointError:
+        url, status = server.url, error.status_code
         message = f"{self.what}: {url} answered {status}: {str(error.message)[:300]}"
         if status in (408, 409, 425, 429) or status >= 500:
             wait = retry_after(error.response.headers)
             if wait is not None:
-                self._paused_until[server] = time.monotonic() + wait
+                server.paused_until = time.monotonic() + wait
             return _RetryableError(message, wait)
         fix = {
             401: f". Check the key in {self.endpoint.api_key_env}" if self._key else ". Set api_key_env",
@@ -267,10 +246,11 @@ class ChatClient:
         if self._limit is None:
             self._start()
         problems = []
-        for url, client in zip(self.endpoint.base_urls, self._clients, strict=True):
+        for server in self._servers:
+            url = server.url
             try:
                 async with asyncio.timeout(10.0):
-                    models = [m.id async for m in client.models.list(extra_headers=self._headers)]
+                    models = [m.id async for m in server.client.models.list(extra_headers=self._headers)]
             except (openai.OpenAIError, ValueError, TypeError, AttributeError, TimeoutError) as e:
                 reason = str(e)[:200] or "no answer within 10 s"
                 problems.append(f"{self.what}: {url} does not list its models ({reason}). Is the server running?")
@@ -283,7 +263,7 @@ class ChatClient:
 
     def close(self) -> None:
         """Close the connections and end the loop's thread."""
-        if self._clients and self.loop_thread.loop.is_running():
+        if self._servers and self.loop_thread.loop.is_running():
             self.loop_thread.run(self._close_connections())
         self.loop_thread.close()
 
@@ -292,8 +272,8 @@ class ChatClient:
         for task in rest:
             task.cancel()
         await asyncio.gather(*rest, return_exceptions=True)
-        for client in self._clients:
-            await client.close()
+        for server in self._servers:
+            await server.client.close()
 
 
 class _RetryableError(EndpointError):

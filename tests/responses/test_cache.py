@@ -272,7 +272,7 @@ def test_other_questions_in_the_cache_do_not_disturb(cache):
         loaded.responses_for("q0", "big")
 
 
-def test_no_cache_says_what_to_run(tmp_path):
+def test_a_missing_cache_names_the_command_to_run(tmp_path):
     with pytest.raises(CacheError, match=r"cache_dir: .*none.*`ril collect RECIPE`"):
         ResponseCache.open(tmp_path / "none")
 

@@ -59,7 +59,7 @@ def test_every_question_gets_its_responses(recipe, cache):
     for question in QUESTIONS:
         texts = [r.text for r in loaded[question.id]]
         assert all(t.startswith(question.question) for t in texts)
-        assert len(set(texts)) == 3  # a seed of its own each
+        assert len(set(texts)) == 3  # each has a different seed
 
 
 def test_request_holds_the_sampling_settings(recipe, cache):
@@ -253,7 +253,7 @@ def test_unknown_source_lists_the_known(recipe, cache):
         collect(recipe, QUESTIONS, "small", cache)
 
 
-def test_unmade_sft_student_says_what_to_run(recipe, cache):
+def test_a_missing_sft_student_names_the_command_to_run(recipe, cache):
     recipe.sft.enabled = True
     with pytest.raises(ModelError, match=r"sft.enabled.*`ril sft`"):
         collect(recipe, QUESTIONS, STUDENT, cache)

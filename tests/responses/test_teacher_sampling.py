@@ -26,7 +26,7 @@ def test_a_deck_is_dealt_once_before_it_repeats():
     hands = [hand(6, [2] * n, ["k"]) for n in range(1, 7)]
     assert sorted(flat(hands[:3])) == [0, 1, 2, 3, 4, 5]
     assert sorted(flat(hands[3:])) == [0, 1, 2, 3, 4, 5]
-    assert hands[:3] != hands[3:]  # shuffled anew
+    assert hands[:3] != hands[3:]  # shuffled again
 
 
 def test_a_hand_across_two_decks_has_no_card_twice():
@@ -50,7 +50,7 @@ def test_the_extra_one_takes_turns():
 
 
 def test_extras_of_three_teachers_even_out():
-    # 5 over 3 teachers: 1 each and 2 extra; after 3 visits everyone has given 5.
+    # 5 over 3 teachers: 1 each and 2 extra; after 3 epochs everyone has given 5.
     epochs = [counts(draw(Cache(a=16, b=16, c=16), "q", "abc", total=5, seed=1, epoch=v), "abc") for v in range(3)]
     assert all(sum(v) == 5 and max(v) - min(v) == 1 for v in epochs)
     assert [sum(v[i] for v in epochs) for i in range(3)] == [5, 5, 5]
@@ -66,13 +66,13 @@ def test_the_start_of_the_turns_depends_on_seed_and_question():
 
 
 def test_all_responses_come_up_before_any_repeats():
-    # 16 of each teacher, 2 of each a visit: eight visits use all 32.
+    # 16 of each teacher, 2 of each an epoch: eight epochs use all 32.
     seen = [(r.source, r.index) for v in range(8) for r in draw(Cache(a=16, b=16), "q", "ab", total=4, seed=3, epoch=v)]
     assert len(set(seen)) == len(seen) == 32
 
 
 def test_cycling_holds_with_an_extra_that_takes_turns():
-    # total 3 of two teachers with 6 each: over 8 visits 24 responses, every one of the 12 exactly twice.
+    # total 3 of two teachers with 6 each: over 8 epochs 24 responses, every one of the 12 exactly twice.
     seen = [(r.source, r.index) for v in range(8) for r in draw(Cache(a=6, b=6), "q", "ab", total=3, seed=3, epoch=v)]
     assert sorted(seen) == sorted([(s, i) for s in "ab" for i in range(6)] * 2)
 

@@ -22,7 +22,7 @@ def judge_says(request):
 
 
 def group(*texts, answer="red", teachers=("big",), probs=None, **question):
-    q = Question("q1", "Which colour?", answer, **question)
+    q = Question("q1", "Which color?", answer, **question)
     students = [
         Rollout(Response("q1", "student", i, text)) for i, text in enumerate(texts[: len(texts) - len(teachers)])
     ]
@@ -205,7 +205,7 @@ def test_a_choice_is_shown_to_the_judge_with_letter_text_and_options():
 def test_score_answers_serves_evaluation(tmp_path):
     with MisbehavingServer(then=judge_says) as server:
         service = build_judge_service(recipe_for(tmp_path, server), "eval")
-        q = Question("q", "Which colour?", "red")
+        q = Question("q", "Which color?", "red")
         scores = score_answers([(q, "It is red"), (q, "unavailable"), (q, "")], "judge", "auto", service)
     assert [(s.score, s.asked_judge) for s in scores] == [(1.0, True), (None, True), (0.0, False)]
     assert scores[0].verdict.explanation == "Same." and "400" in scores[1].cause

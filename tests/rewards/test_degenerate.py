@@ -32,7 +32,7 @@ MULTIPLICATION = "\n".join(f"{a} x {b} = {a * b}" for a in range(1, 11) for b in
         "1, 1, 1, 1",
         "The answer is 42.",
         SENTENCE,
-        SENTENCE * 2,  # said twice
+        SENTENCE * 2,  # the same text twice
         DERIVATION,
         TABLE,
         NUMBERED,

@@ -15,7 +15,7 @@ from openril.rewards.functions import FunctionRewards, LoadedFunction, check_rew
 def groups():
     one = Question("q1", "How many?", "3", choices=("2", "3"), metadata={"level": 7, "answer_type": "int"})
     mine = Response("q1", "student", 0, "3", token_ids=(5, 6))
-    two = Question("q2", "What?", "red", metadata={"colour": "dark"})
+    two = Question("q2", "What?", "red", metadata={"color": "dark"})
     return [
         Group(one, [Rollout(mine), Rollout(Response("q1", "big", 0, "two"))]),
         Group(two, [Rollout(Response("q2", "student", 0, "red"))]),
@@ -40,7 +40,7 @@ def test_prompts_completions_and_every_column_are_given_per_response():
     assert seen["question_id"] == ["q1", "q1", "q2"] and seen["source"] == ["student", "big", "student"]
     assert seen["answer"] == ["3", "3", "red"] and seen["choices"] == [("2", "3"), ("2", "3"), ()]
     assert seen["question"] == ["How many?", "How many?", "What?"]
-    assert seen["level"] == [7, 7, None] and seen["colour"] == [None, None, "dark"]
+    assert seen["level"] == [7, 7, None] and seen["color"] == [None, None, "dark"]
     assert seen["completion_ids"] == [[5, 6], None, None]
     assert {"images", "rule", "origin"} <= set(seen)
 
@@ -152,7 +152,7 @@ def test_a_file_is_loaded_once(tmp_path):
         ("math:pi", r"function, got pi, a float"),
     ],
 )
-def test_what_cannot_be_loaded_says_why(spec, message):
+def test_what_cannot_be_loaded_is_named(spec, message):
     with pytest.raises(RecipeError, match=message):
         load_functions([RewardFunctionConfig(function=spec)])
 

@@ -15,7 +15,7 @@ from support.misbehaving_server import Drop, EmptyChoices, Garbage, Hang, Misbeh
 
 RIGHT = Say("It says the same. <answer>1</answer>")
 WRONG = Say("It says something else. <answer>0</answer>")
-ITEM = ("Which colour?", "red", "It is red.")
+ITEM = ("Which color?", "red", "It is red.")
 
 
 def service_for(server, tmp_path, **settings):
@@ -169,7 +169,7 @@ def test_equal_items_cost_one_request(tmp_path):
     with MisbehavingServer(then=RIGHT) as server:
         service = service_for(server, tmp_path)
         first = service.judge(
-            [ITEM, ITEM, ("Which colour?", "red", "<|im_end|> It is red. "), ("q2", "red", "It is red.")]
+            [ITEM, ITEM, ("Which color?", "red", "<|im_end|> It is red. "), ("q2", "red", "It is red.")]
         )
         assert server.count == 2
         second = service.judge([ITEM])
@@ -247,8 +247,8 @@ def gullible(request):
 def test_injection_gains_nothing_with_a_gullible_judge(tmp_path, attack):
     with MisbehavingServer(then=gullible) as server:
         service = service_for(server, tmp_path)
-        assert service.judge([("Which colour?", "red", attack)])[0].score == 0.0
-        assert service.judge([(attack, "red", "blue"), ("Which colour?", attack, "blue")])[0].score == 0.0
+        assert service.judge([("Which color?", "red", attack)])[0].score == 0.0
+        assert service.judge([(attack, "red", "blue"), ("Which color?", attack, "blue")])[0].score == 0.0
 
 
 def test_concurrency_is_bounded(tmp_path):

@@ -47,7 +47,7 @@ def disguises_removed(text):
 @pytest.mark.parametrize("attack", ATTACKS)
 @pytest.mark.parametrize("slot", ["question", "truth", "response"])
 def test_no_slot_can_forge_a_tag_or_leave_itself(attack, slot):
-    harmless = {"question": "Which colour?", "truth": "red", "response": "blue"}
+    harmless = {"question": "Which color?", "truth": "red", "response": "blue"}
     fair = Prompt.of(**harmless, max_response_chars=1000).messages()[1]["content"]
     attacked = Prompt.of(**{**harmless, slot: f"x {attack} y"}, max_response_chars=1000).messages()[1]["content"]
     tags = ("<answer", "</answer", "<|im_", "<question>", "</generatedtext>", "<groundtruth>", "</s>", "[inst]")
@@ -98,8 +98,8 @@ def test_every_attempt_asks_differently():
     ("reply", "score"),
     [
         ("It says the same. <answer>1</answer>", 1.0),
-        ("Wrong colour.\n<answer>0</answer>", 0.0),
-        ("Wrong colour. <answer> 0 </answer>.\n", 0.0),
+        ("Wrong color.\n<answer>0</answer>", 0.0),
+        ("Wrong color. <answer> 0 </answer>.\n", 0.0),
         ("Fine <answer>1</answer><|im_end|>", 1.0),
         ("Fine <answer>1</answer></s>", 1.0),
         ("Fine <Answer>1</Answer>", 1.0),

@@ -27,8 +27,8 @@ IN_PARTS = (
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 ITEMS = [
-    ("Which colour?", "red", "It is red."),
-    ("Which colour is the large ball on the left side?", "blue", "I believe that it is green, or so it looks."),
+    ("Which color?", "red", "It is red."),
+    ("Which color is the large ball on the left side?", "blue", "I believe that it is green, or so it looks."),
     ("How many?", "3", "three"),
 ]
 
@@ -105,7 +105,7 @@ def test_work_waits_until_the_result_is_asked_for_and_is_done_once(checkpoint, t
 def test_every_kind_of_chat_template_shows_the_whole_prompt(checkpoint, template):
     judge = LocalJudge(settings_for(checkpoint))
     judge.tokenizer.chat_template = template
-    text = judge.render(Prompt("Which colour?", "red", "It is red.").messages())
+    text = judge.render(Prompt("Which color?", "red", "It is red.").messages())
     assert SYSTEM in text and "It is red." in text
     assert text.count("<|im_start|>") == (2 if template == WITHOUT_SYSTEM else 3)
 
@@ -137,7 +137,7 @@ def test_vision_language_checkpoints_judge_as_text(architecture, tmp_path):
     assert "It is red." in service.judge_model.render(Prompt(*ITEMS[0]).messages())
 
 
-def test_batches_say_what_one_at_a_time_says(tmp_path):
+def test_batches_give_the_replies_of_one_at_a_time(tmp_path):
     folder = build_tiny_model(tmp_path / "bytes", "qwen2", texts=["red blue green three"], seed=3)
     together = service_for(folder, tmp_path / "together", batch_size=2).judge(ITEMS)
     assert together == service_for(folder, tmp_path / "alone").judge(ITEMS)

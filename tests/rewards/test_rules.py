@@ -91,9 +91,9 @@ def test_choice_between_words_that_also_occur_in_sentences(response, expected):
 
 
 def test_choice_prefers_the_longer_text():
-    colours = ("red", "dark red", "blue")
-    assert score("auto", ask("dark red", colours), "The ball is dark red") == 1.0
-    assert score("auto", ask("red", colours), "The ball is dark red") == 0.0
+    colors = ("red", "dark red", "blue")
+    assert score("auto", ask("dark red", colors), "The ball is dark red") == 1.0
+    assert score("auto", ask("red", colors), "The ball is dark red") == 0.0
 
 
 def test_choice_between_numbers():
@@ -227,7 +227,7 @@ def test_boolean(truth, response, expected):
 
 CONTAINS = [
     ("red", "Red", 1.0),
-    ("red", "The colour of the ball is red.", 1.0),
+    ("red", "The color of the ball is red.", 1.0),
     ("red", "It is not red.", 0.0),
     ("red", "hundred", 0.0),  # part of a word
     ("red", "red, green or blue", 0.0),
@@ -290,10 +290,10 @@ RUNAWAY = ["\\boxed{", "answer is ", "(", "A ", "1,", "9", "so ", "<answer>", "*
 
 @pytest.mark.parametrize("bit", RUNAWAY)
 def test_runaway_text_does_not_stall_a_rule(bit):
-    started = time.perf_counter()
+    started = time.process_time()
     for question in (ask("B", PETS), ask("42"), ask("yes"), ask("red ball")):
         assert score("auto", question, bit * (60_000 // len(bit)) + ".") in (None, 0.0)
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_the_end_of_a_very_long_response_counts():

@@ -26,7 +26,7 @@ from openril.records import Question, Response
 from openril.responses import files
 from openril.responses.files import Lock
 from openril.responses.loaded import LoadedResponses
-from openril.responses.manifest import MANIFEST, empty_manifest, may_differ, read_manifest
+from openril.responses.manifest import EMPTY, MANIFEST, may_differ, read_manifest
 from openril.responses.writer import Writer
 from openril.storage import refuse_changed, write_json
 
@@ -52,7 +52,7 @@ class ResponseCache:
         if not cache.manifest_path.exists():
             with cache._lock():
                 if not cache.manifest_path.exists():
-                    write_json(cache.manifest_path, empty_manifest())
+                    write_json(cache.manifest_path, EMPTY)
         return cls.open(folder, shard_size=shard_size)
 
     @classmethod
@@ -80,15 +80,14 @@ class ResponseCache:
         return self.folder / files.JOURNALS
 
     def _lock(self) -> Lock:
-        """Return the lock that is held while files are replaced or removed (shared: while they are read). Never nest it."""
+        """Return the lock held while files are replaced or removed (shared: while they are read). Never nest it."""
         return Lock(self.folder / "locks" / "folder.lock")
 
     def _fold(self) -> int:
         """Turn dead writers' journals into shards and return their number. A read-only folder is left as it is."""
         try:
-            return sum(
-                files.fold_journal(p, self.shard_folder) for p in files.list_files(self.journal_folder, ".jsonl")
-            )
+            journals = files.list_files(self.journal_folder, ".jsonl")
+            return sum(files.fold_journal(path, self.shard_folder) for path in journals)
         except OSError as e:
             if e.errno in files.READ_ONLY:
                 return 0
@@ -202,7 +201,7 @@ class ResponseCache:
     # Writing
 
     def writer(self, source: str) -> Writer:
-        """Return a writer for a registered source, to be used in ``with``. ``missing`` says what to write."""
+        """Return a writer for a registered source, to be used in ``with``. ``missing`` returns what to write."""
         entry = self.manifest()["sources"].get(source)
         assert entry is not None, "register the source first"
         return Writer(self.folder, source, entry, self.content_hash, self.shard_size)
@@ -216,9 +215,7 @@ class ResponseCache:
         self._fold()
         stem = files.file_stem(source)
         if any(p.stem.rsplit("-", 2)[0] == stem for p in files.list_files(self.journal_folder, ".jsonl")):
-            raise CacheError(
-                f"{self.folder}: another process is collecting {source!r}. Stop it before you drop responses."
-            )
+            raise CacheError(f"{self.folder}: another process is collecting {source!r}. Stop it first.")
         ids = None if question_ids is None else pa.array(list(question_ids), pa.string())
         removed = 0
         with self._lock():
@@ -274,9 +271,7 @@ class ResponseCache:
         ids = [q.id for q in questions]
         if len(set(ids)) != len(ids):
             double = next(id for i, id in enumerate(ids) if id in ids[:i])
-            raise DataError(
-                f"question {double!r}: expected unique ids, got this one twice. Rename one of the questions."
-            )
+            raise DataError(f"question {double!r}: expected unique ids. Rename one of the two questions.")
         known = self.sources
         sources = known if sources is None else list(sources)
         unknown = [s for s in sources if s not in known]
@@ -298,10 +293,8 @@ class ResponseCache:
         loaded = LoadedResponses(table, ids, sources)
         if check_hashes:
             present = loaded.counts().sum(axis=1) > 0
-            hashes = dict.fromkeys(ids, "") | self.content_hashes(
-                [q for q, p in zip(questions, present, strict=True) if p]
-            )
-            stale = loaded.stale(hashes)
+            answered = [q for q, p in zip(questions, present, strict=True) if p]
+            stale = loaded.stale(dict.fromkeys(ids, "") | self.content_hashes(answered))
             if stale:
                 by_id = {q.id: q for q in questions}
                 raise self._stale_error([(by_id[id], source) for id, source in stale])
@@ -322,16 +315,13 @@ class ResponseCache:
                 tables[path.stem] = files.rows_to_table(lines[0], lines[1:]).select(columns)
         paths = files.list_files(self.shard_folder, ".parquet")
         with ThreadPoolExecutor(8) as pool:
-            tables.update(
-                zip((p.stem for p in paths), pool.map(lambda p: files.read_shard(p, columns), paths), strict=True)
-            )
-        value_set = pa.array(ids, pa.string())
+            read = pool.map(lambda path: files.read_shard(path, columns), paths)
+            tables.update(zip((path.stem for path in paths), read, strict=True))
+        all_ids, all_sources = pa.array(ids, pa.string()), pa.array(sources)
         kept = []
         for name in sorted(tables):
             table = tables.pop(name)
-            keep = pc.and_(
-                pc.is_in(table["question_id"], value_set=value_set), pc.is_in(table["source"], pa.array(sources))
-            )
+            keep = pc.and_(pc.is_in(table["question_id"], all_ids), pc.is_in(table["source"], all_sources))
             if num_responses is not None:
                 keep = pc.and_(keep, pc.less(table["index"], num_responses))
             kept.append(table if pc.all(keep).as_py() else table.filter(keep))
@@ -352,9 +342,7 @@ class ResponseCache:
                     f"({int(np.minimum(counts[:, s], required).sum())} of {len(counts) * required} responses are there; "
                     f"for instance question {example!r} has {loaded.count(example, source)})"
                 )
-        raise CacheError(
-            f"{self.folder}: too few responses. {'; '.join(parts)}. Run `ril collect RECIPE` to collect the rest."
-        )
+        raise CacheError(f"{self.folder}: too few responses. {'; '.join(parts)}. Run `ril collect RECIPE`.")
 
     def responses_for(self, question: Question, source: str) -> list[Response]:
         """Return a source's responses to one question. This reads the folder; use ``load`` for many questions."""

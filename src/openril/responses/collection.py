@@ -94,7 +94,6 @@ def collect(
     missing and is counted in the result; the next call asks for it again.
 
     Args:
-        source: A teacher's name, or ``STUDENT``.
         make_sampler: Builds the engine of a local source from (recipe, source). The default runs transformers.
 
     Raises:
@@ -135,7 +134,7 @@ def teacher_of(recipe: Recipe, source: str) -> TeacherConfig | None:
     for teacher in recipe.teachers:
         if teacher.name == source:
             return teacher
-    names = ", ".join([t.name for t in recipe.teachers] + [STUDENT])
+    names = ", ".join([*recipe.teacher_names, STUDENT])
     raise RecipeError(f"sources: expected one of {names}, got {source!r}. Correct the name.")
 
 

@@ -147,7 +147,7 @@ class Journal:
         """Turn the journal into a shard."""
         try:
             if self.rows:
-                write_shard(shard_of(self.path, shards), self.header, self.rows)
+                write_table(shard_of(self.path, shards), rows_to_table(self.header, self.rows))
             self.path.unlink()
         finally:
             os.close(self._file)
@@ -173,10 +173,7 @@ def read_journal(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int
         except ValueError:
             row = None
         if not isinstance(row, dict):
-            raise CacheError(
-                f"{path}: expected a JSON object, got {line[:60]!r}. Delete the line or the file, and run `ril collect`"
-                " again."
-            )
+            raise CacheError(f"{path}: expected JSON, got {line[:60]!r}. Delete the line and run `ril collect`.")
         rows.append(row)
     return rows, offset + end
 
@@ -193,7 +190,7 @@ def fold_journal(path: Path, shards: Path) -> bool:
         shard = shard_of(path, shards)
         lines, _ = read_journal(path)
         if len(lines) > 1 and not shard.exists():
-            write_shard(shard, lines[0], lines[1:])
+            write_table(shard, rows_to_table(lines[0], lines[1:]))
         path.unlink()
         return True
     finally:
@@ -209,10 +206,6 @@ def rows_to_table(header: dict[str, Any], rows: list[dict[str, Any]]) -> pa.Tabl
         columns[name] = [row.get(name) for row in rows]
     columns["created"] = [datetime.fromisoformat(row["created"]) for row in rows]
     return pa.table({name: pa.array(columns[name], SCHEMA.field(name).type) for name in SCHEMA.names}, schema=SCHEMA)
-
-
-def write_shard(path: Path, header: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    write_table(path, rows_to_table(header, rows))
 
 
 def write_table(path: Path, table: pa.Table) -> None:
@@ -237,31 +230,24 @@ def read_shard(path: Path, columns: list[str] | None = None) -> pa.Table:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             missing = set(SCHEMA.names) - set(file.schema_arrow.names)
             if missing:
-                raise CacheError(
-                    f"{path}: expected a response shard, but it lacks {', '.join(sorted(missing))}. Move it elsewhere."
-                )
+                raise CacheError(f"{path}: expected a response shard, it lacks {', '.join(sorted(missing))}. Move it.")
             return file.read(columns=columns, use_threads=False)
     except FileNotFoundError:
         raise
     except (pa.ArrowException, OSError) as e:
         reason = str(e).splitlines()[0][:200] if str(e) else type(e).__name__
-        raise CacheError(
-            f"{path}: damaged shard ({reason}). Delete the file and run `ril collect`, which collects its responses again."
-        ) from e
+        raise CacheError(f"{path}: damaged shard ({reason}). Delete the file and run `ril collect` again.") from e
 
 
 def has_old_verdicts(folder: Path) -> bool:
     """Return whether an earlier version kept verdicts in this cache: in ``verdicts.jsonl`` or in a column of its shards."""
-    if (folder / "verdicts.jsonl").exists():
-        return True
-    for path in list_files(folder / SHARDS, ".parquet"):
+
+    def has_some(path: Path) -> bool:
         with pq.ParquetFile(path) as file:
-            if (
-                "verdict" in file.schema_arrow.names
-                and file.read(columns=["verdict"])["verdict"].null_count < file.metadata.num_rows
-            ):
-                return True
-    return False
+            columns = file.read(["verdict"] if "verdict" in file.schema_arrow.names else []).columns
+        return any(column.null_count < len(column) for column in columns)
+
+    return (folder / "verdicts.jsonl").exists() or any(map(has_some, list_files(folder / SHARDS, ".parquet")))
 
 
 def list_files(folder: Path, suffix: str) -> list[Path]:

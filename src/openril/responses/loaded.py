@@ -82,7 +82,7 @@ class LoadedResponses(Mapping[str, list[Response]]):
         return np.diff(self._starts).reshape(len(self.question_ids), len(self.sources))
 
     def stale(self, hashes: Mapping[str, str]) -> list[tuple[str, str]]:
-        """Return the (question id, source) pairs with a response to other content than ``hashes`` says, in order."""
+        """Return the (question id, source) pairs with a response to other content than that of ``hashes``, in order."""
         if not len(self._rows):
             return []
         number = {value: i for i, value in enumerate(self._hash_values)}

@@ -13,10 +13,7 @@ from openril.storage import weights_fingerprint
 
 FORMAT = "openril-responses"
 MANIFEST = "manifest.json"
-
-
-def empty_manifest() -> dict[str, Any]:
-    return {"format": FORMAT, "schema_version": SCHEMA_VERSION, "sources": {}}
+EMPTY = {"format": FORMAT, "schema_version": SCHEMA_VERSION, "sources": {}}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -26,17 +23,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CacheError(
-            f"cache_dir: expected a response cache, got {folder}. Run `ril collect RECIPE`, or correct cache_dir."
+            f"cache_dir: no response cache in {folder}. Run `ril collect RECIPE`, or correct it."
         ) from None
     except ValueError as e:
         raise CacheError(f"{path}: expected JSON ({e}). Restore the file, or collect into another cache_dir.") from e
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CacheError(f"{path}: expected the manifest of a response cache. Set another cache_dir.")
     if manifest.get("schema_version") != SCHEMA_VERSION:
-        raise CacheError(
-            f"{path}: expected schema_version {SCHEMA_VERSION}, got {manifest.get('schema_version')}. Use the OpenRIL"
-            " version that made the cache."
-        )
+        raise CacheError(f"{path}: expected schema_version {SCHEMA_VERSION}. Use the OpenRIL that made the cache.")
     return manifest
 
 
@@ -54,10 +48,7 @@ def source_entry(recipe: Recipe, teacher: TeacherConfig | None) -> dict[str, Any
     if teacher is None:
         model, revision = recipe.collected_student, recipe.student.revision
         if recipe.sft.enabled and recipe.sft.targets == "answers" and not Path(model).is_dir():
-            raise ModelError(
-                f"sft.enabled: expected the SFT student in {model}, which does not exist. Run `ril sft` first, or set"
-                " sft.enabled: false."
-            )
+            raise ModelError(f"sft.enabled: {model} does not exist yet. Run `ril sft` first, or set it to false.")
         return {"model": model, "revision": weights_fingerprint(Path(model)) or revision, "sampling": sampling}
     if teacher.model_path:
         revision = weights_fingerprint(Path(teacher.model_path)) or teacher.revision

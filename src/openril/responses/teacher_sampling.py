@@ -32,17 +32,14 @@ def draw(
 
     The result depends only on seed, question id, epoch and cache. Over the epochs every response of a teacher is used
     once before any is used again, in a seeded order. None is used twice in a group, unless the teacher has fewer
-    responses than its share; then their counts differ by at most one.
+    responses than its share; then their counts differ by at most one. Raises CacheError if a teacher has none.
 
     Args:
-        total: Number of responses in all. The teachers' shares differ by at most one, and which teacher gives one more
-            rotates over the epochs from a seeded start.
+        total: Number of responses in all. The teachers' shares differ by at most one, and the teachers take turns to give
+            one more, from a seeded start.
         per_teacher: Number of responses of each teacher, instead of ``total``.
         epoch: How often this question has been used before, from 0.
         fits: Whether a response may be drawn; None allows all. A teacher without such a response gives none.
-
-    Raises:
-        CacheError: If a teacher has no response.
     """
     assert (total is None) != (per_teacher is None), "give total or per_teacher"
     drawn = []
@@ -57,8 +54,8 @@ def draw(
         responses = cache.responses_for(question_id, teacher)
         if not responses:
             raise CacheError(
-                f"question {question_id!r}: expected {max(shares)} cached responses of teacher {teacher!r} for a group, got"
-                " none. Run `ril collect`."
+                f"question {question_id!r}: expected {max(shares)} responses of teacher {teacher!r}, got none."
+                " Run `ril collect`."
             )
         if fitting := [r for r in responses if fits is None or fits(r)]:
             drawn += [fitting[i] for i in hand(len(fitting), shares, [seed, question_id, teacher])]

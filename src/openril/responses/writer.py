@@ -15,11 +15,7 @@ from openril.responses.files import Journal
 class Writer:
     """Appends one source's responses. Each survives a kill as soon as ``append`` returns. Not thread-safe.
 
-    Args:
-        folder: The cache's folder.
-        entry: The source's entry in the manifest.
-        content_hash: Returns a question's content hash.
-        shard_size: Responses in a full shard.
+    entry: the source's entry in the manifest. content_hash: returns a question's content hash.
     """
 
     SYNC_EVERY = 64

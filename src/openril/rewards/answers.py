@@ -25,7 +25,7 @@ class AnswerScore:
     """Whether one response is right."""
 
     score: float | None
-    """1.0, 0.0, or None where the verdict is unknown or nothing was to be scored."""
+    """1.0, 0.0, or None if the verdict is unknown or nothing is scored."""
     parsed: bool = True
     """False where a rule found no answer to compare. Under ``rules`` such a response scores 0."""
     asked_judge: bool = False
@@ -76,9 +76,7 @@ def submit_answers(
     if kind == "none":
         return AnswersHandle([AnswerScore(None)] * len(items), [], None)
     if judge_service is None and kind != "rules":
-        raise RecipeError(
-            f"rewards.answer.kind, eval.score: {kind} needs a judge, got none. Set judge.base_urls or judge.model_path."
-        )
+        raise RecipeError(f"rewards.answer.kind, eval.score: {kind} needs a judge. Set judge.base_urls or model_path.")
     scores: list[AnswerScore] = []
     judged: list[int] = []
     for question, text in items:

@@ -28,13 +28,10 @@ class RewardStats:
 
     responses: int = 0
     judged: int = 0
-    """Responses whose score the judge decides."""
+    """Responses whose score the judge decides. ``asked`` cost a request, ``cached`` were known, ``unknown`` failed."""
     asked: int = 0
-    """Verdicts that cost a request."""
     cached: int = 0
-    """Verdicts that were known already."""
     unknown: int = 0
-    """Verdicts that could not be obtained."""
     unparsed: int = 0
     """Responses in which a rule found no answer to compare."""
     empty: int = 0
@@ -42,8 +39,7 @@ class RewardStats:
     answer_seconds: float = 0.0
     """Seconds spent waiting for answer scores."""
     function_seconds: float = 0.0
-    causes: list[str] = field(default_factory=list)
-    """Why verdicts are unknown."""
+    causes: list[str] = field(default_factory=list)  # of unknown verdicts
 
     def count(self, scores: Sequence[AnswerScore]) -> None:
         self.responses += len(scores)
@@ -75,10 +71,8 @@ class RewardSystem:
     """Fills the rewards of groups whose ``student_prob`` the discriminator has set.
 
     Args:
-        judge_service: Needed where the answer reward asks a judge.
-        functions: Replace the recipe's own.
-        gather: Collects a list over all processes (``accelerate.utils.gather_object``), so that the counts are those of
-            the whole step and all processes stop together. Not needed with one process.
+        judge_service: Needed if the answer reward asks a judge.
+        gather: Collects a list over all processes (``accelerate.utils.gather_object``), so that all stop together.
     """
 
     def __init__(
@@ -91,10 +85,7 @@ class RewardSystem:
         self.recipe = recipe
         self.kind = recipe.answer_kind
         if self.kind in ("judge", "rules_then_judge") and judge_service is None:
-            raise RecipeError(
-                f"rewards.answer.kind: {self.kind} needs a judge, got none. Set judge.base_urls and judge.model, or"
-                " judge.model_path, or use rules."
-            )
+            raise RecipeError(f"rewards.answer.kind: {self.kind} needs a judge. Set judge.base_urls or model_path.")
         self.judge_service = judge_service
         self.functions = FunctionRewards(load_functions(recipe.rewards.functions) if functions is None else functions)
         self.budget = UnknownBudget(recipe.judge.max_unknown_share)

@@ -34,8 +34,7 @@ def is_repetitive(text: str) -> bool:
     2. The same for loops of at most 8 characters over at least 60 characters without spaces ("hahahaha", "0000").
     3. In a text of 60 words or more, at least 60 % of all 8-word sequences occurred before: a paragraph three times.
 
-    Words are sequences of letters and digits, so tables, numbered lists, counting and code, whose rows differ, are not
-    repetitive. Neither is a text that says everything twice.
+    Tables, numbered lists, counting and code, whose rows differ, and a text that states everything twice do not count.
     """
     words = _WORD.findall(text.casefold())
     characters = "".join(text.split())

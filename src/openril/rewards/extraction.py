@@ -42,7 +42,6 @@ class Found:
     """Candidates for the final answer."""
 
     candidates: tuple[str, ...]
-    """Texts that may be the answer, all from the same kind of place."""
     explicit: bool
     """Whether the writer marked them (tags, a box, "the answer is"); False for a text that is only the last line."""
 
@@ -84,10 +83,9 @@ def _after_marker(text: str) -> str:
 
 
 def find_answers(text: str) -> list[Found]:
-    """Return candidates for the final answer, the most reliable kind first; nothing for an empty text.
+    """Return candidates for the final answer, the most reliable kind first.
 
-    The kinds are ``<answer>`` tags, ``\\boxed{}``, "the answer is ...", and the last line. Text in ``<think>`` tags is
-    ignored.
+    The kinds are ``<answer>`` tags, ``\\boxed{}``, "the answer is ...", and the last line. Text in ``<think>`` is ignored.
     """
     text = re.sub(r"<\s*think\s*>.*?<\s*/\s*think\s*>", "", text, flags=re.I | re.S)
     boxed = _boxed(_INVISIBLE.sub("", text))
@@ -120,10 +118,7 @@ HEDGE = r"\s*(?:,?\s*\b(?:or|and|versus|vs)\b|[/|,;&、]|或者|或|和)\s*"
 
 
 def whole_words(text: str) -> re.Pattern[str]:
-    """Return a pattern for the text as whole words. "3" is not a word of "3.5".
-
-    Chinese has no word boundaries, so only Latin letters and digits count as part of a neighboring word.
-    """
+    """Return a pattern for the text as whole words. "3" is not a word of "3.5". Chinese has no word boundaries."""
     return re.compile(rf"(?<![a-z0-9])(?<!\d[.,]){re.escape(text)}(?![a-z0-9]|[.,]\d)")
 
 
@@ -173,11 +168,7 @@ class Number:
 
 
 def numbers(text: str) -> list[Number]:
-    """Return every number in normalized text.
-
-    It reads thousands separators, decimals, fractions, powers, scale words and percent signs. Number words ("three cats")
-    count only in a text without digits.
-    """
+    """Return every number in normalized text. Number words ("three cats") count only in a text without digits."""
     found = []
     for m in _NUMBER.finditer(text):
         if len(m.group()) > LONGEST_NUMBER:

@@ -71,17 +71,13 @@ def load_callable(spec: str, where: str) -> Callable[..., Any]:
         except ModuleNotFoundError as e:
             if e.name is None or not (module_name == e.name or module_name.startswith(f"{e.name}.")):
                 raise  # the module exists, but something that it imports does not
-            raise RecipeError(
-                f"{where}: no module {module_name}. Install it, or name a file: path/to/file.py:{attribute}."
-            ) from e
+            raise RecipeError(f"{where}: no module {module_name}. Install it, or name a file, path/to/file.py:f") from e
     found: Any = module
     for part in attribute.split("."):
         found = getattr(found, part, None)
     if found is None:
         there = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-        raise RecipeError(
-            f"{where}: expected one of {', '.join(sorted(there)[:10]) or 'nothing'} in {module_name}, got {attribute}"
-        )
+        raise RecipeError(f"{where}: {module_name} has {', '.join(sorted(there)[:10]) or 'nothing'}, got {attribute}")
     if not callable(found):
         raise RecipeError(f"{where}: expected a function, got {attribute}, a {type(found).__name__}")
     return found
@@ -196,9 +192,7 @@ def _accepted(function: LoadedFunction, arguments: dict[str, Any]) -> dict[str, 
         if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in arguments
     ]
     if missing:
-        raise RecipeError(
-            f"{function.where}: expected arguments among {', '.join(sorted(arguments))}, got {', '.join(missing)}"
-        )
+        raise RecipeError(f"{function.where}: expected {', '.join(sorted(arguments))}, got {', '.join(missing)}")
     return {p.name: arguments[p.name] for p in parameters if p.name in arguments}
 
 

@@ -52,7 +52,7 @@ class Judge(Protocol):
     """Everything about the judge that its verdicts depend on, as plain data. It is part of every verdict's key."""
 
     async def ask(self, messages: list[dict[str, str]], seed: int) -> str:
-        """Return the model's reply, whatever it says. Raises EndpointError if the model cannot be reached."""
+        """Return the model's reply, whatever it is. Raises EndpointError if the model cannot be reached."""
         ...
 
     def start(self, settle: Settle) -> Pending:
@@ -72,7 +72,6 @@ def judge_identity(settings: JudgeConfig) -> dict[str, Any]:
     if settings.base_urls:
         served = {"model": settings.model, "revision": settings.revision, "extra_body": dict(settings.extra_body)}
         return served | generation
-    weights = weights_fingerprint(Path(settings.model_path)) if settings.model_path else None
-    if weights is not None:
+    if settings.model_path and (weights := weights_fingerprint(Path(settings.model_path))):
         return {"weights": weights, **generation}
     return {"model_path": settings.model_path, "revision": settings.revision, **generation}

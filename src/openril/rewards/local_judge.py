@@ -36,9 +36,7 @@ class LocalJudge:
     The work is done when a result is requested (with batches: all the work that is pending), in a separate thread, so
     that the caller's autocast and gradient modes do not apply. The random state is restored afterwards.
 
-    Raises:
-        ModelError: If the checkpoint cannot be loaded or has no chat template, or if it or the temperature does not
-            allow batches.
+    Raises ModelError if the checkpoint cannot be loaded, has no chat template, or does not allow batches.
     """
 
     def __init__(self, settings: JudgeConfig, device: str | None = None) -> None:
@@ -59,10 +57,7 @@ class LocalJudge:
         except (OSError, ValueError, ImportError) as e:
             raise ModelError(f"judge.model_path: cannot load {settings.model_path} ({e})") from e
         if self.tokenizer.chat_template is None:
-            raise ModelError(
-                f"judge.model_path: expected a checkpoint with a chat template, got {settings.model_path}. Use an"
-                " instruction-tuned model, or add chat_template.jinja to its folder."
-            )
+            raise ModelError(f"judge.model_path: {settings.model_path} has no chat template. Use an instruct model.")
         self.model = model.to(self.device).eval()
         self._special = special_tokens(self.tokenizer)
         self._decoder = self._make_decoder(vision) if settings.batch_size > 1 else None
@@ -133,27 +128,19 @@ class LocalJudge:
         return self.render([{"role": "system", "content": system}, {"role": "user", "content": mark}]).split(mark)[0]
 
     def render(self, messages: list[dict[str, str]]) -> str:
-        """Return the prompt as text.
-
-        A template without a system role gets the system text at the start of the user's message. A template that
-        expects content in parts gets parts.
-        """
+        """Return the prompt as text, for templates with and without a system role, with content as text or in parts."""
         cleaned = [{**m, "content": strip_special(m["content"], extra=self._special)} for m in messages]
         folded = [{"role": "user", "content": "\n\n".join(m["content"] for m in cleaned)}]
         for chat in (cleaned, folded):
-            for in_parts in (False, True):
-                candidate: list[dict[str, Any]] = [
-                    {**m, "content": [{"type": "text", "text": m["content"]}]} if in_parts else m for m in chat
-                ]
+            in_parts: list[Any] = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in chat]
+            for candidate in (chat, in_parts):
                 try:
                     text = self.tokenizer.apply_chat_template(candidate, tokenize=False, add_generation_prompt=True)
                 except (TemplateError, TypeError):
                     continue
                 if isinstance(text, str) and all(m["content"].strip() in text for m in cleaned):
                     return text
-        raise ModelError(
-            f"judge.model_path: the chat template of {self.settings.model_path} drops the prompt. Correct it."
-        )
+        raise ModelError(f"judge.model_path: the chat template of {self.settings.model_path} drops the prompt")
 
     def _end_ids(self) -> list[int]:
         config = getattr(self.model, "generation_config", None)
@@ -162,9 +149,7 @@ class LocalJudge:
         if self.tokenizer.eos_token_id is not None:
             ids = [self.tokenizer.eos_token_id, *ids]
         if not ids:
-            raise ModelError(
-                f"judge.model_path: expected an end-of-sequence token in {self.settings.model_path}, got none."
-            )
+            raise ModelError(f"judge.model_path: {self.settings.model_path} has no end-of-sequence token")
         return list(dict.fromkeys(ids))
 
     def start(self, settle: Settle) -> _Later:

@@ -42,19 +42,13 @@ T = TypeVar("T")
 def score(rule: str, question: Question, response_text: str) -> float | None:
     """Return 1.0 for right, 0.0 for wrong, None where no answer to compare was found ("unparsed").
 
-    Args:
-        rule: One of ``RULES``.
-
-    Raises:
-        DataError: For an unknown rule, and for a question whose ground truth is missing or cannot be read by the rule.
+    Raises DataError for an unknown rule, and for a question whose ground truth is missing or cannot be read by the rule.
     """
     where = f"question {question.id}" + (f" ({question.origin})" if question.origin else "")
     if rule not in RULES:
         raise DataError(f"{where}: rule: expected one of {', '.join(RULES)}, got {rule!r}")
     if not question.answer.strip():
-        raise DataError(
-            f"{where}: expected an answer to compare with, got none. Add it, or set rewards.answer.kind: none."
-        )
+        raise DataError(f"{where}: expected an answer, got none. Add it, or set rewards.answer.kind: none.")
     if not plain(response_text):
         return 0.0
     if len(response_text) > LONGEST_RESPONSE:  # the answer is near an end, and runaway text must not stall a step
@@ -105,9 +99,7 @@ def _verdict(
 ) -> float | None:
     """Score by the most reliable kind of candidate that the rule can read. Different answers of one kind score 0.
 
-    Args:
-        read: Returns the different answers that a candidate states: none, one, or several if the writer hedges.
-        right: Returns whether an answer is right.
+    read: returns the different answers that a candidate states: none, one, or several if the writer hedges.
     """
     for found in answers:
         stated = {answer for candidate in found.candidates for answer in read(candidate, found.explicit)}
@@ -142,10 +134,7 @@ def _choice(question: Question, answers: list[Found], response_text: str, where:
 
 
 def _read_number(text: str, explicit: bool) -> frozenset[Number]:
-    """Return the number that a candidate states: after its last "=" or "so", its only number, or the one it begins with.
-
-    A list of numbers ("3 or 4", "1, 2, 3") states all of them. Other sentences with several numbers state none.
-    """
+    """Return the number after the last "=" or "so", the only number, or the one at the start; of a list, all numbers."""
     for separator in (r"=|≈", CONCLUSION.pattern):
         parts = re.split(separator, text, flags=re.I)
         if len(parts) > 1 and numbers(parts[-1]):
@@ -239,9 +228,9 @@ def _exact(question: Question, answers: list[Found], response_text: str, strict:
 
 
 def _contains(question: Question, answers: list[Found], response_text: str) -> float | None:
-    """Return whether the stated answer or the last line contains the truth as whole words, not negated and not in a list.
+    """Return whether the stated answer or the last line contains the truth as whole words, not negated, not in a list.
 
-    An unmarked sentence without the truth is unparsed, because it may say the same in other words.
+    An unmarked sentence without the truth is unparsed, because it may express the truth in other words.
     """
     truth = plain(question.answer)
     for found in answers:

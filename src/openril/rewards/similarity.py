@@ -11,19 +11,13 @@ def similarity_reward(
 ) -> float:
     """Return the reward in [0, 1] for D's probability that a student wrote the response.
 
-    Args:
-        kind: ``binary``: 1 if student_prob < 0.5, else 0 (0 at exactly 0.5). ``continuous``: 1 - student_prob.
-            ``levels``: 1 - student_prob rounded to the nearest of ``levels`` equally spaced values from 0 to 1. A tie
-            goes to the lower value, so that two levels are the binary reward.
-
-    Raises:
-        ValueError: For anything that is not a probability, including NaN, so that a broken discriminator is not mistaken
-            for a low reward.
+    binary: 1 if student_prob < 0.5, else 0 (0 at exactly 0.5). continuous: 1 - student_prob. levels: 1 - student_prob,
+    rounded to the nearest of ``levels`` equally spaced values from 0 to 1. A tie goes to the lower value, so that two
+    levels are the binary reward. Raises ValueError for anything that is not a probability, including NaN, so that a broken
+    discriminator is not mistaken for a low reward.
     """
     if not 0.0 <= student_prob <= 1.0:
-        raise ValueError(
-            f"student_prob: expected a probability, got {student_prob}. The discriminator's weights may be NaN."
-        )
+        raise ValueError(f"student_prob: expected a probability, got {student_prob}. The weights may be NaN.")
     teacher_prob = 1.0 - student_prob
     match kind:
         case "binary":

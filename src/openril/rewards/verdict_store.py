@@ -147,7 +147,7 @@ def open_verdict_store(recipe: Recipe, name: str = "rank0") -> VerdictStore:
 OUTDATED = (
     "verdicts of an earlier version do not record everything they depend on and are not used; the judge is asked again"
 )
-"""What a user is told once a command meets such verdicts."""
+"""The message of a command that finds such verdicts."""
 
 
 @dataclass(frozen=True)
