@@ -1,6 +1,6 @@
 """The judge service: asks a model whether responses are right, and never twice for the same verdict.
 
-A verdict that cannot be obtained is *unknown*: its score is None and its ``cause`` gives the reason. It is never turned into a 0.
+A verdict that cannot be obtained is *unknown*: its score is None, never 0, and its ``cause`` gives the reason.
 """
 
 from __future__ import annotations
