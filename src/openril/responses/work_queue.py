@@ -99,9 +99,7 @@ class WorkQueue:
         questions = self._questions[block]
         for question, index in self.cache.missing(questions, self.source, self.num_responses):
             indices.setdefault(question.id, []).append(index)
-        for question in questions:
-            if question.id in indices:
-                yield question, indices[question.id]
+        yield from ((question, indices[question.id]) for question in questions if question.id in indices)
 
     def _release(self, block: int) -> None:
         self._held.pop(block).release()

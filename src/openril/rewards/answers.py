@@ -36,13 +36,13 @@ class AnswerScore:
     """The judge's verdict with its explanation."""
 
 
+@dataclass
 class AnswersHandle:
     """Scores that are being computed. ``result`` waits for the judge."""
 
-    def __init__(self, scores: list[AnswerScore], judged: list[int], handle: JudgeHandle | None) -> None:
-        self._scores = scores
-        self._judged = judged
-        self._handle = handle
+    _scores: list[AnswerScore]
+    _judged: list[int]
+    _handle: JudgeHandle | None
 
     def result(self) -> list[AnswerScore]:
         if self._handle is not None:

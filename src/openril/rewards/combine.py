@@ -123,7 +123,9 @@ class RewardSystem:
         # The work that ``begin`` started counts only if ``score`` gets the same group objects.
         same = begun is not None and [id(g) for g in begun[0]] == [id(g) for g in groups]
         handle = begun[1] if begun is not None and same else self._submit(groups)
-        function_rewards = self._call_functions(groups, stats)
+        asked = time.perf_counter()
+        function_rewards = self.functions.score(groups)
+        stats.function_seconds = time.perf_counter() - asked
         scores = handle.result()
         stats.answer_seconds = time.perf_counter() - started - stats.function_seconds
         stats.count(scores)
@@ -153,12 +155,6 @@ class RewardSystem:
         assert rollout.student_prob is not None, "the discriminator must score groups before rewards are summed"
         settings = self.recipe.rewards.similarity
         return similarity_reward(rollout.student_prob, settings.kind, settings.levels)
-
-    def _call_functions(self, groups: Sequence[Group], stats: RewardStats) -> dict[str, list[float | None]]:
-        started = time.perf_counter()
-        rewards = self.functions.score(groups)
-        stats.function_seconds = time.perf_counter() - started
-        return rewards
 
     def _metrics(self, stats: RewardStats) -> dict[str, float]:
         """Return what this recipe can measure, by the names of docs/metrics.md without their ``reward/``."""
