@@ -12,8 +12,8 @@ from torch import Tensor
 
 import openril.models.packing as group_forward
 from openril.models.adapters import add_adapters, base_model, without_adapters
-from openril.models.freezing import freeze
-from openril.models.group_attention import GroupLayout
+from openril.models.freezing import freeze, round_products
+from openril.models.group_attention import CannotPack, GroupLayout
 from openril.models.loading import load_model, load_processor
 from openril.models.packing import (
     GroupTokens,
@@ -168,6 +168,26 @@ def test_whatever_is_frozen(frozen: list[Any], keep: str, packing_family: Path, 
     vision = [n for n in plain[1] if "lm_head" not in n and "language_model" not in n and "text_model" not in n]
     assert bool(vision) == (keep != "features")
     assert reached(plain[1], "visual.blocks", "vision_tower", "vision_model") == (keep == "nothing")
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_rounded_reference_computes_the_same_under_autocast(packed: bool, tiny_family: Path, tmp_path: Path):
+    """Bit for bit: autocast would round the same weights in every call."""
+    case = Case(tiny_family)
+    rows = (pack if packed else pad_rows)(case.groups(tmp_path, QUESTIONS["mixed"]), case.encoder.pad_token_id)
+    results = []
+    for rounded in (False, True):
+        if rounded:
+            round_products(case.model, torch.bfloat16)
+        try:
+            with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+                results.append(case.policy(rows))
+        except CannotPack:
+            assert "gemma3" in tiny_family.name
+            return
+    assert torch.equal(*results)
+    types = {p.dtype for p in case.model.parameters()}
+    assert types == {torch.float32, torch.bfloat16}
 
 
 def test_logits_in_parts(tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

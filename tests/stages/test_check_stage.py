@@ -168,6 +168,8 @@ def test_memory_computed_by_hand() -> None:
     assert parts["loop: activations"] == 2 * 35 * 200 * 2 * 4
     # 40 response tokens x 50 words x 4 bytes, three times: logits, probabilities, gradient.
     assert parts["loop: logits"] == 3 * 40 * 50 * 4
+    rounded = estimate.loop_memory(small(train={"precision": "bfloat16"}), SHAPE, prompt_tokens=15).parts
+    assert rounded["reference: weights"] == 100 * 4 + 1200 * 2 and rounded["student: weights"] == 5200
     plain = estimate.loop_memory(small(train={"packed": False}), SHAPE, prompt_tokens=15).parts
     # One group of 4 rows x 20 tokens, which is all that fits 80.
     assert plain["loop: activations"] == 80 * 200 * 2 * 4

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
+import torch
 from torch import nn
 
 from openril.errors import ModelError
@@ -74,3 +75,15 @@ def freeze(model: nn.Module, groups: Collection[ModuleGroup]) -> dict[str, int]:
     if not trainable:
         raise ModelError(f"freezing {', '.join(groups)} leaves nothing of {type(model).__name__} to train")
     return trainable
+
+
+def round_products(model: nn.Module, dtype: torch.dtype) -> None:
+    """Store weights of a frozen model as autocast with ``dtype`` rounds them in every call, which changes no result.
+
+    These are the linear layers' outside the vision side, whose code asks for types, and not shared with embeddings.
+    """
+    shared = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    for name, module in model.named_modules():
+        vision = module_group(name) in ("vision_tower", "projector")
+        if isinstance(module, nn.Linear) and not vision and id(module.weight) not in shared:
+            module.to(dtype)

@@ -145,7 +145,12 @@ def loop_memory(recipe: Recipe, shape: Shape, prompt_tokens: float) -> Memory:
         trainable = shape.trainable(student.freeze)
         trained("student", shape.total, trainable)
         if train.beta:
-            parts["reference: weights"] = shape.total * master
+            # Autocast's reference stores linear layers of the language model in bfloat16.
+            rounded = (
+                {"attention", "mlp_gate", "mlp_up", "mlp_down", "lm_head"} if train.precision == "bfloat16" else set()
+            )
+            sizes = (n * (2 if group in rounded else master) for group, n in shape.parameters.items())
+            parts["reference: weights"] = sum(sizes)
     if recipe.uses_discriminator:
         body = shape.total - shape.parameters.get("lm_head", 0)
         d = recipe.discriminator

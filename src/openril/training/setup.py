@@ -14,7 +14,7 @@ from torch import nn
 from openril.discriminator.network import DiscriminatorModel, load_discriminator_processor
 from openril.errors import ModelError, RecipeError
 from openril.models.adapters import add_adapters, base_model
-from openril.models.freezing import freeze
+from openril.models.freezing import freeze, round_products
 from openril.models.loading import load_student, torch_dtype
 from openril.models.packing import Policy
 from openril.models.prompts import PromptEncoder
@@ -127,6 +127,8 @@ class TrainingComponents:
         if train.beta and not lora.enabled:
             reference_model, _ = load_student(recipe.student, start, master_dtype(recipe))
             reference_model.requires_grad_(False)
+            if train.precision == "bfloat16":
+                round_products(reference_model, torch.bfloat16)
             if self.vision.keep == "nothing":  # the student's tower moves away from the reference's
                 vision = VisionFeatures(reference_model, feature_store(recipe))
             else:
