@@ -188,7 +188,7 @@ def test_five_kills_change_nothing(architecture: str, world: str, tmp_path: Path
         "reward/student_answer",
         "reward/teacher_answer",
         "discriminator/accuracy",
-        "train/kl",
+        "kl",
         "time/sampling",
     ):
         assert all(name in row for row in rows)
