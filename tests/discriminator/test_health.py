@@ -39,7 +39,7 @@ def test_balanced_accuracy_weighs_both_sides_alike():
     out = health(scored)
     assert out["accuracy"] == pytest.approx(4 / 6)
     assert out["balanced_accuracy"] == pytest.approx((3 / 4 + 1 / 2) / 2)
-    # Whoever calls everything the student's is right 4 times in 6, and knows nothing.
+    # A classifier that calls everything the student's is right 4 times in 6, and knows nothing.
     everything = health([Scored(s.source, 1.0, 1) for s in scored])
     assert (everything["accuracy"], everything["balanced_accuracy"]) == (pytest.approx(4 / 6), 0.5)
     assert "balanced_accuracy" not in health(scored[:4])

@@ -30,7 +30,7 @@ def made(checkpoint: Path, folder: Path, **overrides: Any) -> Discriminator:
     return fresh_discriminator(recipe, make_accelerator(recipe), recipe.discriminator.optimizer)
 
 
-def test_shortest_meets_shortest():
+def test_shortest_is_paired_with_shortest():
     # students by length: 1 (3), 0 (9), 2 (20); teachers: 2 (5), 0 (10), 1 (12). Shown: all but the last of the shorter.
     assert matched_pairs([9, 3, 20], [10, 12, 5], 100) == [
         Pair(1, 2, 1 / 3, 2),
@@ -39,7 +39,7 @@ def test_shortest_meets_shortest():
     ]
 
 
-def test_sides_of_unlike_size_meet_with_parts_of_their_weight():
+def test_sides_of_different_sizes_are_paired_with_parts_of_their_weight():
     # Two students of 1/2 each, three teachers of 1/3: the first student takes the first teacher and half of the second.
     assert matched_pairs([10, 20], [8, 12, 30], 100) == [
         Pair(0, 0, 2 / 6, 7),
@@ -92,7 +92,7 @@ def test_both_of_a_pair_are_shown_the_same_number_of_tokens(tiny_student: Path, 
 @pytest.mark.parametrize("loss", ["bce", "bradley_terry"])
 @pytest.mark.parametrize("longer", ["student", "teacher"])
 def test_length_alone_teaches_and_earns_nothing(loss: str, longer: str, tiny_qwen: Path, tmp_path: Path):
-    """Same words, same ends, other lengths: told apart without matching, and the same to the last bit with it."""
+    """Same words, same ends, other lengths: separated without matching, and equal to the last bit with it."""
     short, long = (["look" + " and look" * n + "." for n in ns] for ns in ((2, 4), (11, 12)))
     groups = [group(long, short) if longer == "student" else group(short, long)]
     metrics = {}
@@ -105,7 +105,7 @@ def test_length_alone_teaches_and_earns_nothing(loss: str, longer: str, tiny_qwe
         if match:
             assert sorted(probabilities[:2]) == pytest.approx(sorted(probabilities[2:]), abs=1e-6)
     chance = 2 * math.log(2) if loss == "bce" else math.log(2)
-    # Whatever it says of a beginning, it says of both: at best it says one half.
+    # Both beginnings are the same, so their predictions are too: one half at best.
     assert metrics[True]["loss"] >= chance - 1e-6
     assert metrics[True]["margin"] == pytest.approx(0, abs=1e-5)
     assert metrics[False]["accuracy"] == 1.0 and metrics[False]["loss"] < 0.5 * chance
@@ -113,7 +113,7 @@ def test_length_alone_teaches_and_earns_nothing(loss: str, longer: str, tiny_qwe
 
 
 def test_beginnings_that_differ_are_still_told_apart(tiny_qwen: Path, tmp_path: Path):
-    """A direct answer beside a derivation, with no length in common."""
+    """A direct answer next to a derivation, with no length in common."""
     d = made(tiny_qwen, tmp_path)
     groups = [group(["red.", "blue."], ["I look at the square. The answer is red.", "I look at it. It is blue."])]
     for _ in range(25):

@@ -1,4 +1,4 @@
-"""A logit of the discriminator that is not finite stops the run before anything is learnt from it or written."""
+"""A logit of the discriminator that is not finite stops the run before anything is learned from it or written."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def same(module: torch.nn.Module, before: dict[str, torch.Tensor]) -> bool:
 
 
 def break_logits(d: Discriminator, value: float, when: Callable[[], bool]) -> None:
-    """Make the first logit of every pass ``value`` while ``when`` says so."""
+    """Make the first logit of every pass ``value`` while ``when`` is true."""
     logits = d._logits
 
     def broken(batch: Any) -> Any:

@@ -43,7 +43,7 @@ def made(checkpoint: Path, folder: Path, *, packed: bool = True, **overrides: An
 
 
 def groups_on(folder: Path) -> list[Group]:
-    """One image, two, none and a wide one; sides of unlike size."""
+    """One image, two, none and a wide one; sides of different sizes."""
     groups = []
     for i, q in enumerate(unlike_questions(folder / "data")):
         texts = TEXTS if i % 2 else [*TEXTS, ("student", f"blue {i}")]
@@ -56,7 +56,7 @@ def probabilities(d: Discriminator, groups: list[Group]) -> list[float]:
     return [r.student_prob or 0.0 for g in groups for r in g.rollouts]
 
 
-def learnt(d: Discriminator, groups: list[Group], monkeypatch: pytest.MonkeyPatch) -> tuple[float, dict[str, Tensor]]:
+def learned(d: Discriminator, groups: list[Group], monkeypatch: pytest.MonkeyPatch) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of an update that is not taken."""
     gradients: dict[str, Tensor] = {}
 
@@ -102,7 +102,7 @@ def test_same_logits_and_gradients(
             tiny_student, tmp_path, packed=packed, discriminator__inputs=inputs, discriminator__loss=loss
         )
         groups = groups_on(tmp_path)
-        results.append((probabilities(d, groups), learnt(d, groups, monkeypatch)))
+        results.append((probabilities(d, groups), learned(d, groups, monkeypatch)))
         assert warnings == [] and d.packing.on is packed
     (probs, learning), (plain_probs, plain_learning) = results
     assert probs == pytest.approx(plain_probs, abs=1e-6)
@@ -128,7 +128,7 @@ def test_same_with_matched_lengths(
             discriminator__max_tokens_per_micro_batch=tokens,
         )
         groups = groups_on(tmp_path)
-        results.append((probabilities(d, groups), learnt(d, groups, monkeypatch)))
+        results.append((probabilities(d, groups), learned(d, groups, monkeypatch)))
     for probs, learning in results[1:]:
         assert probs == pytest.approx(results[0][0], abs=1e-6)
         assert_same(learning, results[0][1], within=1e-4)
@@ -144,7 +144,7 @@ def test_same_with_images_for_every_family_and_all_of_it_training(
             packing_family, tmp_path, packed=packed, discriminator__inputs="image", discriminator__freeze=[]
         )
         groups = groups_on(tmp_path)
-        results.append((probabilities(d, groups), learnt(d, groups, monkeypatch)))
+        results.append((probabilities(d, groups), learned(d, groups, monkeypatch)))
         assert warnings == [] and d.packing.on is packed
     assert results[0][0] == pytest.approx(results[1][0], abs=1e-5)
     assert_same(results[0][1], results[1][1])
@@ -160,9 +160,9 @@ def test_groups_split_over_micro_batches_teach_the_same(
     groups = groups_on(tmp_path)
     assert probabilities(split, groups) == pytest.approx(probabilities(whole, groups), abs=1e-5)
     calls = forwards(split)
-    ours = learnt(split, groups, monkeypatch)
+    ours = learned(split, groups, monkeypatch)
     assert len(calls) > len(groups)
-    assert_same(ours, learnt(whole, groups, monkeypatch))
+    assert_same(ours, learned(whole, groups, monkeypatch))
 
 
 def test_bradley_terry_never_splits_a_group(tiny_qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -177,7 +177,7 @@ def test_bradley_terry_never_splits_a_group(tiny_qwen: Path, tmp_path: Path, mon
     groups = groups_on(tmp_path)
     probabilities(d, groups)
     calls = forwards(d)
-    learnt(d, groups, monkeypatch)
+    learned(d, groups, monkeypatch)
     assert [len(rows.last) for rows in calls] == [len(g.rollouts) for g in groups]
 
 
@@ -269,7 +269,7 @@ def test_gemma_falls_back_and_says_so(inputs: str, tiny_gemma3: Path, tmp_path: 
     for packed in (True, False):
         d, warnings = made(tiny_gemma3, tmp_path, packed=packed, discriminator__inputs=inputs)
         groups = groups_on(tmp_path)
-        results.append((probabilities(d, groups), learnt(d, groups, monkeypatch)))
+        results.append((probabilities(d, groups), learned(d, groups, monkeypatch)))
         assert d.packing.on is False
         assert len(warnings) == (1 if packed else 0)
         assert all("discriminator: Gemma3Model" in w and "sliding_window" in w for w in warnings)

@@ -25,17 +25,17 @@ def group(name: str, students: list[str], teachers: list[str] | None = None) -> 
 
 
 def filled(steps: int, kept: int = 50, share: float = 0.5) -> ReplayMemory:
-    """Two questions a step; step s stands at positions 2 s and 2 s + 1."""
+    """Two questions a step; step s has positions 2 s and 2 s + 1."""
     memory = ReplayMemory(share, kept)
     for s in range(steps):
         memory.keep(2 * s, [group(f"q{2 * s + i}", [f"red {s}", f"blue {s}"]) for i in range(2)])
     return memory
 
 
-@pytest.mark.parametrize(("share", "wanted"), [(0.5, 4), (0.2, 1), (0.75, 12), (0.05, 1), (0.4, 3)])
-def test_as_many_groups_as_make_the_share(share: float, wanted: int):
+@pytest.mark.parametrize(("share", "count"), [(0.5, 4), (0.2, 1), (0.75, 12), (0.05, 1), (0.4, 3)])
+def test_as_many_groups_as_make_the_share(share: float, count: int):
     # Of 4 new and n old groups n / (4 + n) is the share: n = 4 share / (1 - share); 2.67 is rounded to 3.
-    assert len(filled(20, share=share).draw(4, seed=0)) == wanted
+    assert len(filled(20, share=share).draw(4, seed=0)) == count
 
 
 def test_the_first_step_has_nothing_to_draw_and_the_second_what_there_is():
@@ -95,7 +95,7 @@ def made(checkpoint: Path, folder: Path, **overrides: Any) -> Discriminator:
     return d
 
 
-def learnt(d: Discriminator, monkeypatch: pytest.MonkeyPatch, *groups: Any) -> tuple[dict[str, float], torch.Tensor]:
+def learned(d: Discriminator, monkeypatch: pytest.MonkeyPatch, *groups: Any) -> tuple[dict[str, float], torch.Tensor]:
     """Metrics and the gradient of an update that is not taken."""
     found: list[torch.Tensor] = []
 
@@ -129,9 +129,9 @@ def test_new_and_old_groups_have_their_shares_of_the_loss(
     """0.7 of the mean over three new groups and 0.3 of that over two old ones, in value and gradient (logits are float32)."""
     monkeypatch.setattr("openril.training.setup.master_dtype", lambda recipe: torch.float64)
     d = made(tiny_qwen, tmp_path, discriminator__replay=0.3, **overrides)
-    new, of_new = learnt(d, monkeypatch, NEW)
-    old, of_old = learnt(d, monkeypatch, OLD)
-    both, of_both = learnt(d, monkeypatch, NEW, OLD)
+    new, of_new = learned(d, monkeypatch, NEW)
+    old, of_old = learned(d, monkeypatch, OLD)
+    both, of_both = learned(d, monkeypatch, NEW, OLD)
     assert new["loss"] != pytest.approx(old["loss"], abs=1e-4)
     assert both["loss"] == pytest.approx(0.7 * new["loss"] + 0.3 * old["loss"], abs=1e-6)
     expected = 0.7 * of_new + 0.3 * of_old
@@ -140,8 +140,8 @@ def test_new_and_old_groups_have_their_shares_of_the_loss(
 
 def test_health_is_about_the_new_groups(tiny_qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     d = made(tiny_qwen, tmp_path, discriminator__replay=0.3)
-    new, _ = learnt(d, monkeypatch, NEW)
-    both, _ = learnt(d, monkeypatch, NEW, OLD)
+    new, _ = learned(d, monkeypatch, NEW)
+    both, _ = learned(d, monkeypatch, NEW, OLD)
     d.score(OLD)
     right = [(r.student_prob or 0.0) >= 0.5 for g in OLD for r in g.students]
     assert "replayed_groups" not in new

@@ -65,7 +65,7 @@ def tiny_recipe(run_dir: Path, checkpoint: Path, **overrides: Any) -> Recipe:
 
 
 def made_up_teachers(recipe: Recipe) -> Callable[[Question, int], list[Response]]:
-    """Teacher responses without a cache: each teacher gives its share, other texts at each visit."""
+    """Teacher responses without a cache: each teacher gives its share, other texts in each epoch."""
 
     def responses(question: Question, epoch: int) -> list[Response]:
         count = recipe.teacher_responses_per_question

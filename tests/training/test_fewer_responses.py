@@ -46,11 +46,11 @@ def recipe_with(tmp_path: Path, checkpoint: Path, cache_dir: Path, **overrides: 
 
 
 @pytest.mark.parametrize(
-    ("cached", "in_a_group", "over_visits"),
-    [(1, 1, 1), (4, 2, 4), (16, 2, 8)],  # 2 of each teacher in a group; over four visits 8 are drawn
+    ("cached", "in_a_group", "over_epochs"),
+    [(1, 1, 1), (4, 2, 4), (16, 2, 8)],  # 2 of each teacher in a group; over four epochs 8 are drawn
 )
 def test_the_first_n_are_used_and_all_of_them(
-    cached: int, in_a_group: int, over_visits: int, questions: list[Question], cache_dir: Path, tmp_path: Path
+    cached: int, in_a_group: int, over_epochs: int, questions: list[Question], cache_dir: Path, tmp_path: Path
 ):
     recipe = recipe_with(
         tmp_path, tmp_path, cache_dir, collect__num_responses=cached, train__num_generations=4, train__epochs=4
@@ -62,7 +62,7 @@ def test_the_first_n_are_used_and_all_of_them(
             assert [r.source for r in group] == ["a", "a", "b", "b"]
             assert len({r.index for r in group if r.source == "a"}) == in_a_group
         indices = [r.index for group in epochs for r in group if r.source == "a"]
-        assert len(set(indices)) == over_visits and max(indices) < cached
+        assert len(set(indices)) == over_epochs and max(indices) < cached
         assert max(indices.count(i) for i in set(indices)) - min(indices.count(i) for i in set(indices)) == 0
 
 
@@ -119,7 +119,7 @@ def test_teacher_responses_need_not_be_as_many_as_samples(
     assert metrics["discriminator/loss"] == pytest.approx(1.386, abs=0.3)
 
 
-def test_what_would_be_learnt_in_part_is_not_drawn(tiny_qwen: Path, questions: list[Question], tmp_path: Path):
+def test_what_would_be_learned_in_part_is_not_drawn(tiny_qwen: Path, questions: list[Question], tmp_path: Path):
     """Judge and discriminator see whole texts, so a group holds no teacher response that the student's limit would cut."""
     # One to eight words; of one question all of teacher b's are longer than the limit, which is four words.
     words = {
@@ -156,9 +156,9 @@ def test_what_would_be_learnt_in_part_is_not_drawn(tiny_qwen: Path, questions: l
     groups, metrics = trainer.step(trainer.batch_at(0))
     over = sum(n > limit for g in groups for t in TEACHERS for n in lengths[g.question.id, t])
     assert metrics["train/teacher_too_long"] == over > 0
-    learnt = sum(count(r.response) for g in groups for r in g.teachers)
-    learnt += sum(len(r.response.token_ids or ()) for g in groups for r in g.students)
-    assert metrics["train/update_tokens"] == learnt
+    learned = sum(count(r.response) for g in groups for r in g.teachers)
+    learned += sum(len(r.response.token_ids or ()) for g in groups for r in g.students)
+    assert metrics["train/update_tokens"] == learned
     # Responses that only train the discriminator are never cut.
     trainer.policy.settings.teacher_responses_in_update = False
     assert all(len(trainer.teacher_responses(q, 0)) == 4 for q in questions)

@@ -58,19 +58,19 @@ def test_discriminator_learns_before_it_rewards(tiny_qwen: Path, tmp_path: Path)
 
 
 def test_rewards_come_from_the_updated_discriminator(tiny_qwen: Path, tmp_path: Path):
-    """student_prob in the rollouts is what the discriminator says after its update, not before."""
+    """student_prob in the rollouts is the prediction of the discriminator after its update, not before."""
     trainer = make_trainer(
         tiny_recipe(tmp_path / "run", tiny_qwen, discriminator__optimizer={"learning_rate": 0.01}), tmp_path / "data"
     )
     assert trainer.discriminator is not None
     stale = copy.deepcopy(trainer.discriminator.network)
     groups, _ = trainer.step(trainer.batch_at(0))
-    said = [r.student_prob for g in groups for r in g.rollouts]
+    scores = [r.student_prob for g in groups for r in g.rollouts]
     trainer.discriminator.score(groups)
-    assert [r.student_prob for g in groups for r in g.rollouts] == said
+    assert [r.student_prob for g in groups for r in g.rollouts] == scores
     trainer.discriminator.network = stale
     trainer.discriminator.score(groups)
-    assert [r.student_prob for g in groups for r in g.rollouts] != said
+    assert [r.student_prob for g in groups for r in g.rollouts] != scores
 
 
 def test_teacher_rows_use_the_students_pi_old(tiny_qwen: Path, tmp_path: Path):

@@ -22,7 +22,7 @@ def start() -> Tensor:
 
 
 def gradients(seed: int = 1, steps: int = STEPS) -> Iterator[Tensor]:
-    """A direction of its own for every weight, under noise: as in training, the mean step is a part of the rate."""
+    """Yield a separate direction for every weight with noise: as in training, the mean step is a part of the rate."""
     generator = torch.Generator().manual_seed(seed)
     direction = torch.randn(64, 32, generator=generator)
     for _ in range(steps):
@@ -52,7 +52,7 @@ def test_a_thousand_steps_of_1e_6_follow_float32_weights_which_plain_bfloat16_do
     assert float(error.norm() / moved.norm()) < 0.01
     # What the model computes with is that weight, rounded once.
     assert float((kept.detach().float() - exact.detach()).abs().max() / exact.detach().abs().max()) < 2**-8
-    # Plain bfloat16: most weights never move, and the way of all together is far from the one they should have gone.
+    # Plain bfloat16: most weights never move, and the sum of all moves is far from the correct one.
     still = (plain.float() == start().float()).float().mean()
     assert float(still) > 0.5
     assert float((plain.float() - exact.detach()).norm() / moved.norm()) > 0.5

@@ -41,7 +41,7 @@ def final_weights(trainer: Any) -> dict[str, Tensor]:
     return {k: v.clone() for k, v in state.items()}
 
 
-def said(trainer: Any) -> list[tuple[str, str, str]]:
+def responses_of(trainer: Any) -> list[tuple[str, str, str]]:
     files = sorted(trainer.folder.rollouts_path.glob("*.jsonl"))
     return [(r["question_id"], r["source"], r["text"]) for f in files for r in read_jsonl(f)]
 
@@ -55,7 +55,7 @@ def assert_same_run(a: Any, b: Any) -> None:
         assert len(names) > 10 and names == {n for n in other if n.startswith(("train/", "reward/", "discriminator/"))}
         for name in names:
             assert one[name] == pytest.approx(other[name], abs=1e-6), f"{name}, step {one['step']}"
-    assert said(a) == said(b) and said(a)
+    assert responses_of(a) == responses_of(b) and responses_of(a)
     mine, theirs = final_weights(a), final_weights(b)
     for name, value in mine.items():
         assert torch.allclose(value, theirs[name], atol=1e-6, rtol=0), name

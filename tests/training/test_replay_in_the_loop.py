@@ -73,7 +73,7 @@ def test_several_updates_of_a_step_draw_anew(tiny_qwen: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("overrides", [{"discriminator__mode": "fixed"}, {"train__algorithm": "dr_grpo"}])
-def test_nothing_is_remembered_where_nothing_is_learnt(overrides: dict[str, Any], tiny_qwen: Path, tmp_path: Path):
+def test_nothing_is_remembered_where_nothing_is_learned(overrides: dict[str, Any], tiny_qwen: Path, tmp_path: Path):
     recipe = tiny_recipe(tmp_path / "run", tiny_qwen, discriminator__replay=0.5, train__max_steps=1, **overrides)
     trainer = make_trainer(recipe, tmp_path / "data")
     trainer.train()

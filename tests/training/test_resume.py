@@ -84,7 +84,7 @@ def test_continuing_equals_never_stopping(overrides: dict[str, Any], tiny_studen
 
 
 def test_work_after_the_last_checkpoint_is_done_again(tiny_qwen: Path, tmp_path: Path):
-    """A kill between checkpoints: rows behind the checkpoint are cut, and come out the same."""
+    """A kill between checkpoints: rows after the checkpoint are cut, and the next run writes the same ones."""
 
     class Killed(BaseException):
         pass

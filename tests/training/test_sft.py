@@ -127,7 +127,7 @@ def test_globals_of_accelerate_are_left_as_they_were(unbroken):
 
 
 def test_accumulation_does_not_change_the_loss(unbroken, tmp_path, tiny_qwen, data):
-    # The rows of a batch have answers of unlike length: only a mean over all their tokens is the same however cut.
+    # The rows of a batch have answers of different lengths: only a mean over all their tokens is the same however cut.
     recipe = make_recipe(tmp_path, tiny_qwen, data, micro_batch_size=1)
     run(recipe)
     assert losses(recipe) == pytest.approx(losses(unbroken), abs=1e-5)

@@ -1,4 +1,4 @@
-"""Which tokens are learnt, which examples are left out, and which answers the recipe's three sources give."""
+"""Which tokens are learned, which examples are left out, and which answers the recipe's three sources give."""
 
 import pytest
 import torch
@@ -36,20 +36,20 @@ def rows(*numbers):
     return [{"example": i} for i in numbers]
 
 
-def test_exactly_the_answer_and_its_end_are_learnt(tiny_student, tmp_path):
+def test_exactly_the_answer_and_its_end_are_learned(tiny_student, tmp_path):
     questions = tiny_questions(tmp_path, 3)  # one image, two images, none, in one batch
     _, collator = make_collator(tiny_student, answers(questions), tmp_path)
     batch = collator(rows(0, 1, 2))
     encoder = collator.encoder
     image_tokens = {encoder.tokenizer.convert_tokens_to_ids(t) for t in ("<|image_pad|>", "<IMG_CONTEXT>")}
     for r, question in enumerate(questions):
-        learnt = batch["labels"][r] != IGNORED
+        learned = batch["labels"][r] != IGNORED
         ids = batch["input_ids"][r]
-        assert encoder.tokenizer.decode(ids[learnt].tolist()) == question.answer + "<|im_end|>"
-        assert torch.equal(batch["labels"][r][learnt], ids[learnt])
-        assert not learnt[: encoder(question).length].any()
-        assert not image_tokens & set(ids[learnt].tolist())
-        assert not (learnt & (batch["attention_mask"][r] == 0)).any()
+        assert encoder.tokenizer.decode(ids[learned].tolist()) == question.answer + "<|im_end|>"
+        assert torch.equal(batch["labels"][r][learned], ids[learned])
+        assert not learned[: encoder(question).length].any()
+        assert not image_tokens & set(ids[learned].tolist())
+        assert not (learned & (batch["attention_mask"][r] == 0)).any()
 
 
 def test_the_loss_is_minus_the_mean_log_probability_the_loop_computes(tiny_student, tmp_path):
@@ -72,15 +72,15 @@ def test_a_cut_response_does_not_teach_to_stop(tiny_qwen, tmp_path):
     cut = Example(question, Response("q", "a", 0, "red green", finish_reason="length"))
     _, collator = make_collator(tiny_qwen, [cut], tmp_path)
     batch = collator(rows(0))
-    learnt = batch["labels"][0][batch["labels"][0] != IGNORED]
-    assert collator.encoder.tokenizer.decode(learnt.tolist()) == "red green"
+    learned = batch["labels"][0][batch["labels"][0] != IGNORED]
+    assert collator.encoder.tokenizer.decode(learned.tolist()) == "red green"
 
 
-def test_special_tokens_in_an_answer_are_not_learnt(tiny_qwen, tmp_path):
+def test_special_tokens_in_an_answer_are_not_learned(tiny_qwen, tmp_path):
     question = Question("q", "Say something.", "red<|im_end|><|image_pad|>blue")
     _, collator = make_collator(tiny_qwen, answers([question]), tmp_path)
-    learnt = collator(rows(0))["labels"][0]
-    text = collator.encoder.tokenizer.decode(learnt[learnt != IGNORED].tolist())
+    learned = collator(rows(0))["labels"][0]
+    text = collator.encoder.tokenizer.decode(learned[learned != IGNORED].tolist())
     assert text.count("<|im_end|>") == 1 and text.endswith("<|im_end|>") and "image_pad" not in text
 
 
@@ -117,7 +117,7 @@ def test_with_several_processes_a_text_batch_borrows_an_image_it_does_not_learn(
     assert (batch["labels"] != IGNORED).sum() == (plain["labels"] != IGNORED).sum()
 
 
-# What is learnt
+# What is learned
 
 
 def cached(folder, questions, judged=()):

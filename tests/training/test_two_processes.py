@@ -1,4 +1,4 @@
-"""One process and two (gloo) give the same run, packed or not, with text-only and image questions on unlike ranks."""
+"""One process and two (gloo) give the same run, packed or not, with text-only and image questions on different ranks."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ openril.training.setup.master_dtype = lambda recipe: torch.float64  # type: igno
 
 checkpoint, run, data, kind, passes = sys.argv[1:]
 overrides = {
-    # Text-only and image questions mix, and the projector trains: ranks see unlike questions.
+    # Text-only and image questions mix, and the projector trains: ranks see different questions.
     "mixed": {"student__freeze": ["vision_tower"]},
     "all": {"student__freeze": [], "discriminator__inputs": "image", "discriminator__freeze": []},
     # 4 x 0.4 / 0.6 = 3 earlier groups: two for one process and one for the other.

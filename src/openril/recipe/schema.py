@@ -284,7 +284,7 @@ class DiscriminatorConfig(Section):
     """The discriminator: the student's architecture and weights with a scalar head (paper, section 3)."""
 
     mode: Literal["updated", "fixed", "none"] = "updated"
-    """Train it in the loop (paper), freeze it after pre-training, or leave it out (paper, Table 5a)."""
+    """Train it in the loop (paper), freeze it after pre-training, or leave it out (paper, Table 5d)."""
     inputs: Literal["response", "question", "image"] = "response"
     """Contents of its prompt: the response alone (paper), with the question, or with the question and its images."""
     loss: Literal["bce", "bradley_terry"] = "bce"

@@ -171,7 +171,7 @@ def read_progress(folder: Path) -> dict[str, Any]:
 
 REPLAY_FILE = "replay.jsonl"
 
-# Settings that may change when a run is continued, because what is learnt does not depend on them.
+# Settings that may change when a run is continued, because what is learned does not depend on them.
 _FREE = (
     "run_dir", "cache_dir", "teachers", "sft", "eval", "judge.base_urls", "judge.concurrency", "judge.timeout",
     "judge.max_retries", "judge.api_key_env", "judge.max_unknown_share", "data.train", "data.validation",
@@ -188,7 +188,7 @@ _FREE = (
 
 
 def refuse_changed_recipe(path: Path, saved_recipe: Path, recipe: Recipe, *, fix: str) -> None:
-    """Raise StateError if ``recipe`` differs from the saved one in a setting that decides what is learnt.
+    """Raise StateError if ``recipe`` differs from the saved one in a setting that decides what is learned.
 
     Args:
         path: The run or checkpoint folder that the message names.

@@ -121,7 +121,7 @@ class RILTrainer:
                     for iteration in range(self.recipe.train.num_iterations):
                         replayed = self.replayed_groups(iteration)  # none in the paper
                         updated = self.discriminator.update(groups, replayed, when)
-                        if iteration == 0:  # its health is that of predictions on groups it has not learnt from
+                        if iteration == 0:  # its health is that of predictions on groups it has not learned from
                             metrics |= prefixed("discriminator", updated)
                 self.discriminator.score(groups, when)
                 if self.recipe.discriminator.mode == "fixed":

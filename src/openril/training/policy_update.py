@@ -74,7 +74,7 @@ class PolicyUpdate:
         return group.rollouts if self.settings.teacher_responses_in_update else group.students
 
     def fits(self, response: Response) -> bool:
-        """Return whether a teacher response is learnt whole, and count it in ``too_long`` if it would be cut."""
+        """Return whether a teacher response is learned whole, and count it in ``too_long`` if it would be cut."""
         if not self.settings.teacher_responses_in_update:
             return True
         limit = self.settings.max_completion_length

@@ -40,7 +40,7 @@ from openril.training.sft_examples import Example, SFTCollator, fingerprint
 KEEP_CHECKPOINTS = 2
 _WHOLE = "whole"
 _FREE = ("sft.enabled", "sft.save_every", "sft.micro_batch_size", "student.gradient_checkpointing", "student.dtype")
-"""Settings that may change when a run is continued, because what is learnt does not depend on them."""
+"""Settings that may change when a run is continued, because what is learned does not depend on them."""
 
 
 class SFTFolder(RunFolder):
@@ -278,7 +278,7 @@ class _Trainer(SFTTrainer):
     settings: OptimizerConfig
     configs: tuple[Any, Any]
     """The model's configurations before training, because the trainer writes token ids and ``use_cache`` into them."""
-    learnt_tokens: Any = None
+    learned_tokens: Any = None
 
     def create_optimizer(self, model: Any = None) -> Any:
         if self.optimizer is None:
@@ -300,7 +300,7 @@ class _Trainer(SFTTrainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        self.learnt_tokens = num_items_in_batch
+        self.learned_tokens = num_items_in_batch
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -371,7 +371,7 @@ class _Steps(TrainerCallback):
             "step": step,
             "loss": loss,
             "learning_rate": learning_rate(self.trainer.settings, step - 1, state.max_steps),
-            "tokens": int(self.trainer.learnt_tokens) if self.trainer.learnt_tokens is not None else None,
+            "tokens": int(self.trainer.learned_tokens) if self.trainer.learned_tokens is not None else None,
             "mean_token_accuracy": logs.get("mean_token_accuracy"),
             "entropy": logs.get("entropy"),
             "grad_norm": logs.get("grad_norm"),

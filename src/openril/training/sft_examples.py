@@ -148,7 +148,7 @@ class SFTCollator:
         If all examples are left out, the micro-batch is one row without labels, so that all processes make the same steps.
         """
         groups = [g for row in rows if (g := self._tokens(self.examples[row["example"]])) is not None]
-        learnt = len(groups)
+        learned = len(groups)
         if self.dummy is not None and not any(g.prompt.vision for g in groups):
             groups.append(self._filler(self.dummy))
         if not groups:
@@ -156,7 +156,7 @@ class SFTCollator:
             groups.append(self._filler(self.encoder(question)))
         laid_out = pad_rows(groups, self.encoder.pad_token_id)
         labels = labels_of(laid_out)
-        labels[learnt:] = IGNORED
+        labels[learned:] = IGNORED
         return {**laid_out.model_inputs, "labels": labels}
 
     def _tokens(self, example: Example) -> GroupTokens | None:
