@@ -54,18 +54,13 @@ def token_loss(
 ) -> Tensor:
     """Return -(min(r A, clip(r, 1 - epsilon, 1 + epsilon) A) - beta k3) per token.
 
+    Gradients flow through ``logprobs`` alone.
+
     Args:
-        logprobs: [R, T] in nats. Gradients flow through these alone.
-        old_logprobs: [R, T] in nats.
+        logprobs, old_logprobs, ref_logprobs: [R, T] in nats.
         advantages: [R].
-        epsilon: Clip range.
-        ref_logprobs: [R, T] in nats, needed where beta is not 0.
-        beta: Weight of the KL term.
         kl_rows: bool [R], the responses that have a KL term; None for all (Eq. 2).
         unclipped_above: bool [R], the responses whose ratio may exceed 1 + epsilon; None for none (Eq. 2).
-
-    Returns:
-        [R, T].
     """
     ratio = (logprobs - old_logprobs).exp()
     a = advantages[:, None]

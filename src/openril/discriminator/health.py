@@ -53,13 +53,7 @@ def health(scored: Sequence[Scored]) -> dict[str, float]:
 
 
 class HealthWatch:
-    """Warns once per episode when the mean accuracy of ``window`` steps is at chance or saturated.
-
-    Args:
-        window: Steps over which the balanced accuracy is averaged.
-        at_chance: Warn below this accuracy.
-        saturated: Warn above this accuracy.
-    """
+    """Warns once per episode when the mean accuracy of ``window`` steps is below ``at_chance`` or above ``saturated``."""
 
     def __init__(self, window: int, at_chance: float, saturated: float) -> None:
         self.recent: deque[float] = deque(maxlen=window)
@@ -79,14 +73,10 @@ class HealthWatch:
         if not warn:
             return None
         found = f"the discriminator is {state}: its balanced accuracy over {len(self.recent)} steps is {mean:.3f}"
+        effect, more = "hardly any response can earn the similarity reward", ""
         if state == "at chance":
-            return (
-                f"{found}, so the similarity reward is noise now. Compare discriminator/length_only_accuracy: it may have"
-                " known nothing but length. Options: discriminator.match_length: true, a lower"
-                " discriminator.optimizer.learning_rate, or rewards.similarity.weight: 0"
-            )
+            effect, more = "the similarity reward is noise now", ", or rewards.similarity.weight: 0"
         return (
-            f"{found}, so hardly any response can earn the similarity reward. Compare discriminator/length_only_accuracy:"
-            " it may know nothing but length. Options: discriminator.match_length: true, or a lower"
-            " discriminator.optimizer.learning_rate"
+            f"{found}, so {effect}. Compare discriminator/length_only_accuracy: it may know nothing but length. Options:"
+            f" discriminator.match_length: true, a lower discriminator.optimizer.learning_rate{more}."
         )

@@ -15,12 +15,8 @@ def bce_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     The label of a student response is one. Logits: [S], [T]. The scalar is in nats, 2 log 2 at chance; a side without
     responses adds 0.
     """
-    loss = student_logits.sum() * 0.0 + teacher_logits.sum() * 0.0
-    if student_logits.numel():
-        loss = loss - logsigmoid(student_logits).mean()
-    if teacher_logits.numel():
-        loss = loss - logsigmoid(-teacher_logits).mean()
-    return loss
+    sides = (student_logits, -teacher_logits)
+    return -sum((logsigmoid(side).mean() if side.numel() else side.sum() for side in sides), torch.zeros(()))
 
 
 def bce_terms(logits: Tensor, labels_student_is_one: Tensor) -> Tensor:

@@ -52,9 +52,9 @@ def matched_pairs(student_lengths: Sequence[int], teacher_lengths: Sequence[int]
 
 
 def shown_tokens(a: int, b: int, limit: int) -> int:
-    """Return how many tokens to show of two responses of ``a`` and ``b`` tokens.
+    """Return how many tokens to show of two responses of ``a`` and ``b`` tokens: all but the last of the shorter.
 
-    These are all but the last of the shorter, which would show that it ends, but at least the first if both have one.
+    The last would show that it ends. At least the first is shown if both have one.
     """
     shorter = min(a, b)
     return min(limit, shorter - 1 if shorter > 1 else shorter)

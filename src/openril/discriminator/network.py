@@ -106,10 +106,7 @@ class DiscriminatorModel(nn.Module):
             return self.head(state.to(self.head.weight.dtype))[:, 0].float()
 
     def enable_packing(self, store: FeatureCache) -> None:
-        """Let the backbone take packed rows, and keep the outputs of its frozen vision side in ``store``.
-
-        Raises CannotPack if it cannot.
-        """
+        """Let the backbone take packed rows, and keep its frozen vision outputs in ``store``. May raise CannotPack."""
         self.vision = VisionFeatures(self.backbone, store)
         if not self.vision.available:
             raise CannotPack("it does not accept precomputed image features")

@@ -13,6 +13,7 @@ import random
 import re
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,6 @@ from openril.recipe.loading import load_saved_recipe, save_recipe
 from openril.recipe.schema import Recipe
 from openril.records import Question
 from openril.storage import atomic_path, refuse_changed, remove, stable_hash, weights_fingerprint, write_json
-from openril.training.distributed import is_sharded
 
 _NAME = re.compile(r"^step_(\d{6,})$")
 
@@ -90,7 +90,7 @@ def save_optimizer(path: Path, optimizer: Any) -> None:
     for number, entries in state["state"].items():
         for key, value in entries.items():
             tensors[f"{number}.{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
-    groups = [{k: v for k, v in g.items() if _plain(v)} for g in state["param_groups"]]
+    groups = [{k: v for k, v in g.items() if not isinstance(v, Tensor)} for g in state["param_groups"]]
     save_file(tensors, path, metadata={"param_groups": json.dumps(groups)})
 
 
@@ -115,14 +115,6 @@ def _optimizer_file(folder: Path, name: str) -> Path:
     """Return the file of an optimizer; checkpoints of earlier versions spell its name differently."""
     path = folder / f"optimizer_{name}.safetensors"
     return path if path.exists() else folder / f"optimiser_{name}.safetensors"
-
-
-def _plain(value: Any) -> bool:
-    try:
-        json.dumps(value)
-    except TypeError:
-        return False
-    return True
 
 
 def save_rng(folder: Path, process: int) -> None:
@@ -155,10 +147,6 @@ def load_rng(folder: Path, process: int) -> None:
         for i in range(torch.cuda.device_count()):
             if f"cuda{i}" in tensors:
                 torch.cuda.set_rng_state(tensors[f"cuda{i}"], i)
-
-
-def write_progress(folder: Path, progress: dict[str, Any]) -> None:
-    write_json(folder / "state.json", progress)
 
 
 def read_progress(folder: Path) -> dict[str, Any]:
@@ -210,14 +198,14 @@ def refuse_changed_length(path: Path, saved_recipe: Path, recipe: Recipe, *, fix
 
     Args: As for ``refuse_changed_recipe``.
     """
-    schedules = {"train.optimizer.schedule": recipe.train.optimizer.schedule}
+    optimizers = {"train": recipe.train.optimizer}
     if recipe.uses_discriminator and recipe.discriminator.mode == "updated":
-        schedules["discriminator.optimizer.schedule"] = recipe.discriminator.optimizer.schedule
-    falling = [f"{key} is {value}" for key, value in schedules.items() if value != "constant"]
-    keys = ["max_steps"] if recipe.train.max_steps else ["max_steps", "epochs"]
+        optimizers["discriminator"] = recipe.discriminator.optimizer
+    falling = [f"{k}.optimizer.schedule is {o.schedule}" for k, o in optimizers.items() if o.schedule != "constant"]
 
     def length(r: Recipe) -> dict[str, float]:
-        return {f"train.{key}": getattr(r.train, key) for key in keys}
+        epochs = {} if recipe.train.max_steps else {"train.epochs": r.train.epochs}
+        return {"train.max_steps": r.train.max_steps, **epochs}
 
     if falling:
         reason = f"{fix}, because {' and '.join(falling)}, so that every step's learning rate depends on it"
@@ -225,10 +213,7 @@ def refuse_changed_length(path: Path, saved_recipe: Path, recipe: Recipe, *, fix
 
 
 def run_fingerprint(recipe: Recipe, questions: Sequence[Question]) -> dict[str, str]:
-    """Return what decides a run's steps besides its settings: its questions, and the student it starts from.
-
-    Images are compared by content with the response cache.
-    """
+    """Return what decides a run besides its settings: questions (the cache compares images), and the first student."""
     start = recipe.start_student
     return {
         "questions (data.train)": str(stable_hash([[q.id, q.question, q.answer] for q in questions])),
@@ -236,41 +221,24 @@ def run_fingerprint(recipe: Recipe, questions: Sequence[Question]) -> dict[str, 
     }
 
 
+@dataclass
 class Saver:
-    """Saves and restores the student, the discriminator, their optimizers, random states and replayed responses.
+    """Saves and restores the student, the discriminator, their optimizers, random states and replayed responses."""
 
-    Args:
-        policy: The wrapped student; None in pre-training.
-        network: The wrapped discriminator; None without one.
-        optimizers: By name.
-        fingerprint: See ``run_fingerprint``; kept in state.json.
-        replay: The discriminator's memory, where the run has one.
-    """
-
-    def __init__(
-        self,
-        checkpoints: Checkpoints,
-        accelerator: Accelerator,
-        recipe: Recipe,
-        *,
-        policy: Any | None = None,
-        processor: Any = None,
-        network: Any | None = None,
-        discriminator_processor: Any = None,
-        optimizers: dict[str, Any] | None = None,
-        fingerprint: dict[str, str] | None = None,
-        replay: ReplayMemory | None = None,
-    ) -> None:
-        self.checkpoints = checkpoints
-        self.accelerator = accelerator
-        self.recipe = recipe
-        self.policy = policy
-        self.processor = processor
-        self.network = network
-        self.discriminator_processor = discriminator_processor
-        self.optimizers = optimizers or {}
-        self.fingerprint = fingerprint or {}
-        self.replay = replay
+    checkpoints: Checkpoints
+    accelerator: Accelerator
+    recipe: Recipe
+    policy: Any | None = None
+    """The wrapped student; None in pre-training."""
+    processor: Any = None
+    network: Any | None = None
+    """The wrapped discriminator; None without one."""
+    discriminator_processor: Any = None
+    optimizers: dict[str, Any] = field(default_factory=dict)
+    fingerprint: dict[str, str] = field(default_factory=dict)
+    """See ``run_fingerprint``; kept in state.json."""
+    replay: ReplayMemory | None = None
+    """The discriminator's memory, where the run has one."""
 
     def save(self, step: int) -> None:
         """Write checkpoint ``step``. Every process must call this."""
@@ -286,9 +254,7 @@ class Saver:
                 model.save_pretrained(folder / "adapter")
         if self.network is not None:
             self.write_discriminator(folder / "discriminator")
-        if is_sharded(accelerator):
-            accelerator.save_state(str(folder / "engine"))
-        elif accelerator.is_main_process:
+        if accelerator.is_main_process:
             for name, optimizer in self.optimizers.items():
                 save_optimizer(folder / f"optimizer_{name}.safetensors", optimizer)
         if self.replay is not None and accelerator.is_main_process:
@@ -298,7 +264,7 @@ class Saver:
             save_recipe(self.recipe, folder / "recipe.yaml")
             versions = {"openril": __version__, "torch": torch.__version__}
             progress = {"step": step, "processes": accelerator.num_processes, "versions": versions}
-            write_progress(folder, {**progress, "fingerprint": self.fingerprint})
+            write_json(folder / "state.json", {**progress, "fingerprint": self.fingerprint})
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             self.checkpoints.finish(step)
@@ -306,11 +272,8 @@ class Saver:
 
     def restore(self, folder: Path) -> None:
         """Restore optimizers, random states and replayed responses; models are built from the checkpoint already."""
-        if is_sharded(self.accelerator):
-            self.accelerator.load_state(str(folder / "engine"))
-        else:
-            for name, optimizer in self.optimizers.items():
-                load_optimizer(_optimizer_file(folder, name), optimizer)
+        for name, optimizer in self.optimizers.items():
+            load_optimizer(_optimizer_file(folder, name), optimizer)
         if self.replay is not None:
             self.replay.load(folder / REPLAY_FILE)
         load_rng(folder, self.accelerator.process_index)

@@ -35,13 +35,9 @@ class Discriminator:
 
     ``replay`` holds the student's responses of earlier steps; the loop fills it and draws from it.
 
-    Args:
-        network: The ``DiscriminatorModel``, possibly wrapped.
-        optimizer: None for a fixed discriminator.
-        max_grad_norm: Clip the gradient's norm at this; 0 does not clip.
-        packed: Run the part of the prompt that responses share once for all of them.
-        store: Keeps the outputs of the frozen vision side.
-        warn: Called with a message when the packed pass cannot be used.
+    network: The ``DiscriminatorModel``, possibly wrapped. optimizer: None for a fixed discriminator. max_grad_norm: 0
+    does not clip. packed: Run the part of the prompt that responses share once. store: Keeps the outputs of the frozen
+    vision side. warn: Receives a message if the packed pass cannot be used.
     """
 
     def __init__(
@@ -83,17 +79,11 @@ class Discriminator:
         )
 
     @torch.no_grad()
-    def score(self, groups: Sequence[Group], when: str = "") -> None:
+    def score(self, groups: Sequence[Group], when: str = "scoring") -> None:
         """Set ``student_prob`` of every rollout; under Bradley-Terry the logits are ``centered`` in their group first.
 
         With ``match_length``, beginnings of the lengths that it learns from are scored (discriminator/matching.py).
-
-        Args:
-            groups: This process's groups.
-            when: The step or the measurement, for the message of an error.
-
-        Raises:
-            StateError: A logit is not finite.
+        Raises StateError, naming ``when``, if a logit is not finite.
         """
         self.network.eval()
         views = [self._views(g) for g in groups]
@@ -108,19 +98,13 @@ class Discriminator:
             ):
                 rollout.student_prob = 1 / (1 + math.exp(-z)) if z > -700 else 0.0
 
-    def update(self, groups: Sequence[Group], replayed: Sequence[Group] = (), when: str = "") -> dict[str, float]:
+    def update(self, groups: Sequence[Group], replayed: Sequence[Group] = (), when: str = "update") -> dict[str, float]:
         """Take one optimizer step on the groups of all processes; return loss, gradient norm and health.
 
-        Health is that of the predictions on the new groups before the step: those the gradient is computed from.
-
-        Args:
-            groups: This process's groups of the step; they all have the same weight.
-            replayed: Its groups of earlier steps, any number. Those of all processes together have ``settings.replay``
-                of the loss, each the same weight, and the new groups have the rest.
-            when: The step, for the message of an error.
-
-        Raises:
-            StateError: A logit or the gradient is not finite; the weights are as they were.
+        Health is that of the predictions on the new groups before the step: those the gradient is computed from. The
+        ``replayed`` groups of all processes together have ``settings.replay`` of the loss, each the same weight, and the
+        new groups have the rest. Raises StateError, naming ``when``, if a logit or the gradient is not finite; the
+        weights are as they were.
         """
         assert self.optimizer is not None
         assert self.settings.replay or not replayed
@@ -148,8 +132,7 @@ class Discriminator:
                 self.accelerator.backward(loss)
                 total += float(loss.detach())
         self._refuse_not_finite(everything, logits, when)
-        what = f"discriminator, {when}" if when else "discriminator"
-        norm = take_step(self.accelerator, self.optimizer, self.trainable, self.max_grad_norm, what)
+        norm = take_step(self.accelerator, self.optimizer, self.trainable, self.max_grad_norm, f"discriminator, {when}")
         scored = [
             [
                 Scored(r.response.source, z, len(r.response.text))
@@ -162,8 +145,8 @@ class Discriminator:
         loss_mean, over_chance = (sum(values) / len(sums) for values in zip(*sums, strict=True))
         out = {"loss": loss_mean, "loss_minus_chance": over_chance, "grad_norm": norm}
         if count:
-            of_students = [s.logit >= 0 for part in scored[len(groups) :] for s in part if s.source == STUDENT]
-            right = gather_object(of_students)
+            old_ones = [s for part in scored[len(groups) :] for s in part if s.source == STUDENT]
+            right = gather_object([s.logit >= 0 for s in old_ones])
             out |= {"replayed_groups": float(count), "replayed_accuracy": sum(right) / len(right)}
         return out | health(gather_object([s for part in scored[: len(groups)] for s in part]))
 
@@ -208,7 +191,7 @@ class Discriminator:
             if self.optimizer is not None:
                 self.optimizer.zero_grad(set_to_none=True)
             raise StateError(
-                f"discriminator{', ' if when else ''}{when}: expected finite logits, got {found[0]}. Nothing of this step is"
+                f"discriminator, {when}: expected finite logits, got {found[0]}. Nothing of this step is"
                 " saved. Lower the discriminator's learning rate or set train.precision to float32, then run the same"
                 " command: it continues from the last checkpoint."
             )

@@ -52,18 +52,9 @@ class RewardModel(Protocol):
 class RILTrainer:
     """Runs Algorithm 2 (or, with the recipe's switches, Algorithm 1 and the ablations between them).
 
-    All processes run the same steps on their own share of each batch. training/setup.py builds the components.
-
-    Args:
-        sampler: Draws from the student's current weights.
-        policy: Updates the student.
-        discriminator: None where the recipe has none.
-        teacher_responses: Draws from the cache.
-        rewards: Sets the rewards.
-        save: Writes the checkpoint of a step.
-        evaluate: Returns metrics of the current student.
-        report: Receives step, number of steps and the row of metrics after each step.
-        warn: Receives messages for the user.
+    All processes run the same steps on their own share of each batch. training/setup.py builds the components:
+    ``sampler`` draws from the student's current weights, ``policy`` updates them, ``teacher_responses`` draws from the
+    cache, ``save(step)`` writes a checkpoint, and ``report`` receives step, number of steps and row of metrics.
     """
 
     def __init__(
@@ -202,11 +193,7 @@ class RILTrainer:
         return self.questions[permutation(n, self.recipe.seed, epoch)[place]], epoch
 
     def train(self) -> None:
-        """Run to the last step from the current one.
-
-        Raises:
-            Interrupted: A signal asked to stop; the state is saved.
-        """
+        """Run to the last step from the current one. Raises Interrupted after saving if a signal asks to stop."""
         train = self.recipe.train
         saved = self.step_number
         with stop_requests() as stop:

@@ -22,14 +22,11 @@ def build_optimizer(parameters: Iterable[nn.Parameter], settings: OptimizerConfi
     parameter is bfloat16.
     """
     trainable = [p for p in parameters if p.requires_grad]
-    shared: dict[str, Any] = {
-        "lr": settings.learning_rate,
-        "betas": settings.betas,
-        "weight_decay": settings.weight_decay,
-    }
+    rate, betas, decay = settings.learning_rate, settings.betas, settings.weight_decay
     if any(p.dtype == torch.bfloat16 for p in trainable):
-        return CompensatedAdamW(trainable, **shared)
-    return torch.optim.AdamW(trainable, fused=all(p.device.type in ("cpu", "cuda") for p in trainable), **shared)
+        return CompensatedAdamW(trainable, rate, betas, decay)
+    fused = all(p.device.type in ("cpu", "cuda") for p in trainable)
+    return torch.optim.AdamW(trainable, rate, betas, weight_decay=decay, fused=fused)
 
 
 class CompensatedAdamW(torch.optim.Optimizer):
@@ -124,8 +121,7 @@ def learning_rate(settings: OptimizerConfig, step: int, total_steps: int) -> flo
         return peak * (step + 1) / (settings.warmup_steps + 1)
     if settings.schedule == "constant":
         return peak
-    done = (step - settings.warmup_steps) / max(1, total_steps - 1 - settings.warmup_steps)
-    done = min(1.0, done)
+    done = min(1.0, (step - settings.warmup_steps) / max(1, total_steps - 1 - settings.warmup_steps))
     if settings.schedule == "linear":
         return peak + (final - peak) * done
     return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * done))

@@ -35,11 +35,8 @@ from openril.records import Group, Response, Rollout
 class PolicyUpdate:
     """pi_theta, pi_old and pi_ref of Algorithm 2. Every process passes the same number of groups, whole.
 
-    Args:
-        policy: The wrapped ``Policy``.
-        reference: Another ``Policy``; None at beta 0 and for LoRA, whose reference is the policy without its adapters.
-        optimizer: The optimizer of the policy.
-        warn: Called with a message when the packed pass cannot be used.
+    policy: The wrapped ``Policy``. reference: Another ``Policy``; None at beta 0 and for LoRA, whose reference is the
+    policy without its adapters. warn: Receives a message if the packed pass cannot be used.
     """
 
     def __init__(
@@ -88,12 +85,7 @@ class PolicyUpdate:
         pi_old is the policy before the first step. Its log-probabilities are those of the first pass, detached: with
         mu = 1 the ratio is 1 and pi_old costs no pass; with mu > 1 they are kept for the passes that follow.
 
-        Args:
-            groups: This process's groups.
-            step: The number of steps done before, for the message of an error.
-
-        Raises:
-            StateError: A gradient is not finite; the weights are as they were before that optimizer step.
+        Raises StateError, naming ``step``, if a gradient is not finite; the weights are as before that optimizer step.
         """
         grouped = [self._tokens(g) for g in groups]
         if self.packing.due(has_images([t.prompt for t in grouped])):
@@ -112,40 +104,30 @@ class PolicyUpdate:
                 if iteration == 0:
                     reference.append(self._reference_logprobs(part.rows))
                 last = number == len(batches) - 1
-                above = None if self.settings.clip_teacher_upper else ~part.from_student
+                shared: dict[str, Any] = {
+                    "epsilon": self.settings.epsilon,
+                    "ref_logprobs": reference[number],
+                    "unclipped_above": None if self.settings.clip_teacher_upper else ~part.from_student,
+                }
                 with nullcontext() if last else self.accelerator.no_sync(self.policy):
                     logprobs = self.policy(part.rows)
                     if iteration == 0:
                         old.append(logprobs.detach())
-                    terms = token_loss(
-                        logprobs,
-                        old[number],
-                        part.advantages,
-                        epsilon=self.settings.epsilon,
-                        ref_logprobs=reference[number],
-                        beta=self.settings.beta,
-                        kl_rows=part.from_student if self.settings.kl_rows == "student" else None,
-                        unclipped_above=above,
-                    )
+                    kl_rows = part.from_student if self.settings.kl_rows == "student" else None
+                    kl: dict[str, Any] = {"beta": self.settings.beta, "kl_rows": kl_rows}
+                    terms = token_loss(logprobs, old[number], part.advantages, **kl, **shared)
                     loss = (part.weights * (terms * part.rows.mask).sum(-1)).sum() / len(groups)
                     self.accelerator.backward(loss)
-                stats = objective_stats(
-                    logprobs.detach(),
-                    old[number],
-                    part.advantages,
-                    part.rows.mask & (part.weights > 0)[:, None],
-                    part.from_student,
-                    epsilon=self.settings.epsilon,
-                    ref_logprobs=reference[number],
-                    unclipped_above=above,
-                )
+                counted = part.rows.mask & (part.weights > 0)[:, None]
+                now = logprobs.detach()
+                stats = objective_stats(now, old[number], part.advantages, counted, part.from_student, **shared)
                 sums += torch.tensor([float(loss.detach()), *astuple(stats)], dtype=torch.float64)
             limit = self.settings.optimizer.max_grad_norm
             norm = take_step(self.accelerator, self.optimizer, self.trainable, limit, f"student, step {step + 1}")
             self.updates += 1
             gathered = torch.tensor(gather_object([sums.tolist()]), dtype=torch.float64)
             loss_mean, totals = float(gathered[:, 0].mean()), gathered[:, 1:].sum(0)
-            tokens, of_teachers, kl, kl_teacher = totals[:4].tolist()
+            tokens, of_teachers, kl_student, kl_teacher = totals[:4].tolist()
             low, high, ratio, logprob = (totals[4:] / max(1, tokens)).tolist()
             metrics = {
                 "loss": loss_mean,
@@ -159,7 +141,7 @@ class PolicyUpdate:
             }
             if self.settings.beta:  # k3 estimates the KL divergence on the student's own tokens only
                 if tokens > of_teachers:
-                    metrics["kl"] = kl / (tokens - of_teachers)
+                    metrics["kl"] = kl_student / (tokens - of_teachers)
                 if of_teachers:
                     metrics["kl_teacher"] = kl_teacher / of_teachers
         return metrics | self._sampler_difference([[groups[i] for i in batch] for batch in batches], old)

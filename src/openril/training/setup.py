@@ -45,12 +45,8 @@ _NEW_RUN = "set another run_dir for a new run"
 class TrainingComponents:
     """The models of a run, wrapped, and restored if it is continued.
 
-    ``step`` is the number of steps already done, ``resumed_from`` the checkpoint folder or None.
-
-    Args:
-        questions: The loop's questions, which stay the same when a run is continued.
-        probes: Questions with which new weights on vLLM servers are verified.
-        warn: Receives messages for the user.
+    ``step`` is the number of steps already done, ``resumed_from`` the checkpoint folder or None. questions: The loop's,
+    which stay the same when a run is continued. probes: Questions with which new weights on vLLM servers are verified.
     """
 
     def __init__(

@@ -110,14 +110,10 @@ def train_sft(
     The loss is the mean negative log-probability in nats over the answer tokens of a batch on all processes, end of turn
     included. After a stop of any kind, the next call continues from the newest complete checkpoint to the same weights.
 
-    Args:
-        report: Receives steps done, steps in all and the row of metrics, on the first process.
+    ``report`` receives steps done, steps in all and the row of metrics, on the first process.
 
-    Raises:
-        Interrupted: A signal asked to stop; the state is saved.
-        RecipeError: Batch sizes do not divide.
-        StateError: The folder was begun with other settings, or the loss is not finite.
-        DataError: Every example is too long.
+    Raises Interrupted after saving if a signal asks to stop, RecipeError if batch sizes do not divide, StateError if the
+    folder was begun with other settings or the loss is not finite, and DataError if every example is too long.
     """
     folder = SFTFolder(recipe)
     if folder.done:

@@ -111,16 +111,9 @@ def labels_of(rows: Batch) -> Tensor:
 class SFTCollator:
     """Builds micro-batches of examples from dataset rows ``{"example": number}``, with the tokens that the loop uses.
 
-    An example that is too long is left out, because cutting it could cut through an image.
-
-    Args:
-        max_prompt_length: The most tokens of a prompt.
-        max_length: The most tokens of prompt and answer.
-        left_out_path: Receives a row for each example left out.
-        dummy: See models/dummy_image.py.
-
-    Raises:
-        DataError: An image cannot be used.
+    An example with more than ``max_prompt_length`` tokens in its prompt or ``max_length`` in all is left out and noted in
+    ``left_out_path``, because cutting it could cut through an image. dummy: See models/dummy_image.py. Raises DataError
+    for an image that cannot be used.
     """
 
     def __init__(
