@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from openril.benchmarking.memory import PeakMemory
+from openril.benchmarking.measuring import PeakMemory
 
 MIB = 2**20
 
@@ -27,7 +27,7 @@ def test_a_known_allocation_is_seen_after_it_is_gone():
 def test_unknown_is_none_and_not_zero(monkeypatch: pytest.MonkeyPatch):
     from pathlib import Path
 
-    from openril.benchmarking import memory as module
+    from openril.benchmarking import measuring as module
 
     monkeypatch.setattr(module, "_CLEAR", Path("/does/not/exist"))
     memory = PeakMemory("cpu")

@@ -7,12 +7,12 @@ import io
 import pytest
 from rich.console import Console
 
-from openril.benchmarking.contender import Measurement, exactly
 from openril.benchmarking.plan import DEFAULT_PRECISION, Cell, make_plan
 from openril.benchmarking.results import cell_figures, linear_fit, matmul_share, part_figures, ratio, summary
 from openril.benchmarking.session import CellResult, Failure
 from openril.benchmarking.shapes import Shape, parse_shape
 from openril.benchmarking.table import print_cell
+from openril.benchmarking.worker import Measurement, exactly
 from openril.errors import OpenRILError
 from openril.recipe.schema import TrainConfig
 

@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 
 from openril.benchmarking import session as module
-from openril.benchmarking.contender import Command, Measurement, Spec
 from openril.benchmarking.plan import Cell
-from openril.benchmarking.processes import Machine, WorkerFailed
-from openril.benchmarking.session import Session
+from openril.benchmarking.session import Machine, Session
 from openril.benchmarking.shapes import Shape
+from openril.benchmarking.worker import Command, Measurement, Spec, WorkerFailed
 
 SHAPE = Shape("micro", 16, 4, 4)  # 8 rows
 
@@ -23,11 +22,11 @@ class FakeMachine:
     def __init__(self, *arguments: Any) -> None:
         pass
 
-    def build(self, folder: Path, model: str) -> None:
-        folder.mkdir(parents=True)
-
-    def limits(self, dtype: str = "") -> dict[str, float]:
-        return {"matmul_flops": 1.0, "bandwidth": 1.0}
+    def ask(self, request: tuple[Any, ...]) -> dict[str, float] | None:
+        if request[0] == "limits":
+            return {"matmul_flops": 1.0, "bandwidth": 1.0}
+        request[2].mkdir(parents=True)
+        return None
 
     def end(self) -> None:
         pass
@@ -40,13 +39,14 @@ class FakeWorker:
 
     def __init__(self, spec: Spec, log: Path) -> None:
         self.spec = spec
-        self.about = {"prompt_tokens": 20, "rows": spec.micro_batch_rows}
+        self.about: dict[str, Any] = {}
 
-    def ready(self) -> None:
+    def receive(self) -> dict[str, Any]:
         if self.spec.name == "trl" and not 0 < self.spec.micro_batch_rows <= 2:
             raise WorkerFailed(f"trl at {self.spec.shape.name}: not enough memory", True)
+        return {"prompt_tokens": 20, "rows": self.spec.micro_batch_rows}
 
-    def measure(self, command: Command) -> Measurement:
+    def ask(self, command: Command) -> Measurement:
         FakeWorker.asked.append((self.spec.name, command.part, command.call))
         if self.spec.name == "plain" and command.call == 2:
             raise WorkerFailed(f"plain at {self.spec.shape.name} was killed by signal 9", True)
@@ -104,13 +104,13 @@ def test_contenders_too_large_to_run_together_run_one_after_the_other(session: S
 
 
 def test_a_killed_process_is_named(tmp_path: Path):
-    machine = Machine("cpu", "float32", 1, tmp_path / "log")
+    machine = Machine("cpu", 1, tmp_path / "log")
     try:
-        assert machine.limits()["matmul_flops"] > 0
+        assert machine.ask(("limits", "float32"))["matmul_flops"] > 0
         assert machine.process.pid is not None
         os.kill(machine.process.pid, signal.SIGKILL)
         with pytest.raises(WorkerFailed, match=r"signal 9.*memory") as caught:
-            machine.limits()
+            machine.ask(("limits", "float32"))
         assert caught.value.out_of_memory
     finally:
         machine.end()

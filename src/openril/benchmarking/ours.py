@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
+from multiprocessing.connection import Connection as Pipe
 from typing import Any
 
-import torch
 from torch.utils._triton import has_triton
 
-from openril.benchmarking.clock import Clock, Stopwatch
-from openril.benchmarking.contender import (
-    BETA,
-    EPSILON,
-    LEARNING_RATE,
-    MAX_GRAD_NORM,
-    SAMPLING,
-    Command,
-    Connection,
-    Measurement,
-    Spec,
-    exactly,
-)
-from openril.benchmarking.memory import PeakMemory, give_back
-from openril.benchmarking.questions import fixed_completions, questions_of
+from openril.benchmarking.contender import BETA, EPSILON, LEARNING_RATE, MAX_GRAD_NORM, SAMPLING, Contender
+from openril.benchmarking.measuring import give_back
 from openril.benchmarking.shapes import QUESTIONS
+from openril.benchmarking.worker import Command, Measurement, Spec, next_command
 from openril.recipe.schema import Recipe
 from openril.records import STUDENT, Group, Question, Response, Rollout
 from openril.rewards.combine import RewardSystem
@@ -42,37 +28,25 @@ end-of-turn token is then banned like every other special token."""
 TEACHER = "teacher"
 
 
-def serve(spec: Spec, connection: Connection) -> None:
+def serve(pipe: Pipe, spec: Spec) -> None:
     """Set up, then measure until there are no more commands (``Finished``)."""
     contender = OurStep(spec)
-    connection.ready(contender.about())
+    pipe.send(contender.about())
     while True:
-        connection.reply(contender.measure(connection.next()))
+        pipe.send(contender.measure(next_command(pipe)))
 
 
 def bench_recipe(spec: Spec) -> Recipe:
     """Return the recipe of the measured step: the paper's settings, with G samples and G teacher responses."""
     shape = spec.shape
     adam = {"learning_rate": LEARNING_RATE, "weight_decay": 0.0, "max_grad_norm": MAX_GRAD_NORM}
-    train: dict[str, Any] = {
-        "num_generations": shape.group_size // 2,
-        "questions_per_step": QUESTIONS,
-        "max_completion_length": shape.response_tokens,
-        "beta": BETA,
-        "epsilon": EPSILON,
-        "precision": spec.precision,
-        "optimizer": adam,
-        "save_every": 0,
-        "packed": spec.name == "ours",
-        "sampling": SAMPLING,
-    }
     whole = bool({"step", "memory"} & set(spec.parts))
     return Recipe.model_validate(
         {
-            "run_dir": str(Path(spec.folder) / "run"),
+            "run_dir": str(spec.folder / "run"),
             "data": {"max_prompt_length": 32768},
-            "student": {"model": spec.checkpoint, "freeze": ["vision_tower"]},
-            "teachers": [{"name": TEACHER, "model_path": spec.checkpoint}],
+            "student": {"model": str(spec.checkpoint), "freeze": ["vision_tower"]},
+            "teachers": [{"name": TEACHER, "model_path": str(spec.checkpoint)}],
             "sft": {"enabled": False},
             "discriminator": {
                 "mode": "updated" if whole else "none",
@@ -80,31 +54,38 @@ def bench_recipe(spec: Spec) -> Recipe:
                 "optimizer": adam,
             },
             "rewards": {"answer": {"kind": "rules", "rule": "contains"}},
-            "train": train,
+            "train": {
+                "num_generations": shape.group_size // 2,
+                "questions_per_step": QUESTIONS,
+                "max_completion_length": shape.response_tokens,
+                "beta": BETA,
+                "epsilon": EPSILON,
+                "precision": spec.precision,
+                "optimizer": adam,
+                "save_every": 0,
+                "packed": spec.name == "ours",
+                "sampling": SAMPLING,
+            },
         }
     )
 
 
-class OurStep:
+class OurStep(Contender):
     """Measure parts of our step."""
 
     def __init__(self, spec: Spec) -> None:
-        self.spec = spec
-        self.shape = spec.shape
+        super().__init__(spec)
         self.recipe = bench_recipe(spec)
-        self.clock = Clock(spec.device)
-        self.watch = Stopwatch(self.clock)
-        self.memory = PeakMemory(spec.device)
         accelerator = make_accelerator(self.recipe)
         folder = RunFolder(self.recipe.run_path)
         self.fast_path_off: list[str] = []
         if spec.name == "ours" and spec.device == "cuda" and not has_triton():
             self.fast_path_off.append("Triton is missing, so attention runs over a dense mask")
-        self.built = TrainingComponents(
-            self.recipe, accelerator, folder.checkpoints_path, warn=self.fast_path_off.append
-        )
+        warn = self.fast_path_off.append
+        self.built = TrainingComponents(self.recipe, accelerator, folder.checkpoints_path, warn=warn)
         self.encoder = self.built.encoder
         self.encoder.eos_token_ids = [NO_TOKEN]
+        self.banned = self.encoder.special_token_ids
         self.trainer = RILTrainer(
             self.recipe,
             [],
@@ -118,33 +99,26 @@ class OurStep:
             save=lambda step: None,
         )
         update = self.built.policy_update
-        self.watch.watch_optimizer("optimizer", update.optimizer)
-        assert update.reference is not None
-        self.watch.watch_module("reference", update.reference)
+        self.watch.watch("optimizer", getattr(update.optimizer, "optimizer", update.optimizer), "step")
+        self.watch.watch("reference", update.reference, "forward")
         self._call = 0
         self._teachers: dict[str, list[Response]] = {}  # in place of the cache: made before the clock starts
 
     def about(self) -> dict[str, Any]:
-        prompt = self.encoder(questions_of(self.spec.picture_paths, 0)[0])
-        trainable = sum(p.numel() for p in self.built.policy_update.trainable)
-        return {
-            "prompt_tokens": prompt.length,
-            "trainable_parameters": trainable,
-            "threads": torch.get_num_threads(),
-            "memory_source": self.memory.source,
-            "settings": {
-                "packed": self.recipe.train.packed,
-                "precision": self.spec.precision,
-                "optimizer": type(getattr(self.built.optimizer, "optimizer", self.built.optimizer)).__name__,
-                "discriminator": self.recipe.discriminator.mode,
-                "train": self.recipe.train.model_dump(mode="json"),
-            },
-        }
+        prompt = self.encoder(self.questions(0)[0])
+        return self.describe(
+            prompt.length,
+            self.built.policy_update.unwrapped,
+            self.built.optimizer,
+            packed=self.recipe.train.packed,
+            discriminator=self.recipe.discriminator.mode,
+            train=self.recipe.train.model_dump(mode="json"),
+        )
 
     def measure(self, command: Command) -> Measurement:
         self._call = command.call
         size = command.group_size or self.shape.group_size
-        questions = questions_of(self.spec.picture_paths, command.call)
+        questions = self.questions(command.call)
         if command.part == "update":
             measured = self._update(questions, size)
         elif command.part in ("sampling", "prefill"):
@@ -158,26 +132,18 @@ class OurStep:
         groups = [self._group(q, j, group_size) for j, q in enumerate(questions)]
         for q in questions:
             self.encoder(q)  # in a step the sampler has done this
-        self.watch.reset()
-        with self.clock.elapsed() as elapsed:
-            self.built.policy_update.update(groups, self._call)
+        self.watch.seconds = {}
+        started = self.watch.mark()
+        self.built.policy_update.update(groups, self._call)
+        seconds, cpu_seconds = self.watch.since(started)
         parts = dict(self.watch.seconds)
-        parts["forward_backward"] = elapsed.seconds - sum(parts.values())
-        tokens = QUESTIONS * group_size * self.shape.response_tokens
-        return Measurement(elapsed.seconds, parts, tokens, elapsed.cpu_seconds)
+        parts["forward_backward"] = seconds - sum(parts.values())
+        return Measurement(seconds, parts, QUESTIONS * group_size * self.shape.response_tokens, cpu_seconds)
 
     def _group(self, question: Question, number: int, size: int) -> Group:
         """Return a group of fixed responses, half the student's and half a teacher's, with advantages around 0."""
-        shape = self.shape
-        rows = fixed_completions(
-            QUESTIONS * self._call + number,
-            size,
-            shape.response_tokens,
-            shape.size.vocab,
-            self.encoder.special_token_ids,
-        )
         rollouts = []
-        for i, ids in enumerate(rows):
+        for i, ids in enumerate(self.completions(self._call, number, size)):
             mine = i < size // 2
             response = Response(
                 question.id,
@@ -191,43 +157,35 @@ class OurStep:
         return Group(question, rollouts)
 
     def _sampling(self, questions: list[Question], count: int, length: int) -> Measurement:
-        with self.clock.elapsed() as elapsed:
-            drawn = self.built.sampler.sample(
-                questions,
-                count,
-                settings=self.recipe.train.sampling,
-                max_completion_length=length,
-                seed=stable_hash("bench", self._call),
-            )
-        self._check([r for each in drawn for r in each], length)
-        return Measurement(elapsed.seconds, {}, QUESTIONS * count * length, elapsed.cpu_seconds)
+        started = self.watch.mark()
+        drawn = self.built.sampler.sample(
+            questions,
+            count,
+            settings=self.recipe.train.sampling,
+            max_completion_length=length,
+            seed=stable_hash("bench", self._call),
+        )
+        seconds, cpu_seconds = self.watch.since(started)
+        self.check([len(r.token_ids or ()) for each in drawn for r in each], length)
+        return Measurement(seconds, {}, QUESTIONS * count * length, cpu_seconds)
 
     def _step(self, questions: list[Question], *, with_memory: bool) -> Measurement:
         self._teachers = {
             q.id: [r.response for r in self._group(q, j, self.shape.group_size).teachers]
             for j, q in enumerate(questions)
         }
-        self.trainer.seconds = {}
-        self.watch.reset()
+        self.trainer.seconds, self.watch.seconds = {}, {}
         if with_memory:
             self.memory.start()
-        with self.clock.elapsed() as elapsed:
-            groups, _ = self.trainer.step([(q, 0) for q in questions])
-        peak = self.memory.peak() if with_memory else None
+        started = self.watch.mark()
+        groups, _ = self.trainer.step([(q, 0) for q in questions])
+        seconds, cpu_seconds = self.watch.since(started)
+        peak, held = (self.memory.peak(), self.memory.held) if with_memory else (None, None)
         if with_memory:
             give_back()
         self.trainer.step_number += 1
-        self._check([r.response for g in groups for r in g.rollouts], self.shape.response_tokens)
+        self.check([len(r.response.token_ids or ()) for g in groups for r in g.rollouts])
         parts = dict(self.trainer.seconds)
-        parts["other"] = elapsed.seconds - sum(parts.values())
-        return Measurement(
-            elapsed.seconds,
-            parts | {f"update/{k}": v for k, v in self.watch.seconds.items()},
-            self.shape.rows * self.shape.response_tokens,
-            elapsed.cpu_seconds,
-            peak,
-            self.memory.held if with_memory else None,
-        )
-
-    def _check(self, responses: Sequence[Response], expected: int) -> None:
-        exactly([len(r.token_ids or ()) for r in responses], expected, self.spec.name)
+        parts["other"] = seconds - sum(parts.values())
+        parts |= {f"update/{k}": v for k, v in self.watch.seconds.items()}
+        return Measurement(seconds, parts, self.shape.rows * self.shape.response_tokens, cpu_seconds, peak, held)

@@ -12,40 +12,28 @@ special tokens, as in ours.
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
-from pathlib import Path
+from multiprocessing.connection import Connection as Pipe
 from typing import Any
 
 import torch
+from datasets import Dataset
+from PIL import Image
 
-from openril.benchmarking.clock import Clock, Elapsed, Stopwatch
-from openril.benchmarking.contender import (
-    BETA,
-    EPSILON,
-    LEARNING_RATE,
-    MAX_GRAD_NORM,
-    SAMPLING,
-    Command,
-    Connection,
-    Measurement,
-    Spec,
-    exactly,
-)
-from openril.benchmarking.memory import PeakMemory, give_back
-from openril.benchmarking.questions import fixed_completions, questions_of
+from openril.benchmarking.contender import BETA, EPSILON, LEARNING_RATE, MAX_GRAD_NORM, SAMPLING, Contender
+from openril.benchmarking.measuring import give_back
 from openril.benchmarking.shapes import QUESTIONS
-from openril.hf import TrainerCallback
+from openril.benchmarking.worker import Command, Measurement, Spec, next_command
+from openril.hf import GRPOConfig, GRPOTrainer, TrainerCallback, submodule
 from openril.models.freezing import freeze
 from openril.models.loading import load_model, load_processor
 from openril.models.prompts import special_token_ids
 from openril.rewards.rules import score
 
 
-def serve(spec: Spec, connection: Connection) -> None:
+def serve(pipe: Pipe, spec: Spec) -> None:
     """Set up, then measure until there are no more commands (``Finished``)."""
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
-    step = TRLStep(spec, connection)
-    step.trainer.train()
+    TRLStep(spec, pipe).trainer.train()
     raise RuntimeError("TRL's training ended before the last command")
 
 
@@ -82,33 +70,25 @@ def config(spec: Spec) -> dict[str, Any]:
     }
 
 
-class TRLStep:
-    """A GRPOTrainer that executes the commands of a connection, one step at a time."""
+class TRLStep(Contender):
+    """A GRPOTrainer that executes the commands of a pipe, one step at a time."""
 
-    def __init__(self, spec: Spec, connection: Connection) -> None:
-        from datasets import Dataset
-        from PIL import Image
-
-        from openril.hf import GRPOConfig, GRPOTrainer
-
-        self.spec, self.shape, self.connection = spec, spec.shape, connection
-        self.clock = Clock(spec.device)
-        self.watch = Stopwatch(self.clock)
-        self.memory = PeakMemory(spec.device)
+    def __init__(self, spec: Spec, pipe: Pipe) -> None:
+        super().__init__(spec)
+        self.pipe = pipe
         self.command: Command | None = None
-        self._timing = ExitStack()
-        self._elapsed = Elapsed()
+        self._started = self.watch.mark()
         self._announced = False
         self._owed: Measurement | None = None
         dtype = torch.bfloat16 if spec.precision == "pure_bf16" else torch.float32
         # The model is passed as an object, so that the same parts are frozen before TRL builds its optimizer.
-        model: Any = load_model(spec.checkpoint, what="TRL's model", dtype=dtype)
+        model: Any = load_model(str(spec.checkpoint), what="TRL's model", dtype=dtype)
         freeze(model, ["vision_tower"])
-        processor = load_processor(spec.checkpoint, what="TRL's model")
+        processor = load_processor(str(spec.checkpoint), what="TRL's model")
         self.banned = sorted(special_token_ids(processor.tokenizer))
         self.config = config(spec)
         steps = len(spec.pictures) // QUESTIONS
-        questions = [q for call in range(steps) for q in questions_of(spec.picture_paths, call)]
+        questions = [q for call in range(steps) for q in self.questions(call)]
         dataset = Dataset.from_list(
             [
                 {
@@ -120,12 +100,11 @@ class TRLStep:
             ]
         )
         self._rule_question = questions[0]
-        reward: Any = self._reward
         trainer: Any = GRPOTrainer(
             model=model,
-            reward_funcs=reward,
+            reward_funcs=self._reward,
             args=GRPOConfig(
-                output_dir=str(Path(spec.folder) / "trl"),
+                output_dir=str(spec.folder / "trl"),
                 # Without an end-of-turn token every response has the full length.
                 generation_kwargs={"suppress_tokens": self.banned},
                 **self.config,
@@ -134,16 +113,16 @@ class TRLStep:
             processing_class=processor,
             callbacks=[_Gate(self)],
         )
-        self.trainer = trainer
-        self.dataset = dataset
+        self.trainer, self.dataset = trainer, dataset
         self._generate = trainer._generate
-        trainer._generate = self.watch.wrap("sampling", self._generate_or_give)
-        trainer._calculate_rewards = self.watch.wrap("rewards", trainer._calculate_rewards)
-        trainer.compute_loss = self.watch.wrap("forward_backward", trainer.compute_loss)
-        trainer.accelerator.backward = self.watch.wrap("forward_backward", trainer.accelerator.backward)
-        self.watch.watch_module("reference", trainer.ref_model)
+        trainer._generate = self._generate_or_give
+        self.watch.watch("sampling", trainer, "_generate")
+        self.watch.watch("rewards", trainer, "_calculate_rewards")
+        self.watch.watch("forward_backward", trainer, "compute_loss")
+        self.watch.watch("forward_backward", trainer.accelerator, "backward")
+        self.watch.watch("reference", trainer.ref_model, "forward")
 
-    def _reward(self, completions: list[Any], **_: Any) -> list[float]:
+    def _reward(self, completions: list[Any], **_: Any) -> list[float | None]:
         """Score completions by the same rule as our rewards."""
         texts = [c[0]["content"] if isinstance(c, list) else c for c in completions]
         return [score("contains", self._rule_question, text) or 0.0 for text in texts]
@@ -158,106 +137,73 @@ class TRLStep:
         """
         if not self._announced:
             self._announced = True
-            self.watch.watch_optimizer("optimizer", optimizer)
-            self.connection.ready(self._about(optimizer))
+            self.watch.watch("optimizer", getattr(optimizer, "optimizer", optimizer), "step")
+            self.pipe.send(self._about(optimizer))
         if self._owed is not None:
-            self.connection.reply(self._owed)
+            self.pipe.send(self._owed)
             self._owed = None
-        while True:
-            self.command = self.connection.next()
-            if self.command.part != "sampling":
-                break
-            self.connection.reply(self._sampling(self.command.call))
-        self.watch.reset()
-        if self.command.part == "memory":
+        while (command := next_command(self.pipe)).part == "sampling":
+            self.pipe.send(self._sampling(command.call))
+        self.command, self.watch.seconds = command, {}
+        if command.part == "memory":
             self.memory.start()
-        self._elapsed = self._timing.enter_context(self.clock.elapsed())
+        self._started = self.watch.mark()
 
     def end(self) -> None:
         """Stop the clock of the current command."""
         assert self.command is not None
-        self._timing.close()
-        seconds, cpu_seconds = self._elapsed.seconds, self._elapsed.cpu_seconds
+        seconds, cpu_seconds = self.watch.since(self._started)
         part = self.command.part
-        peak = self.memory.peak() if part == "memory" else None
+        peak, held = (self.memory.peak(), self.memory.held) if part == "memory" else (None, None)
         parts = dict(self.watch.seconds)
         sampling, rewards = parts.pop("sampling"), parts.pop("rewards")
         update = seconds - sampling - rewards
-        inner = parts | {"prepare": update - sum(parts.values())}
-        tokens = self.shape.rows * self.shape.response_tokens
+        parts["prepare"] = update - sum(parts.values())
         if part == "update":
             # The processor time of the replaced generation cannot be separated, so its share of the seconds is taken off.
-            measurement = Measurement(update, inner, tokens, cpu_seconds * update / seconds)
+            seconds, cpu_seconds = update, cpu_seconds * update / seconds
         else:
-            in_step = {"sampling": sampling, "rewards": rewards, "update": update}
-            in_step |= {f"update/{k}": v for k, v in inner.items()}
-            held = self.memory.held if part == "memory" else None
-            measurement = Measurement(seconds, in_step, tokens, cpu_seconds, peak, held)
+            inner = {f"update/{k}": v for k, v in parts.items()}
+            parts = {"sampling": sampling, "rewards": rewards, "update": update, **inner}
+        tokens = self.shape.rows * self.shape.response_tokens
+        self._owed = Measurement(seconds, parts, tokens, cpu_seconds, peak, held)
         if part == "memory":
             give_back()
-        self._owed = measurement
 
     def _about(self, optimizer: Any) -> dict[str, Any]:
-        trainable = sum(p.numel() for p in self.trainer.model.parameters() if p.requires_grad)
         ids, _, _ = self.trainer._tokenize_prompts(self._prompts(0)[:1])
-        return {
-            "prompt_tokens": len(ids[0]),
-            "trainable_parameters": trainable,
-            "threads": torch.get_num_threads(),
-            "memory_source": self.memory.source,
-            "settings": {
-                **self.config,
-                "precision": self.spec.precision,
-                "optimizer": type(getattr(optimizer, "optimizer", optimizer)).__name__,
-                "optim": str(self.trainer.args.optim),
-                "suppress_tokens": self.banned,
-            },
-        }
+        optim = str(self.trainer.args.optim)
+        settings = {**self.config, "optim": optim, "suppress_tokens": self.banned}
+        return self.describe(len(ids[0]), self.trainer.model, optimizer, **settings)
 
     # ---- sampling ---------------------------------------------------------------------------------------------------
 
     def _prompts(self, call: int) -> list[Any]:
         """Return the messages that TRL's own step passes to its generation: each question group_size times."""
-        from openril.hf import submodule
-
-        prepare_multimodal_messages = submodule("trl.data_utils").prepare_multimodal_messages
-
+        prepare = submodule("trl.data_utils").prepare_multimodal_messages
         first = (call * QUESTIONS) % len(self.dataset)
         rows = [self.dataset[(first + j) % len(self.dataset)] for j in range(QUESTIONS)]
-        return [
-            prepare_multimodal_messages(row["prompt"], images=row["images"])
-            for row in rows
-            for _ in range(self.shape.group_size)
-        ]
+        return [prepare(r["prompt"], images=r["images"]) for r in rows for _ in range(self.shape.group_size)]
 
     def _sampling(self, call: int) -> Measurement:
         prompts = self._prompts(call)
         self.trainer.model.train()  # as in a step: the trainer's method reads its settings from this
-        with self.clock.elapsed() as elapsed:
-            _, ids, *_ = self._generate(prompts)
-        exactly([len(i) for i in ids], self.shape.response_tokens, "TRL")
-        return Measurement(elapsed.seconds, {}, self.shape.rows * self.shape.response_tokens, elapsed.cpu_seconds)
+        started = self.watch.mark()
+        _, ids, *_ = self._generate(prompts)
+        seconds, cpu_seconds = self.watch.since(started)
+        self.check([len(i) for i in ids])
+        return Measurement(seconds, {}, self.shape.rows * self.shape.response_tokens, cpu_seconds)
 
     def _generate_or_give(self, prompts: list[Any]) -> Any:
         """Run TRL's generation, or return the given responses in its format for ``update``."""
         assert self.command is not None
         if self.command.part != "update":
             out = self._generate(prompts)
-            exactly([len(i) for i in out[1]], self.shape.response_tokens, "TRL")
+            self.check([len(i) for i in out[1]])
             return out
         prompt_ids, images, _ = self.trainer._tokenize_prompts(prompts)
-        shape = self.shape
-        ids = [
-            row
-            for j in range(QUESTIONS)
-            for row in fixed_completions(
-                QUESTIONS * self.command.call + j,
-                shape.group_size,
-                shape.response_tokens,
-                shape.size.vocab,
-                self.banned,
-            )
-        ]
+        rows, call = self.shape.group_size, self.command.call
+        ids = [row for j in range(QUESTIONS) for row in self.completions(call, j, rows)]
         texts = self.trainer.processing_class.batch_decode(ids, skip_special_tokens=True)
         completions = [[{"role": "assistant", "content": text}] for text in texts]
         return prompt_ids, ids, None, completions, None, {}, images, []

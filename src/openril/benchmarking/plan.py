@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from openril.benchmarking.contender import Part
 from openril.benchmarking.shapes import Precision, Shape, grid_of
+from openril.benchmarking.worker import Part
 
 CONTENDERS = ("trl", "plain", "ours")
 """The contenders in the order of their turns."""
@@ -77,31 +77,24 @@ def make_plan(
     short, long = Shape(model, 200, 32, 8), Shape(model, 1000, 32, 16)
     wide = long if gpu else Shape("wide", 1000, 32, 16)
     everything: tuple[Part, ...] = ("update", "sampling", "prefill", "step")
+    widest = [Cell(wide, ("ours",) if quick else CONTENDERS, parts=("update",), memory=False)] if wide != long else []
     if shapes:
         cells = [Cell(s, parts=everything) for s in shapes]
     elif quick:
-        cells = [
-            Cell(short, memory=False),
-            Cell(long, contenders=("trl", "ours"), parts=("update",), rounds=2, sweep=SWEEP),
-        ]
-        if wide != long:
-            cells.append(Cell(wide, contenders=("ours",), parts=("update",), memory=False))
+        updates = Cell(long, ("trl", "ours"), parts=("update",), rounds=2, sweep=SWEEP)
+        cells = [Cell(short, memory=False), updates, *widest]
     else:
-        cells = [Cell(s, parts=everything) for s in grid_of(model)]
-        cells = [replace(c, sweep=SWEEP) if c.shape == long else c for c in cells]
-        if wide != long:
-            cells.append(Cell(wide, parts=("update",), memory=False))
+        cells = [Cell(s, parts=everything, sweep=SWEEP if s == long else ()) for s in grid_of(model)]
+        cells += widest
     if not shapes and precision != DEFAULT_PRECISION:
         # Without the whole step there is no discriminator, so that float32 weights of the 3B model fit 80 GB.
         by_default = replace(short, precision=DEFAULT_PRECISION)
         cells.append(Cell(by_default, parts=("update", "sampling"), memory=False, rounds=2))
     chosen = []
     for cell in cells:
-        names = tuple(n for n in cell.contenders if n in contenders)
-        if names:
+        if names := tuple(n for n in cell.contenders if n in contenders):
             together = cell.shape.model != "qwen2_5_vl_3b"
             sweep = cell.sweep if "ours" in names else ()
-            chosen.append(
-                replace(cell, contenders=names, rounds=repeats or cell.rounds, together=together, sweep=sweep)
-            )
+            rounds = repeats or cell.rounds
+            chosen.append(replace(cell, contenders=names, rounds=rounds, together=together, sweep=sweep))
     return Plan(tuple(chosen), short.name, long.name, wide.name)

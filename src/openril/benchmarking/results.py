@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from statistics import median
+from statistics import StatisticsError, correlation, linear_regression, median
 from typing import Any
 
-from openril.benchmarking.contender import Measurement
 from openril.benchmarking.flops import decode_bytes, update_flops
 from openril.benchmarking.plan import Plan
 from openril.benchmarking.session import CellResult
 from openril.benchmarking.shapes import MODELS, QUESTIONS
+from openril.benchmarking.worker import Measurement
 
 Entries = Sequence[Measurement | None]
 
@@ -33,27 +33,20 @@ def spread(values: Sequence[float]) -> dict[str, Any] | None:
     return {"median": median(values), "min": min(values), "max": max(values), "rounds": len(values)}
 
 
-def quantity(part: str, measurement: Measurement) -> float | None:
-    """Return the number by which a part is compared: bytes for memory, seconds otherwise."""
-    return measurement.peak_memory if part == "memory" else measurement.seconds
+def _ratios(quantity: Callable[[Measurement], float | None], peer: Entries, ours: Entries) -> list[float]:
+    """Divide the peer's quantity by ours, round by round, without the rounds in which either is missing."""
+    pairs = [(quantity(p), quantity(o)) for p, o in zip(peer, ours, strict=True) if p is not None and o is not None]
+    return [p / o for p, o in pairs if p is not None and o]
 
 
 def ratio(part: str, peer: Entries, ours: Entries) -> dict[str, Any] | None:
-    """Return the spread of peer over ours, round by round, without the rounds in which either is missing."""
-    values = []
-    for theirs, mine in zip(peer, ours, strict=True):
-        if theirs is None or mine is None:
-            continue
-        a, b = quantity(part, theirs), quantity(part, mine)
-        if a is not None and b:
-            values.append(a / b)
-    return spread(values)
+    """Return the spread of peer over ours, in bytes for memory and in seconds for every other part."""
+    return spread(_ratios(lambda m: m.peak_memory if part == "memory" else m.seconds, peer, ours))
 
 
 def cpu_ratio(peer: Entries, ours: Entries) -> float | None:
     """Return the median ratio of processor times, which vary less than wall times on a busy machine."""
-    pairs = [(p.cpu_seconds, o.cpu_seconds) for p, o in zip(peer, ours, strict=True) if p is not None and o is not None]
-    values = [p / o for p, o in pairs if p is not None and o]
+    values = _ratios(lambda m: m.cpu_seconds, peer, ours)
     return median(values) if values else None
 
 
@@ -61,14 +54,11 @@ def linear_fit(x: Sequence[float], y: Sequence[float]) -> dict[str, float] | Non
     """Fit y = intercept + slope x by least squares, with its R^2. Returns None for fewer than three points."""
     if len(x) < 3:
         return None
-    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-    sxx = sum((a - mean_x) ** 2 for a in x)
-    sxy = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
-    syy = sum((b - mean_y) ** 2 for b in y)
-    if sxx == 0 or syy == 0:
+    try:
+        slope, intercept = linear_regression(x, y)
+        return {"intercept": intercept, "slope": slope, "r_squared": correlation(x, y) ** 2}
+    except StatisticsError:  # all x or all y are equal
         return None
-    slope = sxy / sxx
-    return {"intercept": mean_y - slope * mean_x, "slope": slope, "r_squared": sxy * sxy / (sxx * syy)}
 
 
 def part_figures(entries: Entries, unique_tokens: int) -> dict[str, Any]:
@@ -132,9 +122,8 @@ def decode_share(result: CellResult) -> dict[str, Any] | None:
     steps = shape.response_tokens - 1
     if not pairs or prompt is None or steps < 1:
         return None
-    weights, cache = decode_bytes(
-        shape.size, prompt, shape.response_tokens, shape.group_size, QUESTIONS, result.bytes_per_number
-    )
+    width = 2 if result.precision == "pure_bf16" else 4  # under autocast the float32 weights are what is read
+    weights, cache = decode_bytes(shape.size, prompt, shape.response_tokens, shape.group_size, QUESTIONS, width)
     return {
         "weight_bytes_per_step": weights,
         "cache_bytes_per_step": cache,

@@ -7,11 +7,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from openril.benchmarking.contender import Command, Measurement, Part, Spec
+from openril.benchmarking.inputs import draw_pictures
 from openril.benchmarking.plan import Cell
-from openril.benchmarking.processes import ContenderWorker, Machine, WorkerFailed
-from openril.benchmarking.questions import draw_pictures
-from openril.benchmarking.shapes import QUESTIONS, Precision, Shape
+from openril.benchmarking.shapes import QUESTIONS, Precision
+from openril.benchmarking.worker import Command, Measurement, Part, Spec, Worker, WorkerFailed
 from openril.storage import remove
 
 Say = Callable[[str], None]
@@ -45,13 +44,26 @@ class CellResult:
     precision: Precision = "float32"
     fast_path_off: dict[str, list[str]] = field(default_factory=dict)
 
-    @property
-    def bytes_per_number(self) -> int:
-        """Bytes of a weight while sampling: under autocast the float32 weights are what is read."""
-        return 2 if self.precision == "pure_bf16" else 4
-
     def add(self, contender: str, part: str, measurement: Measurement | None) -> None:
         self.measurements.setdefault(contender, {}).setdefault(part, []).append(measurement)
+
+
+class ContenderWorker(Worker):
+    """A contender's process. about: what it reported about itself when it was ready."""
+
+    def __init__(self, spec: Spec, log: Path) -> None:
+        module = "peer" if spec.name == "trl" else "ours"
+        super().__init__(f"{spec.name} at {spec.shape.name}", module, spec.device, spec.threads, log, spec)
+        self.spec = spec
+        self.about: dict[str, Any] = {}
+
+
+class Machine(Worker):
+    """The process that builds checkpoints and measures limits. Its failure ends the run."""
+
+    def __init__(self, device: str, threads: int, log: Path) -> None:
+        super().__init__("the process that measures the machine", "machine", device, threads, log, device)
+        self.about: dict[str, Any] = self.receive()
 
 
 @dataclass
@@ -73,9 +85,7 @@ class Session:
 
     def __post_init__(self) -> None:
         self._started = 0
-        # Checkpoints are read in any type.
-        dtype = product_dtype(self.precision)
-        self.machine = Machine(self.device, dtype, self.threads, self.folder / "machine.log")
+        self.machine = Machine(self.device, self.threads, self.folder / "machine.log")
 
     def close(self) -> None:
         """End every process."""
@@ -89,7 +99,8 @@ class Session:
         checkpoint = self.folder / "models" / shape.model
         if not checkpoint.exists():
             self.say(f"{shape.name}: building the model")
-            self.machine.build(checkpoint, shape.model)
+            # Checkpoints are read in any type.
+            self.machine.ask(("build", product_dtype(self.precision), checkpoint, shape.model))
         pictures = draw_pictures(self.folder / "pictures" / shape.name, shape, QUESTIONS * cell.calls)
         turns: Sequence[tuple[str, ...]] = [cell.contenders] if cell.together else [(c,) for c in cell.contenders]
         for contenders in turns:
@@ -101,64 +112,59 @@ class Session:
         self, cell: Cell, contenders: Sequence[str], checkpoint: Path, pictures: list[Path], result: CellResult
     ) -> None:
         shape = cell.shape
-        paths = tuple(map(str, pictures))
         alive: dict[str, ContenderWorker] = {}
-        starting: dict[str, ContenderWorker] = {}
         self.say(f"{shape.name}: setting up {', '.join(contenders)}")
+        peer_rows = self.peer_rows or shape.group_size
         for name in contenders:
-            parts: tuple[Part, ...] = (*cell.parts_of(name), *(("memory",) if cell.memory else ()))
-            peer_rows = self.peer_rows or shape.group_size
-            rows = 0 if name != "trl" else peer_rows if shape.rows % peer_rows == 0 else shape.rows
             spec = Spec(
                 name,
                 shape,
-                str(checkpoint),
-                paths,
-                str(self.folder / "runs" / f"{shape.name}-{name}"),
+                checkpoint,
+                tuple(pictures),
+                self.folder / "runs" / f"{shape.name}-{name}",
                 self.device,
                 result.precision,
-                parts,
+                (*cell.parts_of(name), *(("memory",) if cell.memory else ())),
                 self.threads,
-                rows,
+                0 if name != "trl" else peer_rows if shape.rows % peer_rows == 0 else shape.rows,
             )
-            starting[name] = self._spawn(spec)
-        for name, worker in starting.items():
+            alive[name] = self._spawn(spec)
+        for name in contenders:
             try:
-                alive[name] = self._warm_up(worker, cell.warm_up(name), result)
+                alive[name] = self._warm_up(alive[name], cell.warm_up(name), result)
+                result.about[name] = alive[name].about
             except WorkerFailed as e:
-                self._lost(name, shape, e, result)
-                continue
-            result.about[name] = alive[name].about
+                self._lost(alive.pop(name), e, result)
         call = 1
 
-        def measure(name: str, part: Part, group_size: int = 0, words: str = "") -> Measurement | None:
+        def measure(name: str, part: Part, words: str, group_size: int = 0) -> Measurement | None:
             if name not in alive:
                 return None
-            self.say(f"{shape.name}: {name}, {words or part}")
+            self.say(f"{shape.name}: {name}, {words}")
             try:
                 return self._ask(alive[name], Command(part, call, group_size), result)
             except WorkerFailed as e:
-                self._end(alive.pop(name))
-                self._lost(name, shape, e, result)
+                self._end(alive[name])
+                self._lost(alive.pop(name), e, result)
                 return None
 
         for number in range(cell.rounds):
             turn = f", round {number + 1} of {cell.rounds}"
             if "ours" in contenders or "ours" not in cell.contenders:  # the shares of the limits are those of ours
                 self.say(f"{shape.name}: the machine's limits{turn}")
-                result.limits.append(self.machine.limits(product_dtype(result.precision)))
+                result.limits.append(self.machine.ask(("limits", product_dtype(result.precision))))
             for part in cell.parts:
                 for name in contenders:
                     if part in cell.parts_of(name):
-                        result.add(name, part, measure(name, part, words=f"{part}{turn}"))
+                        result.add(name, part, measure(name, part, f"{part}{turn}"))
                 call += 1
             for size in cell.sweep if "ours" in contenders else ():
-                found = measure("ours", "update", size, f"update at 2G = {size}{turn}")
+                found = measure("ours", "update", f"update at 2G = {size}{turn}", size)
                 result.sweep.setdefault(size, []).append(found)
                 call += 1
         if cell.memory:
             for name in contenders:
-                result.add(name, "memory", measure(name, "memory"))
+                result.add(name, "memory", measure(name, "memory", "memory"))
         for worker in alive.values():
             self._end(worker)
 
@@ -170,7 +176,7 @@ class Session:
 
     def _ask(self, worker: ContenderWorker, command: Command, result: CellResult) -> Measurement:
         """Return the worker's measurement; what it says about its fast path goes to the result, each thing once."""
-        measurement = worker.measure(command)
+        measurement: Measurement = worker.ask(command)
         name, known = worker.spec.name, result.fast_path_off.setdefault(worker.spec.name, [])
         for reason in measurement.fast_path_off:
             if reason not in known:
@@ -184,7 +190,7 @@ class Session:
             spec = worker.spec
             try:
                 self.say(f"{spec.shape.name}: {spec.name} sets up")
-                worker.ready()
+                worker.about = worker.receive()
                 for part in parts:
                     self.say(f"{spec.shape.name}: {spec.name}, {part} to warm up")
                     self._ask(worker, Command(part, 0), result)
@@ -199,12 +205,11 @@ class Session:
 
     def _end(self, worker: ContenderWorker) -> None:
         worker.end()
-        if worker in self.workers:
-            self.workers.remove(worker)
+        self.workers.remove(worker)
 
-    def _lost(self, name: str, shape: Shape, error: WorkerFailed, result: CellResult) -> None:
+    def _lost(self, worker: ContenderWorker, error: WorkerFailed, result: CellResult) -> None:
         self.warn(f"{error}; its figures for this shape are left out")
-        result.failures.append(Failure(name, shape.name, str(error)))
+        result.failures.append(Failure(worker.spec.name, worker.spec.shape.name, str(error)))
 
 
 def product_dtype(precision: Precision) -> str:

@@ -10,9 +10,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-_COLUMNS = ("update", "ref", "fwd+bwd", "optim", "sampling", "D", "step", "MiB", "tok/s")
-"""Seconds of the update and its parts (reference pass, forward and backward, optimizer), of sampling, discriminator and
-whole step. MiB: the peak of the step above what was held before. tok/s: response tokens of the update per second."""
+_COLUMNS = {
+    "update": ("update", ""),
+    "ref": ("update", "reference"),
+    "fwd+bwd": ("update", "forward_backward"),
+    "optim": ("update", "optimizer"),
+    "sampling": ("sampling", ""),
+    "D": ("step", "discriminator"),
+    "step": ("step", ""),
+}
+"""Column -> part, and the piece of it ("" for the whole). In the table they are seconds, then follow MiB (the peak of the
+step above what was held before) and tok/s (response tokens of the update per second)."""
 
 
 def print_cell(console: Console, cell: dict[str, Any]) -> None:
@@ -25,7 +33,7 @@ def print_cell(console: Console, cell: dict[str, Any]) -> None:
     say(title, style="bold")
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=0, collapse_padding=True)
     table.add_column("", no_wrap=True)
-    for column in _COLUMNS:
+    for column in (*_COLUMNS, "MiB", "tok/s"):
         table.add_column(column, justify="right", no_wrap=True, min_width=max(5, len(column)))
     for name, contender in cell["contenders"].items():
         table.add_row(name + "*" * bool(contender["fast_path_off"]), *_row(contender["measured"]))
@@ -82,37 +90,20 @@ def _print_headline(console: Console, figures: dict[str, Any]) -> None:
 
 
 def _row(measured: dict[str, Any]) -> list[str]:
-    update, step = measured.get("update", {}), measured.get("step", {})
-    parts = update.get("parts", {})
+    row = []
+    for part, piece in _COLUMNS.values():
+        figures = measured.get(part, {})
+        value = figures.get("parts", {}).get(piece) if piece else (figures.get("seconds") or {}).get("median")
+        row.append("-" if value is None else f"{value:.3f}" if value < 10 else f"{value:.1f}")
     memory = measured.get("memory", {}).get("peak_memory_bytes")
-    rate = update.get("response_tokens_per_second")
-    return [
-        _median(update.get("seconds")),
-        _number(parts.get("reference")),
-        _number(parts.get("forward_backward")),
-        _number(parts.get("optimizer")),
-        _median(measured.get("sampling", {}).get("seconds")),
-        _number(step.get("parts", {}).get("discriminator")),
-        _median(step.get("seconds")),
-        f"{memory['median'] / 2**20:,.0f}" if memory else "-",
-        f"{rate:,.0f}" if rate else "-",
-    ]
+    rate = measured.get("update", {}).get("response_tokens_per_second")
+    return [*row, f"{memory['median'] / 2**20:,.0f}" if memory else "-", f"{rate:,.0f}" if rate else "-"]
 
 
 def _ratio_row(ratios: dict[str, Any]) -> list[str]:
-    def show(part: str) -> str:
-        entry = ratios.get(part)
-        return f"{entry['median']:.1f}x" if entry else "-"
-
-    return [show("update"), "", "", "", show("sampling"), "", show("step"), show("memory"), ""]
-
-
-def _median(entry: dict[str, Any] | None) -> str:
-    return "-" if entry is None else _number(entry["median"])
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}" if value < 10 else f"{value:.1f}"
+    parts = ["" if piece else part for part, piece in _COLUMNS.values()]
+    entries = [(part, ratios.get(part)) for part in (*parts, "memory", "")]
+    return ["" if not part else f"{entry['median']:.1f}x" if entry else "-" for part, entry in entries]
 
 
 def _spread(entry: dict[str, Any]) -> str:

@@ -1,175 +1,219 @@
-"""A contender's process, which receives its commands over a pipe.
+"""The worker processes of the benchmark: their messages, the parent's end and the child's end of their pipes.
 
-Nothing heavy is imported at module level, because threads and devices must be set before torch is imported.
+Nothing heavy is imported at module level, because a child sets its threads and devices before it imports torch.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import multiprocessing
 import os
 import signal
 import sys
+import threading
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection as Pipe
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from openril.benchmarking.contender import Command, Finished, Measurement, Spec
+from openril.benchmarking.shapes import Precision, Shape
+from openril.errors import OpenRILError
+
+Part = Literal["update", "sampling", "prefill", "step", "memory"]
+"""update: everything after the rewards, on given responses. sampling: 2G responses to each question. prefill: one token
+of each (only ours). step: the whole step. memory: the whole step again, for its peak."""
+
+# A child must not inherit threads or a GPU context.
+_SPAWN = multiprocessing.get_context("spawn")
 
 
-class PipeConnection:
-    """The child's end: ("ready", about), ("done", measurement) or ("failed", cause, whether memory was short)."""
+@dataclass(frozen=True)
+class Spec:
+    """The settings of a contender's process.
 
-    def __init__(self, pipe: Pipe) -> None:
-        self.pipe = pipe
+    name: trl, plain or ours. checkpoint: the weights that all share. pictures: PNG files in the order of their use.
+    micro_batch_rows: rows (responses) per forward pass, for a contender that counts in rows.
+    """
 
-    def ready(self, about: dict[str, Any]) -> None:
-        self.pipe.send(("ready", about))
+    name: str
+    shape: Shape
+    checkpoint: Path
+    pictures: tuple[Path, ...]
+    folder: Path
+    device: Literal["cpu", "cuda"]
+    precision: Precision
+    parts: tuple[Part, ...]
+    threads: int = 0
+    micro_batch_rows: int = 0
 
-    def next(self) -> Command:
+
+@dataclass(frozen=True)
+class Command:
+    """A request for one measurement. call: its number, which determines questions and responses alike for all contenders.
+    group_size: 0 for the shape's."""
+
+    part: Part
+    call: int
+    group_size: int = 0
+
+
+@dataclass
+class Measurement:
+    """The measurement of one part.
+
+    parts: the seconds of its pieces, as far as they can be separated. tokens: response tokens. cpu_seconds: processor time
+    over all threads, to which waiting on a busy machine adds nothing. peak_memory, held_memory: bytes, for ``memory``;
+    None where the system does not report them. fast_path_off: why pieces of the contender's fast path were not used.
+    """
+
+    seconds: float
+    parts: dict[str, float] = field(default_factory=dict)
+    tokens: int = 0
+    cpu_seconds: float | None = None
+    peak_memory: int | None = None
+    held_memory: int | None = None
+    fast_path_off: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The last message of a worker that failed. out_of_memory: whether memory was short."""
+
+    cause: str
+    out_of_memory: bool
+
+
+class Finished(Exception):
+    """The parent has no more commands."""
+
+
+class WorkerFailed(OpenRILError):
+    """A worker failed. out_of_memory: whether the cause is a lack of memory, as far as that is known."""
+
+    def __init__(self, message: str, out_of_memory: bool) -> None:
+        super().__init__(message)
+        self.out_of_memory = out_of_memory
+
+
+def exactly(lengths: Sequence[int], expected: int, who: str) -> None:
+    """Raise RuntimeError unless every response has the expected number of tokens; else figures are not comparable."""
+    if set(lengths) != {expected}:
+        raise RuntimeError(f"{who}: expected responses of exactly {expected} tokens, got {sorted(set(lengths))}")
+
+
+# ---- the parent's end -----------------------------------------------------------------------------------------------
+
+
+class Worker:
+    """A process that runs ``serve(pipe, *arguments)`` of a module of this package, and the parent's end of its pipe.
+
+    who: its name in messages.
+    """
+
+    def __init__(self, who: str, module: str, device: str, threads: int, log: Path, *arguments: Any) -> None:
+        self.who = who
+        self.log = log
+        self.pipe, theirs = _SPAWN.Pipe()
+        everything = (theirs, module, device, threads, str(log), arguments)
+        self.process = _SPAWN.Process(target=run, args=everything, daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def receive(self) -> Any:
+        """Return the next message. Raises WorkerFailed when the worker reports an error or is dead."""
+        pipe: Pipe = self.pipe
         try:
-            command = self.pipe.recv()
-        except EOFError as e:  # the parent has ended
-            raise Finished from e
-        if command is None:
-            raise Finished
-        return command
+            while not pipe.poll(0.5):
+                if not self.process.is_alive() and not pipe.poll(0):
+                    raise EOFError
+            message = pipe.recv()
+        except (EOFError, ConnectionError) as e:
+            self.process.join(5)
+            code = self.process.exitcode
+            how = f"was killed by signal {-code}" if code and code < 0 else f"ended with exit code {code}"
+            hint = "; most likely the system ran out of memory" if code == -9 else ""
+            raise WorkerFailed(f"{self.who} {how}{hint}{self._last_words()}", code == -9) from e
+        if isinstance(message, Failed):
+            self.process.join(5)
+            raise WorkerFailed(f"{self.who}: {message.cause.strip().splitlines()[0][:300]}", message.out_of_memory)
+        return message
 
-    def reply(self, measurement: Measurement) -> None:
-        self.pipe.send(("done", measurement))
+    def send(self, message: Any) -> None:
+        with contextlib.suppress(ConnectionError):  # receive() reports why
+            self.pipe.send(message)
+
+    def ask(self, message: Any) -> Any:
+        """Send a message and return the worker's answer."""
+        self.send(message)
+        return self.receive()
+
+    def end(self) -> None:
+        """Ask the process to stop, and kill it if it does not."""
+        if self.process.is_alive():
+            self.send(None)
+            self.process.join(1)
+        if self.process.is_alive():
+            self.process.terminate()
+            self.process.join(5)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+        self.pipe.close()
+
+    def _last_words(self) -> str:
+        lines = self.log.read_text(errors="replace").strip().splitlines() if self.log.exists() else []
+        return f" (its last line: {lines[-1][:200]})" if lines else ""
 
 
-def run_contender(pipe: Pipe, spec: Spec, log: str) -> None:
-    """Run in a contender's process: set up and measure."""
-    _settle(spec.device, spec.threads, log)
-    connection = PipeConnection(pipe)
+# ---- the child's end ------------------------------------------------------------------------------------------------
+
+
+def run(pipe: Pipe, module: str, device: str, threads: int, log: str, arguments: Sequence[Any]) -> None:
+    """Run in the new process until there are no more commands, or until an error, which is sent to the parent."""
+    _prepare(device, threads, log)
     try:
-        if spec.limit_memory and spec.device == "cpu":
-            _limit_memory()
-        if spec.name == "trl":
-            from openril.benchmarking.peer import serve
-        else:
-            from openril.benchmarking.ours import serve
-        serve(spec, connection)
+        importlib.import_module(f"openril.benchmarking.{module}").serve(pipe, *arguments)
     except Finished:
         pass
     except BaseException as e:
-        _report(pipe, e)
-    _exit()
-
-
-def run_machine(pipe: Pipe, device: str, dtype: str, threads: int, log: str) -> None:
-    """Run in the process that builds checkpoints and measures the machine's limits.
-
-    It receives ("build", folder, model name) or ("limits", dtype), and answers ("done", result) or ("failed", cause, False).
-    """
-    _settle(device, threads, log)
-    try:
-        import torch
-
-        from openril.benchmarking.limits import Limits
-        from openril.benchmarking.shapes import MODELS
-
-        torch_dtype = getattr(torch, dtype)
-        limits: Limits | None = None
-        pipe.send(("ready", _about_machine(device)))
-        while (request := _received(pipe)) is not None:
-            if request[0] == "build":
-                from openril.benchmarking.models import build_checkpoint
-
-                build_checkpoint(Path(request[1]), MODELS[request[2]], dtype=torch_dtype, device=device)
-                if device == "cuda":
-                    torch.cuda.empty_cache()
-                pipe.send(("done", None))
-            else:
-                requested = getattr(torch, request[1])
-                if limits is None or limits.dtype != requested:
-                    limits = Limits(device, requested)
-                pipe.send(("done", limits.measure()))
-    except BaseException as e:
-        _report(pipe, e)
-    _exit()
-
-
-def _report(pipe: Pipe, error: BaseException) -> None:
-    import traceback
-
-    traceback.print_exception(error)
-    pipe.send(("failed", f"{type(error).__name__}: {error}", _memory_was_short(error)))
-
-
-def _exit() -> None:
-    """Exit without cleaning up, because the exit handlers of libraries may wait for each other."""
+        traceback.print_exception(e)
+        pipe.send(Failed(f"{type(e).__name__}: {e}", _memory_was_short(e)))
+    # Exit without cleaning up, because the exit handlers of libraries may wait for each other.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
 
 
-def _received(pipe: Pipe) -> Any:
+def next_command(pipe: Pipe) -> Any:
+    """Wait for the parent's next message. Raises Finished when there are no more."""
     try:
-        return pipe.recv()
-    except EOFError:
-        return None
+        command = pipe.recv()
+    except EOFError:  # the parent has ended
+        command = None
+    if command is None:
+        raise Finished
+    return command
 
 
-def _settle(device: str, threads: int, log: str) -> None:
+def _prepare(device: str, threads: int, log: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    if device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    else:  # only one of several, because peers would use all that they see
-        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    import threading
-
+    # Only one of several GPUs, because peers would use all that they see.
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    os.environ["CUDA_VISIBLE_DEVICES"] = "" if device == "cpu" else visible
     import torch
     from tqdm import tqdm
 
     tqdm.set_lock(threading.RLock())  # its default lock is shared between processes, and would remain after them
     if threads:
         torch.set_num_threads(threads)
-
-
-def _about_machine(device: str) -> dict[str, Any]:
-    import platform
-    from importlib.metadata import version
-
-    import torch
-
-    from openril._version import __version__
-
-    name = torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
-    machine = {"device": name, "threads": torch.get_num_threads(), "cores": os.cpu_count()}
-    packages = ("torch", "transformers", "trl", "accelerate", "datasets")
-    versions = {"python": platform.python_version(), "openril": __version__, **{p: version(p) for p in packages}}
-    return {"machine": machine | {"system": platform.platform()}, "versions": versions}
-
-
-def _cpu_name() -> str:
-    import platform
-
-    path = Path("/proc/cpuinfo")
-    if path.exists():
-        for line in path.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def _limit_memory() -> None:
-    """Let allocations fail in this process once it has taken most of the memory that is free now."""
-    from openril.benchmarking.memory import available_memory
-
-    available = available_memory()
-    if available is None or not sys.platform.startswith("linux"):
-        return
-    import resource
-
-    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    requested = int(0.9 * available)
-    if hard == resource.RLIM_INFINITY or requested < hard:
-        resource.setrlimit(resource.RLIMIT_DATA, (requested, hard))
 
 
 def _memory_was_short(error: BaseException) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -32,7 +32,7 @@ def draw_pictures(folder: Path, shape: Shape, count: int, seed: int = 0) -> list
     return paths
 
 
-def questions_of(pictures: list[Path], call: int) -> list[Question]:
+def questions_of(pictures: Sequence[Path], call: int) -> list[Question]:
     """Return the QUESTIONS questions of a contender's measurement number ``call``, new ones each time as in training."""
     return [
         Question(
