@@ -80,8 +80,8 @@ def test_another_image_gives_other_logprobs(student: Student):
     """Otherwise no test of this file would see wrong pixels."""
     ids = torch.tensor([50, 51, 52])
     red, blue = (
-        own_logprobs(student.model, chat(student, [Image.new("RGB", (56, 56), colour)]), ids)
-        for colour in ((220, 30, 30), (40, 60, 220))
+        own_logprobs(student.model, chat(student, [Image.new("RGB", (56, 56), color)]), ids)
+        for color in ((220, 30, 30), (40, 60, 220))
     )
     assert (red - blue).abs().max() > 1e-3
 
@@ -121,8 +121,8 @@ def test_features_made_before_give_the_same_logits(student: Student, tmp_path: P
             features = student.model.model.get_image_features(**each.prompt.vision)
             # Grids are not passed, so M-RoPE positions have to be.
             length = inputs["input_ids"].shape[1]
-            behind = torch.arange(length - each.prompt.length) + each.prompt.next_position
-            positions = torch.cat([each.prompt.position_ids, behind.expand(len(each.prompt.position_ids), -1)], dim=1)
+            after = torch.arange(length - each.prompt.length) + each.prompt.next_position
+            positions = torch.cat([each.prompt.position_ids, after.expand(len(each.prompt.position_ids), -1)], dim=1)
             positions = positions[:, None] if len(positions) > 1 else positions
             ours = student.model(**inputs, position_ids=positions, mm_encoder_outputs={"image": features}).logits
         assert (ours - expected).abs().max() < 1e-5
@@ -180,7 +180,7 @@ def test_sampled_responses_hold_no_special_tokens_but_the_end(student: Student, 
             assert list(response.logprobs) == pytest.approx(scaled[0].tolist(), abs=1e-4)
 
 
-def test_a_borrowed_image_encodes(student: Student):
+def test_a_dummy_image_encodes(student: Student):
     prompt = dummy_image_prompt(student.encoder, student.model, num_processes=2)
     assert prompt is not None and prompt.vision
     with torch.no_grad():

@@ -20,9 +20,9 @@ Groups = list[tuple[int, list[int]]]
 
 LAYOUTS: dict[str, Groups] = {
     "one group": [(5, [3, 3])],
-    "unlike responses": [(5, [1, 4, 7, 2])],
+    "responses of different lengths": [(5, [1, 4, 7, 2])],
     "prompts of about one length": [(10, [2, 3]), (12, [4]), (11, [1, 1])],
-    "prompts of unlike lengths": [(30, [4, 4]), (3, [2]), (9, [1, 5]), (31, [2])],
+    "prompts of different lengths": [(30, [4, 4]), (3, [2]), (9, [1, 5]), (31, [2])],
     "no responses": [(6, [])],
     "responses to some prompts only": [(6, []), (7, [3]), (40, [])],
     "one token each": [(1, [1, 1]), (1, [1])],
@@ -52,7 +52,7 @@ def reference(groups: Groups, query: Tensor, key: Tensor, value: Tensor, scale: 
 
 
 def states(groups: Groups, kv_heads: int, dtype: torch.dtype, heads: int = 4, size: int = 16) -> list[Tensor]:
-    """Query, key, value laid out as models have them: heads behind tokens, then transposed."""
+    """Query, key, value laid out as models have them: heads after tokens, then transposed."""
     generator = torch.Generator().manual_seed(7)
     length = sum(p + sum(n) for p, n in groups)
     return [
@@ -102,7 +102,7 @@ def test_equals_dense_attention_in_single(groups: Groups):
     assert_close(with_gradients(attend, groups, inputs), with_gradients(reference, groups, inputs), 1e-5)
 
 
-@pytest.mark.parametrize("name", ["unlike responses", "prompts of unlike lengths"])
+@pytest.mark.parametrize("name", ["responses of different lengths", "prompts of different lengths"])
 def test_bfloat16_is_as_good_as_bfloat16_is(name: str):
     groups = LAYOUTS[name]
     inputs = states(groups, 2, torch.bfloat16)
@@ -115,7 +115,7 @@ def test_bfloat16_is_as_good_as_bfloat16_is(name: str):
 
 def test_sharp_attention_keeps_its_digits():
     """Scores in the hundreds: the two parts of a response's attention differ by far more than a float holds."""
-    groups = LAYOUTS["prompts of unlike lengths"]
+    groups = LAYOUTS["prompts of different lengths"]
     query, key, value = states(groups, 2, torch.float64)
     inputs = [100 * query, key, value]
     ours, theirs = with_gradients(attend, groups, inputs), with_gradients(reference, groups, inputs)
@@ -141,7 +141,9 @@ def test_who_sees_whom(path: str):
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without:UserWarning")
-@pytest.mark.parametrize("name", ["unlike responses", "prompts of unlike lengths", "responses to some prompts only"])
+@pytest.mark.parametrize(
+    "name", ["responses of different lengths", "prompts of different lengths", "responses to some prompts only"]
+)
 def test_flex_mask_is_the_same(name: str):
     groups = LAYOUTS[name]
     query, key, value = states(groups, 2, torch.float32)
@@ -152,7 +154,7 @@ def test_flex_mask_is_the_same(name: str):
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 def test_a_dense_mask_is_the_same(kv_heads: int):
     """What a device without a compiler runs."""
-    for name in ("unlike responses", "prompts of unlike lengths", "responses to some prompts only"):
+    for name in ("responses of different lengths", "prompts of different lengths", "responses to some prompts only"):
         groups = LAYOUTS[name]
         inputs = states(groups, kv_heads, torch.float64)
         assert_close(with_gradients(dense_of, groups, inputs), with_gradients(reference, groups, inputs), 1e-12)
@@ -222,7 +224,7 @@ def test_flex_on_a_gpu_gives_the_same_gradients(kv_heads: int, dtype: torch.dtyp
             assert float((a.double() - b).norm() / b.norm()) < tolerance, groups
 
 
-# ---- behind transformers' attention interface -------------------------------------------------------------------------
+# ---- through transformers' attention interface -------------------------------------------------------------------------
 
 
 def test_without_a_layout_models_compute_what_they_did(tiny_family: Path):
@@ -269,7 +271,7 @@ def test_scores_are_scaled_by_the_heads_size_where_the_model_says_nothing(tiny_q
     model: Any = load_model(str(tiny_qwen))
     enable(model)
     attention = AttentionInterface._global_mapping[model.config.get_text_config()._attn_implementation]
-    groups = LAYOUTS["unlike responses"]
+    groups = LAYOUTS["responses of different lengths"]
     query, key, value = states(groups, 2, torch.float64)
     out, _ = attention(SimpleNamespace(), query, key, value, None, group_layout=GroupLayout.of(groups))
     assert torch.allclose(out, reference(groups, query, key, value, 0.25), atol=1e-12)

@@ -54,7 +54,7 @@ class Case:
         self.policy.enable_packing()
 
     def groups(self, folder: Path, numbers: Sequence[int]) -> list[GroupTokens]:
-        """Groups of the numbered questions with random responses of unlike lengths."""
+        """Groups of the numbered questions with random responses of different lengths."""
         generator = torch.Generator().manual_seed(11)
         size = self.model.config.get_text_config().vocab_size
         ids = torch.tensor([i for i in range(size) if i not in self.encoder.special_token_ids])
@@ -68,7 +68,7 @@ class Case:
         ]
 
     def run(self, groups: Sequence[GroupTokens], *, packed: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        """Log-probabilities, and gradients of their sum under unlike weights."""
+        """Log-probabilities, and gradients of their sum under different weights."""
         rows = (pack if packed else pad_rows)(groups, self.encoder.pad_token_id)
         self.policy.zero_grad()
         logprobs = self.policy(rows)
@@ -228,10 +228,10 @@ def test_a_row_holds_its_prompt_once_and_nothing_twice(tiny_qwen: Path, tmp_path
     prompt = group.prompt.input_ids.tolist()
     rows = pack([group, group], case.encoder.pad_token_id)
     assert rows.model_inputs["input_ids"].tolist() == [[*prompt, 60, 61, 64] * 2]
-    p, behind = len(prompt), group.prompt.next_position
+    p, after = len(prompt), group.prompt.next_position
     positions = rows.model_inputs["position_ids"]
     assert positions.shape == (3, 1, 2 * (p + 3))
-    assert positions[:, 0, p : p + 3].tolist() == [[behind, behind + 1, behind]] * 3
+    assert positions[:, 0, p : p + 3].tolist() == [[after, after + 1, after]] * 3
     assert rows.index[:3].tolist() == [[p - 1, p, p + 1], [p - 1, 0, 0], [p - 1, p + 2, 0]]
     assert rows.mask.sum(1).tolist() == [3, 1, 2] * 2
     whole = pack([group, group], case.encoder.pad_token_id, whole=True)
@@ -241,7 +241,7 @@ def test_a_row_holds_its_prompt_once_and_nothing_twice(tiny_qwen: Path, tmp_path
     assert group.packed_length() == n and group.plain_length() == 3 * p + 6
 
 
-def test_neighbours_do_not_matter(packing_family: Path, tmp_path: Path):
+def test_other_groups_of_the_row_do_not_matter(packing_family: Path, tmp_path: Path):
     """A response's numbers follow from its own prompt and itself: not from what else is in the row."""
     case = Case(packing_family)
     groups = case.groups(tmp_path, QUESTIONS["mixed"])
@@ -298,7 +298,7 @@ def test_the_last_mlp_runs_where_it_is_read(tiny_qwen: Path, tmp_path: Path):
         ([], 5, []),
     ],
 )
-def test_neighbours_within_a_budget(lengths: list[int], budget: int, expected: list[tuple[int, int]]):
+def test_consecutive_lengths_within_a_budget(lengths: list[int], budget: int, expected: list[tuple[int, int]]):
     assert [(b.start, b.stop) for b in batch_by_tokens(lengths, budget)] == expected
 
 

@@ -87,7 +87,7 @@ def test_a_training_projector_gets_its_gradient_from_what_is_kept(tiny_family: P
 
 
 def test_the_projector_of_today_is_used(tiny_family: Path, tmp_path: Path):
-    """It has learnt since its input was kept."""
+    """It has learned since its input was kept."""
     model = load_model(str(tiny_family))
     freeze(model, ["vision_tower"])
     [prompt] = prompts(tiny_family, tmp_path, [1])

@@ -94,8 +94,8 @@ def test_two_tokens_in_a_row_follow_the_exact_distribution(name: str, tiny_qwen:
         if first == end:
             expected[first,] = p
             continue
-        behind = logits[allowed.index(first)][1]
-        for second, q in exact(behind, allowed, seen | {first}, settings).items():
+        after = logits[allowed.index(first)][1]
+        for second, q in exact(after, allowed, seen | {first}, settings).items():
             expected[first, second] = p * q
     assert sum(expected.values()) == pytest.approx(1)
 
@@ -113,6 +113,6 @@ def test_two_tokens_in_a_row_follow_the_exact_distribution(name: str, tiny_qwen:
             if first == end:
                 other[first,] = first_p[first]
                 continue
-            behind = exact(logits[allowed.index(first)][1], allowed, seen, neutral)
-            other[first, second] = first_p[first] * behind[second]
+            after = exact(logits[allowed.index(first)][1], allowed, seen, neutral)
+            other[first, second] = first_p[first] * after[second]
         assert chance(other, drawn) < 1e-9

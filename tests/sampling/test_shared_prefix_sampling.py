@@ -1,4 +1,4 @@
-"""Branched decoding against plain decoding, through the whole sampler: the same tokens, the same log-probabilities."""
+"""Decoding with shared prefixes against plain decoding, through the whole sampler: the same tokens, the same log-probabilities."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from support.tiny import tiny_questions
 @pytest.fixture(scope="module", params=["qwen2_5_vl", "internvl"])
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four query heads on two key-value heads."""
-    folder = tmp_path_factory.mktemp("branched") / request.param
+    folder = tmp_path_factory.mktemp("shared_prefix") / request.param
     return build_tiny_model(folder, request.param, hidden_size=32, num_heads=4)
 
 
@@ -41,7 +41,7 @@ def open_sampler(model: Any, checkpoint: Path, **options: Any) -> TransformersSa
     return TransformersSampler(model, encoder, **options)
 
 
-def questions_of_unlike_length(folder: Path) -> list[Question]:
+def questions_of_different_lengths(folder: Path) -> list[Question]:
     """No, one and two images; prompts from a few tokens to several times as many."""
     questions = tiny_questions(folder, 4)
     return [*questions, replace(questions[2], id="long", question="Say the word red. " * 12)]
@@ -60,8 +60,8 @@ def assert_same(ours: Sequence[Response], plain: Sequence[Response]) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 4])
-def test_branched_is_plain(sampler: TransformersSampler, tmp_path: Path, count: int):
-    questions = questions_of_unlike_length(tmp_path)
+def test_shared_prefixes_decode_as_plain_rows_do(sampler: TransformersSampler, tmp_path: Path, count: int):
+    questions = questions_of_different_lengths(tmp_path)
     ours = sample(sampler, questions, count)
     assert sampler.packing.on
     lengths = {len(r.token_ids or ()) for r in ours}
@@ -71,16 +71,18 @@ def test_branched_is_plain(sampler: TransformersSampler, tmp_path: Path, count: 
 
 
 @pytest.mark.parametrize("setting", [{"temperature": 0.0}, {"temperature": 1.7, "top_k": 0, "top_p": 1.0}])
-def test_branched_is_plain_with_other_settings(sampler: TransformersSampler, tmp_path: Path, setting: dict[str, float]):
+def test_shared_prefixes_decode_as_plain_rows_do_with_other_settings(
+    sampler: TransformersSampler, tmp_path: Path, setting: dict[str, float]
+):
     settings = SamplingConfig.model_validate({"repetition_penalty": 1.3, **setting})
-    questions = questions_of_unlike_length(tmp_path)
+    questions = questions_of_different_lengths(tmp_path)
     ours = sample(sampler, questions, 2, settings=settings)
     sampler.packing.state = "off"
     assert_same(ours, sample(sampler, questions, 2, settings=settings))
 
 
 def test_the_batch_split_does_not_matter(sampler: TransformersSampler, tmp_path: Path):
-    questions = questions_of_unlike_length(tmp_path)
+    questions = questions_of_different_lengths(tmp_path)
     together = sample(sampler, questions, 3)
     for size in (1, 2, 3):
         sampler.questions_per_batch = size
@@ -92,7 +94,7 @@ def test_features_come_from_whoever_keeps_them(checkpoint: Path, tmp_path: Path)
     model.requires_grad_(False)
     store = FeatureCache(2**20)
     sampler = open_sampler(model, checkpoint, vision=VisionFeatures(model, store))
-    questions = questions_of_unlike_length(tmp_path)
+    questions = questions_of_different_lengths(tmp_path)
     first = sample(sampler, questions, 2)
     misses = store.misses
     assert misses > 0
@@ -105,7 +107,7 @@ def test_without_features_prompts_are_read_one_at_a_time(checkpoint: Path, tmp_p
     def nothing(prompts: Sequence[Prompt]) -> None:
         return None
 
-    questions = questions_of_unlike_length(tmp_path)
+    questions = questions_of_different_lengths(tmp_path)
     model = load_model(str(checkpoint))
     sampler = open_sampler(model, checkpoint, vision=nothing)
     rows = []
@@ -136,7 +138,7 @@ def test_the_model_is_left_as_it_was(sampler: TransformersSampler, tmp_path: Pat
     assert model.get_decoder().layers[0].self_attn.q_proj.weight.grad is not None
 
 
-# Where it cannot be branched
+# Models that cannot share prefixes
 
 
 @pytest.fixture
@@ -149,7 +151,7 @@ def test_sliding_windows_fall_back_and_say_so(tiny_qwen: Path, tmp_path: Path, w
     for layer in model.get_decoder().layers:
         layer.self_attn.sliding_window = 4096
     sampler = open_sampler(model, tiny_qwen, warn=warnings_told.append)
-    questions = questions_of_unlike_length(tmp_path)
+    questions = questions_of_different_lengths(tmp_path)
     drawn = sample(sampler, questions, 2)
     sample(sampler, questions, 2, seed=5)
     assert not sampler.packing.on
