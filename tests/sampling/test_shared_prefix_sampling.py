@@ -1,4 +1,4 @@
-"""Decoding with shared prefixes against plain decoding, through the whole sampler: the same tokens, the same log-probabilities."""
+"""Decoding with shared prefixes against plain decoding, through the whole sampler: equal tokens and log-probabilities."""
 
 from __future__ import annotations
 
