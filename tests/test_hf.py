@@ -7,6 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 DOOR = ROOT / "src" / "openril" / "hf.py"
+STUB = DOOR.with_suffix(".pyi")
 SOURCES = [p for folder in ("src", "playground") for p in sorted((ROOT / folder).rglob("*.py")) if p != DOOR]
 
 
@@ -32,13 +33,13 @@ def test_no_other_file_imports_transformers_or_trl():
 
 
 def test_names_imported_from_it_exist_and_those_of_trl_are_listed():
-    """Type checkers take the names of transformers from the library, and those of TRL from two lists in hf.py."""
+    """Type checkers take the names of transformers from the library, and those of TRL from the list in hf.pyi."""
     from openril import hf
 
     tests = sorted((ROOT / "tests").rglob("*.py"))
     used = {name for path in [*SOURCES, *tests] for module, name, _ in imported(path) if module == "openril.hf"}
     own = {"submodule", "transformers", "transformers_logging"}
     unknown = {name for name in used - own if not hasattr(hf.transformers, name)}
-    listed = {name for module, name, _ in imported(DOOR) if module == "trl"}
-    assert unknown == listed == set(hf._FROM_TRL), f"correct the lists of TRL's names in {DOOR}"
+    listed = {name for module, name, _ in imported(STUB) if module == "trl"}
+    assert unknown == listed == set(hf._FROM_TRL), f"correct the lists of TRL's names in {DOOR} and {STUB}"
     assert all(getattr(hf, name) for name in used)

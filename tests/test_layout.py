@@ -135,6 +135,13 @@ def test_every_dependency_declares_the_lowest_version_it_is_tested_with():
     assert [test for test in script.CORE_TESTS if not (ROOT / test).exists()] == []
 
 
+def test_type_checkers_see_the_public_names():
+    stub = ast.parse((PACKAGE / "__init__.pyi").read_text(encoding="utf-8"))
+    imports = [node for node in stub.body if isinstance(node, ast.ImportFrom)]
+    seen = {alias.asname: node.module for node in imports for alias in node.names if alias.asname == alias.name}
+    assert seen == {"__version__": "openril._version", **openril._WHERE}
+
+
 def describe(name: str) -> str:
     """One line for a public name: a function's or a constructor's signature, or what else it is."""
     value = getattr(openril, name)

@@ -95,7 +95,7 @@ def test_wheel_is_small_and_holds_the_library_alone(wheel: Path):
     assert [name for name in names if "playground" in name or name.endswith(WEIGHTS)] == []
     packed = {name for name in names if name.startswith("openril/")}
     sources = {str(p.relative_to(ROOT / "src")) for p in (ROOT / "src" / "openril").rglob("*.py")}
-    assert sources | {"openril/py.typed"} <= packed
+    assert sources | {"openril/py.typed", "openril/__init__.pyi", "openril/hf.pyi"} <= packed
 
 
 @pytest.mark.slow

@@ -2,13 +2,13 @@
 
 transformers imports torchvision as soon as a processor is used. The compiled operators of torchvision's default wheels
 do not load next to a CPU-only torch, so ``torchvision_compat`` declares them first. Every file of the project imports
-transformers and TRL through this module, which guarantees that order.
+transformers and TRL through this module, which guarantees that order. Type checkers read its names from ``hf.pyi``.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from openril import torchvision_compat
 
@@ -16,13 +16,6 @@ torchvision_compat.apply()
 
 import transformers  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
-
-if TYPE_CHECKING:
-    from transformers import *  # noqa: F403
-    from trl import GRPOConfig as GRPOConfig
-    from trl import GRPOTrainer as GRPOTrainer
-    from trl import SFTConfig as SFTConfig
-    from trl import SFTTrainer as SFTTrainer
 
 _FROM_TRL = ("GRPOConfig", "GRPOTrainer", "SFTConfig", "SFTTrainer")
 
