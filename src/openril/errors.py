@@ -17,6 +17,15 @@ class DataError(OpenRILError):
     """A question file, a row or an image cannot be used."""
 
 
+class PromptTooLongError(DataError):
+    """A prompt is longer than data.max_prompt_length. Every stage leaves its question out and lists it."""
+
+    def __init__(self, message: str, tokens: int) -> None:
+        super().__init__(message)
+        self.tokens = tokens
+        self.question_id = ""
+
+
 class CacheError(OpenRILError):
     """A response cache is missing, damaged, or was made for other questions."""
 

@@ -69,7 +69,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    """Write rows atomically, one line each, without holding them all in memory."""
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as f:
+        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        f.flush()
+        os.fsync(f.fileno())
 
 
 def append_jsonl(path: Path, *rows: dict[str, Any]) -> None:
@@ -86,9 +90,13 @@ def append_jsonl(path: Path, *rows: dict[str, Any]) -> None:
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a file written by ``append_jsonl``, without lines that a kill cut off."""
-    rows: list[dict[str, Any]] = []
+    return list(iterate_jsonl(path))
+
+
+def iterate_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows that ``read_jsonl`` returns, one by one."""
     if not path.exists():
-        return rows
+        return
     with open(path, encoding="utf-8", errors="replace") as f:
         for line in f:
             try:
@@ -96,8 +104,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             except ValueError:
                 continue
             if isinstance(row, dict):
-                rows.append(row)
-    return rows
+                yield row
 
 
 def weights_fingerprint(folder: Path) -> str | None:

@@ -47,6 +47,12 @@ def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS, allow_urls: bo
     return image
 
 
+def image_size(source: ImageSource, max_pixels: int = MAX_PIXELS, allow_urls: bool = False) -> tuple[int, int]:
+    """Return width and height of what ``load_image`` returns, from the header alone. Raises DataError as it does."""
+    image, _ = _decode(source, read_bytes(source, allow_urls), max_pixels, header_only=True)
+    return image.size
+
+
 def to_data_url(source: ImageSource, max_pixels: int = MAX_PIXELS, allow_urls: bool = False) -> str:
     """Return the image as a data URL for a chat request.
 
@@ -74,8 +80,13 @@ def image_url_parts(question: Question, *, max_pixels: int, allow_urls: bool = F
     return parts
 
 
-def _decode(source: ImageSource, data: bytes, max_pixels: int) -> tuple[Image.Image, str | None]:
-    """Return the RGB image, and the media type under which its bytes may be sent unchanged, or None."""
+def _decode(
+    source: ImageSource, data: bytes, max_pixels: int, *, header_only: bool = False
+) -> tuple[Image.Image, str | None]:
+    """Return the RGB image, and the media type under which its bytes may be sent unchanged, or None.
+
+    With ``header_only`` the image is blank and only its size is right.
+    """
     if not data:
         raise DataError(f"image {source.name} is empty (0 bytes)")
     Image.init()
@@ -87,7 +98,10 @@ def _decode(source: ImageSource, data: bytes, max_pixels: int) -> tuple[Image.Im
                 width, height = opened.size
                 if width * height > max_pixels:
                     raise _bomb(source, f"{width} x {height} pixels", max_pixels)
-                rotated = opened.getexif().get(0x0112, 1) not in (0, 1)
+                orientation = opened.getexif().get(0x0112, 1)
+                if header_only:
+                    return Image.new("1", (height, width) if orientation in (5, 6, 7, 8) else (width, height)), None
+                rotated = orientation not in (0, 1)
                 frames = getattr(opened, "n_frames", 1)
                 mode, kind = opened.mode, opened.format or ""
                 transparent = opened.has_transparency_data

@@ -65,8 +65,8 @@ class Quantiles:
 class Report:
     """Result of a check of ``data.train`` or ``data.validation``.
 
-    num_questions: questions that can be read. num_usable: those without an error. problems: errors and warnings in the
-    order of the data. prompt_tokens, image_tokens: None without a processor to count with.
+    num_questions: questions that can be read. num_usable: those without an error that are not too long. problems: errors
+    and warnings in the order of the data. prompt_tokens, image_tokens: None without a processor to count with.
     """
 
     which: str
@@ -180,12 +180,13 @@ def preflight(
                         if prompt > data.max_prompt_length:
                             cause = (
                                 f"expected at most data.max_prompt_length ({data.max_prompt_length:,}) tokens, got "
-                                f"{prompt:,} ({image:,} of images). Raise it, lower student.max_pixels, or remove the row"
+                                f"{prompt:,} ({image:,} of images), so every stage leaves it out. Raise it, or lower "
+                                "student.max_pixels"
                             )
-                            found.append(RowProblem("too long", q.origin, q.id, cause))
+                            found.append(RowProblem("too long", q.origin, q.id, cause, "warning"))
                 report.num_images += len(q.images)
                 report.num_text_only += not q.images
-                report.num_usable += not any(p.level == "error" for p in found)
+                report.num_usable += not any(p.level == "error" or p.kind == "too long" for p in found)
                 report.num_stripped += bool(q.metadata.get("special_tokens_removed"))
                 report.dropped_turns += int(q.metadata.get("dropped_turns", 0))
                 report.problems += found

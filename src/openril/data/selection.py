@@ -6,10 +6,11 @@ Overlong filter (after DAPO, arXiv 2503.14476): a question is left out if more t
 cached responses were cut at the length limit, because such groups train the student to stop and not to answer.
 
 With a reference model (after NVILA's DeltaLoss, arXiv 2412.04468): score = mean over the answer's tokens of
-log p_reference - log p_student. It is near 0 if both models know the answer or neither does, and below 0 if the student
-is better. Only questions above 0 are kept, the highest first. As in NVILA every subset (here: data file) keeps its own
-best questions, in proportion to its size; places that a subset cannot fill go to the others. The mean over tokens is our
-choice: a sum would favor long answers.
+log p_reference - log p_student; with another tokenizer, the difference of the sums over the answer's tokens. It is near 0
+if both models know the answer or neither does, and below 0 if the student is better. Only questions above 0 are kept, the
+highest first. As in NVILA every subset (here: data file) keeps its own best questions, in proportion to its size; places
+that a subset cannot fill go to the others. The mean over tokens is our choice, because a sum favors long answers; but means
+over unlike numbers of tokens cannot be compared.
 
 With the student alone: sampling without replacement with weight 1 - exp(mean log p_student). Answers that the student
 already gives are rarely selected, and a wrong label counts little more than any other difficult question.
@@ -21,8 +22,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from openril import storage
 from openril.errors import DataError
@@ -30,7 +32,7 @@ from openril.recipe.schema import SelectionConfig
 from openril.records import Question, Response
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Decision:
     """The decision about one question. score: see the module; None if not scored. reason: "" if it was selected."""
 
@@ -75,6 +77,7 @@ def select(
     overlong_share: Mapping[str, float] | None,
     config: SelectionConfig,
     seed: int,
+    not_scored: Mapping[str, str] = MappingProxyType({}),
 ) -> Selection:
     """Select up to ``config.num_questions`` questions.
 
@@ -83,6 +86,7 @@ def select(
             nats (<= 0); None where there is no answer.
         reference_logprobs: The same under the reference model, or None to use the student alone.
         overlong_share: The result of ``overlong_shares``; required if ``config.drop_overlong``.
+        not_scored: Question id -> why it has no log-probability, where there is another reason than a missing answer.
 
     Raises:
         DataError: For invalid or missing log-probabilities, and for missing student responses.
@@ -101,7 +105,7 @@ def select(
         student = _logprob(student_logprobs, q.id, "student")
         reference = _logprob(reference_logprobs, q.id, "reference") if reference_logprobs is not None else None
         if student is None or (reference_logprobs is not None and reference is None):
-            left_out[q.id] = "no answer: nothing to score"
+            left_out[q.id] = not_scored.get(q.id, "no answer: nothing to score")
         elif reference is not None:
             scores[q.id] = 0.0 if reference == student else reference - student
         else:
@@ -190,7 +194,7 @@ def share_places(number: int, sizes: Mapping[str, int], available: Mapping[str, 
 
 def write_selection(path: Path, selection: Selection) -> None:
     """Write one JSON line per question: id, selected, reason, score and the values it was computed from."""
-    storage.write_jsonl(path, [vars(d) for d in selection.decisions])
+    storage.write_jsonl(path, (asdict(d) for d in selection.decisions))
 
 
 def read_selection(path: Path) -> Selection:
@@ -198,7 +202,7 @@ def read_selection(path: Path) -> Selection:
     if not path.is_file():
         raise DataError(f"{path}: no such selection. The loop writes it if data.selection.enabled is set.")
     try:
-        decisions = tuple(Decision(**row) for row in storage.read_jsonl(path))
+        decisions = tuple(Decision(**row) for row in storage.iterate_jsonl(path))
     except TypeError as e:
         raise DataError(f"{path}: damaged ({e}). Remove it to select again.") from e
     return Selection(tuple(d.id for d in decisions if d.selected), decisions)

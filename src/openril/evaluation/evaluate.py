@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from openril.errors import DataError
-from openril.evaluation.summary import Evaluation, Row, build_evaluation, groups_of
+from openril.evaluation.summary import TOO_LONG, Evaluation, Row, build_evaluation, groups_of
 from openril.recipe.schema import EvaluationConfig, SamplingConfig
 from openril.records import Question, Response
 from openril.rewards.answers import AnswersHandle, submit_answers
 from openril.rewards.judge import JudgeService
 from openril.rewards.verdict_store import UnknownBudget
-from openril.sampling.protocol import Sampler
+from openril.sampling.protocol import Sampler, sample_fitting
 from openril.storage import append_jsonl, read_jsonl, write_jsonl
 
 GREEDY = SamplingConfig(temperature=0.0, top_p=1.0, top_k=0, repetition_penalty=1.0)
@@ -61,6 +61,7 @@ def evaluate(
     journal: Journal | None = None,
     max_unknown_share: float = 1.0,
     report: Callable[[int, int, dict[str, Any]], None] = lambda done, total, row: None,
+    too_long: Callable[[Question, int], None] = lambda question, tokens: None,
 ) -> Evaluation:
     """Answer the questions greedily, and score the answers as ``settings`` says.
 
@@ -69,6 +70,7 @@ def evaluate(
         journal: Its answers are not sampled again, and those without a verdict are judged again.
         max_unknown_share: The largest share of verdicts that may be missing.
         report: Called with (questions done, questions in all, running score).
+        too_long: Called with a question whose prompt is too long, and its tokens. Its score is unknown.
 
     Raises:
         DataError: If a question has no ground truth.
@@ -86,10 +88,13 @@ def evaluate(
         run.submit(batch, [run.answers[q.id] for q in batch])
     for batch in _batches([q for q in questions if q.id not in run.rows and q.id not in run.answers], size):
         sampler = sampler or make_sampler()
-        drawn = sampler.sample(
-            batch, 1, settings=GREEDY, max_completion_length=settings.max_completion_length, seed=0, source=name
+        limit = settings.max_completion_length
+        drawn = sample_fitting(
+            sampler, batch, 1, too_long, settings=GREEDY, max_completion_length=limit, seed=0, source=name
         )
-        run.submit(batch, [responses[0] for responses in drawn])
+        run.leave_out([q for q, responses in zip(batch, drawn, strict=True) if not responses])
+        answered = [(q, responses[0]) for q, responses in zip(batch, drawn, strict=True) if responses]
+        run.submit([q for q, _ in answered], [r for _, r in answered])
     rows = run.finish()
     if journal is not None:
         journal.close(rows)
@@ -112,11 +117,23 @@ class _Run:
         self.journal, self.budget, self.report = journal, budget, report
         known = journal.rows if journal is not None else {}
         here = {q.id for q in questions}
-        self.rows = {i: r for i, r in known.items() if i in here and r.score is not None}
-        self.answers = {i: _response(r) for i, r in known.items() if i in here and r.score is None}
+        self.rows = {
+            i: r for i, r in known.items() if i in here and (r.score is not None or r.finish_reason == TOO_LONG)
+        }
+        self.answers = {i: _response(r) for i, r in known.items() if i in here and i not in self.rows}
         self.waiting: tuple[Sequence[Question], Sequence[Response], AnswersHandle] | None = None
         self.asked = 0
         self.causes: list[str] = []
+
+    def leave_out(self, questions: Sequence[Question]) -> None:
+        """Keep a row without an answer for questions that are too long."""
+        cause = "the prompt is longer than data.max_prompt_length"
+        rows = [
+            Row(q.id, q.question, q.answer, "", TOO_LONG, cause=cause, groups=groups_of(q.metadata)) for q in questions
+        ]
+        if self.journal is not None and rows:
+            self.journal.add(rows)
+        self.rows.update((r.question_id, r) for r in rows)
 
     def submit(self, questions: Sequence[Question], responses: Sequence[Response]) -> None:
         items = [(q, r.text) for q, r in zip(questions, responses, strict=True)]

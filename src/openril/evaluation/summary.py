@@ -10,13 +10,16 @@ from typing import Any
 GROUP_COLUMNS = ("benchmark", "skill")
 """Metadata columns of questions by which scores are grouped, where the questions have them."""
 
+TOO_LONG = "too_long"
+
 
 @dataclass(frozen=True)
 class Row:
     """One question's answer.
 
     score: 1.0, 0.0, or None where the verdict is missing. parsed: False where a rule found no answer to compare.
-    finish_reason: "length" for an answer cut at the limit. groups: the values of ``GROUP_COLUMNS``.
+    finish_reason: "length" for an answer cut at the limit, ``TOO_LONG`` for a question that is too long to be answered.
+    groups: the values of ``GROUP_COLUMNS``.
     """
 
     question_id: str

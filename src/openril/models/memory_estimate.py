@@ -15,7 +15,9 @@ from typing import Any
 from openril.errors import ModelError
 from openril.models.freezing import module_group
 from openril.models.packing import LOGITS_BYTES
+from openril.recipe.checks import collects_all, filters_overlong
 from openril.recipe.schema import ModuleGroup, Recipe
+from openril.records import STUDENT
 
 GIB = 2**30
 ADAMW_BYTES = 8
@@ -58,13 +60,23 @@ class Memory:
 
 @dataclass(frozen=True)
 class Work:
-    """Amounts of work of a run. requests: upper bounds by server ("teacher NAME", "judge")."""
+    """Amounts of work of a run.
 
+    sft_questions: of the warm start. provisional: those the student answers before the overlong filter. questions: those
+    of the loop. collected: responses by source. requests: by server ("teacher NAME", "judge"), upper bounds.
+    """
+
+    sft_questions: int
+    provisional: int
     questions: int
     steps: int
     student_samples: int
-    collected_responses: int
+    collected: dict[str, int]
     requests: dict[str, int]
+
+    @property
+    def collected_responses(self) -> int:
+        return sum(self.collected.values())
 
 
 def read_header(path: Path) -> dict[str, int]:
@@ -198,23 +210,32 @@ def checkpoint_bytes(recipe: Recipe, shape: Shape) -> int:
 def work(recipe: Recipe, num_train: int, num_validation: int) -> Work:
     """Count steps, responses and requests of ``ril run``, without retries and work that is cached."""
     train, collect = recipe.train, recipe.collect
-    questions = num_train
-    if recipe.data.selection.enabled:
-        questions = min(questions, recipe.data.selection.num_questions)
+    questions = provisional = num_train
+    selection = recipe.data.selection
+    if selection.enabled:
+        questions = provisional = min(num_train, selection.num_questions)
+        if selection.drop_overlong:
+            provisional = min(num_train, math.ceil(selection.provisional_share * selection.num_questions))
     steps = train.max_steps or math.ceil(train.epochs * questions / train.questions_per_step)
     groups = steps * train.questions_per_step
-    sources = len(recipe.teachers) + int(collect.student)
-    requests = {f"teacher {t.name}": num_train * collect.num_responses for t in recipe.teachers if t.base_urls}
+    collected: dict[str, int] = {}
+    if collects_all(recipe):
+        collected = {t.name: questions * collect.num_responses for t in recipe.teachers}
+    if collect.student and (collected or filters_overlong(recipe)):
+        collected[STUDENT] = provisional * collect.num_responses
+    requests = {f"teacher {t.name}": collected[t.name] for t in recipe.teachers if t.base_urls and t.name in collected}
     verdicts = 0
     if recipe.answer_kind in ("judge", "rules_then_judge"):
         verdicts += groups * train.num_generations
         # A cached response is judged once, even if it is drawn several times.
         drawn = groups * recipe.teacher_responses_per_question
-        verdicts += min(drawn, num_train * collect.num_responses * len(recipe.teacher_names))
+        verdicts += min(drawn, sum(collected[name] for name in recipe.teacher_names if name in collected))
         if collect.judge_responses:
-            verdicts += num_train * collect.num_responses * sources
+            verdicts += sum(collected.values())
     if recipe.eval.score != "rules":
         verdicts += min(num_validation, recipe.eval.limit or num_validation)
     if verdicts and recipe.judge.base_urls:
         requests["judge"] = verdicts
-    return Work(questions, steps, groups * train.num_generations, num_train * collect.num_responses * sources, requests)
+    warm_start = num_train if recipe.sft.enabled and recipe.sft.targets == "answers" else 0
+    samples = groups * train.num_generations
+    return Work(warm_start, provisional, questions, steps, samples, collected, requests)

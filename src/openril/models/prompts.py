@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from openril.data.images import load_image
 from openril.data.question_text import interleave, question_text
 from openril.data.sanitize import strip_special
-from openril.errors import DataError, ModelError
+from openril.errors import ModelError, PromptTooLongError
 from openril.records import Question, Response
 
 _TILE_MARK = re.compile(r"<row_\d+_col_\d+>")
@@ -50,7 +50,7 @@ class Prompt:
 class PromptEncoder:
     """Encode questions for one model, and keep the last prompts so that a step processes its images once.
 
-    A prompt longer than max_prompt_length raises DataError; it is not cut, because cutting breaks image tokens.
+    A prompt longer than max_prompt_length raises PromptTooLongError; it is not cut, because cutting breaks image tokens.
 
     Args:
         model: The unwrapped model, which computes M-RoPE positions if it uses them.
@@ -143,7 +143,13 @@ class PromptEncoder:
             for source in question.images
         ]
         messages = question_messages(question, self.system_prompt, self.clean)
-        return self.encode(messages, images, name=f"question {question.id} ({question.origin})", key=question.images)
+        try:
+            return self.encode(
+                messages, images, name=f"question {question.id} ({question.origin})", key=question.images
+            )
+        except PromptTooLongError as e:
+            e.question_id = question.id
+            raise
 
     def encode(
         self,
@@ -169,17 +175,14 @@ class PromptEncoder:
         self, text: str, images: Sequence[Image.Image], *, name: str = "prompt", key: Hashable = None
     ) -> Prompt:
         """Encode a rendered chat, or its beginning, with its images in order."""
-        # If the template writes the first token, the tokenizer must not add another.
-        bos = self.tokenizer.bos_token
-        once = {"add_special_tokens": False} if not images or (bos and text.startswith(bos)) else {}
-        with_images = {"images": [list(images)]} if images else {}
-        inputs = self.processor(text=[text], **with_images, return_tensors="pt", **once)
+        inputs = process(self.processor, text, images)
         input_ids = inputs["input_ids"][0]
         length = input_ids.shape[0]
         if length > self.max_prompt_length:
-            raise DataError(
+            raise PromptTooLongError(
                 f"{name}: expected at most data.max_prompt_length {self.max_prompt_length} tokens, got {length}."
-                " Increase it, lower student.max_pixels, or leave the question out."
+                " Increase it, lower student.max_pixels, or leave the question out.",
+                length,
             )
         vision: dict[str, Tensor] = {}
         token_types, token_type_key = None, "mm_token_type_ids"
@@ -221,6 +224,15 @@ class PromptEncoder:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+
+
+def process(processor: Any, text: str, images: Sequence[Image.Image]) -> Any:
+    """Return the processor's tensors for a rendered chat with its images in order."""
+    # A template that writes the first token itself must not get a second one from the tokenizer.
+    bos = getattr(processor, "tokenizer", processor).bos_token
+    once = {"add_special_tokens": False} if not images or (bos and text.startswith(bos)) else {}
+    with_images = {"images": [list(images)]} if images else {}
+    return processor(text=[text], **with_images, return_tensors="pt", **once)
 
 
 def question_messages(

@@ -81,12 +81,16 @@ def _loop_in(stage: str) -> bool:
     return stage in ("train", "run")
 
 
-def _collects(recipe: Recipe) -> bool:
-    """Return whether ``ril run`` needs responses in the cache."""
+def collects_all(recipe: Recipe) -> bool:
+    """Return whether ``ril run`` needs responses of every source in the cache."""
     pretrains = recipe.uses_discriminator and recipe.discriminator.pretraining.enabled
     trains_on_text = recipe.sft.enabled and recipe.sft.targets != "answers"
-    filters = recipe.data.selection.enabled and recipe.data.selection.drop_overlong
-    return bool(recipe.teacher_responses_per_question) or pretrains or trains_on_text or filters
+    return bool(recipe.teacher_responses_per_question) or pretrains or trains_on_text
+
+
+def filters_overlong(recipe: Recipe) -> bool:
+    """Return whether questions are selected by the student's responses, so that the selection has two parts."""
+    return recipe.data.selection.enabled and recipe.data.selection.drop_overlong
 
 
 def _unknown(key: str, what: str, word: str, choices: Sequence[str]) -> Problem:
@@ -131,11 +135,10 @@ def _data(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
     for field in data.columns:
         if field not in QUESTION_FIELDS:
             yield _unknown(f"data.columns.{field}", "a field of a question", field, QUESTION_FIELDS)
+    if stage == "select" and not data.selection.enabled:
+        yield Problem("data.selection.enabled", "it is off, so no stage would use a selection", "Turn it on")
     if (data.selection.enabled and _loop_in(stage)) or stage == "select":
         key = "data.selection.drop_overlong"
-        if stage == "select" and data.selection.drop_overlong and not _cached(recipe):
-            reason = f"it needs cached student responses, and {recipe.cache_path} holds none"
-            yield Problem(key, reason, "Run `ril collect` first, or turn it off")
         if data.selection.drop_overlong and not recipe.collect.student:
             reason = "it needs cached student responses, and collect.student is off"
             yield Problem(key, reason, "Set collect.student to true, or drop_overlong to false")
@@ -145,7 +148,7 @@ def _data(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
                 f"but the loop cuts at train.max_completion_length ({recipe.train.max_completion_length})"
             )
             yield Problem(key, reason, "Set both to the same value", "warning")
-        if data.selection.reference and data.selection.reference in (recipe.student.model, recipe.start_student):
+        if data.selection.reference and data.selection.reference in (recipe.student.model, recipe.collected_student):
             fix = "Name a larger model, or leave it empty to use the student alone"
             yield Problem("data.selection.reference", "it is the student itself, so every score is 0", fix)
 
@@ -169,7 +172,7 @@ def _student(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
     elif uses and (why := _missing_checkpoint(student.model)):
         yield Problem("student.model", why, _FROM_HERE)
     # SFT on cached text comes after the collection, which then uses the student as it is.
-    after_sft = ("select", "discriminator", "train", *(["collect"] if recipe.sft.targets == "answers" else []))
+    after_sft = ("discriminator", "train", *(["select", "collect"] if recipe.sft.targets == "answers" else []))
     if recipe.sft.enabled and uses and stage in after_sft:
         why = _missing_checkpoint(str(recipe.sft_student_path))
         if why:
@@ -227,7 +230,7 @@ def _teachers(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
         elif teacher.name in seen:
             yield Problem(f"{key}.name", f"{teacher.name!r} is used twice", "Give every teacher a different name")
         seen.add(teacher.name)
-        yield from _endpoint(teacher, key, calls=stage == "collect" or (stage == "run" and _collects(recipe)))
+        yield from _endpoint(teacher, key, calls=stage == "collect" or (stage == "run" and collects_all(recipe)))
     names = [t.name for t in recipe.teachers]
     for name in recipe.train.teachers:
         if name not in names:

@@ -83,13 +83,16 @@ class SelectionConfig(Section):
     """Leave out questions whose cached student responses were mostly cut at the length limit (as DAPO does)."""
     max_overlong_share: Share = 0.5
     """Leave out a question if a larger share of its student responses was cut."""
+    provisional_share: Annotated[float, Field(ge=1.0)] = 1.25
+    """With `drop_overlong`, collect the student's responses for this many times `num_questions`, so that enough remain."""
 
 
 class DataConfig(Section):
     """Questions."""
 
     train: list[str] = Field(default_factory=list)
-    """Question files (.jsonl, .json, .parquet), `datasets` folders or hub names. SFT and collection use them too."""
+    """Question files (.jsonl, .json, .parquet), `datasets` folders or hub names. With `data.selection`, SFT uses all of
+    them and the other stages the selected ones."""
     validation: list[str] = Field(default_factory=list)
     """Held-out questions for the evaluation score during training and for `ril eval`."""
     columns: dict[str, str] = Field(default_factory=dict)
@@ -101,7 +104,8 @@ class DataConfig(Section):
     limit: NonNegativeInt = 0
     """Use only the first questions of `data.train`, at most this many; 0 uses all."""
     max_prompt_length: PositiveInt = 4096
-    """Maximum length of a prompt in tokens, image tokens included. Longer questions are refused and never truncated."""
+    """Maximum length of a prompt in tokens, image tokens included. Every stage leaves longer questions out and lists them
+    in `left_out.jsonl`; none is truncated."""
     max_image_pixels: PositiveInt = 50_000_000
     """Maximum size of an image in pixels. Larger images are refused as possible decompression bombs."""
     allow_urls: bool = False
@@ -516,7 +520,8 @@ class Recipe(Section):
 
     @property
     def collected_student(self) -> str:
-        """Checkpoint whose responses are collected: the SFT student, unless SFT itself trains on the cache."""
+        """Checkpoint that selects questions and whose responses are collected: the SFT student, unless SFT itself trains
+        on the cache."""
         return self.student.model if self.sft.targets != "answers" else self.start_student
 
     @property

@@ -25,7 +25,7 @@ from openril.errors import CacheError, DataError
 from openril.records import Question, Response
 from openril.responses import files
 from openril.responses.files import Lock
-from openril.responses.loaded import LoadedResponses
+from openril.responses.loaded import LoadedResponses, Texts
 from openril.responses.manifest import EMPTY, MANIFEST, may_differ, read_manifest
 from openril.responses.writer import Writer
 from openril.storage import refuse_changed, write_json
@@ -257,7 +257,7 @@ class ResponseCache:
         check_hashes: bool = True,
         with_token_ids: bool = False,
     ) -> LoadedResponses:
-        """Load the responses of these sources (None: all) to these questions into memory.
+        """Index the responses of these sources (None: all) to these questions. Texts are read when they are needed.
 
         Args:
             num_responses: Exactly this many of each, the first by index. None takes what is there, at least one.
@@ -287,10 +287,10 @@ class ResponseCache:
             if e.errno not in files.READ_ONLY:  # nobody can replace files in a read-only folder
                 raise
         try:
-            table = self._read(ids, sources, num_responses, with_token_ids)
+            table, texts = self._read(ids, sources, num_responses, with_token_ids)
         finally:
             lock.release()
-        loaded = LoadedResponses(table, ids, sources)
+        loaded = LoadedResponses(table, texts, ids, sources)
         if check_hashes:
             present = loaded.counts().sum(axis=1) > 0
             answered = [q for q, p in zip(questions, present, strict=True) if p]
@@ -301,10 +301,25 @@ class ResponseCache:
         self._check_counts(loaded, num_responses or 1)
         return loaded
 
-    def _read(self, ids: list[str], sources: list[str], num_responses: int | None, with_token_ids: bool) -> pa.Table:
-        columns = ["question_id", "source", "index", "text", "finish_reason", "question_hash"]
-        columns += ["token_ids"] if with_token_ids else []
+    def _read(
+        self, ids: list[str], sources: list[str], num_responses: int | None, with_token_ids: bool
+    ) -> tuple[pa.Table, Texts]:
+        indexed = ["question_id", "source", "index", "question_hash"]
+        texts = ["text", "finish_reason", *(["token_ids"] if with_token_ids else [])]
+        value_set = pa.array(ids, pa.string())
+        found: dict[str, Path | pa.Table] = {}
         tables: dict[str, pa.Table] = {}
+
+        def index_of(table: pa.Table) -> pa.Table:
+            rows = pa.array(np.arange(len(table), dtype=np.int32))
+            table = table.select(indexed).append_column("row", rows)
+            keep = pc.and_(
+                pc.is_in(table["question_id"], value_set=value_set), pc.is_in(table["source"], pa.array(sources))
+            )
+            if num_responses is not None:
+                keep = pc.and_(keep, pc.less(table["index"], num_responses))
+            return table.filter(keep)
+
         # Journals before shards, as in refresh. A shard replaces the journal of the same name.
         for path in files.list_files(self.journal_folder, ".jsonl"):
             try:
@@ -312,21 +327,20 @@ class ResponseCache:
             except FileNotFoundError:
                 continue
             if lines:
-                tables[path.stem] = files.rows_to_table(lines[0], lines[1:]).select(columns)
+                found[path.stem] = files.rows_to_table(lines[0], lines[1:])
+                tables[path.stem] = index_of(found[path.stem])
         paths = files.list_files(self.shard_folder, ".parquet")
-        with ThreadPoolExecutor(8) as pool:
-            read = pool.map(lambda path: files.read_shard(path, columns), paths)
-            tables.update(zip((path.stem for path in paths), read, strict=True))
-        all_ids, all_sources = pa.array(ids, pa.string()), pa.array(sources)
-        kept = []
-        for name in sorted(tables):
-            table = tables.pop(name)
-            keep = pc.and_(pc.is_in(table["question_id"], all_ids), pc.is_in(table["source"], all_sources))
-            if num_responses is not None:
-                keep = pc.and_(keep, pc.less(table["index"], num_responses))
-            kept.append(table if pc.all(keep).as_py() else table.filter(keep))
-        empty = files.SCHEMA.empty_table().select(columns)
-        return pa.concat_tables([empty, *kept])
+        with ThreadPoolExecutor(8) as pool:  # texts are read once here, so that damage is found before the work begins
+            indices = pool.map(lambda p: index_of(files.read_shard(p, indexed + texts)), paths)
+            tables.update(zip((p.stem for p in paths), indices, strict=True))
+        found.update((p.stem, p) for p in paths)
+        names = sorted(tables)
+        empty = index_of(files.SCHEMA.empty_table())
+        parts = [
+            t.append_column("file", pa.array(np.full(len(t), i, np.int32)))
+            for i, t in enumerate([empty, *(tables[name] for name in names)], start=-1)
+        ]
+        return pa.concat_tables(parts), Texts([found[name] for name in names], texts)
 
     def _check_counts(self, loaded: LoadedResponses, required: int) -> None:
         counts = loaded.counts()

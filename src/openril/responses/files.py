@@ -48,6 +48,9 @@ SHARDS, JOURNALS = "shards", "journals"
 HEADER = ("source", "model", "revision", "sampling")
 """Columns that are constant within a journal. Its first line holds them."""
 
+ROW_GROUP = 256
+"""Rows of a shard that are read together when a few of them are needed."""
+
 READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 """Error numbers of a folder that may be read but not written."""
 
@@ -218,6 +221,7 @@ def write_table(path: Path, table: pa.Table) -> None:
             use_dictionary=[f.name for f in SCHEMA if pa.types.is_string(f.type) and f.name != "text"],
             write_statistics=["question_id", "source", "index"],
             write_page_checksum=True,
+            row_group_size=ROW_GROUP,
         )
         file = os.open(temporary, os.O_RDONLY)
         os.fsync(file)

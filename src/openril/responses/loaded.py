@@ -1,34 +1,79 @@
-"""Cached responses in memory: one Arrow table and an index, so that two million responses fit."""
+"""Cached responses: an index in memory, and texts that are read from their shards when they are needed."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from threading import Lock
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from cachetools import LRUCache
 
 from openril.errors import CacheError
 from openril.records import Response
+
+KEPT_BYTES = 64 * 2**20
+"""Size of the row groups that stay in memory after they were read."""
+
+
+class Texts:
+    """The texts of responses in shards, read by row group, so that memory does not grow with the cache.
+
+    Args:
+        files: The path of a shard, or the table of a journal that was no shard yet.
+    """
+
+    def __init__(self, files: Sequence[Path | pa.Table], columns: Sequence[str]) -> None:
+        self.columns = list(columns)
+        self._files = files
+        self._starts: dict[int, np.ndarray] = {}
+        self._kept: LRUCache[tuple[int, int], pa.Table] = LRUCache(KEPT_BYTES, getsizeof=lambda table: table.nbytes)
+        self._lock = Lock()
+
+    def read(self, file: int, row: int) -> dict[str, Any]:
+        """Return the columns of one row. Raises CacheError if the shard was removed or changed meanwhile."""
+        source = self._files[file]
+        if isinstance(source, pa.Table):
+            return {name: source[name][row].as_py() for name in self.columns}
+        with self._lock:
+            try:
+                if file not in self._starts:
+                    groups = pq.read_metadata(source)
+                    sizes = [groups.row_group(g).num_rows for g in range(groups.num_row_groups)]
+                    self._starts[file] = np.cumsum([0, *sizes])
+                group = int(np.searchsorted(self._starts[file], row, side="right")) - 1
+                table = self._kept.get((file, group))
+                if table is None:
+                    with pq.ParquetFile(source, page_checksum_verification=True) as shard:
+                        table = shard.read_row_group(group, columns=self.columns, use_threads=False)
+                    if table.nbytes <= KEPT_BYTES:
+                        self._kept[file, group] = table
+            except (pa.ArrowException, OSError) as e:
+                raise CacheError(f"{source}: changed while it was in use ({e}). Run the same command again.") from e
+            row -= int(self._starts[file][group])
+            return {name: table[name][row].as_py() for name in self.columns}
 
 
 class LoadedResponses(Mapping[str, list[Response]]):
     """Responses by question id, ordered by source (in the order of ``sources``) and index. ``ResponseCache.load`` makes it.
 
-    Records are built on access; the texts stay in Arrow memory.
+    Records are built on access.
 
     Args:
-        table: Rows in any order. Of several rows for one response, the first is used.
+        table: Rows in any order, without texts. Of several rows for one response, the first is used. ``file`` and
+            ``row`` say where in ``texts`` the rest of a row is.
     """
 
-    def __init__(self, table: pa.Table, question_ids: Sequence[str], sources: Sequence[str]) -> None:
+    def __init__(self, table: pa.Table, texts: Texts, question_ids: Sequence[str], sources: Sequence[str]) -> None:
         self.sources = tuple(sources)
         self.question_ids = tuple(question_ids)
         self._question_number = {id: i for i, id in enumerate(self.question_ids)}
         self._source_number = {source: i for i, source in enumerate(self.sources)}
-        # Keep only the columns that records are built from; the others become numbers.
-        kept = [name for name in ("text", "finish_reason", "token_ids") if name in table.column_names]
-        self._columns = {name: table[name] for name in kept}
+        self._texts = texts
         q = codes(table["question_id"], self.question_ids)
         s = codes(table["source"], self.sources)
         index = table["index"].to_numpy().astype(np.int64)
@@ -38,12 +83,13 @@ class LoadedResponses(Mapping[str, list[Response]]):
         index = index[rows]
         first = np.ones(len(rows), bool)
         first[1:] = (key[1:] != key[:-1]) | (index[1:] != index[:-1])
-        self._rows, key, self._index = rows[first], key[first], index[first]
-        # Slot q * S + s holds the rows of a question and a source: self._rows[starts[slot] : starts[slot + 1]].
+        rows, key, self._index = rows[first], key[first], index[first].astype(np.int32)
+        self._file, self._row = (table[name].to_numpy()[rows] for name in ("file", "row"))
+        # Slot q * S + s holds the rows of a question and a source: starts[slot] : starts[slot + 1].
         self._starts = np.searchsorted(key, np.arange(len(self.question_ids) * len(self.sources) + 1))
         hashes = table["question_hash"].combine_chunks().dictionary_encode()
         self._hash_values = hashes.dictionary.to_pylist()
-        self._hash_codes = hashes.indices.to_numpy()[self._rows]
+        self._hash_codes = hashes.indices.to_numpy()[rows]
 
     def _slot(self, question_id: str, source: str) -> tuple[int, int]:
         """Return start and end of the rows of a question and a source. Raises CacheError if either was not loaded."""
@@ -57,14 +103,14 @@ class LoadedResponses(Mapping[str, list[Response]]):
         return int(self._starts[slot]), int(self._starts[slot + 1])
 
     def _response(self, position: int, question_id: str, source: str) -> Response:
-        row = int(self._rows[position])
-        ids = self._columns["token_ids"][row].as_py() if "token_ids" in self._columns else None
+        row: dict[str, Any] = self._texts.read(int(self._file[position]), int(self._row[position]))
+        ids = row.get("token_ids")
         return Response(
             question_id,
             source,
             int(self._index[position]),
-            self._columns["text"][row].as_py(),
-            self._columns["finish_reason"][row].as_py(),
+            row["text"],
+            row["finish_reason"],
             None if ids is None else tuple(ids),
         )
 
@@ -83,7 +129,7 @@ class LoadedResponses(Mapping[str, list[Response]]):
 
     def stale(self, hashes: Mapping[str, str]) -> list[tuple[str, str]]:
         """Return the (question id, source) pairs with a response to other content than that of ``hashes``, in order."""
-        if not len(self._rows):
+        if not len(self._row):
             return []
         number = {value: i for i, value in enumerate(self._hash_values)}
         expected = np.array([number.get(hashes[id], -1) for id in self.question_ids], np.int64)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
+from openril.errors import PromptTooLongError
 from openril.recipe.schema import SamplingConfig
 from openril.records import STUDENT, Question, Response
 
@@ -29,3 +30,27 @@ class Sampler(Protocol):
         interrupted work continues where it stopped. Local engines fill token_ids and logprobs.
         """
         ...
+
+
+def sample_fitting(
+    sampler: Sampler,
+    questions: Sequence[Question],
+    num_generations: int,
+    too_long: Callable[[Question, int], None],
+    **options: Any,
+) -> list[list[Response]]:
+    """Sample as ``sampler.sample`` does, with no response to a question whose prompt is too long.
+
+    Args:
+        too_long: Called with each such question and the tokens of its prompt.
+    """
+    fitting = list(questions)
+    while True:
+        try:
+            drawn = sampler.sample(fitting, num_generations, **options)
+        except PromptTooLongError as e:
+            too_long(next(q for q in fitting if q.id == e.question_id), e.tokens)
+            fitting = [q for q in fitting if q.id != e.question_id]
+        else:
+            found = {q.id: responses for q, responses in zip(fitting, drawn, strict=True)}
+            return [found.get(q.id, []) for q in questions]

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from openril.data.preflight import CountTokens, Report, Size, preflight
-from openril.data.sanitize import special_tokens, strip_special
+from openril.data.preflight import CountTokens, Report, preflight
 from openril.endpoints import ChatClient
 from openril.errors import ModelError, OpenRILError
 from openril.models import memory_estimate as estimate
 from openril.models.loading import load_config, load_processor
-from openril.models.prompts import question_messages
+from openril.models.prompt_lengths import TokenCounter
 from openril.recipe.checks import cross_check
 from openril.recipe.schema import EndpointConfig, Recipe
-from openril.records import Question
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -177,60 +174,6 @@ def _check_local(endpoint: EndpointConfig, what: str, page: _Page) -> None:
     page.good(f"{what}: {endpoint.model_path} ({config.model_type}{size}), in this process")
 
 
-class TokenCounter:
-    """Compute prompt lengths without opening images, by the processor's own rule for the number of image tokens.
-
-    The rule is compared with real calls of the processor on the first few image sizes. Where they differ, or where the
-    processor has no rule, every distinct size is measured by a real call on a blank image. Raises ModelError if there is
-    no chat template.
-    """
-
-    _COMPARED = 3
-
-    def __init__(self, processor: Any, system_prompt: str = "") -> None:
-        self.processor = processor
-        self.tokenizer = getattr(processor, "tokenizer", processor)
-        if getattr(processor, "chat_template", None) is None and getattr(self.tokenizer, "chat_template", None) is None:
-            raise ModelError("student: the checkpoint has no chat template. Add chat_template.jinja to its folder.")
-        self.template = processor if getattr(processor, "chat_template", None) else self.tokenizer
-        self.system_prompt = system_prompt
-        self.special = special_tokens(self.tokenizer)
-        self.exact_rule: bool | None = True if hasattr(processor, "_get_num_multimodal_tokens") else None
-        self.compared: set[tuple[Size, ...]] = set()
-        self.measured: dict[tuple[Size, ...], int] = {}
-
-    def __call__(self, question: Question, sizes: Sequence[Size]) -> tuple[int, int]:
-        """Return (prompt tokens, image tokens) of a question whose images have these (width, height)."""
-        messages = question_messages(question, self.system_prompt, lambda t: strip_special(t, self.special))
-        text = self.template.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        length = len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        if not sizes:
-            return length, 0
-        key = tuple(sizes)
-        if self.exact_rule:
-            image = self._by_rule(key)
-            if key in self.compared or len(self.compared) >= self._COMPARED:
-                return length - len(sizes) + image, image
-            self.compared.add(key)
-            if self._measure(text, key) == length - len(sizes) + image:
-                return length - len(sizes) + image, image
-            self.exact_rule = False
-        if key not in self.measured:
-            self.measured[key] = self._measure(text, key) - length + len(sizes)
-        image = self.measured[key]
-        return length - len(sizes) + image, image
-
-    def _by_rule(self, sizes: tuple[Size, ...]) -> int:
-        counts = self.processor._get_num_multimodal_tokens(image_sizes=[(h, w) for w, h in sizes])
-        return int(sum(counts.num_image_tokens))
-
-    def _measure(self, text: str, sizes: tuple[Size, ...]) -> int:
-        from PIL import Image
-
-        blank = [Image.new("RGB", size) for size in sizes]
-        return int(self.processor(text=[text], images=[blank], return_tensors="pt")["input_ids"].shape[1])
-
-
 # Data
 
 
@@ -301,10 +244,17 @@ def _say_needs(
 ) -> None:
     if train is not None and train.num_usable:
         work = estimate.work(recipe, train.num_usable, validation.num_usable if validation else 0)
+        selected = recipe.data.selection.enabled
+        chosen = (
+            f"{work.provisional:,} chosen provisionally, {work.questions:,} " if selected else f"{work.questions:,} "
+        )
+        page.plain(f"questions: {work.sft_questions:,} for the warm start, {chosen}for the loop")
         page.plain(
             f"{work.steps:,} steps on {work.questions:,} questions, {work.student_samples:,} student samples; "
             f"{work.collected_responses:,} responses to collect"
         )
+        for source, number in work.collected.items():
+            page.plain(f"{number:,} responses of {source}")
         for server, number in work.requests.items():
             page.plain(f"up to {number:,} requests to {server}")
         if recipe.train.questions_per_step > work.questions:

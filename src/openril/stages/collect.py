@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, TypeVar
 
 from openril.errors import EndpointError
+from openril.recipe.checks import filters_overlong
 from openril.recipe.schema import Recipe
 from openril.records import STUDENT, Question
 from openril.report.progress import ProgressDisplay
@@ -33,32 +34,43 @@ def run_collect(
 ) -> None:
     """Collect the missing responses. Returns at once when the cache is complete.
 
+    With ``data.selection`` the student is asked the provisional questions and the teachers the chosen ones. Before the
+    final choice, only the student is asked unless ``sources`` says otherwise.
+
     Args:
         sources: Names of teachers, or ``STUDENT``; None for all that the recipe names.
         recollect: First drop cached responses that no longer fit (older questions, another model, other settings).
         make_sampler: See ``responses.collection.collect``.
 
     Raises:
+        DataError: If the questions have not been chosen yet.
         EndpointError: If some responses are missing. The others are kept, and the same call collects the rest.
     """
-    from openril.data.reading import read_questions
+    from openril.models.prompt_lengths import fitting_questions
     from openril.responses.cache import ResponseCache
     from openril.responses.collection import collect, teacher_of
+    from openril.stages.questions import selected_questions, selection_file
 
     names = required_sources(recipe) if sources is None else sources
     for name in names:
         teacher_of(recipe, name)  # an unknown name is refused before any work
-    questions = read_questions(recipe.data, "train")
+    partial = sources is None and filters_overlong(recipe) and not selection_file(recipe).exists()
+    if partial:
+        names = [STUDENT]
+    asked = {name: selected_questions(recipe, name) for name in names}
+    if STUDENT in asked and make_sampler is None:
+        fitting = {q.id for q in fitting_questions(recipe, asked[STUDENT], "collect", console.print)}
+        asked = {name: [q for q in questions if q.id in fitting] for name, questions in asked.items()}
     cache = ResponseCache.create(recipe.cache_path, shard_size=recipe.collect.shard_size)
     if recollect:
         for name in names:
-            drop_unfitting(recipe, cache, questions, name, console)
+            drop_unfitting(recipe, cache, asked[name], name, console)
     problems = []
     with ProgressDisplay(console) as display:
         progress = _SourceBars(display)
         for name in names:
             try:
-                result = collect(recipe, questions, name, cache, progress, make_sampler=make_sampler)
+                result = collect(recipe, asked[name], name, cache, progress, make_sampler=make_sampler)
             except EndpointError as e:
                 problems.append(str(e))  # the servers of the other sources may be reachable
                 continue
@@ -73,7 +85,9 @@ def run_collect(
     if problems:
         raise EndpointError("\n".join(problems) + "\nAll others are kept. The same command collects the missing ones.")
     if recipe.collect.judge_responses and int(os.environ.get("RANK", "0")) == 0:  # processes share only the collecting
-        judge_cached(recipe, cache, questions, names, console)
+        judge_cached(recipe, cache, asked, console)
+    if partial:
+        console.print("collect: next, `ril select` leaves out overlong questions; then run `ril collect` again")
 
 
 def required_sources(recipe: Recipe) -> list[str]:
@@ -100,7 +114,7 @@ def drop_unfitting(
 
 
 def judge_cached(
-    recipe: Recipe, cache: ResponseCache, questions: Sequence[Question], sources: Sequence[str], console: Console
+    recipe: Recipe, cache: ResponseCache, asked: Mapping[str, Sequence[Question]], console: Console
 ) -> None:
     """Ask the judge about every cached response whose verdict is not stored yet. Each verdict is stored at once.
 
@@ -114,11 +128,15 @@ def judge_cached(
     kind, rule = cached_answer_kind(recipe), recipe.rewards.answer.rule
     store = open_verdict_store(recipe, "collect")
     known, service = KnownVerdicts(recipe.judge, store), None
-    loaded = cache.load(questions, sources, recipe.collect.num_responses, check_hashes=False)
-    items = ((q, r.text) for q in questions for source in sources for r in loaded.responses_for(q.id, source))
+
+    def texts() -> Iterator[tuple[Question, str]]:
+        for source, questions in asked.items():
+            loaded = cache.load(questions, [source], recipe.collect.num_responses, check_hashes=False)
+            yield from ((q, r.text) for q in questions for r in loaded.responses_for(q.id, source))
+
     total, judged, unknown = 0, 0, 0
     try:
-        for batch in batches(items, JUDGED_AT_ONCE):
+        for batch in batches(texts(), JUDGED_AT_ONCE):
             scores = score_answers(batch, kind, rule, known)
             missing = [item for item, score in zip(batch, scores, strict=True) if score.score is None]
             total += len(batch)

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from openril.data.reading import read_questions
 from openril.discriminator.network import DiscriminatorModel, load_discriminator_processor
 from openril.errors import DataError
 from openril.recipe.checks import require
@@ -15,6 +14,7 @@ from openril.recipe.schema import Recipe
 from openril.records import STUDENT
 from openril.report.progress import ProgressDisplay
 from openril.responses.cache import ResponseCache
+from openril.stages.questions import training_questions
 from openril.storage import write_json
 from openril.training.checkpoint import Checkpoints, Saver, read_progress, refuse_changed_recipe
 from openril.training.distributed import make_accelerator, master_dtype
@@ -43,9 +43,13 @@ def run_discriminator(recipe: Recipe, console: Console) -> Path:
     accelerator = make_accelerator(recipe)
     refuse_sharding(accelerator)
     require(recipe, "discriminator", accelerator.num_processes)
-    questions = read_questions(recipe.data, "train")
-    sources = [STUDENT, *recipe.teacher_names]
-    responses = ResponseCache.open(recipe.cache_path).load(questions, sources, recipe.collect.num_responses)
+    questions = training_questions(recipe, "discriminator", accelerator, console.print)
+    responses = ResponseCache.open(recipe.cache_path).load(
+        questions,
+        [STUDENT, *recipe.teacher_names],
+        recipe.collect.num_responses,
+        check_hashes=accelerator.is_main_process,
+    )
     folder = RunFolder(target.parent)
     checkpoints = Checkpoints(folder.checkpoints_path)
     latest = checkpoints.latest()
@@ -91,7 +95,7 @@ def run_discriminator(recipe: Recipe, console: Console) -> Path:
         )
         if not training.questions:
             raise DataError(
-                "discriminator.pretraining.held_out_share: no question of data.train is left to learn from. Lower it."
+                "discriminator.pretraining.held_out_share: no question of the loop is left to learn from. Lower it."
             )
         held_out = training.train()
     accelerator.wait_for_everyone()

@@ -58,6 +58,7 @@ def run_eval(
     if int(os.environ.get("RANK", "0")):
         return folder / "table.md"
     from openril.data.reading import read_questions
+    from openril.evaluation.summary import TOO_LONG
     from openril.evaluation.table import markdown_table, rich_table, table_data
     from openril.recipe.checks import require
     from openril.report.progress import ProgressDisplay
@@ -84,6 +85,12 @@ def run_eval(
                     done = _evaluate(
                         recipe, target, questions, settings, identity, judge, progress.report, make_sampler or _load
                     )
+            if too_long := sum(row.finish_reason == TOO_LONG for row in done.rows):
+                console.print(
+                    f"eval {target.name}: {too_long} of {len(done.rows)} questions are longer than data.max_prompt_length"
+                    f" and count as unknown; {recipe.run_path / 'left_out.jsonl'} lists them",
+                    highlight=False,
+                )
             evaluations[target.name] = done
     finally:
         if judge is not None:
@@ -145,6 +152,7 @@ def settings_of(recipe: Recipe, questions: list[Question]) -> dict[str, Any]:
         "questions": len(questions),
         "questions_hash": f"{stable_hash(content):016x}",
         "system_prompt": student.system_prompt,
+        "max_prompt_length": recipe.data.max_prompt_length,
         "min_pixels": student.min_pixels,
         "max_pixels": student.max_pixels,
         "judge": {
@@ -162,9 +170,9 @@ def identity_of(checkpoint: str, recipe: Recipe) -> str:
 def read_evaluation(
     folder: Path, name: str, settings: dict[str, Any], identity: str | None = None
 ) -> Evaluation | None:
-    """Return the finished evaluation with these settings (and of these weights), or None. One with unknown scores is not
+    """Return the finished evaluation with these settings (and of these weights), or None. One with unknown verdicts is not
     finished, so that it is continued."""
-    from openril.evaluation.summary import Row, build_evaluation
+    from openril.evaluation.summary import TOO_LONG, Row, build_evaluation
 
     try:
         saved = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
@@ -173,7 +181,8 @@ def read_evaluation(
     if saved.get("settings") != settings or (identity is not None and saved.get("weights") != identity):
         return None
     rows = [Row(**row) for row in read_jsonl(folder / f"{name}.jsonl") if "question_id" in row]
-    if len(rows) != saved["n"] or (identity is not None and saved["unknown"]):
+    unknown = any(row.score is None and row.finish_reason != TOO_LONG for row in rows)
+    if len(rows) != saved["n"] or (identity is not None and unknown):
         return None
     return build_evaluation(name, saved["checkpoint"], rows)
 
@@ -192,6 +201,7 @@ def _evaluate(
 
     from openril.evaluation.evaluate import Journal, evaluate
     from openril.hf import transformers
+    from openril.models.prompt_lengths import LeftOut
 
     folder = recipe.run_path / "eval"
     journal: Journal = Journal(folder / f"{target.name}.jsonl", f"{stable_hash(settings, identity):016x}")
@@ -205,6 +215,7 @@ def _evaluate(
         journal=journal,
         max_unknown_share=recipe.judge.max_unknown_share,
         report=report,
+        too_long=LeftOut(recipe, "eval").add,
     )
     versions = {"openril": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from rich.console import Console
 
-from openril.recipe.checks import require
+from openril.recipe.checks import collects_all, filters_overlong, require
 from openril.recipe.schema import Recipe
 from openril.training.distributed import one_process, release_memory
 
@@ -15,22 +15,19 @@ from openril.training.distributed import one_process, release_memory
 def stages(recipe: Recipe) -> list[tuple[str, str, str]]:
     """Return (title, module of ``openril.stages``, function) of the stages that the recipe needs, in order.
 
-    SFT on cached responses comes after the collection, which then uses the student without the warm start.
+    The overlong filter needs the student's responses, so the selection and the collection have two parts each: teachers
+    are asked the final choice alone. SFT on cached responses comes after them, which then use the student without the
+    warm start.
     """
-    selection = recipe.data.selection
-    needs_cache = (
-        recipe.teacher_responses_per_question > 0
-        or (recipe.sft.enabled and recipe.sft.targets != "answers")
-        or (selection.enabled and selection.drop_overlong)
-    )
     needs_discriminator = recipe.uses_discriminator and recipe.discriminator.pretraining.enabled
-    collect = [("collect", "collect", "run_collect")] if needs_cache or needs_discriminator else []
+    collect, select = ("collect", "collect", "run_collect"), ("select", "select", "run_select")
     sft = [("sft", "sft", "run_sft")] if recipe.sft.enabled else []
-    first = [*collect, *sft] if recipe.sft.enabled and recipe.sft.targets != "answers" else [*sft, *collect]
-    select = [("select", "select", "run_select")] if selection.enabled else []
+    choose = [select, collect, select] if filters_overlong(recipe) else [select] * recipe.data.selection.enabled
+    responses = [*choose, *[collect] * collects_all(recipe)]
+    first = [*responses, *sft] if recipe.sft.targets != "answers" else [*sft, *responses]
     pretrain = [("discriminator", "discriminator", "run_discriminator")] if needs_discriminator else []
     evaluate = [("eval", "eval", "run_eval")] if recipe.data.validation else []
-    return [*first, *select, *pretrain, ("train", "train", "run_train"), *evaluate]
+    return [*first, *pretrain, ("train", "train", "run_train"), *evaluate]
 
 
 def run_all(recipe: Recipe, console: Console) -> int:

@@ -1,99 +1,270 @@
-"""`ril select`: choose the loop's questions by log-probabilities and the overlong filter (paper, section 4)."""
+"""`ril select`: choose the loop's questions by log-probabilities and the overlong filter (paper, section 4).
+
+The first part scores all of data.train. With ``data.selection.drop_overlong`` its choice is provisional: `ril collect` asks
+the student those questions, and the second part leaves out the overlong ones. Teachers are asked the final choice alone.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from openril.data.reading import read_questions
-from openril.data.selection import select, write_selection
-from openril.models.loading import load_student
-from openril.models.packing import GroupTokens, Policy, pad_rows
-from openril.recipe.checks import require
+from openril.data.selection import Selection, select, write_selection
+from openril.errors import PromptTooLongError
+from openril.models.adapters import base_model
+from openril.models.dummy_image import has_images
+from openril.models.loading import load_processor, load_student
+from openril.models.packing import GroupTokens, Policy, batch_by_tokens, pack, packing_difference, pad_rows
+from openril.models.packing_probe import PackingProbe, trial_group
+from openril.models.prompt_lengths import LeftOut
+from openril.recipe.checks import collects_all, filters_overlong, require
 from openril.recipe.schema import Recipe
 from openril.records import STUDENT, Question, Response
 from openril.report.progress import ProgressDisplay
 from openril.responses.cache import ResponseCache
-from openril.storage import append_jsonl, read_jsonl, remove, weights_fingerprint, write_json
-from openril.training.distributed import one_process
+from openril.stages.questions import chosen_of, provisional_file, selection_file, selection_folder
+from openril.storage import append_jsonl, iterate_jsonl, refuse_changed, stable_hash, weights_fingerprint, write_json
+from openril.training.distributed import release_memory
 from openril.training.setup import make_encoder
 
+BLOCK = 16
+"""Questions that are scored together and written at once. A block is always the same questions, so that its numbers do not
+depend on the number of processes or on kills."""
+POLL = 1.0
 
-def selection_folder(recipe: Recipe) -> Path:
-    return recipe.run_path / "selection"
-
-
-def selection_file(recipe: Recipe) -> Path:
-    """Return the JSONL file with the ids of the chosen questions and the reasons why others were left out."""
-    return selection_folder(recipe) / "selection.jsonl"
+Row = dict[str, Any]
+"""What is known about one answer: its ``logprob`` (sum in nats) and ``tokens``, or the ``prompt_tokens`` of a question that
+is too long."""
 
 
 def run_select(recipe: Recipe, console: Console) -> Path:
-    """Choose questions and return the file. Continues after a kill, and does nothing if the file exists."""
-    target = selection_file(recipe)
+    """Do the next part of the selection and return its file. Continues after a kill, and does nothing if all is done.
+
+    Under a launcher every process scores its share, and the first one chooses.
+    """
+    rank, world = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
+    target, provisional = selection_file(recipe), provisional_file(recipe)
+    settings = selection_folder(recipe) / "settings.json"
+    made_with = {"data.selection": recipe.data.selection.model_dump(mode="json"), "seed": recipe.seed}
+    if settings.exists():
+        fix = f"remove {settings.parent}/*.json* (which keeps the scores) and run `ril select` again"
+        refuse_changed(settings.parent, json.loads(settings.read_text()), made_with, fix=fix)
     if target.exists():
         console.print(f"select: already done, the questions are in {target}")
         return target
     require(recipe, "select")
-    one_process("select")
-    questions = read_questions(recipe.data, "train")
-    settings = recipe.data.selection
-    student = answer_logprobs(recipe, questions, recipe.start_student, "student", console)
-    reference = (
-        answer_logprobs(recipe, questions, settings.reference, "reference", console) if settings.reference else None
+    two_parts = filters_overlong(recipe)
+    if not provisional.exists():
+        questions = read_questions(recipe.data, "train")
+        path = provisional if two_parts else target
+        selection = _choose_by_score(recipe, questions, rank, world, console)
+        if selection is None:
+            return path
+        write_json(settings, made_with)
+        write_selection(path, selection)
+        console.print(f"select: {len(selection.ids)} of {len(questions)} questions, written to {path}")
+    elif rank == 0:
+        _filter_overlong(recipe, chosen_of(provisional, read_questions(recipe.data, "train")), console)
+    else:
+        return target
+    if target.exists():
+        console.print(f"select: done. Next: `ril {'collect' if collects_all(recipe) else 'train'}`", highlight=False)
+        return target
+    console.print(
+        "select: the choice is provisional. Next: `ril collect` asks the student these questions; then `ril select` leaves"
+        " out the overlong ones",
+        highlight=False,
     )
+    return provisional
+
+
+def _choose_by_score(
+    recipe: Recipe, questions: Sequence[Question], rank: int, world: int, console: Console
+) -> Selection | None:
+    """Score this process's share. Return the choice by score, or None in all processes but the first."""
+    settings = recipe.data.selection
+    checkpoints = {"student": recipe.collected_student} | (
+        {"reference": settings.reference} if settings.reference else {}
+    )
+    folders = []
+    for name, checkpoint in checkpoints.items():
+        folders.append(score_answers(recipe, questions, checkpoint, name, rank, world, console))
+        release_memory()
+    if rank:  # the first process chooses
+        return None
+    sums = len(folders) == 2 and _vocabulary(recipe, recipe.collected_student) != _vocabulary(
+        recipe, settings.reference
+    )
+    if sums:
+        console.print("select: the reference has another tokenizer, so sums over the answers are compared, not means")
+    logprobs: list[dict[str, float | None]] = []
+    too_long: dict[str, str] = {}
+    for folder in folders:
+        rows = wait_for_scores(folder, questions)
+        values: dict[str, float | None] = {q.id: None for q in questions}
+        for id, row in rows.items():
+            if "logprob" in row:
+                values[id] = row["logprob"] if sums else row["logprob"] / row["tokens"]
+            else:
+                too_long[id] = f"too long: the prompt has {row['prompt_tokens']} tokens"
+        logprobs.append(values)
+    number = math.ceil(settings.provisional_share * settings.num_questions)
+    config = settings.model_copy(
+        update={"drop_overlong": False} | ({"num_questions": number} if settings.drop_overlong else {})
+    )
+    student, reference = logprobs[0], logprobs[1] if len(logprobs) == 2 else None
+    return select(questions, student, reference, None, config, recipe.seed, too_long)
+
+
+def _filter_overlong(recipe: Recipe, questions: Sequence[Question], console: Console) -> None:
+    """Write the final choice among the provisional questions, unless some of the student's responses are missing."""
+    settings, number = recipe.data.selection, recipe.collect.num_responses
+    cache = ResponseCache.create(recipe.cache_path)
+    if missing := len(cache.missing(questions, STUDENT, number)):
+        total = len(questions) * number
+        console.print(f"select: {missing} of {total} responses of the student are missing", highlight=False)
+        return
+    responses = cache.load(questions, [STUDENT], number, check_hashes=False)  # missing() has checked them
     overlong: dict[str, float] = {}
-    if settings.drop_overlong:
-        responses = ResponseCache.open(recipe.cache_path).load(questions, [STUDENT])
-        for q in questions:
-            cached = responses.responses_for(q.id, STUDENT)
-            overlong[q.id] = sum(r.finish_reason == "length" for r in cached) / len(cached)
-    selection = select(questions, student, reference, overlong, settings, recipe.seed)
-    write_selection(target, selection)
-    console.print(f"select: {len(selection.ids)} of {len(questions)} questions, written to {target}")
-    return target
+    for q in questions:
+        cut = [r.finish_reason == "length" for r in responses.responses_for(q.id, STUDENT)]
+        overlong[q.id] = sum(cut) / len(cut)
+    student, reference = {}, {}
+    for row in iterate_jsonl(provisional_file(recipe)):
+        if row["selected"]:
+            student[row["id"]], reference[row["id"]] = row["student_logprob"], row["reference_logprob"]
+    selection = select(questions, student, reference if settings.reference else None, overlong, settings, recipe.seed)
+    write_selection(selection_file(recipe), selection)
+    console.print(f"select: {len(selection.ids)} of {len(questions)} questions, written to {selection_file(recipe)}")
+    if len(selection.ids) < min(settings.num_questions, len(questions)):
+        console.print(
+            f"select: fewer than data.selection.num_questions ({settings.num_questions}). To have more, raise"
+            f" provisional_share, remove {provisional_file(recipe).parent}/*.jsonl, and run `ril select` again",
+            highlight=False,
+        )
+
+
+def _vocabulary(recipe: Recipe, checkpoint: str) -> dict[str, int]:
+    processor = load_processor(checkpoint, trust_remote_code=recipe.student.trust_remote_code)
+    vocabulary: dict[str, int] = getattr(processor, "tokenizer", processor).get_vocab()
+    return vocabulary
+
+
+def _has_answer(question: Question) -> bool:
+    return bool(question.answer.strip())
+
+
+def read_scores(folder: Path, ids: set[str]) -> dict[str, Row]:
+    """Return question id -> row of all processes' files, for these questions."""
+    return {
+        row["id"]: row for path in sorted(folder.glob("*.jsonl")) for row in iterate_jsonl(path) if row["id"] in ids
+    }
+
+
+def wait_for_scores(folder: Path, questions: Sequence[Question]) -> dict[str, Row]:
+    """Return the scores of all questions with an answer, as soon as every process has written its share."""
+    ids = {q.id for q in questions if _has_answer(q)}
+    while True:
+        started = time.monotonic()
+        scores = read_scores(folder, ids)
+        if len(scores) == len(ids):
+            return scores
+        time.sleep(max(POLL, 5 * (time.monotonic() - started)))
 
 
 @torch.no_grad()
-def answer_logprobs(
-    recipe: Recipe, questions: Sequence[Question], checkpoint: str, name: str, console: Console
-) -> dict[str, float]:
-    """Return the mean log-probability in nats per token of each question's ground-truth answer under a checkpoint.
+def score_answers(
+    recipe: Recipe, questions: Sequence[Question], checkpoint: str, name: str, rank: int, world: int, console: Console
+) -> Path:
+    """Compute the log-probability of each question's ground-truth answer under a checkpoint; return the folder of results.
 
-    Questions without an answer are left out. Each value is appended to ``selection/logprobs_<name>.jsonl``, so that a
-    kill loses nothing.
+    This process takes every ``world``-th block of questions and appends to a file of its own. Questions without an answer
+    are passed over.
     """
-    path = selection_folder(recipe) / f"logprobs_{name}.jsonl"
-    header = selection_folder(recipe) / f"logprobs_{name}.json"
-    made_by: dict[str, Any] = {
-        "checkpoint": weights_fingerprint(Path(checkpoint)) or str(checkpoint),
-        "max_completion_length": recipe.train.max_completion_length,
+    student, train = recipe.student, recipe.train
+    made_by = {
+        "checkpoint": weights_fingerprint(Path(checkpoint)) or checkpoint,
+        "max_completion_length": train.max_completion_length,
+        "max_prompt_length": recipe.data.max_prompt_length,
+        "min_pixels": student.min_pixels,
+        "max_pixels": student.max_pixels,
+        "system_prompt": student.system_prompt,
     }
-    if not header.exists() or json.loads(header.read_text()) != made_by:
-        remove(path)  # its values belong to another checkpoint
-        write_json(header, made_by)
-    done = {row["id"]: row["logprob"] for row in read_jsonl(path)}
-    todo = [q for q in questions if q.answer and q.id not in done]
+    # Scores of another checkpoint or of other lengths are in another folder.
+    folder = selection_folder(recipe) / f"logprobs_{name}_{stable_hash(made_by):016x}"
+    blocks = [questions[i : i + BLOCK] for i in range(rank * BLOCK, len(questions), world * BLOCK)]
+    blocks = [[q for q in block if _has_answer(q)] for block in blocks]
+    done = set(read_scores(folder, {q.id for block in blocks for q in block}))
+    todo = [block for block in blocks if not done.issuperset(q.id for q in block)]
     if not todo:
-        return done
+        return folder
+    if rank == 0:
+        write_json(folder / "settings.json", made_by)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, processor = load_student(
-        recipe.student, checkpoint, torch.bfloat16 if device.type == "cuda" else torch.float32
-    )
-    encoder = make_encoder(recipe, processor, model, keep=0)
+    model, processor = load_student(student, checkpoint, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    encoder = make_encoder(recipe, processor, model, keep=2 * BLOCK)
     policy = Policy(model).to(device)
+    left_out = LeftOut(recipe, "select")
     with ProgressDisplay(console, f"select ({name})") as progress:
-        for number, q in enumerate(todo, start=1):
-            ids = encoder.completion_ids(Response(q.id, name, 0, q.answer), recipe.train.max_completion_length)
-            rows = pad_rows([GroupTokens(encoder(q), [ids])], encoder.pad_token_id).to(device)
-            logprobs: Tensor = policy(rows)[0]
-            done[q.id] = float(logprobs.mean())
-            append_jsonl(path, {"id": q.id, "logprob": done[q.id]})
-            progress.report(number, len(todo), {})
-    return done
+        score = _Scorer(recipe, policy, encoder, device, progress.warn)
+        for number, block in enumerate(todo):
+            if number + 1 < len(todo):
+                encoder.prefetch(todo[number + 1])
+            groups, rows = [], []
+            for q in block:
+                try:
+                    prompt = encoder(q)
+                except PromptTooLongError as e:
+                    left_out.add(q, e.tokens)
+                    rows.append({"id": q.id, "prompt_tokens": e.tokens})
+                else:
+                    answer = encoder.completion_ids(Response(q.id, name, 0, q.answer), train.max_completion_length)
+                    groups.append(GroupTokens(prompt, [answer]))
+                    rows.append({"id": q.id, "logprob": 0.0, "tokens": len(answer)})
+            scored = iter(score(groups))
+            append_jsonl(
+                folder / f"{rank}.jsonl", *(r | {"logprob": next(scored)} if "logprob" in r else r for r in rows)
+            )
+            progress.report(number + 1, len(todo), {})
+    encoder.close()
+    return folder
+
+
+class _Scorer:
+    """Computes the sum of the log-probabilities of each group's response, several groups in a forward pass."""
+
+    def __init__(
+        self, recipe: Recipe, policy: Policy, encoder: Any, device: torch.device, warn: Callable[[str], None]
+    ) -> None:
+        self.policy, self.encoder, self.device = policy, encoder, device
+        self.budget = recipe.train.max_tokens_per_micro_batch
+        self.packing = PackingProbe(recipe.train.packed, "select", warn)
+
+    def __call__(self, groups: Sequence[GroupTokens]) -> list[float]:
+        if not groups:
+            return []
+        pad = self.encoder.pad_token_id
+        if self.packing.due(images := has_images([g.prompt for g in groups])):
+            trial = [trial_group(next((g for g in groups if g.prompt.vision), groups[0]))]
+
+            def compare() -> float:
+                self.policy.enable_packing()
+                return packing_difference(self.policy, trial, pad, self.device)
+
+            self.packing.run(base_model(self.policy.model), compare, images=images)
+        sums: list[float] = []
+        lengths = [g.packed_length() for g in groups]
+        for batch in batch_by_tokens(lengths, self.budget):
+            part = [groups[i] for i in batch]
+            rows = (pack if self.packing.on else pad_rows)(part, pad).to(self.device)
+            sums += self.policy(rows).double().sum(-1).tolist()
+        return sums

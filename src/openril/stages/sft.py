@@ -24,15 +24,21 @@ def run_sft(recipe: Recipe, console: Console) -> Path:
         return target
     # Imported here, so that a finished stage does not wait for these imports.
     from openril.data.reading import read_questions
+    from openril.models.prompt_lengths import fitting_questions
     from openril.recipe.checks import require
     from openril.recipe.loading import save_recipe
     from openril.report.progress import ProgressDisplay
+    from openril.stages.questions import selected_questions
     from openril.training.sft import train_sft
     from openril.training.sft_examples import sft_examples
 
     processes, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     require(recipe, "sft", processes)
-    examples = sft_examples(recipe, read_questions(recipe.data, "train"))
+    if recipe.sft.targets == "answers":
+        questions = read_questions(recipe.data, "train")
+    else:  # those that have cached responses
+        questions = fitting_questions(recipe, selected_questions(recipe), "sft", process_index=rank)
+    examples = sft_examples(recipe, questions)
     if rank == 0:
         save_recipe(recipe, recipe.run_path / "recipe.yaml")
         console.print(f"sft: {len(examples)} examples ({recipe.sft.targets})", highlight=False)

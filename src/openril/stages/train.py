@@ -11,10 +11,9 @@ from accelerate.utils import gather_object
 from rich.console import Console
 
 from openril.data.reading import read_questions
-from openril.data.selection import read_selection
-from openril.errors import DataError
 from openril.evaluation.evaluate import GREEDY
 from openril.models.loading import torch_dtype
+from openril.models.prompt_lengths import LeftOut
 from openril.recipe.checks import require
 from openril.recipe.loading import save_recipe
 from openril.recipe.schema import Recipe
@@ -27,7 +26,8 @@ from openril.rewards.answers import score_answers
 from openril.rewards.combine import RewardSystem
 from openril.rewards.judge import JudgeService, build_judge_service
 from openril.rewards.verdict_store import OUTDATED
-from openril.stages.select import selection_file
+from openril.sampling.protocol import sample_fitting
+from openril.stages.questions import training_questions
 from openril.storage import write_json
 from openril.training.checkpoint import Checkpoints, refuse_changed_recipe
 from openril.training.distributed import make_accelerator, start_trackers
@@ -72,10 +72,14 @@ def open_trainer(recipe: Recipe, console: Console | None = None) -> Iterator[RIL
     ``with open_trainer(recipe) as trainer: trainer.train()``. The end of the block closes judge and trackers.
     """
     accelerator = make_accelerator(recipe)
-    for warning in require(recipe, "train", accelerator.num_processes):
+
+    def warn(message: object) -> None:
         if console is not None and accelerator.is_main_process:
-            console.print(f"train: {warning}")
-    questions = training_questions(recipe)
+            console.print(f"train: {message}")
+
+    for warning in require(recipe, "train", accelerator.num_processes):
+        warn(warning)
+    questions = training_questions(recipe, "train", accelerator, warn)
     evaluates = recipe.train.eval_every > 0
     judge: JudgeService | None = None
     parts: TrainingComponents | None = None
@@ -92,10 +96,6 @@ def open_trainer(recipe: Recipe, console: Console | None = None) -> Iterator[RIL
     try:
         rewards = RewardSystem(recipe, judge, gather=gather_object if accelerator.num_processes > 1 else None)
         folder = RunFolder(recipe.run_path)
-
-        def warn(message: str) -> None:
-            if console is not None and accelerator.is_main_process:
-                console.print(f"train: {message}")
 
         parts = TrainingComponents(recipe, accelerator, folder.checkpoints_path, questions, probes(questions), warn)
         if accelerator.is_main_process:
@@ -131,23 +131,6 @@ def probes(questions: Sequence[Question]) -> list[Question]:
     """Return the first question with images and the first without."""
     firsts = [next((q for q in questions if bool(q.images) == images), None) for images in (True, False)]
     return [q for q in firsts if q is not None]
-
-
-def training_questions(recipe: Recipe) -> list[Question]:
-    """Return the loop's questions: all of data.train, or the selected ones. Raises DataError if they are too few."""
-    questions = read_questions(recipe.data, "train")
-    if recipe.data.selection.enabled:
-        path = selection_file(recipe)
-        if not path.exists():
-            raise DataError(f"data.selection is enabled, but {path} does not exist. Run `ril select` first.")
-        chosen = set(read_selection(path).ids)
-        questions = [q for q in questions if q.id in chosen]
-    if len(questions) < recipe.train.questions_per_step:
-        raise DataError(
-            f"train.questions_per_step: expected at most the number of questions, {len(questions)}, got "
-            f"{recipe.train.questions_per_step}. Lower it or add questions."
-        )
-    return questions
 
 
 def cached_teacher_responses(
@@ -193,16 +176,18 @@ def _evaluation(
     """Return a function that scores the current student's greedy answers, with the questions split over processes."""
     questions = read_questions(recipe.data, "validation")
     questions = questions[: recipe.eval.limit] if recipe.eval.limit else questions
-    accelerator = parts.accelerator
+    accelerator, left_out = parts.accelerator, LeftOut(recipe, "eval")
 
     def evaluate() -> dict[str, float]:
         mine = questions[accelerator.process_index :: accelerator.num_processes]
         with accelerator.autocast():  # also without questions: all processes sync the servers together
-            answers = parts.sampler.sample(
-                mine, 1, settings=GREEDY, max_completion_length=recipe.eval.max_completion_length, seed=recipe.seed
+            limit = recipe.eval.max_completion_length
+            answers = sample_fitting(
+                parts.sampler, mine, 1, left_out.add, settings=GREEDY, max_completion_length=limit, seed=recipe.seed
             )
-        items = [(q, a[0].text) for q, a in zip(mine, answers, strict=True)]
+        items = [(q, a[0].text) for q, a in zip(mine, answers, strict=True) if a]
         scores = [s.score for s in score_answers(items, recipe.eval.score, recipe.eval.rule, judge)]
+        scores += [None] * (len(mine) - len(items))  # too long to be answered
         everyone = [s for part in gather_object([scores]) for s in part]
         known = [s for s in everyone if s is not None]
         out = {"questions": float(len(everyone)), "unknown": float(len(everyone) - len(known))}

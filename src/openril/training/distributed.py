@@ -49,7 +49,8 @@ def one_process(command: str) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RecipeError(
             f"ril {command}: expected one process, got WORLD_SIZE {os.environ['WORLD_SIZE']}. Run it without a launcher."
-            " Only sft, discriminator and train run in several: torchrun --nproc_per_node N -m openril.cli train RECIPE"
+            " Only sft, select, discriminator and train run in several:"
+            " torchrun --nproc_per_node N -m openril.cli train RECIPE"
         )
 
 

@@ -26,9 +26,10 @@ from openril.models.adapters import add_adapters, base_model, is_adapted
 from openril.models.dummy_image import dummy_image_prompt
 from openril.models.freezing import freeze
 from openril.models.loading import load_model, load_student, torch_dtype
+from openril.models.prompt_lengths import LeftOut
 from openril.recipe.schema import OptimizerConfig, Recipe
 from openril.recipe.validation import RENAMED_KEYS
-from openril.storage import read_jsonl, refuse_changed, remove, stable_hash, write_json, write_jsonl, write_text
+from openril.storage import refuse_changed, remove, stable_hash, write_json, write_text
 from openril.training.checkpoint import write_checkpoint
 from openril.training.distributed import is_sharded, master_dtype
 from openril.training.interrupts import Interrupted, stop_requests
@@ -44,12 +45,12 @@ _FREE = ("sft.enabled", "sft.save_every", "sft.micro_batch_size", "student.gradi
 
 
 class SFTFolder(RunFolder):
-    """``run_dir/sft``: ``student/`` (once the stage is done), ``metrics.jsonl``, ``left_out.jsonl``, ``settings.json``, and
+    """``run_dir/sft``: ``student/`` (once the stage is done), ``metrics.jsonl``, ``settings.json``, and
     ``checkpoints/`` while it runs."""
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe.sft_student_path.parent)
-        self.left_out_path = self.path / "left_out.jsonl"
+        self.left_out = LeftOut(recipe, "sft")
         self.settings_path = self.path / "settings.json"
 
     @property
@@ -65,10 +66,6 @@ class SFTFolder(RunFolder):
         for path in self.checkpoints_path.glob("checkpoint-*"):
             if not (path / _WHOLE).exists():
                 remove(path)
-
-    def left_out(self) -> int:
-        """Return the number of examples left out as too long; those seen again after a restart count once."""
-        return len({(r["question_id"], r["source"], r["index"]) for r in read_jsonl(self.left_out_path)})
 
 
 def sft_settings(recipe: Recipe, examples: Sequence[Example]) -> dict[str, Any]:
@@ -126,15 +123,15 @@ def train_sft(
         step, total = trainer.state.global_step, trainer.state.max_steps
         if step < total:
             raise Interrupted(f"stopped after step {step}; the same command continues")
-        left_out = folder.left_out()
+        left_out = sum("source" in row for row in folder.left_out.rows().values())
         if left_out >= len(examples):
             raise DataError(
                 f"data.max_prompt_length: all {left_out} examples are longer than {recipe.data.max_prompt_length} allows"
-                f" (see {folder.left_out_path}). Raise it or lower student.max_pixels."
+                f" (see {folder.left_out.path}). Raise it or lower student.max_pixels."
             )
         if left_out and accelerator.is_main_process:
             warn(
-                f"{left_out} of {len(examples)} examples were too long and left out; {folder.left_out_path} lists them"
+                f"{left_out} of {len(examples)} examples were too long and left out; {folder.left_out.path} lists them"
             )
         state = accelerator.get_state_dict(trainer.model_wrapped)
         accelerator.wait_for_everyone()
@@ -179,8 +176,8 @@ def _prepare_folder(folder: SFTFolder, recipe: Recipe, examples: Sequence[Exampl
             versions = {"openril": __version__, "torch": torch.__version__}
             write_json(folder.settings_path, {**settings, "versions": versions})
             folder.cut_after(int(whole[-1].name.rpartition("-")[2]) if whole else 0)
-            if not whole and folder.left_out_path.exists():
-                write_jsonl(folder.left_out_path, [])
+            if not whole:
+                folder.left_out.clear()
     broadcast_object_list(outcome)
     if outcome[1]:
         raise StateError(outcome[1])
@@ -246,7 +243,7 @@ def _build_trainer(
         encoder,
         max_prompt_length=recipe.data.max_prompt_length,
         max_length=recipe.data.max_prompt_length + recipe.train.max_completion_length,
-        left_out_path=folder.left_out_path,
+        left_out=folder.left_out,
         dummy=dummy_image_prompt(encoder, model, processes),
     )
     trainer = _Trainer(

@@ -6,20 +6,19 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from openril.errors import CacheError, DataError
+from openril.errors import CacheError, DataError, PromptTooLongError
 from openril.models.packing import Batch, GroupTokens, pad_rows
+from openril.models.prompt_lengths import LeftOut
 from openril.models.prompts import Prompt, PromptEncoder
 from openril.recipe.schema import Recipe
 from openril.records import Question, Response
 from openril.responses.cache import ResponseCache
 from openril.rewards.answers import known_answers
-from openril.storage import append_jsonl
 
 IGNORED = -100
 """Label of a token without loss."""
@@ -112,7 +111,7 @@ class SFTCollator:
     """Builds micro-batches of examples from dataset rows ``{"example": number}``, with the tokens that the loop uses.
 
     An example with more than ``max_prompt_length`` tokens in its prompt or ``max_length`` in all is left out and noted in
-    ``left_out_path``, because cutting it could cut through an image. dummy: See models/dummy_image.py. Raises DataError
+    ``left_out``, because cutting it could cut through an image. dummy: See models/dummy_image.py. Raises DataError
     for an image that cannot be used.
     """
 
@@ -123,17 +122,17 @@ class SFTCollator:
         *,
         max_prompt_length: int,
         max_length: int,
-        left_out_path: Path,
+        left_out: LeftOut,
         dummy: Prompt | None = None,
     ) -> None:
         self.examples = examples
         self.encoder = encoder
-        self.max_prompt_length = max_prompt_length
         self.max_length = max_length
-        self.left_out_path = left_out_path
+        self.left_out = left_out
         self.dummy = dummy
-        # The encoder would raise an error for long prompts, but here they are left out and counted.
         encoder.max_prompt_length = UNCUT
+        self.stand_in = encoder(Question("stand-in", "-"))
+        encoder.max_prompt_length = max_prompt_length
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Return the model's inputs and ``labels`` [R, L].
@@ -145,29 +144,24 @@ class SFTCollator:
         if self.dummy is not None and not any(g.prompt.vision for g in groups):
             groups.append(self._filler(self.dummy))
         if not groups:
-            question = Question("stand-in", "-")
-            groups.append(self._filler(self.encoder(question)))
+            groups.append(self._filler(self.stand_in))
         laid_out = pad_rows(groups, self.encoder.pad_token_id)
         labels = labels_of(laid_out)
         labels[learned:] = IGNORED
         return {**laid_out.model_inputs, "labels": labels}
 
     def _tokens(self, example: Example) -> GroupTokens | None:
-        question = example.question
-        prompt = self.encoder(question)
         answer = self.encoder.completion_ids(example.answer, UNCUT)
-        length = prompt.length + len(answer)
-        if prompt.length <= self.max_prompt_length and length <= self.max_length:
-            return GroupTokens(prompt, [answer])
-        row = {
-            "question_id": question.id,
-            "origin": question.origin,
-            "source": example.answer.source,
-            "index": example.answer.index,
-            "prompt_tokens": prompt.length,
-            "answer_tokens": len(answer),
-        }
-        append_jsonl(self.left_out_path, row)
+        try:
+            prompt = self.encoder(example.question)
+        except PromptTooLongError as e:
+            tokens = e.tokens
+        else:
+            if prompt.length + len(answer) <= self.max_length:
+                return GroupTokens(prompt, [answer])
+            tokens = prompt.length
+        which = {"source": example.answer.source, "index": example.answer.index, "answer_tokens": len(answer)}
+        self.left_out.add(example.question, tokens, **which)
         return None
 
     def _filler(self, prompt: Prompt) -> GroupTokens:
