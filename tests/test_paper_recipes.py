@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
+from openril.models import memory_estimate as estimate
 from openril.recipe.checks import cross_check
 from openril.recipe.loading import load_recipe
+from openril.stages.run import stages
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 PAPER = sorted((RECIPES / "paper").glob("*teacher*.yaml"))
@@ -49,3 +51,27 @@ def test_one_image_fits_into_the_longest_prompt(path: Path):
     recipe = load_recipe(path)
     if "Qwen2.5-VL" in recipe.student.model:
         assert 0 < recipe.student.max_pixels / 28**2 <= recipe.data.max_prompt_length / 2
+
+
+def test_the_commands_in_the_comments_are_the_stages_of_the_run_in_their_order():
+    lines = re.findall(
+        r"^#   (.*\b(?:ril|openril\.cli) \w+ RECIPE.*)$", (RECIPES / "paper" / "base.yaml").read_text(), re.M
+    )
+    words = [line.split("#")[0].replace("-m openril.cli", "ril").split() for line in lines]
+    commands = [w[w.index("ril") + 1] for w in words]
+    assert commands[0] == "check"
+    for path in PAPER:
+        assert commands[1:] == [title for title, _, _ in stages(load_recipe(path))]
+    launched = {w[w.index("ril") + 1] for w in words if "accelerate" in w}
+    assert launched == {"sft", "select", "discriminator", "train"}
+    assert all(str(LAUNCHER.relative_to(RECIPES.parent)) in w for w in words if "accelerate" in w)
+
+
+def test_the_work_of_the_paper_s_run_with_two_teachers():
+    recipe = load_recipe(RECIPES / "paper" / "qwen2_5_vl_7b_two_teachers.yaml")
+    work = estimate.work(recipe, 4_000_000, 1000)
+    assert (work.sft_questions, work.provisional, work.questions) == (4_000_000, 50_000, 40_000)
+    assert work.collected == {"qwen72b": 640_000, "internvl78b": 640_000, "student": 800_000}
+    assert work.steps == 1112  # 40,000 / 36, rounded up
+    judged = 1112 * 36 * (4 + 4)  # the student's samples and the teachers' responses
+    assert work.requests == {"teacher qwen72b": 640_000, "teacher internvl78b": 640_000, "judge": judged}

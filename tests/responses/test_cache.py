@@ -8,6 +8,7 @@ import pytest
 
 from openril.errors import CacheError, DataError
 from openril.records import STUDENT, ImageSource, Question, Response
+from openril.responses import loaded as loaded_module
 from openril.responses.cache import ResponseCache
 from openril.responses.files import Journal, has_old_verdicts, list_files
 
@@ -335,3 +336,27 @@ def test_pandas_reads_the_shards_as_one_table(cache):
     fill(cache, Q, 3)
     frame = pandas.read_parquet(cache.shard_folder)
     assert frame.groupby("question_id").size().to_dict() == {"q0": 3, "q1": 3, "q2": 3, "q3": 3}
+
+
+def test_texts_are_read_when_needed_so_that_memory_does_not_grow_with_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(loaded_module, "KEPT_BYTES", 2**20)
+    cache = ResponseCache.create(tmp_path / "cache", shard_size=500)
+    cache.register("big", model="m", revision="r", sampling=SETTINGS)
+    questions = [Question(f"q{i}", f"Question {i}?") for i in range(500)]
+    text = "".join(chr(33 + i * i % 90) for i in range(5000))
+    with cache.writer("big") as writer:
+        for q in reversed(questions):
+            for i in range(4):
+                writer.append(q, Response(q.id, "big", i, f"{q.id} {i} {text}"))
+    before = pa.total_allocated_bytes()
+    loaded = ResponseCache.open(cache.folder).load(questions, ["big"], 4)
+    assert pa.total_allocated_bytes() - before < 2**20  # the texts are 10 MB
+    for q in questions[::7]:
+        assert [r.text.split(" ", 2)[:2] for r in loaded.responses_for(q.id, "big")] == [
+            [q.id, str(i)] for i in range(4)
+        ]
+    assert pa.total_allocated_bytes() - before < 4 * 2**20
+    for path in cache.shard_folder.glob("*.parquet"):
+        path.unlink()
+    with pytest.raises(CacheError, match="changed while it was in use"):
+        [loaded[q.id] for q in questions]

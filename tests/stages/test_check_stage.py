@@ -15,10 +15,11 @@ from rich.console import Console
 from openril.errors import ModelError
 from openril.models import memory_estimate as estimate
 from openril.models.loading import load_config, load_processor
+from openril.models.prompt_lengths import TokenCounter
 from openril.models.prompts import question_messages
 from openril.recipe.schema import Recipe
 from openril.records import ImageSource, Question
-from openril.stages.check import TokenCounter, run_check
+from openril.stages.check import run_check
 from support.misbehaving_server import MisbehavingServer
 
 

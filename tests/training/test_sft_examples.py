@@ -7,6 +7,7 @@ from openril.errors import CacheError, DataError
 from openril.models.dummy_image import dummy_image_prompt
 from openril.models.loading import load_model, load_processor
 from openril.models.packing import GroupTokens, Policy, pad_rows
+from openril.models.prompt_lengths import LeftOut
 from openril.models.prompts import PromptEncoder
 from openril.recipe.schema import Recipe
 from openril.records import Question, Response
@@ -29,7 +30,8 @@ def make_collator(checkpoint, examples, folder, *, processes=1, **limits):
     encoder = PromptEncoder(load_processor(str(checkpoint)), model, keep=0)
     dummy = dummy_image_prompt(encoder, model, processes)
     limits = {"max_prompt_length": 4096, "max_length": 4608, **limits}
-    return model, SFTCollator(examples, encoder, left_out_path=folder / "left_out.jsonl", dummy=dummy, **limits)
+    left_out = LeftOut(Recipe(run_dir=str(folder)), "sft")
+    return model, SFTCollator(examples, encoder, left_out=left_out, dummy=dummy, **limits)
 
 
 def rows(*numbers):
@@ -90,7 +92,7 @@ def test_too_long_examples_are_left_out_whole_and_noted(tiny_qwen, tmp_path):
     batch = collator(rows(0, 1))
     assert batch["input_ids"].shape[0] == 1
     noted = read_jsonl(tmp_path / "left_out.jsonl")
-    assert [row["question_id"] for row in noted] == ["long"] and noted[0]["prompt_tokens"] > 60
+    assert [row["question_id"] for row in noted] == ["long"] and noted[0]["tokens"] > 60
 
 
 def test_a_long_answer_is_left_out_too(tiny_qwen, tmp_path):
