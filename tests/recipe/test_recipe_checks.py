@@ -130,7 +130,6 @@ CASES: list[tuple[str, dict[str, Any], str, str]] = [
         "discriminator.pretraining.responses_per_question",
         "(16), got 17",
     ),
-    ("select", {}, "data.selection.enabled", "Turn it on"),
     ("select", {"run_dir": "fresh", "cache_dir": "run/responses"}, "sft.enabled", "ril sft"),
     ("eval", {"data__validation": []}, "data.validation", "empty list"),
     ("train", {"data__train": []}, "data.train", "empty list"),

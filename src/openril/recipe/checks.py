@@ -135,8 +135,6 @@ def _data(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
     for field in data.columns:
         if field not in QUESTION_FIELDS:
             yield _unknown(f"data.columns.{field}", "a field of a question", field, QUESTION_FIELDS)
-    if stage == "select" and not data.selection.enabled:
-        yield Problem("data.selection.enabled", "it is off, so no stage would use a selection", "Turn it on")
     if (data.selection.enabled and _loop_in(stage)) or stage == "select":
         key = "data.selection.drop_overlong"
         if data.selection.drop_overlong and not recipe.collect.student:

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from openril.data.reading import read_questions
 from openril.data.selection import Selection, select, write_selection
-from openril.errors import PromptTooLongError
+from openril.errors import PromptTooLongError, RecipeError
 from openril.models.adapters import base_model
 from openril.models.dummy_image import has_images
 from openril.models.loading import load_processor, load_student
@@ -51,6 +51,8 @@ def run_select(recipe: Recipe, console: Console) -> Path:
 
     Under a launcher every process scores its share, and the first one chooses.
     """
+    if not recipe.data.selection.enabled:
+        raise RecipeError("data.selection.enabled: expected true for `ril select`, got false. Turn it on.")
     rank, world = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
     target, provisional = selection_file(recipe), provisional_file(recipe)
     settings = selection_folder(recipe) / "settings.json"
