@@ -46,7 +46,6 @@ def run_collect(
         DataError: If the questions have not been chosen yet.
         EndpointError: If some responses are missing. The others are kept, and the same call collects the rest.
     """
-    from openril.models.prompt_lengths import fitting_questions
     from openril.responses.cache import ResponseCache
     from openril.responses.collection import collect, teacher_of
     from openril.stages.questions import selected_questions, selection_file
@@ -59,6 +58,8 @@ def run_collect(
         names = [STUDENT]
     asked = {name: selected_questions(recipe, name) for name in names}
     if STUDENT in asked and make_sampler is None:
+        from openril.models.prompt_lengths import fitting_questions  # imports torch, which servers do not need
+
         fitting = {q.id for q in fitting_questions(recipe, asked[STUDENT], "collect", console.print)}
         asked = {name: [q for q in questions if q.id in fitting] for name, questions in asked.items()}
     cache = ResponseCache.create(recipe.cache_path, shard_size=recipe.collect.shard_size)
