@@ -41,9 +41,8 @@ BLOCK = 16
 depend on the number of processes or on kills."""
 POLL = 1.0
 
-Row = dict[str, Any]
-"""What is known about one answer: its ``logprob`` (sum in nats) and ``tokens``, or the ``prompt_tokens`` of a question that
-is too long."""
+Score = tuple[float | None, int]
+"""The sum of an answer's log-probabilities in nats and its tokens, or None and the prompt's tokens where it is too long."""
 
 
 def run_select(recipe: Recipe, console: Console) -> Path:
@@ -111,13 +110,13 @@ def _choose_by_score(
     logprobs: list[dict[str, float | None]] = []
     too_long: dict[str, str] = {}
     for folder in folders:
-        rows = wait_for_scores(folder, questions)
+        scores = wait_for_scores(folder, questions)
         values: dict[str, float | None] = {q.id: None for q in questions}
-        for id, row in rows.items():
-            if "logprob" in row:
-                values[id] = row["logprob"] if sums else row["logprob"] / row["tokens"]
+        for id, (logprob, tokens) in scores.items():
+            if logprob is None:
+                too_long[id] = f"too long: the prompt has {tokens} tokens"
             else:
-                too_long[id] = f"too long: the prompt has {row['prompt_tokens']} tokens"
+                values[id] = logprob if sums else logprob / tokens
         logprobs.append(values)
     number = math.ceil(settings.provisional_share * settings.num_questions)
     config = settings.model_copy(
@@ -150,7 +149,7 @@ def _filter_overlong(recipe: Recipe, questions: Sequence[Question], console: Con
     if len(selection.ids) < min(settings.num_questions, len(questions)):
         console.print(
             f"select: fewer than data.selection.num_questions ({settings.num_questions}). To have more, raise"
-            f" provisional_share, remove {provisional_file(recipe).parent}/*.jsonl, and run `ril select` again",
+            f" provisional_share, remove {provisional_file(recipe).parent}/*.json*, and run `ril select` again",
             highlight=False,
         )
 
@@ -165,14 +164,13 @@ def _has_answer(question: Question) -> bool:
     return bool(question.answer.strip())
 
 
-def read_scores(folder: Path, ids: set[str]) -> dict[str, Row]:
-    """Return question id -> row of all processes' files, for these questions."""
-    return {
-        row["id"]: row for path in sorted(folder.glob("*.jsonl")) for row in iterate_jsonl(path) if row["id"] in ids
-    }
+def read_scores(folder: Path, ids: set[str]) -> dict[str, Score]:
+    """Return the scores of these questions by id, from the files of all processes."""
+    rows = (row for path in sorted(folder.glob("*.jsonl")) for row in iterate_jsonl(path) if row["id"] in ids)
+    return {row["id"]: (row["logprob"], row["tokens"]) for row in rows}
 
 
-def wait_for_scores(folder: Path, questions: Sequence[Question]) -> dict[str, Row]:
+def wait_for_scores(folder: Path, questions: Sequence[Question]) -> dict[str, Score]:
     """Return the scores of all questions with an answer, as soon as every process has written its share."""
     ids = {q.id for q in questions if _has_answer(q)}
     while True:
@@ -221,20 +219,21 @@ def score_answers(
         for number, block in enumerate(todo):
             if number + 1 < len(todo):
                 encoder.prefetch(todo[number + 1])
-            groups, rows = [], []
+            groups: list[GroupTokens] = []
+            rows: list[dict[str, Any]] = []
             for q in block:
                 try:
                     prompt = encoder(q)
                 except PromptTooLongError as e:
                     left_out.add(q, e.tokens)
-                    rows.append({"id": q.id, "prompt_tokens": e.tokens})
+                    rows.append({"id": q.id, "logprob": None, "tokens": e.tokens})
                 else:
                     answer = encoder.completion_ids(Response(q.id, name, 0, q.answer), train.max_completion_length)
                     groups.append(GroupTokens(prompt, [answer]))
                     rows.append({"id": q.id, "logprob": 0.0, "tokens": len(answer)})
             scored = iter(score(groups))
             append_jsonl(
-                folder / f"{rank}.jsonl", *(r | {"logprob": next(scored)} if "logprob" in r else r for r in rows)
+                folder / f"{rank}.jsonl", *(r if r["logprob"] is None else r | {"logprob": next(scored)} for r in rows)
             )
             progress.report(number + 1, len(todo), {})
     encoder.close()
