@@ -6,10 +6,8 @@ from typing import Any, Literal
 
 import torch
 from cachetools import LRUCache, cachedmethod
-from PIL import Image
 from torch import Tensor
 
-from openril.data.images import load_image
 from openril.data.question_text import question_text
 from openril.data.sanitize import remove_tags
 from openril.models.prompts import Prompt, PromptEncoder
@@ -67,7 +65,7 @@ class DiscriminatorPrompts:
         if self.inputs != "response":
             plain = question_text(question).replace(IMAGE_MARKER, "")
             asked = QUESTION.format(question=remove_tags(encoder.clean(plain), _OWN_TAGS).replace(_PLACE, ""))
-        images = load_question_images(encoder, question) if self.inputs == "image" else []
+        images = encoder.load_images(question) if self.inputs == "image" else []
         content: list[dict[str, Any]] = [{"type": "image"} for _ in images]
         content.append({"type": "text", "text": USER.format(question=asked, response=_PLACE)})
         messages = [
@@ -102,8 +100,3 @@ class DiscriminatorPrompts:
             half = self.max_response_tokens // 2
             text = f"{encoder.decode(ids[:half])}\n[...]\n{encoder.decode(ids[len(ids) - half :])}"
         return torch.tensor(encoder.tokenizer(text + after, add_special_tokens=False)["input_ids"])
-
-
-def load_question_images(encoder: PromptEncoder, question: Question) -> list[Image.Image]:
-    """Return the question's images, decoded. Raises DataError for one that cannot be used."""
-    return [load_image(s, max_pixels=encoder.max_image_pixels, allow_urls=encoder.allow_urls) for s in question.images]

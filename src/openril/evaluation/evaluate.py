@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -101,25 +101,22 @@ def evaluate(
     return build_evaluation(name, checkpoint, rows)
 
 
+@dataclass
 class _Run:
     """Collect rows as they arrive. The judge works on one batch while the student answers the next."""
 
-    def __init__(
-        self,
-        questions: Sequence[Question],
-        settings: EvaluationConfig,
-        judge: JudgeService | None,
-        journal: Journal | None,
-        budget: UnknownBudget,
-        report: Callable[[int, int, dict[str, Any]], None],
-    ) -> None:
-        self.questions, self.settings, self.judge = questions, settings, judge
-        self.journal, self.budget, self.report = journal, budget, report
-        known = journal.rows if journal is not None else {}
-        here = {q.id for q in questions}
-        self.rows = {
-            i: r for i, r in known.items() if i in here and (r.score is not None or r.finish_reason == TOO_LONG)
-        }
+    questions: Sequence[Question]
+    settings: EvaluationConfig
+    judge: JudgeService | None
+    journal: Journal | None
+    budget: UnknownBudget
+    report: Callable[[int, int, dict[str, Any]], None]
+
+    def __post_init__(self) -> None:
+        known = self.journal.rows if self.journal is not None else {}
+        here = {q.id for q in self.questions}
+        done = {i: r for i, r in known.items() if r.score is not None or r.finish_reason == TOO_LONG}
+        self.rows = {i: r for i, r in done.items() if i in here}
         self.answers = {i: _response(r) for i, r in known.items() if i in here and i not in self.rows}
         self.waiting: tuple[Sequence[Question], Sequence[Response], AnswersHandle] | None = None
         self.asked = 0

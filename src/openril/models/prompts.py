@@ -137,11 +137,12 @@ class PromptEncoder:
             self._background[0].shutdown(wait=False, cancel_futures=True)
         self._background, self._coming = None, {}
 
+    def load_images(self, question: Question) -> list[Image.Image]:
+        """Return the question's images, decoded. Raises DataError for one that cannot be used."""
+        return [load_image(s, max_pixels=self.max_image_pixels, allow_urls=self.allow_urls) for s in question.images]
+
     def _encode_question(self, question: Question) -> Prompt:
-        images = [
-            load_image(source, max_pixels=self.max_image_pixels, allow_urls=self.allow_urls)
-            for source in question.images
-        ]
+        images = self.load_images(question)
         messages = question_messages(question, self.system_prompt, self.clean)
         try:
             return self.encode(

@@ -21,6 +21,7 @@ from openril.hf import (
     AutoTokenizer,
     GenerationConfig,
 )
+from openril.models.prompts import eos_token_ids
 from openril.recipe.schema import JudgeConfig
 from openril.rewards.judge_protocol import Settle, Verdict, judge_identity
 from openril.sampling.greedy_batch import GreedyDecoder
@@ -143,14 +144,10 @@ class LocalJudge:
         raise ModelError(f"judge.model_path: the chat template of {self.settings.model_path} drops the prompt")
 
     def _end_ids(self) -> list[int]:
-        config = getattr(self.model, "generation_config", None)
-        ids = getattr(config, "eos_token_id", None)
-        ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
-        if self.tokenizer.eos_token_id is not None:
-            ids = [self.tokenizer.eos_token_id, *ids]
-        if not ids:
-            raise ModelError(f"judge.model_path: {self.settings.model_path} has no end-of-sequence token")
-        return list(dict.fromkeys(ids))
+        try:
+            return eos_token_ids(self.model, self.tokenizer)
+        except ModelError as e:
+            raise ModelError(f"judge.model_path: {self.settings.model_path}: {e}") from e
 
     def start(self, settle: Settle) -> _Later:
         later = _Later(settle, self)

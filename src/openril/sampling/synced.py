@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from openril.records import STUDENT, Question, Response
 from openril.sampling.vllm_engine import VLLMSampler
 
 
+@dataclass(eq=False, repr=False)
 class SyncedSampler:
     """A ``Sampler`` that sends new weights to the servers before it samples. Every process must sample equally often.
 
@@ -26,25 +28,15 @@ class SyncedSampler:
         probes: Questions that verify a sync, the same in every process; one with images and one without are enough.
     """
 
-    def __init__(
-        self,
-        sampler: VLLMSampler,
-        *,
-        folder: Path,
-        write: Callable[[Path], None],
-        policy: Any,
-        accelerator: Accelerator,
-        version: Callable[[], int],
-        probes: Sequence[Question],
-    ) -> None:
-        self.sampler = sampler
-        self.folder = folder
-        self.write = write
-        self.policy = policy
-        self.accelerator = accelerator
-        self.version = version
-        self.probes = list(probes)
-        self._synced: int | None = None
+    sampler: VLLMSampler
+    _: KW_ONLY
+    folder: Path
+    write: Callable[[Path], None]
+    policy: Any
+    accelerator: Accelerator
+    version: Callable[[], int]
+    probes: Sequence[Question]
+    _synced: int | None = field(default=None, init=False)
 
     def sample(
         self,

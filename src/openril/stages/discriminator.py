@@ -89,7 +89,7 @@ def run_discriminator(recipe: Recipe, console: Console) -> Path:
             discriminator=discriminator,
             folder=folder,
             saver=saver,
-            first_step=step,
+            step_number=step,
             report=progress.report,
             warn=progress.warn,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from openril.recipe.schema import DiscriminatorConfig
 from openril.records import STUDENT, Group
 
 
+@dataclass(eq=False, repr=False)
 class Discriminator:
     """The discriminator D of Algorithm 2. Every process passes the same number of groups, whole.
 
@@ -40,39 +41,31 @@ class Discriminator:
     vision side. warn: Receives a message if the packed pass cannot be used.
     """
 
-    def __init__(
-        self,
-        network: Any,
-        encoder: PromptEncoder,
-        accelerator: Accelerator,
-        settings: DiscriminatorConfig,
-        *,
-        optimizer: Any = None,
-        max_grad_norm: float = 0.0,
-        packed: bool = True,
-        store: FeatureCache | None = None,
-        warn: Callable[[str], None] = lambda message: None,
-    ) -> None:
-        self.network = network
-        self.encoder = encoder
-        self.accelerator = accelerator
-        self.settings = settings
-        self.optimizer = optimizer
-        self.max_grad_norm = max_grad_norm
-        self.warn = warn
-        self.store = store if store is not None else FeatureCache(0)
+    network: Any
+    encoder: PromptEncoder
+    accelerator: Accelerator
+    settings: DiscriminatorConfig
+    _: KW_ONLY
+    optimizer: Any = None
+    max_grad_norm: float = 0.0
+    packed: bool = True
+    store: FeatureCache | None = None
+    warn: Callable[[str], None] = lambda message: None
+
+    def __post_init__(self) -> None:
+        encoder, accelerator, settings = self.encoder, self.accelerator, self.settings
         self.prompts = DiscriminatorPrompts(
             encoder, inputs=settings.inputs, max_response_tokens=settings.max_response_tokens
         )
         self.replay = ReplayMemory(settings.replay, settings.replay_steps)
         self.packing = PackingProbe(
-            packed,
+            self.packed,
             "discriminator",
             lambda message: self.warn(message),
             gather=gather_object,
             unit="of the logits' size",
         )
-        unwrapped: DiscriminatorModel = accelerator.unwrap_model(network)
+        unwrapped: DiscriminatorModel = accelerator.unwrap_model(self.network)
         self.trainable = [p for p in unwrapped.parameters() if p.requires_grad]
         self._dummy = (
             dummy_image_prompt(encoder, unwrapped, accelerator.num_processes) if settings.inputs == "image" else None
@@ -282,7 +275,7 @@ class Discriminator:
         trial = self._with_images([trial_group(GroupTokens(head, tails))])
 
         def compare() -> float:
-            unwrapped.enable_packing(self.store)
+            unwrapped.enable_packing(self.store or FeatureCache(0))
             # The class's own forward, because a wrapper would turn autocast on again.
             pad, device = self.encoder.pad_token_id, self.accelerator.device
             packed = DiscriminatorModel.forward(unwrapped, pack(trial, pad, whole=True).to(device))

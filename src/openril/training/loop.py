@@ -154,7 +154,7 @@ class RILTrainer:
         drawn = self.discriminator.replay.draw(self.recipe.train.questions_per_step, seed)
         groups = []
         for position, students in drawn[self.accelerator.process_index :: self.accelerator.num_processes]:
-            question, epoch = self.question_at(position)
+            question, epoch = question_at(self.questions, self.recipe.seed, position)
             groups.append(Group(question, [Rollout(r) for r in [*students, *self.teacher_responses(question, epoch)]]))
         return groups
 
@@ -184,13 +184,7 @@ class RILTrainer:
         size = self.recipe.train.questions_per_step
         share = size // self.accelerator.num_processes
         first = step * size + share * self.accelerator.process_index
-        return [self.question_at(position) for position in range(first, first + share)]
-
-    def question_at(self, position: int) -> tuple[Question, int]:
-        """Return the question at a position of the endless sequence, and its epoch."""
-        n = len(self.questions)
-        epoch, place = divmod(position, n)
-        return self.questions[permutation(n, self.recipe.seed, epoch)[place]], epoch
+        return [question_at(self.questions, self.recipe.seed, position) for position in range(first, first + share)]
 
     def train(self) -> None:
         """Run to the last step from the current one. Raises Interrupted after saving if a signal asks to stop."""
@@ -269,6 +263,12 @@ def permutation(n: int, seed: int, epoch: int) -> list[int]:
     """Return the order of ``n`` questions in an epoch."""
     generator = torch.Generator().manual_seed(stable_hash(seed, "order", epoch))
     return torch.randperm(n, generator=generator).tolist()
+
+
+def question_at(questions: Sequence[Question], seed: int, position: int) -> tuple[Question, int]:
+    """Return the question at a position of the endless sequence of seeded permutations, and its epoch."""
+    epoch, place = divmod(position, len(questions))
+    return questions[permutation(len(questions), seed, epoch)[place]], epoch
 
 
 def prefixed(prefix: str, metrics: dict[str, float]) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from openril.recipe.schema import TrainConfig
 from openril.records import Group, Response, Rollout
 
 
+@dataclass(eq=False, repr=False)
 class PolicyUpdate:
     """pi_theta, pi_old and pi_ref of Algorithm 2. Every process passes the same number of groups, whole.
 
@@ -39,31 +40,22 @@ class PolicyUpdate:
     policy without its adapters. warn: Receives a message if the packed pass cannot be used.
     """
 
-    def __init__(
-        self,
-        policy: Any,
-        reference: Any | None,
-        optimizer: Any,
-        encoder: PromptEncoder,
-        accelerator: Accelerator,
-        settings: TrainConfig,
-        *,
-        warn: Callable[[str], None] = lambda message: None,
-    ) -> None:
-        self.policy = policy
-        self.reference = reference
-        self.optimizer = optimizer
-        self.encoder = encoder
-        self.accelerator = accelerator
-        self.settings = settings
-        self.unwrapped: Policy = accelerator.unwrap_model(policy)
+    policy: Any
+    reference: Any | None
+    optimizer: Any
+    encoder: PromptEncoder
+    accelerator: Accelerator
+    settings: TrainConfig
+    warn: Callable[[str], None] = field(default=lambda message: None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        self.unwrapped: Policy = self.accelerator.unwrap_model(self.policy)
         self.trainable = [p for p in self.unwrapped.parameters() if p.requires_grad]
         self.updates = 0  # optimizer steps of this object, which tell samplers elsewhere that the weights have changed
         self.too_long = 0  # teacher responses that did not fit, since the loop last set this to 0
-        self.warn = warn
-        self._dummy = dummy_image_prompt(encoder, self.unwrapped, accelerator.num_processes)
+        self._dummy = dummy_image_prompt(self.encoder, self.unwrapped, self.accelerator.num_processes)
         self.packing = PackingProbe(
-            settings.packed, "student", lambda message: self.warn(message), gather=gather_object
+            self.settings.packed, "student", lambda message: self.warn(message), gather=gather_object
         )
 
     def members(self, group: Group) -> list[Rollout]:

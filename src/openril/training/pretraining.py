@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from accelerate.utils import gather_object
@@ -16,7 +17,7 @@ from openril.storage import stable_hash
 from openril.training.checkpoint import Saver
 from openril.training.discriminator_update import Discriminator
 from openril.training.interrupts import Interrupted, stop_requests
-from openril.training.loop import permutation, prefixed
+from openril.training.loop import prefixed, question_at
 from openril.training.optimization import learning_rate, set_learning_rate
 from openril.training.run_folder import RunFolder
 
@@ -40,36 +41,29 @@ def pretraining_steps(recipe: Recipe, num_questions: int) -> int:
     return max(1, -int(-settings.epochs * num_questions // settings.questions_per_step))
 
 
+@dataclass(eq=False, repr=False)
 class DiscriminatorPretraining:
     """Trains a new discriminator on cached responses of the student and of every teacher, in whole groups."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        questions: Sequence[Question],
-        responses: LoadedResponses,
-        *,
-        discriminator: Discriminator,
-        folder: RunFolder,
-        saver: Saver,
-        first_step: int = 0,
-        report: Callable[[int, int, dict[str, Any]], None] = lambda step, total, row: None,
-        warn: Callable[[str], None] = lambda message: None,
-    ) -> None:
-        self.recipe = recipe
-        self.settings = recipe.discriminator.pretraining
-        self.responses = responses
-        self.discriminator = discriminator
-        self.accelerator = discriminator.accelerator
-        self.folder = folder
-        self.saver = saver
-        self.step_number = first_step
-        self.report = report
-        self.warn = warn
-        d = recipe.discriminator
+    recipe: Recipe
+    questions: Sequence[Question]
+    responses: LoadedResponses
+    _: KW_ONLY
+    discriminator: Discriminator
+    folder: RunFolder
+    saver: Saver
+    step_number: int = 0
+    report: Callable[[int, int, dict[str, Any]], None] = lambda step, total, row: None
+    warn: Callable[[str], None] = lambda message: None
+
+    def __post_init__(self) -> None:
+        self.settings = self.recipe.discriminator.pretraining
+        self.accelerator = self.discriminator.accelerator
+        d = self.recipe.discriminator
         # Pre-training is for a saturated discriminator, so only one that stays at chance is worth a warning.
         self.watch = HealthWatch(d.health_window, d.at_chance_accuracy, saturated=1.0)
-        self.questions, self.held_out = split_held_out(questions, self.settings.held_out_share, recipe.seed)
+        share = self.settings.held_out_share
+        self.questions, self.held_out = split_held_out(self.questions, share, self.recipe.seed)
 
     @property
     def total_steps(self) -> int:
@@ -98,15 +92,10 @@ class DiscriminatorPretraining:
 
     def batch_at(self, step: int) -> list[Group]:
         """Return this process's share of the step's groups."""
-        size, n = self.settings.questions_per_step, len(self.questions)
+        size, seed = self.settings.questions_per_step, stable_hash(self.recipe.seed, "pretraining")
         share = size // self.accelerator.num_processes
-        groups = []
         first = step * size + share * self.accelerator.process_index
-        for position in range(first, first + share):
-            epoch, place = divmod(position, n)
-            question = self.questions[permutation(n, stable_hash(self.recipe.seed, "pretraining"), epoch)[place]]
-            groups.append(self.group(question, epoch))
-        return groups
+        return [self.group(*question_at(self.questions, seed, position)) for position in range(first, first + share)]
 
     def train(self) -> dict[str, float]:
         """Run to the end from the current step; return the held-out measurement. Raises Interrupted after saving."""

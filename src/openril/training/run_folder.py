@@ -18,7 +18,6 @@ class RunFolder:
         self.metrics_path = path / "metrics.jsonl"
         self.rollouts_path = path / "rollouts"
         self.checkpoints_path = path / "checkpoints"
-        self.verdicts_path = path / "verdicts"
         self.student_path = path / "student"
 
     def cut_after(self, step: int) -> None:

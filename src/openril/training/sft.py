@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -316,21 +317,15 @@ class _Trainer(SFTTrainer):
         """Write none, because these checkpoints are temporary."""
 
 
+@dataclass(eq=False, repr=False)
 class _Steps(TrainerCallback):
     """Writes metrics, handles requests to stop, and marks complete checkpoints."""
 
-    def __init__(
-        self,
-        trainer: _Trainer,
-        folder: SFTFolder,
-        stop: list[int],
-        report: Callable[[int, int, dict[str, Any]], None],
-    ) -> None:
-        self.trainer = trainer
-        self.folder = folder
-        self.stop = stop
-        self.report = report
-        self.started = time.perf_counter()
+    trainer: _Trainer
+    folder: SFTFolder
+    stop: list[int]
+    report: Callable[[int, int, dict[str, Any]], None]
+    started: float = 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.started = time.perf_counter()
