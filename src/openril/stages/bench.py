@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import signal
 import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, cast, get_args
@@ -49,13 +48,8 @@ def parser() -> argparse.ArgumentParser:
     add("--device", choices=("cpu", "cuda"), help="cuda measures the 3B model; default: cuda if there is a GPU")
     add("--shape", metavar="NAME", nargs="+", default=[], help="measure only these shapes, with all their parts")
     add("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="run only these")
-    add(
-        "--repeats",
-        metavar="N",
-        type=_positive,
-        default=0,
-        help="rounds for each shape; default: 3, or 2 for long ones",
-    )
+    text = "rounds for each shape; default: 3, or 2 for long ones"
+    add("--repeats", metavar="N", type=_positive, default=0, help=text)
     add("--threads", metavar="N", type=_positive, default=0, help="CPU threads; default: torch's choice")
     text = "weights and products; default: float32, and pure_bf16 on cuda; one shape is always measured in bfloat16"
     add("--precision", choices=get_args(Precision), help=text)
@@ -77,49 +71,44 @@ def run_bench(arguments: Sequence[str], console: Console) -> dict[str, Any]:
     chosen = {"shapes": shapes, "contenders": flags.contenders, "repeats": flags.repeats}
     plan = make_plan(quick=flags.quick, device=device, precision=precision, **chosen)
     started = time.perf_counter()
-    folder = Path(tempfile.mkdtemp(prefix="ril-bench-"))
-    session: Session | None = None
     results: list[CellResult] = []
     total = len(plan.cells)
 
-    def figures_so_far() -> dict[str, Any]:
-        assert session is not None
+    def figures_so_far(machine: dict[str, Any]) -> dict[str, Any]:
         settings = {"quick": flags.quick, "device": device, "precision": precision, "contenders": flags.contenders}
         settings |= {"threads": flags.threads or None, "trl_rows": flags.trl_rows or None}
         settings |= {"shapes_measured": len(results), "shapes_planned": total}
         settings["wall_seconds"] = time.perf_counter() - started
-        return summary(plan, results, session.machine.about, settings)
+        return summary(plan, results, machine, settings)
 
     try:
-        with ended_by_signals(), ProgressDisplay(console, every=30.0) as progress:
-
-            def say(text: str) -> None:
-                progress.show("bench", len(results), total, state=text)
-
-            session = Session(
-                folder,
-                device=device,
-                precision=precision,
-                threads=flags.threads,
-                peer_rows=flags.trl_rows,
-                say=say,
-                warn=lambda text: progress.warn(f"bench: {text}"),
-            )
+        with (
+            ended_by_signals(),
+            tempfile.TemporaryDirectory(prefix="ril-bench-", ignore_cleanup_errors=True) as folder,
+            ProgressDisplay(console, every=30.0) as progress,
+            closing(
+                Session(
+                    Path(folder),
+                    device=device,
+                    precision=precision,
+                    threads=flags.threads,
+                    peer_rows=flags.trl_rows,
+                    say=lambda text: progress.show("bench", len(results), total, state=text),
+                    warn=lambda text: progress.warn(f"bench: {text}"),
+                )
+            ) as session,
+        ):
             for cell in plan.cells:
                 progress.note(f"bench: shape {len(results) + 1} of {total}: {cell.shape.words}")
                 results.append(session.run(cell))
                 print_cell(console, cell_figures(results[-1]))
                 if flags.json is not None:  # after each shape, so that a time limit loses only the one being measured
-                    write_json(flags.json, figures_so_far())
+                    write_json(flags.json, figures_so_far(session.machine.about))
     except KeyboardInterrupt:
         kept = f"the figures of {len(results)} of {total} shapes are in {flags.json}"
         kept = kept if results and flags.json is not None else "nothing was written"
         raise KeyboardInterrupt(f"bench: interrupted; {kept}") from None
-    finally:
-        if session is not None:
-            session.close()
-        shutil.rmtree(folder, ignore_errors=True)
-    figures = figures_so_far()
+    figures = figures_so_far(session.machine.about)
     print_summary(console, figures)
     if flags.json is not None:
         write_json(flags.json, figures)
