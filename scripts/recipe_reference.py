@@ -1,4 +1,4 @@
-"""Write docs/recipe_reference.md, a table of every setting: ``python -m openril.recipe.reference [--check] [FILE]``."""
+"""Write docs/recipe_reference.md, a table of every setting: ``python scripts/recipe_reference.py [--check] [FILE]``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from openril.recipe.validation import inner_section
 HEAD = """# Recipe reference
 
 Every setting of a recipe, by section. This page is generated from the schema by
-`python -m openril.recipe.reference`; [configuration](configuration.md) explains how recipes work.
+`python scripts/recipe_reference.py`; [configuration](configuration.md) explains how recipes work.
 """
 
 _NAMES = {int: "integer", float: "number", str: "text", bool: "true or false", NoneType: "null"}
@@ -83,14 +83,14 @@ def _type(annotation: Any, field: FieldInfo | None = None) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Write the page, or with ``--check`` return 1 if the file differs from it."""
-    parser = argparse.ArgumentParser(prog="python -m openril.recipe.reference", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python scripts/recipe_reference.py", description=__doc__)
     parser.add_argument("file", nargs="?", type=Path, default=Path("docs/recipe_reference.md"))
     parser.add_argument("--check", action="store_true", help="only check that the file is current")
     options = parser.parse_args(arguments)
     if not options.check:
         options.file.write_text(markdown(), encoding="utf-8")
     elif not options.file.is_file() or options.file.read_text(encoding="utf-8") != markdown():
-        print(f"{options.file}: not current. Run python -m openril.recipe.reference.", file=sys.stderr)
+        print(f"{options.file}: not current. Run python scripts/recipe_reference.py.", file=sys.stderr)
         return 1
     return 0
 
