@@ -222,7 +222,7 @@ def test_left_out_examples_are_counted_once_and_said(tmp_path, tiny_qwen, data):
     train_sft(recipe, examples, warn=warnings.append)  # two epochs
     listed = read_jsonl(recipe.run_path / "left_out.jsonl")
     assert len(listed) == 8 and {(row["stage"], row["limit"]) for row in listed} == {("sft", 22)}
-    assert all(row["tokens"] > 22 and "train.jsonl:" in row["origin"] for row in listed)
+    assert all(row["tokens"] > 22 and "questions.jsonl:" in row["origin"] for row in listed)
     assert warnings and warnings[0].startswith("8 of 12 examples")
 
 
