@@ -21,6 +21,7 @@ The result depends only on the arguments and the seed. The order of the question
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -54,11 +55,7 @@ class Selection:
 
     def counts(self) -> dict[str, int]:
         """Return the number of selected questions, and of those left out for each kind of reason."""
-        counts: dict[str, int] = {}
-        for decision in self.decisions:
-            kind = "selected" if decision.selected else decision.reason.split(":")[0]
-            counts[kind] = counts.get(kind, 0) + 1
-        return counts
+        return Counter("selected" if d.selected else d.reason.split(":")[0] for d in self.decisions)
 
 
 def overlong_shares(responses: Iterable[Response]) -> dict[str, float]:

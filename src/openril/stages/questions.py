@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from openril.data.reading import read_questions
 from openril.errors import DataError
@@ -74,20 +74,13 @@ def training_questions(
     """
     from openril.models.prompt_lengths import fitting_questions
 
-    if accelerator is None:
-        questions = fitting_questions(recipe, selected_questions(recipe), stage, warn)
-    else:
+    shared: dict[str, Any] = {}
+    if accelerator is not None:
         from accelerate.utils import gather_object
 
-        questions = fitting_questions(
-            recipe,
-            selected_questions(recipe),
-            stage,
-            warn,
-            gather=gather_object,
-            process_index=accelerator.process_index,
-            num_processes=accelerator.num_processes,
-        )
+        shared = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
+        shared["gather"] = gather_object
+    questions = fitting_questions(recipe, selected_questions(recipe), stage, warn, **shared)
     if len(questions) < recipe.train.questions_per_step:
         raise DataError(
             f"train.questions_per_step: expected at most the number of questions, {len(questions)}, got "
