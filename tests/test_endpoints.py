@@ -1,11 +1,20 @@
 import asyncio
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from openril import endpoints
-from openril.endpoints import ChatClient, Completion, RequestRefusedError, retry_after
+from openril.endpoints import (
+    ChatClient,
+    Completion,
+    RequestRefusedError,
+    proxy_note,
+    read_completion,
+    retry_after,
+    split_base_url,
+)
 from openril.errors import EndpointError
 from openril.recipe.schema import EndpointConfig
 from support.misbehaving_server import Drop, EmptyChoices, Garbage, Hang, MisbehavingServer, Refuse, Say, Status
@@ -254,19 +263,144 @@ def test_interrupt_cancels_what_runs(client):
         c.loop_thread.submit = real
 
 
+def probe(client, **settings):
+    return client.loop_thread.run(client.probe(HELLO, **settings))
+
+
 def test_probe_tells_a_missing_model_and_a_dead_server(client):
     with MisbehavingServer() as server:
-        c = client(server, "http://127.0.0.1:9/v1", model="other")
-        problems = c.loop_thread.run(c.probe())
-    assert len(problems) == 2
-    assert "'other'" in problems[0] and "fake" in problems[0]
-    assert "http://127.0.0.1:9/v1" in problems[1]
+        (url, first), (dead_url, second) = probe(client(server, "http://127.0.0.1:9/v1", model="other"))
+    assert url == server.url and "'other'" in str(first) and "It serves fake" in str(first)
+    assert dead_url == "http://127.0.0.1:9/v1" and "cannot reach" in str(second)
 
 
-def test_probe_of_a_healthy_server_finds_nothing(client):
+def test_probe_asks_every_server_with_the_settings_of_the_run(client):
+    with MisbehavingServer(then=Say("a")) as one, MisbehavingServer(then=Say("b")) as two:
+        answers = probe(client(one, two), max_tokens=5)
+        assert [(url, answer.text) for url, answer in answers] == [(one.url, "a"), (two.url, "b")]
+        assert [s.requests[0].body["max_tokens"] for s in (one, two)] == [5, 5]
+
+
+def test_the_length_field_is_renamed_or_left_out(client):
+    fields = []
+    for settings in (
+        {},
+        {"length_field": "max_completion_tokens"},
+        {"length_field": ""},
+        {"extra_body": {"max_completion_tokens": 9}},
+    ):
+        with MisbehavingServer() as server:
+            chat(client(server, **settings), max_tokens=7)
+        fields.append({k: v for k, v in server.requests[0].body.items() if k.startswith("max_")})
+    assert fields == [{"max_tokens": 7}, {"max_completion_tokens": 7}, {}, {"max_completion_tokens": 9}]
+
+
+def test_omitted_fields_are_not_sent(client):
     with MisbehavingServer() as server:
-        c = client(server)
-        assert c.loop_thread.run(c.probe()) == []
+        c = client(server, omit=["seed", "temperature", "top_k"], extra_body={"a": 1})
+        chat(c, seed=1, temperature=0.5, top_p=0.9, extra_body={"top_k": 3, "repetition_penalty": 1.1})
+    body = server.requests[0].body
+    assert {k: v for k, v in body.items() if k not in ("model", "messages")} == {
+        "top_p": 0.9,
+        "repetition_penalty": 1.1,
+        "a": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("message", "fix"),
+    [
+        ("Unsupported parameter: 'max_tokens' is not supported. Use 'max_completion_tokens' instead.",
+         "Set judge.length_field: max_completion_tokens"),
+        ("Unsupported value: 'temperature' does not support 0 with this model. Only the default (1) value is supported.",
+         "Set judge.omit: [temperature]"),
+        ("Unrecognized request argument supplied: seed", "Set judge.omit: [seed]"),
+        ("`temperature` and `top_p` cannot both be specified for this model.", "Set judge.omit: [temperature]"),
+        ("[{'type': 'extra_forbidden', 'loc': ['body', 'top_k'], 'msg': 'Extra inputs are not permitted'}]",
+         "Set judge.omit: [top_k]"),
+        ("'max_tokens' or 'max_completion_tokens' is too large: 7. This model's maximum context length is 4.", None),
+        ("The messages are invalid.", None),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("status", [400, 422])
+def test_a_refused_field_names_the_setting_to_change(client, message, fix, status):
+    with MisbehavingServer(then=Status(status, message)) as server, pytest.raises(RequestRefusedError) as caught:
+        chat(client(server), max_tokens=7, temperature=0.0, top_p=0.9, seed=3, extra_body={"top_k": 5})
+    assert caught.value.concerns_every_request == (fix is not None)
+    if fix:
+        assert str(caught.value).endswith(fix)
+    else:
+        assert "Set " not in str(caught.value)
+
+
+def test_a_content_filter_concerns_one_request(client):
+    for act in (
+        Status(400, "The response was filtered due to the prompt triggering the content management policy."),
+        Status(403, "Your input was flagged"),
+        EmptyChoices(),
+    ):
+        with MisbehavingServer(then=act) as server, pytest.raises(RequestRefusedError) as caught:
+            chat(client(server))
+        assert not caught.value.concerns_every_request
+
+
+def test_an_error_with_status_200_is_named(client):
+    act = Garbage(b'{"error": {"message": "Provider returned error", "code": 502}}')
+    with MisbehavingServer(then=act) as server, pytest.raises(EndpointError, match="Provider returned error"):
+        chat(client(server))
+
+
+@pytest.mark.parametrize(
+    ("message", "text", "reasoning"),
+    [
+        ({"content": "hi", "reasoning_content": "hm"}, "hi", "hm"),
+        ({"content": None, "reasoning": "hm"}, "", "hm"),
+        ({"content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}, "ab", ""),
+        ({"content": [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "b"}]}, "b", "hm"),
+    ],
+)
+def test_thoughts_are_kept_apart_from_the_text(message, text, reasoning):
+    answer = SimpleNamespace(choices=[SimpleNamespace(message=SimpleNamespace(**message))], model="m")
+    completion = read_completion(answer)
+    assert (completion.text, completion.reasoning) == (text, reasoning)
+
+
+@pytest.mark.parametrize(
+    ("base_url", "url", "query"),
+    [
+        ("http://h:8000/v1/", "http://h:8000/v1", {}),
+        ("https://a.example/openai/deployments/d?api-version=2024-02-01", "https://a.example/openai/deployments/d",
+         {"api-version": "2024-02-01"}),
+        ("http://0.0.0.0:8000/v1", "http://127.0.0.1:8000/v1", {}),
+        ("http://[::]:8000/v1", "http://[::1]:8000/v1", {}),
+        ("http://10.0.0.0:8000/v1/chat/completions", "http://10.0.0.0:8000/v1", {}),
+    ],
+)  # fmt: skip
+def test_base_urls(base_url, url, query):
+    assert split_base_url(base_url) == (url, query)
+
+
+def test_the_query_of_a_base_url_is_kept_but_not_printed(client, monkeypatch):
+    monkeypatch.setenv("SOME_KEY", "secret")
+    with MisbehavingServer(then=Status(400, "no")) as server:
+        with pytest.raises(RequestRefusedError) as caught:
+            chat(client(f"{server.url}?api-version=1&x=hidden", api_key_env="SOME_KEY"))
+        assert "hidden" not in str(caught.value)
+    assert server.requests[0].path.endswith("/chat/completions?api-version=1&x=hidden")
+    assert server.requests[0].headers["api-key"] == "secret"
+
+
+def test_loopback_addresses_need_no_proxy_and_others_name_theirs(client, monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://user:word@127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "inside.example")
+    with MisbehavingServer(then=Say("hi")) as server:
+        assert chat(client(server.url.replace("127.0.0.1", "0.0.0.0"))).text == "hi"
+    with pytest.raises(EndpointError, match=r"proxy .*127.0.0.1:9 .*http_proxy.*no_proxy") as caught:
+        chat(client("http://model.example:8000/v1", max_retries=0))
+    assert "word" not in str(caught.value)
+    assert proxy_note("http://inside.example/v1") == "" and proxy_note("http://127.0.0.2:1/v1") == ""
 
 
 def test_close_ends_the_thread(client):

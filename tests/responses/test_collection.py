@@ -1,5 +1,6 @@
 import base64
 import io
+import json
 from dataclasses import replace
 
 import pytest
@@ -15,7 +16,7 @@ from openril.responses.chat_requests import chat_messages
 from openril.responses.collection import Collected, collect, runs
 from openril.responses.manifest import source_entry
 from openril.storage import weights_fingerprint
-from support.misbehaving_server import Drop, Garbage, MisbehavingServer, Refuse, Say, Status
+from support.misbehaving_server import Drop, EmptyChoices, Garbage, MisbehavingServer, Refuse, Say, Status
 
 QUESTIONS = [Question(id=f"q{i}", question=f"What is {i}?") for i in range(6)]
 
@@ -172,8 +173,58 @@ def test_an_api_without_vllm_fields_gets_the_cure(recipe, cache):
 def test_an_api_with_another_length_field_gets_the_cure(recipe, cache):
     with MisbehavingServer(then=Status(400, "Use 'max_completion_tokens' instead.")) as server:
         serve(recipe, server)
-        with pytest.raises(EndpointError, match="max_completion_tokens: 64"):
+        with pytest.raises(EndpointError, match="length_field: max_completion_tokens for teacher big"):
             collect(recipe, QUESTIONS, "big", cache)
+
+
+def test_a_field_that_is_left_out_is_recorded(recipe, cache):
+    act = Status(400, "Unrecognized request argument supplied: seed")
+    with MisbehavingServer(then=lambda r: act if "seed" in r.body else Say()) as server:
+        serve(recipe, server)
+        with pytest.raises(EndpointError, match=r"omit: \[seed\] for teacher big"):
+            collect(recipe, QUESTIONS, "big", cache)
+        serve(recipe, server, omit=["seed"])
+        assert source_entry(recipe, recipe.teachers[0])["sampling"]["seed"] is None
+        cache.discard("big")
+        fresh = ResponseCache.create(recipe.run_path / "fresh")
+        assert collect(recipe, QUESTIONS, "big", fresh).new == 18
+
+
+FILTER = Status(400, "The response was filtered due to the prompt triggering the content management policy.")
+
+
+@pytest.mark.parametrize("act", [FILTER, Say("", finish_reason="content_filter"), EmptyChoices()])
+def test_a_filtered_question_is_kept_as_a_refusal(recipe, cache, act):
+    with MisbehavingServer(then=lambda r: act if "What is 3?" in r.text else Say()) as server:
+        serve(recipe, server)
+        result = collect(recipe, QUESTIONS, "big", cache)
+    assert (result.new, result.refused, result.failed) == (18, 3, 0)
+    assert "questions q3" in result.failure_report()
+    kept = cache.load(QUESTIONS, ["big"], 3).responses_for("q3", "big")
+    assert [(r.text, r.finish_reason) for r in kept] == [("", "content_filter")] * 3
+
+
+def test_too_many_refusals_stay_missing_and_the_setting_is_named(recipe, cache):
+    recipe.collect.max_refused_share = 0.2
+    with MisbehavingServer(then=lambda r: FILTER if r.text[8] in "34" else Say()) as server:
+        serve(recipe, server)
+        result = collect(recipe, QUESTIONS, "big", cache)
+        assert (result.new, result.failed) == (12, 6)
+        assert "collect.max_refused_share" in result.advice and "6 of 18" in result.advice
+        recipe.collect.max_refused_share = 0.4
+        result = collect(recipe, QUESTIONS, "big", cache)
+        assert (result.new, result.failed) == (6, 0)
+
+
+def test_mostly_empty_responses_are_reported_with_their_cause(recipe, cache):
+    message = {"role": "assistant", "content": None, "reasoning_content": "long thoughts"}
+    body = {"id": "1", "object": "chat.completion", "created": 0, "model": "fake"}
+    body["choices"] = [{"index": 0, "finish_reason": "length", "message": message}]
+    with MisbehavingServer(then=Garbage(json.dumps(body).encode())) as server:
+        serve(recipe, server)
+        result = collect(recipe, QUESTIONS, "big", cache)
+    assert (result.empty, result.thoughts_only) == (18, 18)
+    assert "18 of 18" in result.empty_report() and "collect.max_completion_length" in result.empty_report()
 
 
 def test_a_dead_server_stops_the_collection_early(recipe, cache):

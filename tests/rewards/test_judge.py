@@ -9,6 +9,7 @@ import pytest
 from openril.errors import EndpointError, JudgeError, RecipeError
 from openril.recipe.schema import JudgeConfig
 from openril.rewards.judge import JudgeService, make_judge
+from openril.rewards.judge_protocol import judge_identity
 from openril.rewards.verdict_store import UnknownBudget, VerdictStore
 from openril.storage import read_jsonl
 from support.misbehaving_server import Drop, EmptyChoices, Garbage, Hang, MisbehavingServer, Refuse, Say, Status
@@ -83,7 +84,9 @@ def test_submit_returns_before_the_answers_are_there(tmp_path):
         (Say("Fine <score>1</score>"), "unreadable verdict"),
         (Say("It is <answer>1</answer> or <answer>0</answer>"), "instead of one pair"),
         (Say("It should get <answer>1</answer> I think, but no"), "does not end"),
-        (Say("Cut off <answer>", finish_reason="length"), "instead of one pair"),
+        (Say("Cut off <answer>", finish_reason="length"), "cut at judge.max_tokens 256 (finish reason length)"),
+        (Say("<think>Let me compare"), "Raise judge.max_tokens"),
+        (Status(400, "Unrecognized request argument supplied: temperature"), "Set judge.omit: [temperature]"),
     ],
 )
 def test_what_is_no_verdict_is_unknown_with_its_cause(tmp_path, act, cause):
@@ -93,6 +96,37 @@ def test_what_is_no_verdict_is_unknown_with_its_cause(tmp_path, act, cause):
     assert cause in verdict.cause
     [row] = read_jsonl(tmp_path / "verdicts" / "rank0.jsonl")
     assert row["score"] is None and row["cause"] == verdict.cause and row["response"] == "It is red."
+
+
+def test_thoughts_that_came_separately_are_the_explanation(tmp_path):
+    message = {"role": "assistant", "content": "<answer>1</answer>", "reasoning_content": "It says red."}
+    body = {"id": "1", "object": "chat.completion", "created": 0, "model": "fake"}
+    body["choices"] = [{"index": 0, "finish_reason": "stop", "message": message}]
+    with MisbehavingServer(then=Garbage(json.dumps(body).encode())) as server:
+        [verdict] = service_for(server, tmp_path).judge([ITEM])
+    assert (verdict.score, verdict.explanation) == (1.0, "It says red.")
+    message |= {"content": None}
+    with MisbehavingServer(then=Garbage(json.dumps(body).encode())) as server:
+        [verdict] = service_for(server, tmp_path / "empty").judge([ITEM])
+    assert verdict.unknown and "reasoning_content" in verdict.cause and "finish reason stop" in verdict.cause
+
+
+def test_a_judge_of_openais_reasoning_models(tmp_path):
+    with MisbehavingServer(then=RIGHT) as server:
+        settings = {"length_field": "max_completion_tokens", "omit": ["temperature"]}
+        [verdict] = service_for(server, tmp_path, **settings).judge([ITEM])
+        assert verdict.score == 1.0
+    assert not {"max_tokens", "temperature"} & set(server.requests[0].body)
+    assert server.requests[0].body["max_completion_tokens"] == 256
+
+
+def test_fields_that_are_left_out_belong_to_the_judges_identity():
+    served = {"base_urls": ["http://127.0.0.1:9/v1"], "model": "m"}
+    plain = judge_identity(JudgeConfig(**served))
+    assert "omit" not in plain  # stored verdicts keep their keys
+    assert judge_identity(JudgeConfig(**served, omit=["temperature"])) != plain
+    assert judge_identity(JudgeConfig(**served, length_field="")) != plain
+    assert judge_identity(JudgeConfig(**served, length_field="max_completion_tokens")) == plain
 
 
 def test_a_server_that_is_not_there_is_unknown(tmp_path):

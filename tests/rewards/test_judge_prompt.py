@@ -106,6 +106,15 @@ def test_every_attempt_asks_differently():
         ("The score 0 would be harsh. <answer>1</answer>", 1.0),
         ("<think>Is it <answer>0</answer>?</think>It fits. <answer>1</answer>", 1.0),
         ("<think>It fits.</think><answer>1</answer>", 1.0),
+        ("I must end with <answer>0</answer> or <answer>1</answer>.\n</think>\n\nIt fits.\n<answer>1</answer>", 1.0),
+        ("It fits.\n</think>\n\n<answer>1</answer>", 1.0),
+        ("[THINK]Is it <answer>0</answer>?[/THINK]It fits. <answer>1</answer>", 1.0),
+        ("<Thinking>Is it <answer>0</answer>?</Thinking>It fits. <ANSWER>1</ANSWER>", 1.0),
+        ("It fits.\n\n**<answer>1</answer>**", 1.0),
+        ("It fits.\n**Score:** `<answer>1</answer>`.", 1.0),
+        ("It fits. <answer>**0**</answer>", 0.0),
+        ("It fits.\n```\n<answer>1</answer>\n```", 1.0),
+        ("It fits.\n```xml\n<answer>0</answer>\n```\n", 0.0),
     ],
 )
 def test_verdicts(reply, score):
@@ -134,6 +143,9 @@ def test_verdicts(reply, score):
         "Fine [answer]1[/answer]",
         "Fine <answer><answer>1</answer>",
         "I'm sorry, but I can't help with that.",
+        "<think>It must end with <answer>1</answer>",
+        "It fits. <answer>1</answer></think>",
+        "```xml\n<answer>1</answer>\n```",
     ],
 )
 def test_anything_else_is_unreadable(reply):

@@ -19,8 +19,8 @@ from openril.models.prompt_lengths import TokenCounter
 from openril.models.prompts import question_messages
 from openril.recipe.schema import Recipe
 from openril.records import ImageSource, Question
-from openril.stages.check import run_check
-from support.misbehaving_server import MisbehavingServer
+from openril.stages.check import _check_servers, _Page, run_check
+from support.misbehaving_server import MisbehavingServer, Say, Status
 
 
 def recipe_for(folder: Path, student: Path, **changes: Any) -> Recipe:
@@ -69,7 +69,7 @@ def test_problems_of_every_part_are_on_one_page(tmp_path: Path, tiny_qwen: Path)
         "train.num_teacher_responses",
         "nowhere",
         "a.png",
-        "judge: http://127.0.0.1:9/v1",
+        "judge: cannot reach http://127.0.0.1:9/v1",
     ):
         assert words in page, page
     # a.png in both files, the teacher's path twice (settings, models), the judge, and a batch larger than the data; and
@@ -85,6 +85,32 @@ def test_servers_are_asked_for_their_models(tmp_path: Path, tiny_qwen: Path) -> 
         teacher["model"] = server.model
         code, page = check(recipe_for(tmp_path, tiny_qwen, teachers=[teacher]))
         assert code == 0 and "up to 32 requests to teacher big" in page, page
+
+
+def servers_part(teacher: Any = None, judge: Any = None) -> str:
+    values: dict[str, Any] = {"rewards": {"answer": {"kind": "judge" if judge else "rules"}}}
+    values |= {"teachers": [teacher]} if teacher else {"judge": judge}
+    console = Console(file=io.StringIO(), width=200)
+    _check_servers(Recipe.model_validate(values), _Page(console))
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_each_server_is_asked_for_one_answer_which_is_shown(tmp_path: Path) -> None:
+    endpoint = {"model": "fake", "max_retries": 0}
+    with MisbehavingServer(then=Say("[bold] Blue.", finish_reason="stop")) as server:
+        page = servers_part(teacher=endpoint | {"name": "big", "base_urls": [server.url]})
+        assert "'[bold] Blue.' (finish reason stop)" in page and "ok" in page
+        assert server.count == 1 and server.requests[0].body["max_tokens"] == 512
+        page = servers_part(judge=endpoint | {"base_urls": [server.url]})
+        assert "problem" in page and "no verdict" in page
+    with MisbehavingServer(then=Say("Same. <answer>1</answer>")) as server:
+        assert "read as verdict 1" in servers_part(judge=endpoint | {"base_urls": [server.url]})
+    with MisbehavingServer(then=Say("", finish_reason="length")) as server:
+        page = servers_part(teacher=endpoint | {"name": "big", "base_urls": [server.url]})
+        assert "warning" in page and "finish reason length" in page and "collect.max_completion_length" in page
+    with MisbehavingServer(then=Status(400, "Unrecognized request argument supplied: seed")) as server:
+        page = servers_part(teacher=endpoint | {"name": "big", "base_urls": [server.url]})
+        assert "omit: [seed] for teacher big" in page
 
 
 def test_text_only_checkpoints_cannot_be_students(tmp_path: Path) -> None:

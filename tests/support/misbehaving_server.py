@@ -28,6 +28,7 @@ class Request:
     body: dict[str, Any]
     headers: dict[str, str]
     arrived: float
+    path: str = ""
 
     @property
     def text(self) -> str:
@@ -123,7 +124,11 @@ class MisbehavingServer:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with server._lock:
                     request = Request(
-                        len(server.requests), body, {k.lower(): v for k, v in self.headers.items()}, time.monotonic()
+                        len(server.requests),
+                        body,
+                        {k.lower(): v for k, v in self.headers.items()},
+                        time.monotonic(),
+                        self.path,
                     )
                     server.requests.append(request)
                     act = server.script.pop(0) if server.script else server.then

@@ -62,6 +62,7 @@ def cells(evaluations: Sequence[Evaluation], max_groups: int | None = None) -> t
 
 def rich_table(evaluations: Sequence[Evaluation], width: int = 120) -> Table:
     """Return a table for a terminal of ``width`` characters. Groups have separate columns only if all of them fit."""
+    from rich.markup import escape
     from rich.table import Table
 
     header, rows = cells(evaluations, MANY_GROUPS)
@@ -71,9 +72,9 @@ def rich_table(evaluations: Sequence[Evaluation], width: int = 120) -> Table:
         if len(narrow) < len(header):
             header, table.caption = narrow, "each group's score is in eval/table.md"
     for number, name in enumerate(header):
-        table.add_column(name, justify="left" if number == 0 else "right", no_wrap=number < 3)
+        table.add_column(escape(name), justify="left" if number == 0 else "right", no_wrap=number < 3)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     return table
 
 

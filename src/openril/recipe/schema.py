@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -158,6 +158,10 @@ class StudentConfig(Section):
     """Low-rank adapters instead of full training."""
 
 
+RequestField = Literal["temperature", "top_p", "seed", "top_k", "repetition_penalty"]
+OMITTABLE: tuple[str, ...] = get_args(RequestField)
+
+
 class EndpointConfig(Section):
     """An OpenAI-compatible server or a local checkpoint. Set exactly one of `base_urls` and `model_path`."""
 
@@ -180,6 +184,11 @@ class EndpointConfig(Section):
     extra_body: dict[str, str | int | float | bool] = Field(default_factory=dict)
     """Additional fields of the request, for instance {chat_template_kwargs: {enable_thinking: false}}. Nested fields are
     stored as JSON text, and are written as JSON text on the command line."""
+    length_field: str = "max_tokens"
+    """Name of the request field that limits the length of an answer. Reasoning models of OpenAI expect
+    max_completion_tokens. Empty sends no limit."""
+    omit: list[RequestField] = Field(default_factory=list)
+    """Request fields that are not sent, for servers that refuse them, for instance [seed] or [temperature, top_p]."""
     trust_remote_code: bool = False
     """Run code that comes with a local checkpoint. Use it only for publishers you trust."""
 
@@ -216,6 +225,10 @@ class CollectConfig(Section):
     """How teacher and student responses are sampled."""
     judge_responses: bool = False
     """Judge the collected responses at once, for instance for rejection sampling."""
+    max_refused_share: Share = 0.1
+    """Largest share of a source's responses that its server may refuse, for instance by a content filter. They are kept
+    as refusals, empty and marked. Above the share the stage stops and names the questions. One question may always be
+    refused."""
     questions_per_batch: PositiveInt = 8
     """Number of questions a local model answers at a time."""
     shard_size: PositiveInt = 8192

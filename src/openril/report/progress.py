@@ -82,6 +82,11 @@ def rate_text(per_second: float) -> str:
     return f"{value:,.0f}/{unit}" if value >= 10 else f"{value:.1f}/{unit}"
 
 
+def say(console: Console, text: str) -> None:
+    """Print a line as it is: a path or an id may hold [brackets], which rich would take for markup."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 @dataclass
 class _Bar:
     """The state of one named piece of work. marks: (seconds, done) at most once a second, the oldest first."""
@@ -209,7 +214,7 @@ class ProgressDisplay:
             self.console.print(Text(f"warning: {message}", style="yellow"), soft_wrap=True)
 
     def _print(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        say(self.console, text)
 
     def __enter__(self) -> ProgressDisplay:
         if self.enabled and self.console.is_terminal:
@@ -231,4 +236,4 @@ def _below(details: Sequence[tuple[str, str]]) -> Text:
     return text
 
 
-__all__ = ["ProgressDisplay", "duration", "figures", "rate_text", "time_parts"]
+__all__ = ["ProgressDisplay", "duration", "figures", "rate_text", "say", "time_parts"]

@@ -39,8 +39,7 @@ def request_settings(recipe: Recipe, teacher: TeacherConfig) -> dict[str, Any]:
     """Return the fields of every request to this teacher. Only the seed differs between requests."""
     sampling = recipe.collect.sampling
     settings: dict[str, Any] = {"temperature": sampling.temperature, "top_p": sampling.top_p}
-    if "max_completion_tokens" not in teacher.extra_body:
-        settings["max_tokens"] = recipe.collect.max_completion_length
+    settings["max_tokens"] = recipe.collect.max_completion_length  # the client knows the field's name
     if teacher.send_vllm_fields:
         settings["extra_body"] = {
             "top_k": sampling.top_k or -1,  # vLLM's value for no limit

@@ -52,11 +52,15 @@ class Collected:
     """Responses that this process wrote. ``cut`` at the length limit, ``empty`` and ``refused`` ones are among them."""
     cut: int = 0
     empty: int = 0
+    thoughts_only: int = 0
+    """How many of the empty ones came with thoughts, which servers of reasoning models send separately."""
     refused: int = 0
     failed: int = 0
     """Responses that could not be obtained."""
+    advice: str = ""
+    """What to change if the server refused too many."""
     causes: dict[str, tuple[int, list[str]]] = field(default_factory=dict)
-    """Number of failed responses by cause, each with the first question ids."""
+    """Number of failed (or refused and kept) responses by cause, each with the first question ids."""
 
     def count(self, response: Response) -> None:
         self.new += 1
@@ -66,6 +70,9 @@ class Collected:
 
     def fail(self, question_id: str, cause: str, responses: int = 1) -> None:
         self.failed += responses
+        self.note(question_id, cause, responses)
+
+    def note(self, question_id: str, cause: str, responses: int = 1) -> None:
         if cause not in self.causes and len(self.causes) >= 20:
             cause = "further causes"
         number, examples = self.causes.get(cause, (0, []))
@@ -77,6 +84,17 @@ class Collected:
         """Return one line per cause."""
         ranked = sorted(self.causes.items(), key=lambda item: -item[1][0])
         return "\n".join(f"  {n} x {cause} (questions {', '.join(ids)}, ...)" for cause, (n, ids) in ranked)
+
+    def empty_report(self) -> str:
+        """Return a warning if most of the new responses are empty, or ""."""
+        if self.empty <= self.new / 2:
+            return ""
+        thoughts = f", {self.thoughts_only} of them because the model used all tokens for its thoughts"
+        return (
+            f"{self.source}: {self.empty} of {self.new} responses are empty{thoughts * bool(self.thoughts_only)}. Raise"
+            " collect.max_completion_length, or turn thinking off (for vLLM: extra_body: {chat_template_kwargs:"
+            " {enable_thinking: false}}), then run `ril collect RECIPE --recollect`"
+        )
 
 
 def collect(
@@ -232,6 +250,7 @@ class _Served(_Collection):
 
     def __post_init__(self) -> None:
         self.settings = request_settings(self.recipe, self.teacher)
+        self.refused: list[tuple[Question, int, str]] = []
         self.stop = asyncio.Event()
 
     async def run(self) -> None:
@@ -251,7 +270,7 @@ class _Served(_Collection):
                         running.remove(task)
                         task.result()
                 elif self.queue.finished:
-                    return
+                    return self.settle_refused()
                 else:
                     self.note_waiting()
                     await asyncio.sleep(POLL)
@@ -285,14 +304,23 @@ class _Served(_Collection):
         try:
             seed = response_seed(self.recipe.seed, source, question.id, index)
             completion = await self.client.chat(messages, seed=seed, **self.settings)
+            if completion.finish_reason == "content_filter" and not completion.text.strip():
+                self.refused.append((question, index, f"{self.client.what}: finish reason content_filter"))
+                return
             response = Response(question.id, source, index, completion.text, completion.finish_reason)
             self.keep(question, response)
+            self.result.thoughts_only += bool(completion.reasoning and not completion.text.strip())
             self.failures_in_a_row = 0
         except EndpointError as e:
-            self.result.fail(question.id, str(e))
+            if isinstance(e, RequestRefusedError) and not e.concerns_every_request:
+                self.refused.append((question, index, str(e)))
+                if self.result.new or self.result.already:
+                    return  # the server answers others
+            else:
+                self.result.fail(question.id, str(e))
             self.failures_in_a_row += 1
-            if isinstance(e, RequestRefusedError) and (e.concerns_every_request or self.fix(e)):
-                self.end(EndpointError(f"{e}{self.fix(e)}"))
+            if isinstance(e, RequestRefusedError) and e.concerns_every_request:
+                self.end(e)
             elif self.failures_in_a_row >= max(20, 2 * self.teacher.concurrency):
                 self.end(EndpointError(f"{e}. Stopped after {self.failures_in_a_row} failures in a row"))
         except Exception as e:  # run() raises it
@@ -306,22 +334,22 @@ class _Served(_Collection):
         self.fatal = self.fatal or error
         self.stop.set()
 
-    def fix(self, error: RequestRefusedError) -> str:
-        """Return the setting to change if the server does not know a field that it was sent, or "" for other errors."""
-        message = str(error)
-        if error.status not in (400, 422):
-            return ""
-        if self.teacher.send_vllm_fields and ("top_k" in message or "repetition_penalty" in message):
-            return (
-                f". This API accepts only OpenAI's fields: set send_vllm_fields: false for teacher {self.result.source}"
+    def settle_refused(self) -> None:
+        """Keep the refused responses if they are few, empty and with the finish reason "content_filter"."""
+        result, share = self.result, self.recipe.collect.max_refused_share
+        few = len(self.refused) <= max(self.recipe.collect.num_responses, share * result.total)
+        for question, index, cause in self.refused:
+            if few:
+                self.keep(question, Response(question.id, result.source, index, "", "content_filter"))
+                result.note(question.id, cause)
+            else:
+                result.fail(question.id, cause)
+        if self.refused and not few:
+            result.advice = (
+                f"collect.max_refused_share: expected at most {share:g}, but {len(self.refused)} of {result.total}"
+                " responses were refused. Remove these questions, or raise it."
             )
-        if "max_tokens" in self.settings and "max_completion_tokens" in message:
-            length = self.recipe.collect.max_completion_length
-            return (
-                f". Set extra_body: {{max_completion_tokens: {length}}} for teacher {self.result.source}; it is then "
-                "sent instead of max_tokens"
-            )
-        return ""
+        self.show()
 
 
 def take_batch(queue: WorkQueue, size: int) -> list[Work]:

@@ -55,6 +55,7 @@ def source_entry(recipe: Recipe, teacher: TeacherConfig | None) -> dict[str, Any
         return {"model": teacher.model_path, "revision": revision, "sampling": sampling}
     if not teacher.send_vllm_fields:
         sampling |= {"top_k": None, "repetition_penalty": None}
+    sampling |= dict.fromkeys(teacher.omit) | ({} if teacher.length_field else {"max_completion_length": None})
     if teacher.extra_body:
         sampling["extra_body"] = dict(teacher.extra_body)
     return {"model": teacher.model, "revision": teacher.revision, "sampling": sampling}

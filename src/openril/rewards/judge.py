@@ -11,14 +11,22 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from openril.endpoints import ChatClient
+from openril.endpoints import ChatClient, Completion
 from openril.errors import EndpointError, RecipeError
 from openril.recipe.schema import JudgeConfig, Recipe
 from openril.rewards.degenerate import is_repetitive
-from openril.rewards.judge_prompt import Prompt, read_verdict
+from openril.rewards.judge_prompt import Prompt, read_reply
 from openril.rewards.judge_protocol import Judge, Pending, Settle, Verdict, judge_identity
 from openril.rewards.verdict_store import VerdictStore, digest, open_verdict_store, verdict_key
 from openril.storage import stable_hash
+
+
+def judge_request_settings(settings: JudgeConfig, seed: int) -> dict[str, Any]:
+    """Return the fields of a request to a served judge."""
+    fields: dict[str, Any] = {"max_tokens": settings.max_tokens, "temperature": settings.temperature}
+    if settings.temperature > 0:
+        fields["seed"] = seed  # greedy decoding needs none, and some servers refuse the field
+    return fields
 
 
 class EndpointJudge:
@@ -30,11 +38,8 @@ class EndpointJudge:
         self.name = settings.model + (f"@{settings.revision}" if settings.revision else "")
         self.identity = judge_identity(settings)
 
-    async def ask(self, messages: list[dict[str, str]], seed: int) -> str:
-        settings: dict[str, Any] = {"max_tokens": self.settings.max_tokens, "temperature": self.settings.temperature}
-        if self.settings.temperature > 0:
-            settings["seed"] = seed  # greedy decoding needs none, and some servers refuse the field
-        return (await self.client.chat(messages, **settings)).text
+    async def ask(self, messages: list[dict[str, str]], seed: int) -> Completion:
+        return await self.client.chat(messages, **judge_request_settings(self.settings, seed))
 
     def start(self, settle: Settle) -> Future[Verdict]:
         return self.client.loop_thread.submit(settle())
@@ -145,7 +150,7 @@ class JudgeService(KnownVerdicts):
 
     async def _ask(self, prompt: Prompt) -> tuple[Verdict, int]:
         """Return the verdict and the number of attempts it took."""
-        cause = reply = ""
+        cause, reply = "", Completion("", "stop", "")
         seed = digest(self.judge_model.name, prompt)
         attempts = 1 + self.settings.bad_verdict_retries
         for attempt in range(attempts):
@@ -153,13 +158,13 @@ class JudgeService(KnownVerdicts):
                 reply = await self.judge_model.ask(prompt.messages(attempt), stable_hash(seed, attempt) % 2**31)
             except EndpointError as e:  # the client has already retried
                 return Verdict(None, cause=str(e), asked=True), attempt + 1
-            read = read_verdict(reply)
+            read = read_reply(reply, self.settings.max_tokens)
             if isinstance(read, tuple):
                 return Verdict(*read, asked=True), attempt + 1
             cause = f"unreadable verdict: {read}"
         if attempts > 1:
             cause += f" ({attempts} attempts)"
-        return Verdict(None, reply, cause, asked=True), attempts
+        return Verdict(None, reply.text, cause, asked=True), attempts
 
     def close(self) -> None:
         self.judge_model.close()

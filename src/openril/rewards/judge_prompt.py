@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 
 from openril.data.sanitize import strip_disguised_tags
+from openril.endpoints import Completion
 
 PROMPT_VERSION = "1"
 """Part of every verdict's key. Change it together with anything here that could change a verdict."""
@@ -54,7 +55,16 @@ _END_MARKS = r"(?:<\|[a-z_]{1,30}\|>|</s>|<eos>|<end_of_turn>)"
 _SPACED_TAG = r"<\s*{slash}\s*answer\s*>"
 _OPEN_TAG = re.compile(_SPACED_TAG.format(slash=""), re.I)
 _CLOSE_TAG = re.compile(_SPACED_TAG.format(slash="/"), re.I)
-_VERDICT = re.compile(rf"<\s*answer\s*>\s*([01])\s*<\s*/\s*answer\s*>\s*\.?\s*(?:{_END_MARKS}\s*)*\Z", re.I)
+_MARKS = r"[\s*_`~]*"  # of Markdown
+_VERDICT = re.compile(
+    rf"[*_`~]*<\s*answer\s*>{_MARKS}([01]){_MARKS}<\s*/\s*answer\s*>{_MARKS}\.?{_MARKS}(?:{_END_MARKS}\s*)*\Z", re.I
+)
+_FENCE = re.compile(r"(?:```|~~~)\w*\s*\Z")
+_THOUGHT_TAG = (
+    r"<\s*{slash}\s*(?:seed:)?(?:think|thinking|thought|thoughts|reasoning)\s*>|\[{slash}THINK\]|◁{slash}think▷"
+)
+_THOUGHT_START = re.compile(rf"\s*(?:{_THOUGHT_TAG.format(slash='')})", re.I)
+_THOUGHT_END = re.compile(_THOUGHT_TAG.format(slash="/"), re.I)
 
 
 def clean(text: str) -> str:
@@ -93,22 +103,46 @@ class Prompt:
         return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": user}]
 
 
-def read_verdict(text: str) -> tuple[float, str] | str:
+def read_reply(reply: Completion, max_tokens: int) -> tuple[float, str] | str:
+    """Return (score, explanation) of a judge's reply, or the reason why it cannot be read, with the setting to change."""
+    read = read_verdict(reply.text, reply.reasoning)
+    if isinstance(read, tuple):
+        return read
+    if reply.finish_reason == "length":
+        return (
+            f"the reply was cut at judge.max_tokens {max_tokens} (finish reason length). Raise judge.max_tokens, or turn the"
+            " judge's thinking off"
+        )
+    if not reply.text.strip() and reply.reasoning:
+        read = "the reply holds thoughts (reasoning_content) but no answer. Turn the judge's thinking off"
+    return f"{read} (finish reason {reply.finish_reason})"
+
+
+def read_verdict(text: str, reasoning: str = "") -> tuple[float, str] | str:
     """Return (score, explanation) of a judge's reply, or the reason why it cannot be read.
 
-    The reply must end with ``<answer>0</answer>`` or ``<answer>1</answer>`` (white space, a full stop and end-of-turn
-    marks may follow), contain exactly one pair of answer tags, and have an explanation before them. The leading
-    ``<think>`` block of a reasoning model is skipped.
+    The reply must end with ``<answer>0</answer>`` or ``<answer>1</answer>`` (white space, Markdown marks, a full stop and
+    end-of-turn marks may follow), contain exactly one pair of answer tags, and have an explanation before them. The thoughts
+    of a reasoning model, all that precedes the last ``</think>``, are skipped. They are the explanation if there is none.
+
+    Args:
+        reasoning: Thoughts that came separately.
     """
-    thought = re.match(r"\s*<think>(.*?)</think>", text, re.S)
-    reply = text[thought.end() :] if thought else text
+    reply, thoughts = text, reasoning
+    if ends := list(_THOUGHT_END.finditer(text)):
+        thoughts, reply = text[: ends[-1].start()], text[ends[-1].end() :]
+        thoughts = _THOUGHT_START.sub("", thoughts, count=1)
+    elif _THOUGHT_START.match(text):
+        return "the reply ends inside its thoughts. Raise judge.max_tokens, or turn the judge's thinking off"
     opened, closed = len(_OPEN_TAG.findall(reply)), len(_CLOSE_TAG.findall(reply))
     if (opened, closed) != (1, 1):
         return f"the reply has {opened} opening and {closed} closing answer tags instead of one pair"
     verdict = _VERDICT.search(reply)
     if verdict is None:
         return "the reply does not end with 0 or 1 in answer tags"
-    explanation = reply[: verdict.start()].strip() or (thought[1].strip() if thought else "")
+    explanation = _FENCE.sub("", reply[: verdict.start()]).strip()
+    if not any(c.isalnum() for c in explanation):
+        explanation = thoughts.strip()
     if not any(c.isalnum() for c in explanation):
         return "the reply has no explanation before its score"
     return float(verdict[1]), explanation

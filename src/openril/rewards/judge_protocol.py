@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from openril.endpoints import Completion
 from openril.recipe.schema import JudgeConfig
 from openril.storage import weights_fingerprint
 
@@ -51,7 +52,7 @@ class Judge(Protocol):
     identity: dict[str, Any]
     """Everything about the judge that its verdicts depend on, as plain data. It is part of every verdict's key."""
 
-    async def ask(self, messages: list[dict[str, str]], seed: int) -> str:
+    async def ask(self, messages: list[dict[str, str]], seed: int) -> Completion:
         """Return the model's reply, whatever it is. Raises EndpointError if the model cannot be reached."""
         ...
 
@@ -70,7 +71,15 @@ def judge_identity(settings: JudgeConfig) -> dict[str, Any]:
     """
     generation = {"max_tokens": settings.max_tokens, "temperature": settings.temperature}
     if settings.base_urls:
-        served = {"model": settings.model, "revision": settings.revision, "extra_body": dict(settings.extra_body)}
+        served: dict[str, Any] = {
+            "model": settings.model,
+            "revision": settings.revision,
+            "extra_body": dict(settings.extra_body),
+        }
+        if settings.omit:
+            served["omit"] = sorted(settings.omit)
+        if not settings.length_field:
+            served["length_field"] = ""
         return served | generation
     if settings.model_path and (weights := weights_fingerprint(Path(settings.model_path))):
         return {"weights": weights, **generation}

@@ -10,7 +10,7 @@ import torch
 from jinja2 import TemplateError
 
 from openril.data.sanitize import special_tokens, strip_special
-from openril.endpoints import EventLoopThread
+from openril.endpoints import Completion, EventLoopThread
 from openril.errors import ModelError
 from openril.hf import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -63,7 +63,7 @@ class LocalJudge:
         self._special = special_tokens(self.tokenizer)
         self._decoder = self._make_decoder(vision) if settings.batch_size > 1 else None
         self._waiting: list[_Later] = []
-        self._asked: list[tuple[list[dict[str, str]], asyncio.Future[str]]] = []
+        self._asked: list[tuple[list[dict[str, str]], asyncio.Future[Completion]]] = []
         self._loop = EventLoopThread()
 
     def _make_decoder(self, vision: bool) -> GreedyDecoder:
@@ -78,12 +78,12 @@ class LocalJudge:
         except ModelError as e:
             raise ModelError(f"judge.batch_size: {e}. Set it to 1.") from e
 
-    async def ask(self, messages: list[dict[str, str]], seed: int) -> str:
+    async def ask(self, messages: list[dict[str, str]], seed: int) -> Completion:
         if self._decoder is not None:
             loop = asyncio.get_running_loop()
             if not self._asked:
                 loop.call_soon(self._answer)  # runs after every coroutine that is about to ask
-            future: asyncio.Future[str] = loop.create_future()
+            future: asyncio.Future[Completion] = loop.create_future()
             self._asked.append((messages, future))
             return await future
         ids = self.tokenizer(self.render(messages), add_special_tokens=False, return_tensors="pt")["input_ids"]
@@ -100,14 +100,18 @@ class LocalJudge:
             torch.manual_seed(seed)
             ids = ids.to(self.device)
             out = self.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=generation)
-        return str(self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+        return self._completion(str(self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)))
+
+    def _completion(self, text: str) -> Completion:
+        cut = len(self.tokenizer(text, add_special_tokens=False)["input_ids"]) >= self.settings.max_tokens
+        return Completion(text, "length" if cut else "stop", self.name)
 
     def _answer(self) -> None:
         """Reply to all prompts that have been asked so far."""
         assert self._decoder is not None
         asked, self._asked = self._asked, []
         try:
-            by_system: dict[str, list[tuple[str, asyncio.Future[str]]]] = {}
+            by_system: dict[str, list[tuple[str, asyncio.Future[Completion]]]] = {}
             for messages, future in asked:
                 by_system.setdefault(messages[0]["content"], []).append((self.render(messages), future))
             for system, members in by_system.items():
@@ -117,7 +121,7 @@ class LocalJudge:
                 )
                 for (_, future), reply in zip(members, replies, strict=True):
                     if not future.done():
-                        future.set_result(reply)
+                        future.set_result(self._completion(reply))
         except Exception as e:  # each waiting coroutine raises it
             for _, future in asked:
                 if not future.done():

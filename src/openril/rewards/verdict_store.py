@@ -163,5 +163,5 @@ class UnknownBudget:
         first = "\n".join(f"  {count} x {cause}" for cause, count in Counter(causes).most_common(3))
         raise JudgeError(
             f"judge.max_unknown_share: expected at most {self.max_unknown_share:g}, but {unknown} of {required} verdicts"
-            f" are unknown:\n{first}\nStart the judge, then run the same command: it continues."
+            f" are unknown:\n{first}\nCorrect this, then run the same command: it continues."
         )

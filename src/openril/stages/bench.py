@@ -112,7 +112,7 @@ def run_bench(arguments: Sequence[str], console: Console) -> dict[str, Any]:
     print_summary(console, figures)
     if flags.json is not None:
         write_json(flags.json, figures)
-        console.print(f"bench: the figures are in {flags.json}", highlight=False)
+        console.print(f"bench: the figures are in {flags.json}", highlight=False, markup=False)
     return figures
 
 

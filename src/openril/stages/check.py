@@ -10,18 +10,22 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 
 from openril.data.preflight import CountTokens, Report, preflight
-from openril.endpoints import ChatClient
-from openril.errors import ModelError, OpenRILError
+from openril.endpoints import ChatClient, Completion
+from openril.errors import EndpointError, ModelError, OpenRILError
 from openril.models import memory_estimate as estimate
 from openril.models.loading import load_config, load_processor
 from openril.models.prompt_lengths import TokenCounter
 from openril.recipe.checks import cross_check
-from openril.recipe.schema import EndpointConfig, Recipe
+from openril.recipe.schema import EndpointConfig, JudgeConfig, Recipe, TeacherConfig
+from openril.responses.chat_requests import request_settings
+from openril.rewards.judge import judge_request_settings
+from openril.rewards.judge_prompt import Prompt, read_reply
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 _PROBE_SECONDS = 60.0
+_QUESTION = "What color is a clear sky at noon? Answer in one word."
 
 
 class _Page:
@@ -53,8 +57,8 @@ class _Page:
 def run_check(recipe: Recipe, console: Console, world_size: int | None = None) -> int:
     """Check settings, data, models, servers, memory and disk for ``ril run``, and return 0 if the run can start, else 2.
 
-    Nothing is trained or written, and no server is asked for an answer. world_size: the number of planned training
-    processes; by default that of the launcher ($WORLD_SIZE), else 1.
+    Nothing is trained or written, and each server is asked for one short answer. world_size: the number of planned
+    training processes; by default that of the launcher ($WORLD_SIZE), else 1.
     """
     world_size = int(os.environ.get("WORLD_SIZE") or 1) if world_size is None else world_size
     page = _Page(console)
@@ -210,6 +214,7 @@ def _check_data(recipe: Recipe, which: Any, count_tokens: CountTokens | None, pa
 
 
 def _check_servers(recipe: Recipe, page: _Page) -> None:
+    """Ask every server for one short completion, with the settings of the run."""
     asked = [(what, endpoint) for what, endpoint in _endpoints(recipe) if endpoint.base_urls]
     if not asked:
         page.good("the run uses none")
@@ -219,16 +224,47 @@ def _check_servers(recipe: Recipe, page: _Page) -> None:
         except OpenRILError as e:
             page.error(str(e))
             continue
+        messages: list[dict[str, Any]] = [{"role": "user", "content": _QUESTION}]
+        if isinstance(endpoint, JudgeConfig):
+            messages = [*Prompt(_QUESTION, "Blue", "It is blue.").messages()]
+            settings = judge_request_settings(endpoint, seed=0)
+        else:
+            assert isinstance(endpoint, TeacherConfig)
+            settings = {"seed": 0, **request_settings(recipe, endpoint)}
         try:
-            problems = client.loop_thread.submit(client.probe()).result(timeout=_PROBE_SECONDS)
-        except TimeoutError:
-            problems = [f"{what}: the servers did not list their models within {_PROBE_SECONDS:g} s. Are they running?"]
+            answers = client.loop_thread.submit(client.probe(messages, **settings)).result(timeout=_PROBE_SECONDS)
+        except (TimeoutError, OpenRILError) as e:
+            page.error(str(e) or f"{what}: no answer within {_PROBE_SECONDS:g} s. Are the servers running?")
+            continue
         finally:
             client.close()
-        for problem in problems:
-            page.error(problem)
-        if not problems:
-            page.good(f"{what}: {endpoint.model} at {', '.join(endpoint.base_urls)}")
+        for url, answer in answers:
+            _report_answer(recipe, endpoint, f"{what}: {endpoint.model} at {url}", answer, page)
+
+
+def _report_answer(
+    recipe: Recipe, endpoint: EndpointConfig, where: str, answer: Completion | EndpointError, page: _Page
+) -> None:
+    if isinstance(answer, EndpointError):
+        page.error(str(answer))
+        return
+    text = " ".join(answer.text.split())
+    came = f"{text[:100]!r}{'...' if len(text) > 100 else ''} (finish reason {answer.finish_reason})"
+    if isinstance(endpoint, JudgeConfig):
+        read = read_reply(answer, endpoint.max_tokens)
+        if isinstance(read, str):
+            page.error(f"{where} answered {came}, which is no verdict: {read}")
+        else:
+            page.good(f"{where} answered {came}, read as verdict {read[0]:g}")
+    elif text:
+        page.good(f"{where} answered {came}")
+    else:
+        thoughts = f" and {len(answer.reasoning):,} characters of thoughts (reasoning_content)" * bool(answer.reasoning)
+        page.warn(
+            f"{where} answered with an empty text{thoughts} (finish reason {answer.finish_reason}). Raise"
+            f" collect.max_completion_length ({recipe.collect.max_completion_length}), or turn thinking off (for vLLM:"
+            " extra_body: {chat_template_kwargs: {enable_thinking: false}})"
+        )
 
 
 # Needs

@@ -11,7 +11,7 @@ from openril.errors import EndpointError
 from openril.recipe.checks import filters_overlong
 from openril.recipe.schema import Recipe
 from openril.records import STUDENT, Question
-from openril.report.progress import ProgressDisplay
+from openril.report.progress import ProgressDisplay, say
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -81,8 +81,13 @@ def run_collect(
             progress.note(
                 f"{name}: {result.total - result.failed} of {result.total} responses" + f" ({details})" * bool(details)
             )
+            if warning := result.empty_report():
+                display.warn(warning)
             if result.failed:
-                problems.append(f"{name}: {result.failed} responses are missing:\n{result.failure_report()}")
+                report = f"{result.failure_report()}\n{result.advice}".rstrip()
+                problems.append(f"{name}: {result.failed} responses are missing:\n{report}")
+            elif result.causes:
+                progress.note(f"{name}: refused and kept as empty responses:\n{result.failure_report()}")
     if problems:
         raise EndpointError("\n".join(problems) + "\nAll others are kept. The same command collects the missing ones.")
     if recipe.collect.judge_responses and int(os.environ.get("RANK", "0")) == 0:  # processes share only the collecting
@@ -111,7 +116,7 @@ def drop_unfitting(
     changed = changed_keys(old, now, ignored=may_differ(old, now).__contains__)
     dropped = cache.discard(source) if changed else cache.discard_stale(questions, source)
     if dropped:
-        console.print(f"{source}: dropped {dropped} responses that no longer fit", highlight=False)
+        say(console, f"{source}: dropped {dropped} responses that no longer fit")
 
 
 def judge_cached(
@@ -146,7 +151,7 @@ def judge_cached(
             if service is None:
                 service = JudgeService(recipe.judge, store)
                 if store.outdated or has_old_verdicts(cache.folder):
-                    console.print(OUTDATED, highlight=False)
+                    say(console, OUTDATED)
             answers = score_answers(missing, kind, rule, service, [True] * len(missing))
             judged += len(missing)
             unknown += sum(answer.score is None for answer in answers)
@@ -154,7 +159,7 @@ def judge_cached(
         if service is not None:
             service.close()
     note = f", of which {unknown} verdicts are unknown (the same command asks again)" if unknown else ""
-    console.print(f"judged {judged} of {total} responses{note}; the others were known", highlight=False)
+    say(console, f"judged {judged} of {total} responses{note}; the others were known")
 
 
 def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
@@ -179,4 +184,4 @@ class _SourceBars:
         self.display.show(source, done, self.totals[source], state=", ".join(parts))
 
     def note(self, message: str) -> None:
-        self.display.console.print(message, highlight=False, markup=False)
+        say(self.display.console, message)

@@ -12,7 +12,7 @@ from openril.recipe.checks import require
 from openril.recipe.loading import save_recipe
 from openril.recipe.schema import Recipe
 from openril.records import STUDENT
-from openril.report.progress import ProgressDisplay
+from openril.report.progress import ProgressDisplay, say
 from openril.responses.cache import ResponseCache
 from openril.stages.questions import training_questions
 from openril.storage import write_json
@@ -38,7 +38,7 @@ def run_discriminator(recipe: Recipe, console: Console) -> Path:
     target = recipe.discriminator_path
     if target.is_dir():
         check_pretrained(recipe)
-        console.print(f"discriminator: already pre-trained in {target}")
+        say(console, f"discriminator: already pre-trained in {target}")
         return target
     accelerator = make_accelerator(recipe)
     refuse_sharding(accelerator)
@@ -105,7 +105,7 @@ def run_discriminator(recipe: Recipe, console: Console) -> Path:
             text = f"held-out accuracy {held_out['accuracy']:.3f} on {int(held_out['questions'])} questions"
             if "length_only_accuracy" in held_out:
                 text += f" (length alone: {held_out['length_only_accuracy']:.3f})"
-            console.print(f"discriminator: {text}")
+            say(console, f"discriminator: {text}")
         write_json(pretraining_settings_file(recipe), pretraining_settings(recipe))
     saver.write_discriminator(target)
     accelerator.wait_for_everyone()

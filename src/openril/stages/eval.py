@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from openril._version import __version__
 from openril.errors import ModelError
 from openril.recipe.schema import Recipe
+from openril.report.progress import ProgressDisplay, say
 from openril.storage import read_jsonl, stable_hash, weights_fingerprint, write_json, write_text
 
 if TYPE_CHECKING:
@@ -61,7 +62,6 @@ def run_eval(
     from openril.evaluation.summary import TOO_LONG
     from openril.evaluation.table import markdown_table, rich_table, table_data
     from openril.recipe.checks import require
-    from openril.report.progress import ProgressDisplay
     from openril.rewards.judge import build_judge_service
     from openril.rewards.verdict_store import OUTDATED
 
@@ -80,7 +80,7 @@ def run_eval(
                 if judge is None and recipe.eval.score != "rules":
                     judge = build_judge_service(recipe, "eval")
                     if judge.store.outdated:
-                        console.print(f"eval: {OUTDATED}")
+                        say(console, f"eval: {OUTDATED}")
                 with ProgressDisplay(console, f"eval {target.name}") as progress:
                     done = _evaluate(
                         recipe, target, questions, settings, identity, judge, progress.report, make_sampler or _load

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from openril.recipe.checks import collects_all, filters_overlong, require
 from openril.recipe.schema import Recipe
+from openril.report.progress import say
 from openril.training.distributed import one_process, release_memory
 
 
@@ -42,5 +43,5 @@ def run_all(recipe: Recipe, console: Console) -> int:
         function(recipe, console)
         release_memory()
     console.rule("done")
-    console.print(f"all results of this run are in {recipe.run_path}")
+    say(console, f"all results of this run are in {recipe.run_path}")
     return 0

@@ -29,7 +29,7 @@ from openril.models.prompt_lengths import LeftOut
 from openril.recipe.checks import collects_all, filters_overlong, require
 from openril.recipe.schema import Recipe
 from openril.records import STUDENT, Question, Response
-from openril.report.progress import ProgressDisplay
+from openril.report.progress import ProgressDisplay, say
 from openril.responses.cache import ResponseCache
 from openril.stages.questions import chosen_of, provisional_file, selection_file, selection_folder
 from openril.storage import append_jsonl, iterate_jsonl, refuse_changed, stable_hash, weights_fingerprint, write_json
@@ -60,7 +60,7 @@ def run_select(recipe: Recipe, console: Console) -> Path:
         fix = f"remove {settings.parent}/*.json* (which keeps the scores) and run `ril select` again"
         refuse_changed(settings.parent, json.loads(settings.read_text()), made_with, fix=fix)
     if target.exists():
-        console.print(f"select: already done, the questions are in {target}")
+        say(console, f"select: already done, the questions are in {target}")
         return target
     require(recipe, "select")
     two_parts = filters_overlong(recipe)
@@ -72,18 +72,18 @@ def run_select(recipe: Recipe, console: Console) -> Path:
             return path
         write_json(settings, made_with)
         write_selection(path, selection)
-        console.print(f"select: {len(selection.ids)} of {len(questions)} questions, written to {path}")
+        say(console, f"select: {len(selection.ids)} of {len(questions)} questions, written to {path}")
     elif rank == 0:
         _filter_overlong(recipe, chosen_of(provisional, read_questions(recipe.data, "train")), console)
     else:
         return target
     if target.exists():
-        console.print(f"select: done. Next: `ril {'collect' if collects_all(recipe) else 'train'}`", highlight=False)
+        say(console, f"select: done. Next: `ril {'collect' if collects_all(recipe) else 'train'}`")
         return target
-    console.print(
+    say(
+        console,
         "select: the choice is provisional. Next: `ril collect` asks the student these questions; then `ril select` leaves"
         " out the overlong ones",
-        highlight=False,
     )
     return provisional
 
@@ -106,7 +106,7 @@ def _choose_by_score(
         recipe, settings.reference
     )
     if sums:
-        console.print("select: the reference has another tokenizer, so sums over the answers are compared, not means")
+        say(console, "select: the reference has another tokenizer, so sums over the answers are compared, not means")
     logprobs: list[dict[str, float | None]] = []
     too_long: dict[str, str] = {}
     for folder in folders:
@@ -132,7 +132,7 @@ def _filter_overlong(recipe: Recipe, questions: Sequence[Question], console: Con
     cache = ResponseCache.create(recipe.cache_path)
     if missing := len(cache.missing(questions, STUDENT, number)):
         total = len(questions) * number
-        console.print(f"select: {missing} of {total} responses of the student are missing", highlight=False)
+        say(console, f"select: {missing} of {total} responses of the student are missing")
         return
     responses = cache.load(questions, [STUDENT], number, check_hashes=False)  # missing() has checked them
     overlong: dict[str, float] = {}
@@ -145,12 +145,12 @@ def _filter_overlong(recipe: Recipe, questions: Sequence[Question], console: Con
             student[row["id"]], reference[row["id"]] = row["student_logprob"], row["reference_logprob"]
     selection = select(questions, student, reference if settings.reference else None, overlong, settings, recipe.seed)
     write_selection(selection_file(recipe), selection)
-    console.print(f"select: {len(selection.ids)} of {len(questions)} questions, written to {selection_file(recipe)}")
+    say(console, f"select: {len(selection.ids)} of {len(questions)} questions, written to {selection_file(recipe)}")
     if len(selection.ids) < min(settings.num_questions, len(questions)):
-        console.print(
+        say(
+            console,
             f"select: fewer than data.selection.num_questions ({settings.num_questions}). To have more, raise"
             f" provisional_share, remove {provisional_file(recipe).parent}/*.json*, and run `ril select` again",
-            highlight=False,
         )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from openril.recipe.schema import Recipe
+from openril.report.progress import ProgressDisplay, say
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,14 +21,13 @@ def run_sft(recipe: Recipe, console: Console) -> Path:
     """
     target = recipe.sft_student_path
     if target.is_dir():
-        console.print(f"sft: already trained in {target}", highlight=False)
+        say(console, f"sft: already trained in {target}")
         return target
     # Imported here, so that a finished stage does not wait for these imports.
     from openril.data.reading import read_questions
     from openril.models.prompt_lengths import fitting_questions
     from openril.recipe.checks import require
     from openril.recipe.loading import save_recipe
-    from openril.report.progress import ProgressDisplay
     from openril.stages.questions import selected_questions
     from openril.training.sft import train_sft
     from openril.training.sft_examples import sft_examples
@@ -41,6 +41,6 @@ def run_sft(recipe: Recipe, console: Console) -> Path:
     examples = sft_examples(recipe, questions)
     if rank == 0:
         save_recipe(recipe, recipe.run_path / "recipe.yaml")
-        console.print(f"sft: {len(examples)} examples ({recipe.sft.targets})", highlight=False)
+        say(console, f"sft: {len(examples)} examples ({recipe.sft.targets})")
     with ProgressDisplay(console, "sft") as progress:
         return train_sft(recipe, examples, report=progress.report, warn=progress.warn)

@@ -19,7 +19,7 @@ from openril.recipe.loading import save_recipe
 from openril.recipe.schema import Recipe
 from openril.records import Question, Response
 from openril.report.curves import draw_curves
-from openril.report.progress import ProgressDisplay
+from openril.report.progress import ProgressDisplay, say
 from openril.responses.cache import ResponseCache
 from openril.responses.teacher_sampling import draw
 from openril.rewards.answers import score_answers
@@ -45,11 +45,11 @@ def run_train(recipe: Recipe, console: Console) -> Path:
     """
     folder = RunFolder(recipe.run_path)
     if _finished(recipe, folder):
-        console.print(f"train: already finished, the student is in {folder.student_path}")
+        say(console, f"train: already finished, the student is in {folder.student_path}")
         return folder.student_path
     with open_trainer(recipe, console) as trainer:
         if trainer.step_number and trainer.accelerator.is_main_process:
-            console.print(f"train: continuing after step {trainer.step_number}")
+            say(console, f"train: continuing after step {trainer.step_number}")
         with ProgressDisplay(console, "train") as progress:
             trainer.report, trainer.warn = progress.report, progress.warn
             try:
@@ -60,7 +60,7 @@ def run_train(recipe: Recipe, console: Console) -> Path:
         trainer.write_student(folder.student_path, torch_dtype(recipe.student.dtype))
         if trainer.accelerator.is_main_process:
             write_json(folder.path / "finished.json", {"step": trainer.step_number})
-            console.print(f"train: the student is in {folder.student_path}")
+            say(console, f"train: the student is in {folder.student_path}")
         trainer.accelerator.wait_for_everyone()
     return folder.student_path
 
@@ -75,7 +75,7 @@ def open_trainer(recipe: Recipe, console: Console | None = None) -> Iterator[RIL
 
     def warn(message: object) -> None:
         if console is not None and accelerator.is_main_process:
-            console.print(f"train: {message}")
+            say(console, f"train: {message}")
 
     for warning in require(recipe, "train", accelerator.num_processes):
         warn(warning)
@@ -92,7 +92,7 @@ def open_trainer(recipe: Recipe, console: Console | None = None) -> Iterator[RIL
     if recipe.answer_kind in ("judge", "rules_then_judge") or (evaluates and recipe.eval.score != "rules"):
         judge = build_judge_service(recipe, f"rank{accelerator.process_index}")
         if judge.store.outdated and console is not None and accelerator.is_main_process:
-            console.print(f"train: {OUTDATED}")
+            say(console, f"train: {OUTDATED}")
     try:
         rewards = RewardSystem(recipe, judge, gather=gather_object if accelerator.num_processes > 1 else None)
         folder = RunFolder(recipe.run_path)
