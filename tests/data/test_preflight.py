@@ -15,6 +15,7 @@ from rich.console import Console
 from openril.data.preflight import Quantiles, Report, preflight
 from openril.recipe.schema import DataConfig
 from openril.records import Question
+from openril.rewards.answers import truth_problem
 
 
 def image(folder: Path, name: str, size: tuple[int, int] = (8, 6), color: int = 0) -> str:
@@ -150,3 +151,16 @@ def test_report_prints_and_becomes_json(tmp_path: Path) -> None:
 def test_quantiles() -> None:
     assert Quantiles.of(range(101)) == Quantiles(0, 50, 95, 100, 5050)
     assert Quantiles.of([]) == Quantiles()
+
+
+def test_answers_that_the_rule_cannot_read_back_are_named(tmp_path: Path) -> None:
+    rows = [
+        {"question": "a", "answer": "3 + 4 = 7\n#### 7"},
+        {"question": "b", "answer": "<answer>B</answer>", "choices": ["cat", "dog"]},
+        {"question": "c", "answer": "many", "rule": "number"},
+        {"question": "d", "answer": "red or blue", "rule": "contains"},
+        {"question": "e", "answer": "First line.\nSecond line that is the end"},
+    ]
+    report = run(tmp_path, *rows, truth_problem=truth_problem)
+    assert kinds(report) == [(line, "unreadable answer", "warning") for line in ("3", "5")]
+    assert "'many'" in report.problems[0].cause and "a sentence" in report.problems[1].cause

@@ -154,7 +154,8 @@ def test_rules_score_unparsed_0_and_count_it(tmp_path):
 def test_rules_then_judge_asks_only_where_rules_find_nothing(tmp_path):
     with MisbehavingServer(then=judge_says) as server:
         g = group("blue", f"{LONG}. It is red, I mean crimson", LONG, "red", probs=[0.9] * 4, answer="scarlet")
-        metrics = system_for(recipe_for(tmp_path, server, rewards__answer__kind="rules_then_judge")).score([g])
+        settings = {"rewards__answer__kind": "rules_then_judge", "rewards__answer__rule": "contains"}
+        metrics = system_for(recipe_for(tmp_path, server, **settings)).score([g])
         assert server.count == 2
     assert [r.verdict for r in g.rollouts] == [0.0, 1.0, 0.0, 0.0]
     assert (metrics["unparsed"], metrics["judge_asked"]) == (2.0, 2.0)

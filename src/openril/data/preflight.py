@@ -133,6 +133,7 @@ def preflight(
     *,
     answers_needed: bool = True,
     rule: str = "auto",
+    truth_problem: Callable[[Question, str], str] | None = None,
     threads: int = 4,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
@@ -142,6 +143,7 @@ def preflight(
         count_tokens: Counter of the student's processor; None skips lengths.
         answers_needed: Whether an empty answer is an error (judge and rules need an answer) or only a warning.
         rule: The recipe's answer rule, for questions that name none.
+        truth_problem: Function of a question and the recipe's rule that returns why the rule cannot read its answer, or "".
         progress: Called with (checked questions, all questions).
 
     Raises:
@@ -163,6 +165,8 @@ def preflight(
             opened.update(zip(new, results, strict=True))
             for q in batch:
                 found, sizes, digests = _check_question(q, opened, answers_needed, rule)
+                if truth_problem and q.answer and not found and (cause := truth_problem(q, rule)):
+                    found.append(RowProblem("unreadable answer", q.origin, q.id, cause, "warning"))
                 key = (q.question, q.choices, digests)
                 if None not in digests and (other := seen.setdefault(key, q)) is not q:
                     cause = f"same question and images as {other.id} at {other.origin}"
@@ -243,6 +247,7 @@ def _check_question(
 
 def _among(answer: str, choices: Sequence[str]) -> bool:
     """Return whether the answer is the text of a choice, its letter, or both as in "B. cat" or "(B) cat"."""
+    answer = re.sub(r"(?s).*(?:<answer>|\\boxed\{)(.*?)(?:</answer>|\}).*", r"\1", answer)
     if answer.strip().casefold() in {c.strip().casefold() for c in choices}:
         return True
     match = re.fullmatch(r"\(?([A-Za-z])\)?(?:[.:)]?\s*(.*))", answer.strip(), re.DOTALL)

@@ -118,6 +118,21 @@ def score_answers(
     return submit_answers(items, kind, rule, judge_service, shared).result()
 
 
+def truth_problem(question: Question, rule: str) -> str:
+    """Return why a rule does not give 1 to the ground truth restated in tags, a box and a sentence, or ""."""
+    truth = rules.read_truth(question.answer)
+    wordings = {"answer tags": "<answer>{}</answer>", "a box": "\\boxed{{{}}}", "a sentence": "The answer is {}."}
+    try:
+        failed = [
+            name
+            for name, wording in wordings.items()
+            if rules.score(question.rule or rule, question, wording.format(truth)) != 1.0
+        ]
+    except DataError as e:
+        return str(e)
+    return f"answer: the rule does not give 1 to {truth[:60]!r} in {' and in '.join(failed)}" if failed else ""
+
+
 def cached_answer_kind(recipe: Recipe) -> AnswerKind:
     """Return how cached responses are scored: as in training, and by the judge where training scores no answers."""
     kind: AnswerKind = recipe.rewards.answer.kind

@@ -6,28 +6,46 @@ import re
 import string
 
 from openril.records import Question
-from openril.rewards.extraction import CONCLUSION, HEDGE, NEGATION, normalize, plain, whole_words
+from openril.rewards.extraction import (
+    CONCLUSION,
+    HEDGE,
+    NEGATION,
+    REJECTION,
+    normalize,
+    plain,
+    read_truth,
+    whole_words,
+)
 
 
 def find_options(question: Question) -> list[str]:
     """Return the texts of the options, from the data or from lettered lines of the question."""
     if question.choices:
         return list(question.choices)
-    lettered = re.findall(r"^\s*\(?([A-Z])\s*[).:]\s*(\S.*?)\s*$", normalize(question.question), re.M)
-    texts = [text for _, text in lettered]
-    letters = "".join(letter for letter, _ in lettered)
-    return texts if len(texts) >= 2 and string.ascii_uppercase.startswith(letters) else []
+    text = normalize(question.question)
+    for form in (
+        r"^\s*\(?([A-Z])\s*[).:、]\s*(\S.*?)\s*$",
+        r"(?:(?<=\s)|(?<=^)|(?<=[?:.]))\(([A-Z])\)\s*(\S.*?)[,;]?(?=\s*\([A-Z]\)|\s*$)",
+        r"(?:(?<=\s)|(?<=^)|(?<=[?:]))([A-Z])[).:、]\s*(\S.*?)[,;]?(?=\s+[A-Z][).:、]|\s*$)",
+    ):
+        lettered = re.findall(form, text, re.M)
+        letters = "".join(letter for letter, _ in lettered)
+        if len(lettered) >= 2 and string.ascii_uppercase.startswith(letters):
+            return [option for _, option in lettered]
+    return []
 
 
 def truth_index(answer: str, options: list[str]) -> int | None:
     """Return the index of the option that the ground truth names, by its text or else by its letter."""
+    if len(options) and not any(plain(option) == plain(answer) for option in options):
+        answer = read_truth(answer)
     for i, option in enumerate(options):
         if plain(option) == plain(answer):
             return i
-    letter = re.fullmatch(r"\(?([A-Za-z])\s*[).:]?(?:\s+(.*))?", normalize(answer).strip())
+    letter = re.fullmatch(r"\(?([A-Za-z])\s*[).:、]?(?:\s+(.*)|(?<=[).:、])(\S.*))?", normalize(answer).strip())
     index = ord(letter[1].upper()) - ord("A") if letter else len(options)
-    fits = index < len(options) and letter and (not letter[2] or plain(letter[2]) == plain(options[index]))
-    return index if fits else None
+    text = letter and (letter[2] or letter[3])
+    return index if index < len(options) and (not text or plain(text) == plain(options[index])) else None
 
 
 _LEADING = re.compile(
@@ -59,7 +77,7 @@ def read_choice(text: str, options: list[str]) -> frozenset[int]:
         return letter if letter in within else ""
 
     leading = _LEADING.match(text)
-    if leading and (letter := letter_in(leading)):
+    if leading and not REJECTION.match(text, leading.end()) and (letter := letter_in(leading)):
         rest = text[leading.end() :]
         chosen = {letter}
         while more := re.match(rf"{HEDGE}(?:option\s+)?[(\[]?([{within}])(?![A-Za-z0-9'])[)\]]?", rest, re.I):
@@ -71,7 +89,9 @@ def read_choice(text: str, options: list[str]) -> frozenset[int]:
             chosen.add(within[texts.index(named)])
         return frozenset(within.index(c) for c in chosen)
     inside = {
-        letter for m in _INSIDE.finditer(text) if (letter := letter_in(m)) and not NEGATION.search(text[: m.start()])
+        letter
+        for m in _INSIDE.finditer(text)
+        if (letter := letter_in(m)) and not (NEGATION.search(text[: m.start()]) or REJECTION.match(text, m.end()))
     }
     if inside:
         return frozenset(within.index(c) for c in inside)

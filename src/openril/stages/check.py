@@ -187,6 +187,7 @@ def _check_data(recipe: Recipe, which: Any, count_tokens: CountTokens | None, pa
             page.warn("data.validation is empty, so training has no score and `ril eval` has no questions")
         return None
     from openril.report.progress import ProgressDisplay
+    from openril.rewards.answers import truth_problem
 
     needed = recipe.answer_kind != "none" or (recipe.sft.enabled and recipe.sft.targets == "answers")
     try:
@@ -197,6 +198,7 @@ def _check_data(recipe: Recipe, which: Any, count_tokens: CountTokens | None, pa
                 count_tokens,
                 answers_needed=needed,
                 rule=recipe.rewards.answer.rule,
+                truth_problem=truth_problem if recipe.answer_kind.startswith("rules") else None,
                 progress=lambda done, total: display.show(f"reading data.{which}", done, total),
             )
     except OpenRILError as e:
