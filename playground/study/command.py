@@ -8,8 +8,7 @@ from typing import Any
 
 from openril.errors import DataError, StateError
 from openril.report.progress import duration
-from openril.responses.files import Lock
-from openril.storage import refuse_changed, weights_fingerprint, write_json
+from openril.storage import Lock, refuse_changed, weights_fingerprint, write_json
 from playground.runner import Clock, Runner, exit_code
 from playground.study.jobs import MODEL_NAMES, Plan
 from playground.study.plan import CELLS, STUDENTS, TEACHERS, Settings

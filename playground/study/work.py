@@ -16,8 +16,7 @@ from typing import Any, Literal
 
 from openril.recipe.loading import load_recipe
 from openril.recipe.schema import Recipe
-from openril.responses.files import Lock
-from openril.storage import atomic_path, write_json
+from openril.storage import Lock, atomic_path, write_json
 from playground.runner import exit_code
 
 DONE = "done.json"

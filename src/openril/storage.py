@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -105,6 +107,53 @@ def iterate_jsonl(path: Path) -> Iterator[dict[str, Any]]:
                 continue
             if isinstance(row, dict):
                 yield row
+
+
+class Lock:
+    """An advisory lock on a file. It is released when its holder dies. Not re-entrant."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: int | None = None
+
+    def acquire(self, *, wait: bool = True, shared: bool = False) -> bool:
+        """Try to take the lock and return whether it is held now. With ``wait`` that is always true."""
+        assert self._file is None
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        if not lock_file(file, self.path, wait=wait, shared=shared):
+            os.close(file)
+            return False
+        self._file = file
+        return True
+
+    def release(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    def __enter__(self) -> Lock:
+        self.acquire()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def lock_file(file: int, path: Path, *, wait: bool, shared: bool = False) -> bool:
+    """Lock an open file. Return False if another process holds the lock and ``wait`` is off."""
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as e:
+        if e.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise StateError(
+                f"{path}: expected a file system with file locks, without which processes could overwrite each other, got"
+                f" an error: {e.strerror}. Use a local disk, or mount the file system with locking."
+            ) from e
+        raise
+    return True
 
 
 def weights_fingerprint(folder: Path) -> str | None:

@@ -38,5 +38,5 @@ def test_a_server_without_token_ids_is_refused(encoder):
 
 
 def test_a_recipe_without_a_server_is_refused(encoder):
-    with pytest.raises(EndpointError, match=r"train\.sampler.*base_urls"):
+    with pytest.raises(EndpointError, match=r"student\.sampler.*base_urls"):
         VLLMSampler(SamplerConfig(engine="vllm"), encoder)

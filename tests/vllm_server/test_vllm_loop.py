@@ -25,7 +25,10 @@ def test_the_loop_trains_on_samples_of_the_server(vlm_server, vlm_checkpoint: Pa
         f"""
 run_dir: {tmp_path}/run
 data: {{train: [{tmp_path}/q.jsonl]}}
-student: {{model: {vlm_checkpoint}, dtype: float32}}
+student:
+  model: {vlm_checkpoint}
+  dtype: float32
+  sampler: {{engine: vllm, base_urls: ["{vlm_server.url}"], max_logprob_difference: 0.001}}
 sft: {{enabled: false}}
 rewards: {{answer: {{kind: rules}}}}
 train:
@@ -37,7 +40,6 @@ train:
   beta: 0.5
   num_iterations: 2
   optimizer: {{learning_rate: 1.0e-3}}
-  sampler: {{engine: vllm, base_urls: ["{vlm_server.url}"], max_logprob_difference: 0.001}}
 """
     )
     try:

@@ -127,7 +127,7 @@ def test_new_weights_arrive_whole_and_caches_are_emptied(which, request):
 def test_a_synced_sampler_samples_from_the_current_weights(student):
     from accelerate import Accelerator
 
-    from openril.sampling.synced import SyncedSampler
+    from openril.sampling.synced import SyncedSampler, WeightsFolder
 
     written, step = [], 0
 
@@ -137,7 +137,7 @@ def test_a_synced_sampler_samples_from_the_current_weights(student):
 
     synced = SyncedSampler(
         student.sampler,
-        folder=student.folder / "weights",
+        folder=WeightsFolder(student.sampler.settings, student.folder),
         write=write,
         policy=student.policy,
         accelerator=Accelerator(cpu=True),

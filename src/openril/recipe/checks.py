@@ -183,6 +183,12 @@ def _student(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
     if package and recipe.train.precision == "float32" and stage in ("discriminator", "train", "run"):
         reason = f"{name} works with 16-bit numbers only, but train.precision is float32"
         yield Problem("student.attn_implementation", reason, "Use sdpa, or another precision")
+    if student.sampler.engine == "vllm" and uses and stage in ("collect", "train", "eval", "run"):
+        if student.sampler.base_urls:
+            yield from _endpoint(student.sampler.endpoint, "student.sampler", True)
+        else:
+            fix = "Start `vllm serve` for the student (docs/vllm.md) and list it, or use engine: transformers"
+            yield Problem("student.sampler.base_urls", "expected servers for the engine vllm, got an empty list", fix)
     if student.min_pixels and student.max_pixels and student.min_pixels > student.max_pixels:
         reason = f"expected at most student.max_pixels ({student.max_pixels}), got {student.min_pixels}"
         yield Problem("student.min_pixels", reason, "Lower it, or raise student.max_pixels")
@@ -376,9 +382,6 @@ def _groups(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
     if not _loop_in(stage):
         return
     train, names = recipe.train, recipe.teacher_names
-    if train.sampler.engine == "vllm" and not train.sampler.base_urls:
-        fix = "Start `vllm serve` for the student (docs/vllm.md) and list it, or use engine: transformers"
-        yield Problem("train.sampler.base_urls", "expected servers for the engine vllm, got an empty list", fix)
     if train.num_teacher_responses is not None and train.num_teacher_responses < 0:
         reason = f"expected a number >= 0, got {train.num_teacher_responses}"
         yield Problem("train.num_teacher_responses", reason, "Leave it out to use train.num_generations")

@@ -64,7 +64,11 @@ def load_saved_recipe(path: str | Path) -> Recipe:
         for name in sections:
             section = section.get(name) if isinstance(section, dict) else None
         if isinstance(section, dict) and last in section:
-            section[new.rsplit(".", 1)[-1]] = section.pop(last)
+            value, (*sections, last) = section.pop(last), new.split(".")
+            section = values
+            for name in sections:
+                section = section.setdefault(name, {})
+            section[last] = value
     return validate(values, str(path), {key: f"{file}:{line}" for key, (file, line) in lines.items()})
 
 
@@ -187,7 +191,8 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 def _refuse_secrets(recipe: Recipe, file: str) -> None:
     """Refuse API keys that were pasted into the recipe, without repeating them in the message."""
-    for name, endpoint in [("judge", recipe.judge), *((f"teachers.{i}", t) for i, t in enumerate(recipe.teachers))]:
+    endpoints = {"judge": recipe.judge, "student.sampler": recipe.student.sampler.endpoint}
+    for name, endpoint in {**endpoints, **{f"teachers.{i}": t for i, t in enumerate(recipe.teachers)}}.items():
         if endpoint.api_key_env and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", endpoint.api_key_env):
             raise RecipeError(
                 f"{name}.api_key_env: expected the name of an environment variable such as OPENAI_API_KEY, got what looks "

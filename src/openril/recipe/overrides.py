@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from openril.errors import RecipeError
 from openril.recipe.schema import Recipe
-from openril.recipe.validation import nearest, settings, suspicious, translate
+from openril.recipe.validation import nearest, new_name, settings, suspicious, translate
 
 _SWITCHES = {**dict.fromkeys(("true", "yes", "on", "1"), True), **dict.fromkeys(("false", "no", "off", "0"), False)}
 
@@ -58,6 +58,8 @@ def _spell_switches(overrides: list[str], known: Mapping[str, Any]) -> list[str]
         name = raw.replace("-", "_")
         negated = re.sub(r"(^|\.)no_(?=[^.]*$)", r"\1", name)
         if name not in names and not (negated != name and isinstance(known.get(negated), bool)):
+            if renamed := new_name(name):
+                raise RecipeError(f"--{raw}: unknown setting. It is now called --{renamed}.")
             match = nearest(name, list(names))
             last_words = {n.rsplit(".", 1)[-1]: n for n in names}
             if match is None or (match.rpartition(".")[0] != name.rpartition(".")[0] and name in last_words):

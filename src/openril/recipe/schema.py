@@ -131,6 +131,35 @@ class LoraConfig(Section):
     """Names of the linear layers of the language model that get adapters."""
 
 
+class SamplerConfig(Section):
+    """The engine that samples the student: in the loop, in `ril collect`, and in `ril eval`."""
+
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """The process itself, or vLLM servers. They receive the new weights before every step of the loop, the checkpoint that
+    `ril collect` samples, and every checkpoint that `ril eval` scores."""
+    base_urls: list[str] = Field(default_factory=list)
+    """vllm: servers of the student, started with VLLM_SERVER_DEV_MODE=1 (for instance http://127.0.0.1:8000/v1)."""
+    model: str = "student"
+    """vllm: name under which the servers know the model."""
+    weights_dir: str = ""
+    """vllm: folder through which the weights are passed, which the servers must see under the same path. One run at a time
+    holds it. "" means `rollout_weights` inside run_dir; checkpoint folders are then read where they are."""
+    api_key_env: str = ""
+    """vllm: name of the environment variable that holds the servers' API key; "" sends none."""
+    concurrency: PositiveInt = 64
+    """vllm: number of questions in flight over all servers. Each request asks for all samples of a question."""
+    timeout: Positive = 600.0
+    """vllm: maximum duration of a request or of a weight sync in seconds."""
+    max_logprob_difference: Positive = 0.1
+    """vllm: a weight sync fails if server and trainer differ by more than this on a probe (mean over its tokens, nats)."""
+
+    @property
+    def endpoint(self) -> EndpointConfig:
+        """The servers as a client addresses them."""
+        shared = {"base_urls", "model", "api_key_env", "concurrency", "timeout"}
+        return EndpointConfig(**self.model_dump(include=shared))
+
+
 class StudentConfig(Section):
     """The model to train."""
 
@@ -156,6 +185,8 @@ class StudentConfig(Section):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     lora: LoraConfig = Field(default_factory=LoraConfig)
     """Low-rank adapters instead of full training."""
+    sampler: SamplerConfig = Field(default_factory=SamplerConfig)
+    """The engine that samples the student."""
 
 
 RequestField = Literal["temperature", "top_p", "seed", "top_k", "repetition_penalty"]
@@ -379,28 +410,6 @@ class RewardsConfig(Section):
     """Your own reward functions."""
 
 
-class SamplerConfig(Section):
-    """The engine that samples the student's responses in the loop."""
-
-    engine: Literal["transformers", "vllm"] = "transformers"
-    """The training process itself, or vLLM servers that receive the new weights before every step."""
-    base_urls: list[str] = Field(default_factory=list)
-    """vllm: servers of the student, started with VLLM_SERVER_DEV_MODE=1 (for instance http://127.0.0.1:8000/v1)."""
-    model: str = "student"
-    """vllm: name under which the servers know the model."""
-    weights_dir: str = ""
-    """vllm: folder through which the weights are passed. The servers must see it under the same path; "" means
-    `rollout_weights` inside run_dir."""
-    api_key_env: str = ""
-    """vllm: name of the environment variable that holds the servers' API key; "" sends none."""
-    concurrency: PositiveInt = 64
-    """vllm: number of questions in flight over all servers. Each request asks for all samples of a question."""
-    timeout: Positive = 600.0
-    """vllm: maximum duration of a request or of a weight sync in seconds."""
-    max_logprob_difference: Positive = 0.1
-    """vllm: a weight sync fails if server and trainer differ by more than this on a probe (mean over its tokens, nats)."""
-
-
 class TrainConfig(Section):
     """The RIL loop (Algorithm 2)."""
 
@@ -447,8 +456,6 @@ class TrainConfig(Section):
     """Maximum length of a sample in tokens; also the constant in the denominator of Dr.GRPO."""
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
     """How the student's responses are sampled."""
-    sampler: SamplerConfig = Field(default_factory=SamplerConfig)
-    """The engine that samples them."""
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     """Optimizer of the student (paper: AdamW, 1e-6, constant)."""
     precision: Literal["float32", "bfloat16", "pure_bf16"] = "bfloat16"

@@ -25,9 +25,10 @@ RENAMED_KEYS = {
     "discriminator.sees": "discriminator.inputs",
     "discriminator.asleep_accuracy": "discriminator.at_chance_accuracy",
     "discriminator.won_accuracy": "discriminator.saturated_accuracy",
+    "train.sampler": "student.sampler",
 }
-"""Earlier names of settings. The error for a user's recipe suggests the new name; ``loading.load_saved_recipe`` renames
-the keys of a recipe that a run saved."""
+"""Earlier names of settings and sections. The error for a user's recipe suggests the new name;
+``loading.load_saved_recipe`` renames the keys of a recipe that a run saved."""
 
 _RANGES = {"greater_than_equal": ">=", "greater_than": ">", "less_than_equal": "<=", "less_than": "<"}
 _EXPECTED = {
@@ -57,6 +58,11 @@ class Mistake(NamedTuple):
 def setting_names(recipe: Recipe | None = None) -> list[str]:
     """Return the dotted names of all settings, with the entries of lists as they are in ``recipe``."""
     return [".".join(map(str, key)) for key, _ in settings(recipe or Recipe(), ())]
+
+
+def new_name(key: str) -> str | None:
+    """Return the present name of a dotted key that was renamed, or whose section was moved; otherwise None."""
+    return next((new + key[len(old) :] for old, new in RENAMED_KEYS.items() if f"{key}.".startswith(f"{old}.")), None)
 
 
 def nearest(word: str, choices: Sequence[str]) -> str | None:
@@ -154,8 +160,7 @@ def _hint_for_key(key: KeyPath) -> str:
     siblings = list(section.model_fields)
     here = ".".join(map(str, key[:-1]))
     prefix = f"{here}." if here else ""
-    renamed = RENAMED_KEYS.get(f"{prefix}{word}")
-    if renamed:
+    if renamed := new_name(f"{prefix}{word}"):
         return f"It is now called {renamed}."
     match = nearest(word, siblings)
     if match:

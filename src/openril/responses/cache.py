@@ -25,11 +25,10 @@ import pyarrow.compute as pc
 from openril.errors import CacheError, DataError
 from openril.records import Question, Response
 from openril.responses import files
-from openril.responses.files import Lock
 from openril.responses.loaded import LoadedResponses, Texts
 from openril.responses.manifest import EMPTY, MANIFEST, may_differ, read_manifest
 from openril.responses.writer import Writer
-from openril.storage import refuse_changed, write_json
+from openril.storage import Lock, refuse_changed, write_json
 
 
 class ResponseCache:

@@ -8,7 +8,6 @@ a shard in the same way. A kill between the two steps leaves both files; the sha
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import re
@@ -20,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from openril.errors import CacheError
-from openril.storage import atomic_path, stable_hash
+from openril.storage import atomic_path, lock_file, stable_hash
 
 SCHEMA_VERSION = 1
 
@@ -53,53 +52,6 @@ ROW_GROUP = 256
 
 READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 """Error numbers of a folder that may be read but not written."""
-
-
-class Lock:
-    """An advisory lock on a file. It is released when its holder dies. Not re-entrant."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file: int | None = None
-
-    def acquire(self, *, wait: bool = True, shared: bool = False) -> bool:
-        """Try to take the lock and return whether it is held now. With ``wait`` that is always true."""
-        assert self._file is None
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        if not lock_file(file, self.path, wait=wait, shared=shared):
-            os.close(file)
-            return False
-        self._file = file
-        return True
-
-    def release(self) -> None:
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
-
-    def __enter__(self) -> Lock:
-        self.acquire()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
-
-
-def lock_file(file: int, path: Path, *, wait: bool, shared: bool = False) -> bool:
-    """Lock an open file. Return False if another process holds the lock and ``wait`` is off."""
-    try:
-        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    except OSError as e:
-        if e.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-            raise CacheError(
-                f"cache_dir: {path} is on a file system without file locks ({e.strerror}), so collectors could overwrite"
-                " each other. Use a local disk, or mount the file system with locking."
-            ) from e
-        raise
-    return True
 
 
 def file_stem(source: str) -> str:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from openril.records import Question
-from openril.responses.files import Lock, file_stem
-from openril.storage import stable_hash
+from openril.responses.files import file_stem
+from openril.storage import Lock, stable_hash
 
 if TYPE_CHECKING:
     from openril.responses.cache import ResponseCache

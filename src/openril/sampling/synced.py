@@ -1,7 +1,11 @@
-"""Sample from servers whose weights follow the policy's."""
+"""Sample from servers that are given the weights first: the policy's, whenever they change, or a checkpoint's."""
 
 from __future__ import annotations
 
+import os
+import shutil
+import socket
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
@@ -11,9 +15,49 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from openril.errors import EndpointError
-from openril.recipe.schema import SamplingConfig
+from openril.recipe.schema import SamplerConfig, SamplingConfig
 from openril.records import STUDENT, Question, Response
 from openril.sampling.vllm_engine import VLLMSampler
+from openril.storage import Lock, atomic_path, remove
+
+
+class WeightsFolder:
+    """The folder through which servers are given weights (``student.sampler.weights_dir``). One process holds it at a time."""
+
+    def __init__(self, settings: SamplerConfig, run_path: Path) -> None:
+        self.path = (
+            Path(settings.weights_dir).expanduser() if settings.weights_dir else run_path / "rollout_weights"
+        ).resolve()
+        self.student = self.path / "student"
+        self._lock = Lock(self.path / "lock")
+        self._held = False
+
+    def hold(self) -> None:
+        """Take the folder. Raise EndpointError if another process has it, whose samples would come from other weights."""
+        if self._held:
+            return
+        if not self._lock.acquire(wait=False):
+            owner = self._lock.path.read_text(errors="replace").strip() or "another process"
+            raise EndpointError(
+                f"student.sampler.weights_dir: {self.path} is in use by {owner}, which gives its weights to the servers."
+                " Wait until it has ended, or set another weights_dir and other servers."
+            )
+        self._held = True
+        self._lock.path.write_text(f"process {os.getpid()} on {socket.gethostname()} ({' '.join(sys.argv[:3])})")
+
+    def put(self, checkpoint: Path) -> None:
+        """Copy a checkpoint's weights and configuration to ``student``."""
+        with atomic_path(self.student) as temporary:
+            temporary.mkdir()
+            for file in [*checkpoint.glob("*.safetensors"), *checkpoint.glob("*.json")]:
+                shutil.copyfile(file, temporary / file.name)
+
+    def close(self) -> None:
+        """Remove the weights, which the servers have loaded, and let others have the folder."""
+        if self._held:
+            remove(self.student)
+            self._lock.release()
+            self._held = False
 
 
 @dataclass(eq=False, repr=False)
@@ -21,7 +65,7 @@ class SyncedSampler:
     """A ``Sampler`` that sends new weights to the servers before it samples. Every process must sample equally often.
 
     Args:
-        folder: Folder through which the weights are sent (``train.sampler.weights_dir``).
+        folder: Folder through which the weights are sent.
         write: Writes the policy to the folder as a checkpoint; every process calls it.
         policy: The wrapped ``Policy``.
         version: Returns a number that changes whenever the weights do.
@@ -30,7 +74,7 @@ class SyncedSampler:
 
     sampler: VLLMSampler
     _: KW_ONLY
-    folder: Path
+    folder: WeightsFolder
     write: Callable[[Path], None]
     policy: Any
     accelerator: Accelerator
@@ -64,19 +108,24 @@ class SyncedSampler:
         )
 
     def _sync(self) -> None:
-        self.write(self.folder)
+        self._on_main_process(self.folder.hold)
+        self.write(self.folder.student)
         self.accelerator.wait_for_everyone()
+        self._on_main_process(lambda: self.sampler.sync(self.folder.student))
+        self.sampler.verify(self.policy, self.probes)
+
+    def _on_main_process(self, action: Callable[[], None]) -> None:
         failure: list[str | None] = [None]
         if self.accelerator.is_main_process:
             try:
-                self.sampler.sync(self.folder)
+                action()
             except EndpointError as e:
                 failure = [str(e)]
         broadcast_object_list(failure)  # otherwise the other processes would wait forever for one that has raised
         if failure[0] is not None:
             raise EndpointError(failure[0])
-        self.sampler.verify(self.policy, self.probes)
 
     def close(self) -> None:
-        """Close connections."""
+        """Close connections, and let others use the servers."""
         self.sampler.close()
+        self.folder.close()

@@ -12,27 +12,33 @@ import asyncio
 import json
 import os
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from openril.data.images import image_url_parts
 from openril.endpoints import ChatClient, Completion
-from openril.errors import EndpointError
+from openril.errors import DataError, EndpointError, OpenRILError
 from openril.models.packing import GroupTokens, pad_rows
-from openril.models.prompts import Prompt, PromptEncoder, question_messages
-from openril.recipe.schema import EndpointConfig, SamplerConfig, SamplingConfig
+from openril.models.prompts import PromptEncoder, question_messages
+from openril.recipe.schema import SamplerConfig, SamplingConfig
 from openril.records import STUDENT, Question, Response
 from openril.storage import stable_hash
 
 PROBE_TOKENS = 16
 """Tokens of the samples that ``verify`` compares."""
-_WHAT = "train.sampler"
+_WHAT = "student.sampler"
+
+T = TypeVar("T")
+Work = tuple[Question, int, int]
+"""A question, the index of its first sample, and the number of samples."""
 
 
 class VLLMSampler:
@@ -44,23 +50,14 @@ class VLLMSampler:
     responses carry none. Special tokens other than the end of the turn are never drawn.
 
     Args:
-        settings: ``train.sampler``. EndpointError is raised if it names no server.
+        settings: ``student.sampler``. EndpointError is raised if it names no server.
         encoder: The trainer's encoder.
     """
 
     def __init__(self, settings: SamplerConfig, encoder: PromptEncoder) -> None:
         self.settings = settings
         self.encoder = encoder
-        self.client = ChatClient(
-            EndpointConfig(
-                base_urls=settings.base_urls,
-                model=settings.model,
-                api_key_env=settings.api_key_env,
-                concurrency=settings.concurrency,
-                timeout=settings.timeout,
-            ),
-            _WHAT,
-        )
+        self.client = ChatClient(settings.endpoint, _WHAT)
         self.banned = sorted(encoder.special_token_ids - set(encoder.eos_token_ids))
         self._tensors: dict[str, tuple[int, ...]] | None = None
 
@@ -78,44 +75,108 @@ class VLLMSampler:
         source: str = STUDENT,
     ) -> list[list[Response]]:
         """See ``Sampler``. Raises EndpointError if a server is unreachable or reads a prompt differently."""
-        # A greedy server is asked for one sample, because vLLM refuses n > 1 then.
-        count = num_generations if settings.temperature > 0 else 1
-        request = self._request(settings, max_completion_length)
+        work = [(question, first_index, num_generations) for question in questions]
+        waiting = iter(work)
+        arrived = self.stream(
+            lambda: next(waiting, None),
+            settings=settings,
+            max_completion_length=max_completion_length,
+            seed=seed,
+            source=source,
+        )
+        with closing(arrived):
+            drawn = {item: responses for batch in arrived for item, responses in batch}
+        return [drawn[item] for item in work]
 
-        async def ask_all() -> list[Completion]:
-            tasks = [
-                asyncio.create_task(self._ask(q, request, count, sample_seed(seed, q.id) + first_index))
-                for q in questions
-            ]
-            try:
-                return await asyncio.gather(*tasks)
-            finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
+    def stream(
+        self,
+        take: Callable[[], Work | None],
+        *,
+        settings: SamplingConfig,
+        max_completion_length: int,
+        seed: int,
+        source: str = STUDENT,
+        logprobs: bool = True,
+        failed: Callable[[Work, OpenRILError], None] | None = None,
+    ) -> Generator[list[tuple[Work, list[Response]]]]:
+        """Yield responses in the order in which they arrive: each time all that have arrived since the last time.
 
-        asked = self.client.loop_thread.submit(ask_all())
+        While the caller uses them, the servers answer up to ``concurrency`` requests, and as many are ready to be sent.
+
+        Args:
+            take: Returns the next piece of work, or None if there is none now. The iterator ends if there is none and
+                nothing is in flight.
+            logprobs: Ask for log-probabilities, and compare every prompt with the encoder's. If off, only the first
+                ``concurrency`` prompts are compared.
+            failed: Called with work whose question cannot be shown or whose request has failed. By default the error is
+                raised, as errors of servers that read or end text differently always are.
+        """
+        request = self._request(settings, max_completion_length, logprobs)
+        arrived: SimpleQueue[Future[Completion]] = SimpleQueue()
+        running: dict[Future[Completion], Work] = {}
+        prompts: dict[Future[Completion], list[int] | None] = {}  # of answers to compare; None: not encoded yet
+        uncompared = self.settings.concurrency
+        ahead: deque[Future[Completion]] = deque()
+
+        def asked_for(work: Work) -> int:
+            return work[2] if settings.temperature > 0 else 1  # vLLM refuses n > 1 for greedy samples, all equal
+
         try:
-            prompts = [self.encoder(q) for q in questions]  # while the servers work; the trainer needs them too
-            completions = asked.result()
-        except BaseException:
-            asked.cancel()
-            raise
-        with_logprobs = settings.temperature in (0.0, 1.0)
-        out: list[list[Response]] = []
-        for question, prompt, completion in zip(questions, prompts, completions, strict=True):
-            self._check_prompt(question, prompt, completion.answer)
-            choices = sorted(completion.answer.choices, key=lambda c: c.index)
-            if len(choices) != count:
-                raise EndpointError(f"{_WHAT}: expected {count} samples from the server, got {len(choices)}")
-            drawn = [self._read(choice, with_logprobs) for choice in choices] * (num_generations // count)
-            out.append([])
-            for index, (ids, logprobs, reason) in enumerate(drawn, first_index):
-                text = self.encoder.decode(ids)
-                out[-1].append(Response(question.id, source, index, text, reason, ids, logprobs))
+            while True:
+                while len(running) < 2 * self.settings.concurrency and (work := take()) is not None:
+                    question, first, _ = work
+                    coming = self._ask(question, request, asked_for(work), sample_seed(seed, question.id) + first)
+                    future = self.client.loop_thread.submit(coming)
+                    future.add_done_callback(arrived.put)
+                    running[future] = work
+                    if logprobs or uncompared > 0:
+                        prompts[future] = None
+                        ahead.append(future)
+                        uncompared -= 1
+                if not running:
+                    return
+                while ahead and arrived.empty():  # encode while the servers work
+                    future = ahead.popleft()
+                    with suppress(DataError):  # raised below
+                        prompts[future] = self.encoder(running[future][0]).input_ids.tolist()
+                batch = []
+                for future in all_of(arrived):
+                    work = running.pop(future)
+                    try:
+                        completion = future.result()
+                        compare = future in prompts
+                        prompt = prompts.pop(future, None)
+                        if compare and prompt is None:
+                            prompt = self.encoder(work[0]).input_ids.tolist()
+                    except (DataError, EndpointError) as e:
+                        if failed is None:
+                            raise
+                        failed(work, e)
+                    else:
+                        batch.append((work, self._responses(work, asked_for(work), prompt, completion, source)))
+                ahead = deque(future for future in ahead if future in running)
+                if batch:
+                    yield batch
+        finally:
+            for future in running:
+                future.cancel()
+
+    def _responses(
+        self, work: Work, asked: int, prompt: list[int] | None, completion: Completion, source: str
+    ) -> list[Response]:
+        """Check an answer of ``asked`` samples and return them. prompt: the encoder's ids, or None to not compare them."""
+        question, first, count = work
+        self._check_prompt(question, prompt, completion.answer)
+        choices = sorted(completion.answer.choices, key=lambda c: c.index)
+        drawn = [self._read(choice) for choice in choices]
+        if len(drawn) != asked:
+            raise EndpointError(f"{_WHAT}: expected {asked} samples from the server, got {len(drawn)}")
+        out = []
+        for index, (ids, logprobs, reason) in enumerate(drawn * (count // asked), first):
+            out.append(Response(question.id, source, index, self.encoder.decode(ids), reason, ids, logprobs))
         return out
 
-    def _request(self, settings: SamplingConfig, max_completion_length: int) -> dict[str, Any]:
+    def _request(self, settings: SamplingConfig, max_completion_length: int, logprobs: bool) -> dict[str, Any]:
         """Return the fields of every request, also those that are not used, because a server may set other defaults."""
         extra = {
             "top_k": settings.top_k or -1,  # vLLM's value for all tokens
@@ -130,8 +191,8 @@ class VLLMSampler:
             "top_p": settings.top_p,
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
-            "logprobs": True,
-            "top_logprobs": 0,
+            # At other temperatures, those that a server reports are not the policy's.
+            **({"logprobs": True, "top_logprobs": 0} if logprobs and settings.temperature in (0.0, 1.0) else {}),
             # The strongest possible bias: e^-100 leaves nothing, and _read checks it.
             "logit_bias": {str(i): -100 for i in self.banned},
             "extra_body": extra,
@@ -147,14 +208,13 @@ class VLLMSampler:
         images = image_url_parts(question, max_pixels=encoder.max_image_pixels, allow_urls=encoder.allow_urls)
         return question_messages(question, encoder.system_prompt, encoder.clean, images)
 
-    def _check_prompt(self, question: Question, prompt: Prompt, answer: Any) -> None:
+    def _check_prompt(self, question: Question, ours: list[int] | None, answer: Any) -> None:
         theirs = getattr(answer, "prompt_token_ids", None)
         if not isinstance(theirs, list):
             raise EndpointError(
                 f"{_WHAT}: the server does not report token ids (return_token_ids). Use vLLM 0.10.2 or newer."
             )
-        ours = prompt.input_ids.tolist()
-        if theirs == ours:
+        if ours is None or theirs == ours:
             return
         place = next(
             (i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), min(len(theirs), len(ours))
@@ -169,16 +229,16 @@ class VLLMSampler:
             f" the server; they differ from token {place} on ({shown[1]!r} here, {shown[0]!r} there). {fix}."
         )
 
-    def _read(self, choice: Any, with_logprobs: bool) -> tuple[tuple[int, ...], tuple[float, ...] | None, str]:
-        """Return token ids, their log-probabilities and the finish reason of a sample."""
+    def _read(self, choice: Any) -> tuple[tuple[int, ...], tuple[float, ...] | None, str]:
+        """Return token ids, their log-probabilities if they were asked for, and the finish reason of a sample."""
         ids = tuple(getattr(choice, "token_ids", None) or ())
         content = choice.logprobs.content if choice.logprobs is not None else None
-        logprobs = tuple(float(token.logprob) for token in content or ())
+        logprobs = None if content is None else tuple(float(token.logprob) for token in content)
         reason = choice.finish_reason
-        if reason not in ("stop", "length") or not ids or len(ids) != len(logprobs):
+        if reason not in ("stop", "length") or not ids or (logprobs is not None and len(ids) != len(logprobs)):
             raise EndpointError(
                 f"{_WHAT}: expected a sample that ends by 'stop' or 'length' with a log-probability per token, got"
-                f" {reason!r} with {len(ids)} tokens and {len(logprobs)} log-probabilities"
+                f" {reason!r} with {len(ids)} tokens and {len(logprobs or ())} log-probabilities"
             )
         ended = ids[-1] in self.encoder.eos_token_ids
         if ended != (reason == "stop") and not (ended and reason == "length"):
@@ -189,7 +249,7 @@ class VLLMSampler:
         if forbidden := sorted(set(ids) & set(self.banned)):
             name = self.encoder.tokenizer.convert_ids_to_tokens(forbidden[0])
             raise EndpointError(f"{_WHAT}: the server sampled {name!r}, which is forbidden. Lower the temperature.")
-        return ids, logprobs if with_logprobs else None, "stop" if ended else "length"
+        return ids, logprobs, "stop" if ended else "length"
 
     # New weights
 
@@ -290,6 +350,15 @@ class VLLMSampler:
     def close(self) -> None:
         """Close connections."""
         self.client.close()
+
+
+def all_of(queue: SimpleQueue[T]) -> list[T]:
+    """Wait for an item, and return all that are there."""
+    items = [queue.get()]
+    with suppress(Empty):
+        while True:
+            items.append(queue.get_nowait())
+    return items
 
 
 def sample_seed(seed: int, question_id: str) -> int:

@@ -93,11 +93,13 @@ def run_check(recipe: Recipe, console: Console, world_size: int | None = None) -
 
 
 def _endpoints(recipe: Recipe) -> list[tuple[str, EndpointConfig]]:
-    """Return the teachers, and the judge if the run uses it."""
+    """Return the teachers, and the judge and the student's servers if the run uses them."""
     found: list[tuple[str, EndpointConfig]] = [(f"teacher {t.name}", t) for t in recipe.teachers]
     asked = [recipe.answer_kind, recipe.eval.score if recipe.data.validation else "rules"]
     if any(kind in ("judge", "rules_then_judge") for kind in asked):
         found.append(("judge", recipe.judge))
+    if recipe.student.sampler.engine == "vllm":
+        found.append(("student.sampler", recipe.student.sampler.endpoint))
     return found
 
 

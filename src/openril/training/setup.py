@@ -22,7 +22,7 @@ from openril.models.vision_features import FeatureCache, VisionFeatures
 from openril.recipe.schema import OptimizerConfig, Recipe
 from openril.recipe.validation import RENAMED_KEYS
 from openril.records import Question
-from openril.sampling.synced import SyncedSampler
+from openril.sampling.synced import SyncedSampler, WeightsFolder
 from openril.sampling.transformers_engine import TransformersSampler
 from openril.sampling.vllm_engine import VLLMSampler
 from openril.storage import refuse_changed, weights_fingerprint
@@ -139,16 +139,15 @@ class TrainingComponents:
 
     def _build_sampler(self, probes: Sequence[Question]) -> TransformersSampler | SyncedSampler:
         """Return a sampler: the student itself, or vLLM servers that receive its weights whenever they have changed."""
-        recipe, train = self.recipe, self.recipe.train
-        if train.sampler.engine == "transformers":
+        recipe, settings = self.recipe, self.recipe.student.sampler
+        if settings.engine == "transformers":
             model = self.accelerator.unwrap_model(self.policy).model
-            size = train.questions_per_sampling_batch
+            size = recipe.train.questions_per_sampling_batch
             vision = self.vision if self.vision.available else None
             return TransformersSampler(model, self.encoder, questions_per_batch=size, vision=vision, warn=self.warn)
-        folder = Path(train.sampler.weights_dir) if train.sampler.weights_dir else recipe.run_path / "rollout_weights"
         return SyncedSampler(
-            VLLMSampler(train.sampler, self.encoder),
-            folder=folder,
+            VLLMSampler(settings, self.encoder),
+            folder=WeightsFolder(settings, recipe.run_path),
             write=lambda path: self.saver.write_student(path, torch_dtype(recipe.student.dtype)),
             policy=self.policy,
             accelerator=self.accelerator,

@@ -72,7 +72,7 @@ class SFTFolder(RunFolder):
 def sft_settings(recipe: Recipe, examples: Sequence[Example]) -> dict[str, Any]:
     """Return the settings that decide what the SFT student learns, as plain data."""
     return {
-        "student": recipe.student.model_dump(mode="json"),
+        "student": recipe.student.model_dump(mode="json", exclude={"sampler"}),
         "sft": recipe.sft.model_dump(mode="json"),
         "precision": recipe.train.precision,
         "max_prompt_length": recipe.data.max_prompt_length,
