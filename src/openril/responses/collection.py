@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from openril.endpoints import ChatClient, RequestRefusedError
-from openril.errors import DataError, EndpointError, RecipeError
-from openril.recipe.schema import Recipe, TeacherConfig
+from openril.errors import DataError, EndpointError, OpenRILError, RecipeError
+from openril.recipe.schema import Recipe, StudentConfig, TeacherConfig
 from openril.records import STUDENT, Question, Response
 from openril.responses.cache import ResponseCache
 from openril.responses.chat_requests import chat_messages, request_settings, response_seed
@@ -19,6 +22,10 @@ from openril.responses.work_queue import Work, WorkQueue
 from openril.responses.writer import Writer
 from openril.sampling.protocol import Sampler
 from openril.storage import stable_hash
+
+if TYPE_CHECKING:
+    from openril.sampling.vllm_engine import VLLMSampler
+    from openril.sampling.vllm_engine import Work as Request
 
 POLL = 1.0
 """Seconds between attempts to take blocks of questions that other processes hold."""
@@ -112,7 +119,8 @@ def collect(
     missing and is counted in the result; the next call asks for it again.
 
     Args:
-        make_sampler: Builds the engine of a local source from (recipe, source). The default runs transformers.
+        make_sampler: Builds the engine of the student or of a local teacher from (recipe, source). The default follows the
+            recipe.
 
     Raises:
         CacheError: For stale responses, or if the source's settings have changed.
@@ -128,6 +136,10 @@ def collect(
     progress.start(source, total, result.already)
     if not missing:
         return result
+    if teacher is None and recipe.student.sampler.engine == "vllm" and int(os.environ.get("RANK", "0")):
+        while cache.missing(questions, source, num_responses):  # The first process keeps the servers busy.
+            time.sleep(10 * POLL)
+        return result
     queue = WorkQueue(cache, questions, source, num_responses)
     with cache.writer(source) as writer:
         try:
@@ -138,8 +150,12 @@ def collect(
                 finally:
                     client.close()
             else:
-                sampler = (make_sampler or local_sampler)(recipe, source)
-                _Collection(recipe, queue, writer, progress, result).sample(sampler)
+                with (
+                    nullcontext(make_sampler(recipe, source))
+                    if make_sampler
+                    else local_sampler(recipe, source, questions) as sampler
+                ):
+                    _Collection(recipe, queue, writer, progress, result).sample(sampler)
         finally:
             queue.release()
     return result
@@ -156,22 +172,16 @@ def teacher_of(recipe: Recipe, source: str) -> TeacherConfig | None:
     raise RecipeError(f"sources: expected one of {names}, got {source!r}. Correct the name.")
 
 
-def local_sampler(recipe: Recipe, source: str) -> Sampler:
-    """Build a transformers engine for the student or a local teacher."""
-    from openril.sampling.transformers_engine import TransformersSampler
+def local_sampler(recipe: Recipe, source: str, questions: Sequence[Question]) -> AbstractContextManager[Sampler]:
+    """Open the engine of the student or of a local teacher."""
+    from openril.sampling.checkpoint_sampler import open_sampler
 
-    teacher = teacher_of(recipe, source)
-    shared: dict[str, Any] = {
-        "max_prompt_length": recipe.data.max_prompt_length,
-        "max_image_pixels": recipe.data.max_image_pixels,
-        "allow_urls": recipe.data.allow_urls,
-        "questions_per_batch": recipe.collect.questions_per_batch,
-    }
+    teacher, size = teacher_of(recipe, source), recipe.collect.questions_per_batch
     if teacher is None:
-        return TransformersSampler.from_checkpoint(recipe.collected_student, recipe.student, **shared)
-    return TransformersSampler.from_checkpoint(
-        teacher.model_path, trust_remote_code=teacher.trust_remote_code, system_prompt=teacher.system_prompt, **shared
-    )
+        return open_sampler(recipe, recipe.collected_student, questions, size)
+    path, trust = teacher.model_path, teacher.trust_remote_code
+    settings = StudentConfig(model=path, trust_remote_code=trust, system_prompt=teacher.system_prompt)
+    return open_sampler(recipe, path, questions, size, settings)
 
 
 @dataclass
@@ -184,10 +194,22 @@ class _Collection:
     progress: Progress
     result: Collected
     waiting: bool = field(default=False, kw_only=True)
+    failures_in_a_row: int = field(default=0, kw_only=True)
 
     def keep(self, question: Question, response: Response) -> None:
         self.writer.append(question, response)
         self.result.count(response)
+        self.failures_in_a_row = 0
+
+    def fail(self, question: Question, error: OpenRILError, responses: int, concurrency: int) -> EndpointError | None:
+        """Count a failed request. Return the error that must end the collection, if the next requests would fail too."""
+        self.result.fail(question.id, str(error), responses)
+        self.failures_in_a_row += 1
+        if isinstance(error, RequestRefusedError) and error.concerns_every_request:
+            return error
+        if self.failures_in_a_row >= max(20, 2 * concurrency):
+            return EndpointError(f"{error}. Stopped after {self.failures_in_a_row} failures in a row")
+        return None
 
     def show(self, in_flight: int = 0) -> None:
         result = self.result
@@ -204,9 +226,14 @@ class _Collection:
             )
 
     def sample(self, sampler: Sampler) -> None:
-        """Collect from a model in this process."""
+        """Collect from a model in this process, or from servers that hold the student."""
+        from openril.sampling.vllm_engine import VLLMSampler
+
         collect, source = self.recipe.collect, self.result.source
         seed = stable_hash(self.recipe.seed, "collect", source) % 2**31
+        if isinstance(sampler, VLLMSampler):
+            self.stream(sampler, seed)
+            return
         while True:
             batch = take_batch(self.queue, collect.questions_per_batch)
             if not batch:
@@ -237,6 +264,54 @@ class _Collection:
             for question, _ in batch:
                 self.queue.done(question)
 
+    def stream(self, sampler: VLLMSampler, seed: int) -> None:
+        """Keep the student's servers busy, and write every answer when it arrives."""
+        collect, settings = self.recipe.collect, self.recipe.student.sampler
+        ready: deque[Request] = deque()
+        parts: dict[Question, int] = {}  # requests of a question that are not answered yet
+
+        def take() -> Request | None:
+            if not ready and (work := self.queue.take()) is not None:
+                question, indices = work
+                ready.extend((question, first, count) for first, count in runs(indices))
+                parts[question] = len(ready)
+            return ready.popleft() if ready else None
+
+        def finish(question: Question) -> None:
+            parts[question] -= 1
+            if not parts[question]:
+                del parts[question]
+                self.queue.done(question)
+
+        def failed(request: Request, error: OpenRILError) -> None:
+            question, _, count = request
+            if isinstance(error, DataError):
+                self.result.fail(question.id, str(error), count)
+            elif fatal := self.fail(question, error, count, settings.concurrency):
+                raise fatal
+            finish(question)
+
+        while not self.queue.finished:
+            arrived = sampler.stream(
+                take,
+                settings=collect.sampling,
+                max_completion_length=collect.max_completion_length,
+                seed=seed,
+                source=self.result.source,
+                logprobs=False,
+                failed=failed,
+            )
+            with closing(arrived):
+                for answers in arrived:
+                    for (question, _, _), responses in answers:
+                        for response in responses:
+                            self.keep(question, response)
+                        finish(question)
+                    self.show(min(len(parts), settings.concurrency))
+            if not self.queue.finished:
+                self.note_waiting()
+                time.sleep(POLL)
+
 
 @dataclass
 class _Served(_Collection):
@@ -245,7 +320,6 @@ class _Served(_Collection):
     teacher: TeacherConfig
     client: ChatClient
     outstanding: int = 0
-    failures_in_a_row: int = 0
     fatal: Exception | None = None
 
     def __post_init__(self) -> None:
@@ -310,7 +384,6 @@ class _Served(_Collection):
             response = Response(question.id, source, index, completion.text, completion.finish_reason)
             self.keep(question, response)
             self.result.thoughts_only += bool(completion.reasoning and not completion.text.strip())
-            self.failures_in_a_row = 0
         except EndpointError as e:
             if isinstance(e, RequestRefusedError) and not e.concerns_every_request:
                 self.refused.append((question, index, str(e)))

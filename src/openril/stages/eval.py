@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,7 +51,7 @@ def run_eval(
     Args:
         checkpoints: Folders or hub names; None for the base student, the SFT student, every student in ``checkpoints/``
             and the final one, as far as they exist.
-        make_sampler: Makes the sampler from (recipe, checkpoint); None loads the checkpoint with transformers.
+        make_sampler: Makes the sampler from (recipe, checkpoint); None follows student.sampler.
 
     Raises:
         JudgeError: If too many verdicts are missing. The answers are kept, and the same command continues.
@@ -83,7 +84,7 @@ def run_eval(
                         say(console, f"eval: {OUTDATED}")
                 with ProgressDisplay(console, f"eval {target.name}") as progress:
                     done = _evaluate(
-                        recipe, target, questions, settings, identity, judge, progress.report, make_sampler or _load
+                        recipe, target, questions, settings, identity, judge, progress.report, make_sampler
                     )
             if too_long := sum(row.finish_reason == TOO_LONG for row in done.rows):
                 console.print(
@@ -195,28 +196,37 @@ def _evaluate(
     identity: str,
     judge: JudgeService | None,
     report: Callable[[int, int, dict[str, Any]], None],
-    make_sampler: Callable[[Recipe, str], Sampler],
+    make_sampler: Callable[[Recipe, str], Sampler] | None,
 ) -> Evaluation:
     import torch
 
     from openril.evaluation.evaluate import Journal, evaluate
     from openril.hf import transformers
     from openril.models.prompt_lengths import LeftOut
+    from openril.sampling.checkpoint_sampler import open_sampler
 
     folder = recipe.run_path / "eval"
     journal: Journal = Journal(folder / f"{target.name}.jsonl", f"{stable_hash(settings, identity):016x}")
-    result = evaluate(
-        lambda: make_sampler(recipe, target.checkpoint),
-        questions,
-        recipe.eval,
-        judge,
-        name=target.name,
-        checkpoint=target.checkpoint,
-        journal=journal,
-        max_unknown_share=recipe.judge.max_unknown_share,
-        report=report,
-        too_long=LeftOut(recipe, "eval").add,
-    )
+    with ExitStack() as stack:
+
+        def sampler() -> Sampler:
+            if make_sampler is not None:
+                return make_sampler(recipe, target.checkpoint)
+            opened = open_sampler(recipe, target.checkpoint, questions, recipe.eval.questions_per_batch)
+            return stack.enter_context(opened)
+
+        result = evaluate(
+            sampler,
+            questions,
+            recipe.eval,
+            judge,
+            name=target.name,
+            checkpoint=target.checkpoint,
+            journal=journal,
+            max_unknown_share=recipe.judge.max_unknown_share,
+            report=report,
+            too_long=LeftOut(recipe, "eval").add,
+        )
     versions = {"openril": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     write_json(
@@ -224,16 +234,3 @@ def _evaluate(
         {**result.as_dict(), "weights": identity, "settings": settings, "versions": versions, "date": date},
     )
     return result
-
-
-def _load(recipe: Recipe, checkpoint: str) -> Sampler:
-    from openril.sampling.transformers_engine import TransformersSampler
-
-    return TransformersSampler.from_checkpoint(
-        checkpoint,
-        recipe.student,
-        max_prompt_length=recipe.data.max_prompt_length,
-        max_image_pixels=recipe.data.max_image_pixels,
-        allow_urls=recipe.data.allow_urls,
-        questions_per_batch=recipe.eval.questions_per_batch,
-    )
