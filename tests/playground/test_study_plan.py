@@ -1,6 +1,7 @@
 """Cells, their recipes, their order, what they need, and which of them are recognized as done."""
 
 import json
+from functools import reduce
 
 import pytest
 from ruamel.yaml import YAML
@@ -221,11 +222,9 @@ def test_a_finished_cell_with_earlier_setting_names_and_moved_models_is_recogniz
     before.prepare()
     values = YAML(typ="safe").load(before.recipe_path.read_text())
     for old, new in RENAMED_KEYS.items():
-        *sections, last = old.split(".")
-        section = values
-        for name in sections:
-            section = section[name]
-        section[last] = section.pop(new.split(".")[-1])
+        (*sections, last), (*new_sections, new_last) = old.split("."), new.split(".")
+        moved = reduce(dict.__getitem__, new_sections, values).pop(new_last)
+        reduce(dict.__getitem__, sections, values)[last] = moved
     assert {"on", "optimiser"} <= set(values["sft"]) and values["discriminator"]["sees"] == "question"
     before.recipe_path.write_text(json.dumps(values))
     write_cell(tmp_path / "out", Place("student_qwen", "contenders", "gad_like", 0), 1)

@@ -264,3 +264,20 @@ def test_require_raises_with_every_error(good: Recipe) -> None:
 def test_unknown_stage_lists_the_stages(good: Recipe) -> None:
     with pytest.raises(RecipeError, match="sft, collect, select, discriminator, train, eval, run"):
         cross_check(good, "traim")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_vllm_needs_servers_in_each_stage_that_samples_the_student(good: Recipe, stage: str) -> None:
+    uses = stage in ("collect", "train", "eval", "run")
+    problems = found(change(good, student__sampler__engine="vllm"), stage)
+    assert problems.keys() == ({"student.sampler.base_urls"} if uses else set())
+    served = change(good, student__sampler={"engine": "vllm", "base_urls": ["http://127.0.0.1:1/v1"]})
+    assert cross_check(served, stage) == []
+    assert (
+        "student.sampler.base_urls" in found(change(served, student__sampler__base_urls=["127.0.0.1"]), stage)
+    ) == uses
+
+
+def test_collecting_from_teachers_alone_needs_no_server_of_the_student(good: Recipe) -> None:
+    recipe = change(good, student__sampler__engine="vllm", collect__student=False)
+    assert not found(recipe, "collect")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from openril.errors import RecipeError
-from openril.recipe.loading import load_recipe, save_recipe
+from openril.recipe.loading import load_recipe, load_saved_recipe, save_recipe
 from openril.recipe.schema import DiscriminatorConfig, Recipe, TeacherConfig, TrainConfig
 from openril.recipe.validation import setting_names
 
@@ -164,6 +164,20 @@ def test_saved_recipe_reads_back_equal(tmp_path: Path) -> None:
     assert "läufe/é" in (tmp_path / "saved.yaml").read_text(encoding="utf-8")
 
 
+def test_a_section_that_moved_is_named_and_read_from_recipes_of_earlier_runs(tmp_path: Path) -> None:
+    text = "train: {beta: 0.5, sampler: {engine: vllm, concurrency: 7}}\nstudent: {model: m}\n"
+    assert re.search(r"^train\.sampler: .*r\.yaml:1\).* student\.sampler\.$", message(tmp_path, text))
+    for student in ("student: {model: m}", ""):
+        path = write(tmp_path, text.replace("student: {model: m}", student))
+        recipe = load_saved_recipe(path)
+        assert (recipe.student.sampler.engine, recipe.student.sampler.concurrency, recipe.train.beta) == (
+            "vllm",
+            7,
+            0.5,
+        )
+        assert recipe.student.model == ("m" if student else "")
+
+
 def test_a_key_pasted_into_the_recipe_is_refused_and_not_repeated(tmp_path: Path) -> None:
     text = message(tmp_path, "judge: {api_key_env: sk-12345}")
     assert "environment variable" in text and "12345" not in text
@@ -193,6 +207,7 @@ def test_switches_can_be_written_both_ways(tmp_path: Path, arguments: list[str])
     [
         ("--train.betta 1", r"^--train\.betta: .*mean --train\.beta\?"),
         ("--beta 1", r"^--beta: .*mean --train\.beta\?"),
+        ("--train.sampler.engine vllm", r"^--train\.sampler\.engine: .*--student\.sampler\.engine\."),
         ("--train.beta x", r"--train\.beta: .*'x'"),
         ("--train.beta -1", r"\btrain\b.*\bbeta\b.* 0$"),
         ("--train.algorithm ppo", r"invalid choice 'ppo'"),
