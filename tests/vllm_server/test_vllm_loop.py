@@ -94,9 +94,8 @@ eval: {{max_completion_length: 12}}
         loaded = load_recipe(recipe)
         cached = ResponseCache.open(loaded.cache_path).load(questions, [STUDENT], 3, with_token_ids=True)
         for name in ("a", "b"):
-            [file] = [
-                f for f in (tmp_path / "run/eval").glob("*.jsonl") if f.stem == "base" or f.stem.split("-")[-2] == name
-            ]
+            pattern = "base.jsonl" if name == "a" else f"*-{name}-*.jsonl"  # "a" is the recipe's student
+            [file] = (tmp_path / "run/eval").glob(pattern)
             rows = {row["question_id"]: row["text"] for row in read_jsonl(file)[1:]}
             sampler = TransformersSampler.from_checkpoint(str(tmp_path / name), loaded.student)
             greedy = sampler.sample(questions, 1, settings=GREEDY, max_completion_length=12, seed=0)
