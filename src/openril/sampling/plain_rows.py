@@ -75,7 +75,7 @@ class PlainRows:
             layers = output.past_key_values.layers
             if not all(hasattr(layer, "keys") for layer in layers):
                 raise ModelError(
-                    f"train.sampler.engine: {type(self.model).__name__} has layers without keys and values (linear"
+                    f"student.sampler.engine: {type(self.model).__name__} has layers without keys and values (linear"
                     " attention), whose states cannot be copied for several samples. Set it to vllm."
                 )
             pad = partial(_left_pad, length=longest, rows=num_generations)
