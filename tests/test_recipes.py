@@ -80,7 +80,7 @@ def test_a_baseline_is_ready_to_run_on_a_users_data(path, tmp_path, models):
 base: {path}
 run_dir: {tmp_path / "run"}
 data: {{train: [{tmp_path / "train.jsonl"}], validation: [{tmp_path / "validation.jsonl"}], selection: {{enabled: false}}}}
-student: {{model: {models / "student_qwen" / "sft"}}}
+student: {{model: {models / "student_qwen" / "sft"}, sampler: {{engine: transformers}}}}
 teachers:
   - {{name: a, model_path: {models / "teacher_a"}}}
   - {{name: b, model_path: {models / "teacher_b"}}}

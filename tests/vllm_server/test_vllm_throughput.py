@@ -49,6 +49,7 @@ def raw_tokens_per_second(
         tokens = 0
         for body in bodies:
             answer = await client.post(f"{url}/chat/completions", json=body)
+            assert answer.status_code == 200, answer.text
             tokens += answer.json()["usage"]["completion_tokens"]
         return tokens
 

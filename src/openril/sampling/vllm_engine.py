@@ -34,6 +34,8 @@ from openril.storage import stable_hash
 
 PROBE_TOKENS = 16
 """Tokens of the samples that ``verify`` compares."""
+COMPARED_PROMPTS = 16
+"""Prompts that are compared with the encoder's where that is all they are encoded for."""
 _WHAT = "student.sampler"
 
 T = TypeVar("T")
@@ -59,6 +61,7 @@ class VLLMSampler:
         self.encoder = encoder
         self.client = ChatClient(settings.endpoint, _WHAT)
         self.banned = sorted(encoder.special_token_ids - set(encoder.eos_token_ids))
+        self._uncompared = COMPARED_PROMPTS
         self._tensors: dict[str, tuple[int, ...]] | None = None
 
     # Sampling
@@ -107,7 +110,7 @@ class VLLMSampler:
             take: Returns the next piece of work, or None if there is none now. The iterator ends if there is none and
                 nothing is in flight.
             logprobs: Ask for log-probabilities, and compare every prompt with the encoder's. If off, only the first
-                ``concurrency`` prompts are compared.
+                ``COMPARED_PROMPTS`` are compared.
             failed: Called with work whose question cannot be shown or whose request has failed. By default the error is
                 raised, as errors of servers that read or end text differently always are.
         """
@@ -115,7 +118,6 @@ class VLLMSampler:
         arrived: SimpleQueue[Future[Completion]] = SimpleQueue()
         running: dict[Future[Completion], Work] = {}
         prompts: dict[Future[Completion], list[int] | None] = {}  # of answers to compare; None: not encoded yet
-        uncompared = self.settings.concurrency
         ahead: deque[Future[Completion]] = deque()
 
         def asked_for(work: Work) -> int:
@@ -129,10 +131,10 @@ class VLLMSampler:
                     future = self.client.loop_thread.submit(coming)
                     future.add_done_callback(arrived.put)
                     running[future] = work
-                    if logprobs or uncompared > 0:
+                    if logprobs or self._uncompared > 0:
                         prompts[future] = None
                         ahead.append(future)
-                        uncompared -= 1
+                        self._uncompared -= 1
                 if not running:
                     return
                 while ahead and arrived.empty():  # encode while the servers work
