@@ -89,7 +89,12 @@ def evaluate(
         run.submit(batch, [run.answers[q.id] for q in batch])
     todo = [q for q in questions if q.id not in run.rows and q.id not in run.answers]
     if todo:
-        options = {"settings": GREEDY, "max_completion_length": settings.max_completion_length, "seed": 0, "source": name}
+        options = {
+            "settings": GREEDY,
+            "max_completion_length": settings.max_completion_length,
+            "seed": 0,
+            "source": name,
+        }
         with closing(_answers(make_sampler(), todo, size, too_long, options)) as answers:
             for batch, drawn in answers:
                 run.leave_out([q for q, responses in zip(batch, drawn, strict=True) if not responses])

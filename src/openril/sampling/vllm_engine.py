@@ -25,7 +25,7 @@ from torch import Tensor
 
 from openril.data.images import image_url_parts
 from openril.endpoints import ChatClient, Completion
-from openril.errors import DataError, EndpointError, OpenRILError
+from openril.errors import DataError, EndpointError, OpenRILError, PromptTooLongError
 from openril.models.packing import GroupTokens, pad_rows
 from openril.models.prompts import PromptEncoder, question_messages
 from openril.recipe.schema import SamplerConfig, SamplingConfig
@@ -150,6 +150,7 @@ class VLLMSampler:
                         prompt = prompts.pop(future, None)
                         if compare and prompt is None:
                             prompt = self.encoder(work[0]).input_ids.tolist()
+                        self._check_length(work[0], completion.answer)
                     except (DataError, EndpointError) as e:
                         if failed is None:
                             raise
@@ -209,6 +210,14 @@ class VLLMSampler:
         encoder = self.encoder
         images = image_url_parts(question, max_pixels=encoder.max_image_pixels, allow_urls=encoder.allow_urls)
         return question_messages(question, encoder.system_prompt, encoder.clean, images)
+
+    def _check_length(self, question: Question, answer: Any) -> None:
+        length = len(getattr(answer, "prompt_token_ids", None) or ())
+        if length > (limit := self.encoder.max_prompt_length):
+            reason = f"question {question.id}: expected at most data.max_prompt_length {limit} tokens, got {length}"
+            error = PromptTooLongError(reason, length)
+            error.question_id = question.id
+            raise error
 
     def _check_prompt(self, question: Question, ours: list[int] | None, answer: Any) -> None:
         theirs = getattr(answer, "prompt_token_ids", None)
