@@ -113,6 +113,19 @@ def test_each_server_is_asked_for_one_answer_which_is_shown(tmp_path: Path) -> N
         assert "omit: [seed] for teacher big" in page
 
 
+def test_the_students_servers_are_asked_too(tmp_path: Path) -> None:
+    with MisbehavingServer(then=Say("red"), model="student") as server:
+        sampler = {"engine": "vllm", "base_urls": [server.url, "http://127.0.0.1:9/v1"]}
+        recipe = Recipe.model_validate({"run_dir": str(tmp_path), "student": {"sampler": sampler}})
+        recipe.rewards.answer.kind = "rules"
+        console = Console(file=io.StringIO(), width=200)
+        page = _Page(console)
+        _check_servers(recipe, page)
+        shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert f"student.sampler: student at {server.url} answered 'red'" in shown
+    assert "student.sampler: cannot reach http://127.0.0.1:9/v1" in shown and page.errors == 1
+
+
 def test_text_only_checkpoints_cannot_be_students(tmp_path: Path) -> None:
     from openril.testing.tiny_models import build_tiny_model
 

@@ -232,9 +232,10 @@ def _check_servers(recipe: Recipe, page: _Page) -> None:
         if isinstance(endpoint, JudgeConfig):
             messages = [*Prompt(_QUESTION, "Blue", "It is blue.").messages()]
             settings = judge_request_settings(endpoint, seed=0)
-        else:
-            assert isinstance(endpoint, TeacherConfig)
+        elif isinstance(endpoint, TeacherConfig):
             settings = {"seed": 0, **request_settings(recipe, endpoint)}
+        else:
+            settings = {"seed": 0, "max_tokens": 32}
         try:
             answers = client.loop_thread.submit(client.probe(messages, **settings)).result(timeout=_PROBE_SECONDS)
         except (TimeoutError, OpenRILError) as e:
