@@ -1,5 +1,6 @@
 """Every skill's answers, recomputed from the scene in words, and the answer rules' scores of its texts."""
 
+import dataclasses
 import re
 from collections import Counter
 
@@ -220,6 +221,27 @@ def test_right_texts_score_1_in_every_style(made):
     for q in made:
         for text in (q.answer, *(q.derivations[style] for style in STYLES)):
             assert rules.score(q.rule, asked(q), text) == 1.0, (q.question, text)
+
+
+REWRITTEN = (
+    "<answer>{}</answer>",
+    "<think>hm</think> <answer> {} </answer>",
+    "\\boxed{{{}}}",
+    "We look.\n#### {}",
+    "We look.\nThe answer is {}.",
+    "Answer: {}",
+    "答案：{}",
+    "solution: $\\boxed{{{}}}$.",
+)
+
+
+def test_truths_rewritten_in_customary_ways_give_the_same_scores(made):
+    for q in made[::25]:
+        texts = [t for style in STYLES for t in (q.derivations[style], q.wrong_derivation(style, 0))]
+        scores = [rules.score(q.rule, asked(q), text) for text in texts]
+        for form in REWRITTEN:
+            question = dataclasses.replace(asked(q), answer=form.format(q.answer))
+            assert [rules.score(q.rule, question, text) for text in texts] == scores, question.answer
 
 
 def test_wrong_texts_score_0_in_every_style(made):
