@@ -153,15 +153,11 @@ class ChatClient:
         for base_url in self.endpoint.base_urls:
             url, query = split_base_url(base_url)
             azure = {"api-key": self._key} if self._key and "api-version" in query else None
-            options: dict[str, Any] = {
-                "api_key": self._key or "none",
-                "timeout": self.endpoint.timeout,
-                "max_retries": 0,
-            }
             try:
                 # Proxies from the environment are for the internet. A loopback server must be reached directly.
                 http_client = openai.DefaultAsyncHttpxClient(trust_env=False) if is_loopback(url) else None
-                options |= {"http_client": http_client, "default_query": query, "default_headers": azure}
+                options: dict[str, Any] = {"http_client": http_client, "default_query": query, "default_headers": azure}
+                options |= {"api_key": self._key or "none", "timeout": self.endpoint.timeout, "max_retries": 0}
                 client = openai.AsyncOpenAI(base_url=url, **options)
             except (ImportError, ValueError) as e:  # a SOCKS proxy without its package, or no URL
                 raise EndpointError(f"{self.what}: cannot connect to {url}{proxy_note(url)} ({e})") from e

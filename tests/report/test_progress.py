@@ -2,7 +2,7 @@ import io
 
 from rich.console import Console
 
-from openril.report.progress import ProgressDisplay, duration, figures, rate_text, time_parts
+from openril.report.progress import ProgressDisplay, duration, figures, rate_text, say, time_parts
 
 ROW = {
     "step": 3,
@@ -146,3 +146,10 @@ def test_rates_choose_their_unit_of_time():
 
 def test_durations():
     assert [duration(s) for s in (9, 180, 7500, 100 * 3600)] == ["9 s", "3 min", "2 h 05", "4 d 4 h"]
+
+
+def test_brackets_and_long_lines_are_printed_as_they_are() -> None:
+    console = Console(file=io.StringIO(), width=40)
+    text = "all results of this run are in runs/[lr=1e-5] x/[bold]/" + 60 * "y"
+    say(console, text)
+    assert console.file.getvalue() == text + "\n"  # type: ignore[attr-defined]
