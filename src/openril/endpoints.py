@@ -264,7 +264,7 @@ class ChatClient:
 
     def _status_error(self, server: _Server, error: openai.APIStatusError, fields: dict[str, Any]) -> EndpointError:
         url, status = server.url, error.status_code
-        message = f"{self.what}: {url} answered {status}: {_shortened(error.message).rstrip(".")}"
+        message = f"{self.what}: {url} answered {status}: {_shortened(error.message).rstrip('.')}"
         if status in (400, 403, 422, 451) and _FILTERED.search(str(error.message)):
             return RequestRefusedError(message, status, False)
         if status in (408, 409, 425, 429) or status >= 500:
