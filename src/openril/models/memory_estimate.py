@@ -1,7 +1,6 @@
-"""Estimate memory, disk, steps and requests of a recipe from the recipe and the checkpoint's header.
+"""Read the sizes of a checkpoint from its header, and estimate disk, steps and requests of a recipe from them.
 
-The formulas are in docs/configuration.md. They leave out allocator overhead, the framework itself and communication
-buffers.
+The memory of its stages is in models/stage_memory.py, and the formulas are in docs/configuration.md.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from openril.errors import ModelError
+from openril.models.adapters import base_model
 from openril.models.freezing import module_group
-from openril.models.packing import LOGITS_BYTES
 from openril.recipe.checks import collects_all, filters_overlong
 from openril.recipe.schema import ModuleGroup, Recipe
 from openril.records import STUDENT
@@ -25,37 +24,37 @@ ADAMW_BYTES = 8
 
 
 @dataclass(frozen=True)
-class Shape:
-    """The student's size. parameters: number of parameters by module group ("other" for none)."""
+class Tower:
+    """Sizes of a stack of transformer layers."""
 
-    parameters: dict[str, int]
     hidden: int
     intermediate: int
     layers: int
+    query: int
+    """Width of all query heads together."""
+    key_value: int
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The student's size."""
+
+    parameters: dict[str, int]
+    """Number of parameters by module group ("other" for none)."""
+    text: Tower
     vocabulary: int
+    vision: Tower | None = None
+    patches: int = 4
+    """Patches of the vision tower for each image token."""
 
     @property
     def total(self) -> int:
         return sum(self.parameters.values())
 
     def trainable(self, frozen: list[ModuleGroup]) -> int:
-        return sum(n for group, n in self.parameters.items() if group not in frozen)
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on the device of one process, with unsharded weights, by name."""
-
-    parts: dict[str, int]
-
-    @property
-    def total(self) -> int:
-        return sum(self.parts.values())
-
-    @property
-    def shardable(self) -> int:
-        """Bytes that sharding (FSDP, ZeRO) would divide by the number of processes."""
-        return sum(n for name, n in self.parts.items() if not name.startswith("loop:"))
+        """Return the number of values that train. Tied weights are frozen if either of their groups is."""
+        tied = "lm_head" not in self.parameters and "lm_head" in frozen
+        return sum(n for g, n in self.parameters.items() if g not in frozen and not (tied and g == "word_embeddings"))
 
 
 @dataclass(frozen=True)
@@ -131,68 +130,28 @@ def by_group(tensors: dict[str, int]) -> dict[str, int]:
 
 def shape_of(config: Any, parameters: dict[str, int]) -> Shape:
     text = config.get_text_config()
-    hidden = int(text.hidden_size)
-    intermediate = int(getattr(text, "intermediate_size", 0) or 4 * hidden)
-    return Shape(parameters, hidden, intermediate, int(text.num_hidden_layers), int(text.vocab_size))
+    vision = getattr(config, "vision_config", None)
+    merged = getattr(vision, "spatial_merge_size", 0) or 1 / getattr(config, "downsample_ratio", 0.5)
+    tower = _tower(vision) if hasattr(vision, "hidden_size") else None
+    return Shape(parameters, _tower(text), int(text.vocab_size), tower, round(merged**2))
 
 
-def loop_memory(recipe: Recipe, shape: Shape, prompt_tokens: float) -> Memory:
-    """Estimate the memory of the loop. prompt_tokens: of a long question (95%), including image tokens."""
-    train, student = recipe.train, recipe.student
-    master = 2 if train.precision == "pure_bf16" else 4
-    compute = 4 if train.precision == "float32" else 2
-    parts: dict[str, int] = {}
+def shape_of_model(model: Any) -> Shape:
+    """Return the shape of a loaded model, without its adapters."""
+    base = base_model(model)
+    return shape_of(base.config, by_group({n: p.numel() for n, p in base.named_parameters() if ".lora_" not in n}))
 
-    def trained(name: str, total: int, trainable: int) -> None:
-        parts[f"{name}: weights"] = total * master
-        parts[f"{name}: gradients"] = trainable * master
-        parts[f"{name}: AdamW states"] = ADAMW_BYTES * trainable
 
-    if student.lora.enabled:
-        # r x (in + out) for each adapted layer; at most all of attention and MLP.
-        layer = 4 * 2 * shape.hidden + 3 * (shape.hidden + shape.intermediate)
-        trainable = student.lora.r * layer * shape.layers
-        trained("student", shape.total + trainable, trainable)
-    else:
-        trainable = shape.trainable(student.freeze)
-        trained("student", shape.total, trainable)
-        if train.beta:
-            # Autocast's reference stores linear layers of the language model in bfloat16.
-            rounded = (
-                {"attention", "mlp_gate", "mlp_up", "mlp_down", "lm_head"} if train.precision == "bfloat16" else set()
-            )
-            sizes = (n * (2 if group in rounded else master) for group, n in shape.parameters.items())
-            parts["reference: weights"] = sum(sizes)
-    if recipe.uses_discriminator:
-        body = shape.total - shape.parameters.get("lm_head", 0)
-        d = recipe.discriminator
-        if d.mode == "updated":
-            trained("discriminator", body, max(0, shape.trainable(d.freeze) - shape.parameters.get("lm_head", 0)))
-        else:
-            parts["discriminator: weights"] = body * master
-    if train.precision == "bfloat16":
-        # Autocast keeps a bfloat16 copy of the trained weights during a pass.
-        parts["loop: bfloat16 copy of the weights"] = trainable * 2
+def _tower(config: Any) -> Tower:
+    def first(*names: str) -> Any:
+        return next((value for name in names if (value := getattr(config, name, None))), 0)
 
-    teachers = recipe.teacher_responses_per_question if train.teacher_responses_in_update else 0
-    members = train.num_generations + teachers
-    responses = members * train.max_completion_length
-    group = (prompt_tokens if train.packed else members * prompt_tokens) + responses
-    # A micro-batch holds whole groups within the budget, but at least one.
-    groups = max(1, min(train.questions_per_step, int(train.max_tokens_per_micro_batch // group)))
-    tokens = groups * group
-    one_layer = tokens * (8 * shape.hidden + 4 * shape.intermediate) * compute
-    if student.gradient_checkpointing:
-        activations = tokens * shape.hidden * shape.layers * compute + one_layer
-    else:
-        activations = one_layer * shape.layers
-    parts["loop: activations"] = int(activations)
-    if train.packed:  # in parts, each with its gradient
-        parts["loop: logits"] = 3 * min(groups * responses * shape.vocabulary * 4, LOGITS_BYTES)
-    else:  # of all rows in the compute type with their gradient, and one part in float32
-        logits = groups * responses * shape.vocabulary
-        parts["loop: logits"] = int(logits * 2 * compute + 2 * LOGITS_BYTES)
-    return Memory(parts)
+    hidden = int(config.hidden_size)
+    heads = int(first("num_attention_heads", "num_heads") or 1)
+    head = first("head_dim") or hidden // heads
+    key_value = int(first("num_key_value_heads") or heads) * head
+    layers = int(first("num_hidden_layers", "depth") or 1)
+    return Tower(hidden, int(first("intermediate_size") or 4 * hidden), layers, heads * head, key_value)
 
 
 def checkpoint_bytes(recipe: Recipe, shape: Shape) -> int:

@@ -1,0 +1,257 @@
+"""Estimate the memory that one process of each stage needs.
+
+Nothing is sharded: under data parallelism every process holds everything, so no part is divided by the number of
+processes. Parts that do not exist at the same time are not added: the phases of a stage follow each other, and the
+largest decides. The formulas are in docs/configuration.md.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from openril.models.memory_estimate import ADAMW_BYTES, GIB, Shape, Tower
+from openril.models.packing import LOGITS_BYTES
+from openril.recipe.schema import ModuleGroup, Recipe
+
+CONTEXT_BYTES = GIB
+"""An assumption: what the CUDA context, workspaces of libraries and the communication of processes take of a device."""
+_OWN_PROMPT = 256  # tokens of the discriminator's prompt without question and images
+_SFT_TILE = (4096, 2**15)  # tokens and words for which TRL computes float32 logits at a time
+_LOGITS_OF_A_DRAW = 6  # float32, penalized, sorted, its indices, probabilities, and their sums
+_OPTIMIZER_CHUNK = 2**24  # values for which CompensatedAdamW has float32 copies at a time
+# Bytes that a layer saves of a token for the backward pass, for each unit of its hidden, query, key-value and intermediate
+# size: inputs of norms and matrices, rotated queries and keys, outputs of attention and gates. True: LoRA trains alone.
+_SAVED: dict[tuple[str, bool], tuple[int, int, int, int]] = {
+    ("float32", False): (24, 16, 16, 16),
+    ("float32", True): (16, 12, 12, 16),
+    ("bfloat16", False): (26, 10, 10, 8),
+    ("bfloat16", True): (18, 8, 8, 8),
+    ("pure_bf16", False): (16, 10, 10, 8),
+    ("pure_bf16", True): (28, 12, 8, 10),
+}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What one process of a stage needs, in bytes by name."""
+
+    stage: str
+    held: dict[str, int]
+    """On the device during all of the stage."""
+    phases: dict[str, dict[str, int]]
+    """On the device in addition, by phase."""
+    host: dict[str, int] = field(default_factory=dict)
+    """In main memory at most, wherever the models are."""
+
+    @property
+    def phase(self) -> str:
+        """The phase that needs most."""
+        return max(self.phases, key=lambda name: sum(self.phases[name].values()))
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Everything that is on the device in that phase."""
+        return self.held | self.phases[self.phase]
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+def stage_memory(
+    recipe: Recipe, shape: Shape, prompt_tokens: float, image_tokens: float = 0, processes: int = 1, judge: int = 0
+) -> list[Memory]:
+    """Estimate the memory of sft, discriminator and train, as far as the recipe has these stages.
+
+    Args:
+        prompt_tokens: Tokens of the longest question, image tokens included.
+        image_tokens: Image tokens of the question that has most.
+        processes: Their number. Each has a share of the questions of a step, and a whole copy of everything else.
+        judge: Parameters of a judge that runs in the training process.
+    """
+    sizes = _Sizes(recipe, shape, int(prompt_tokens), int(image_tokens), processes)
+    stages = [sizes.sft()] if recipe.sft.enabled else []
+    if recipe.uses_discriminator and recipe.discriminator.pretraining.enabled:
+        held, phases = sizes.discriminator(pretraining=True)
+        stages.append(Memory("discriminator", held, phases, sizes.vision_caches(0)))
+    return [*stages, sizes.train(judge)]
+
+
+class _Sizes:
+    def __init__(self, recipe: Recipe, shape: Shape, prompt: int, image: int, processes: int) -> None:
+        self.recipe, self.shape, self.prompt, self.image, self.processes = recipe, shape, prompt, image, processes
+        self.precision = recipe.train.precision
+        # Weights are held in one type: those that train, frozen ones, the reference's and the discriminator's.
+        self.width = 2 if self.precision == "pure_bf16" else 4
+        self.compute = 4 if self.precision == "float32" else 2
+
+    def sft(self) -> Memory:
+        recipe, words = self.recipe, self.shape.vocabulary
+        held, phases = self._student()
+        rows = min(recipe.sft.micro_batch_size, max(1, recipe.sft.batch_size // self.processes))
+        tokens = rows * (self.prompt + recipe.train.max_completion_length)
+        phases["student update"] |= self._activations(self.shape.text, tokens, lora=recipe.student.lora.enabled)
+        phases["student update"]["logits"] = 3 * 4 * min(tokens, _SFT_TILE[0]) * min(words, _SFT_TILE[1])
+        phases["student update"] |= self._vision(recipe.student.freeze, rows * self.image, rows * self.image)
+        return Memory("sft", held, phases)
+
+    def train(self, judge: int) -> Memory:
+        recipe, train = self.recipe, self.recipe.train
+        held, student = self._student()
+        if train.beta and not recipe.student.lora.enabled:
+            held["reference: weights"] = self.shape.total * self.width
+        if judge:
+            held["judge: weights"] = 2 * judge
+        groups = max(1, train.questions_per_step // self.processes)
+        update = student["student update"]
+        phases: dict[str, dict[str, int]] = {}
+        if train.sampler.engine == "transformers":
+            phases["sampling"] = {k: n for k, n in update.items() if k.endswith("autocast")} | self._sampling(groups)
+        if recipe.uses_discriminator:
+            d_held, d_phases = self.discriminator()
+            held, phases = held | d_held, phases | d_phases
+        members = train.num_generations
+        members += recipe.teacher_responses_per_question if train.teacher_responses_in_update else 0
+        length = train.max_completion_length
+        tokens = self._micro_batch(train.max_tokens_per_micro_batch, self.prompt, members, length, groups)
+        update |= self._activations(self.shape.text, tokens, lora=recipe.student.lora.enabled)
+        if train.packed:  # in pieces, each with its gradient
+            update["logits"] = 3 * min(tokens * self.shape.vocabulary * 4, LOGITS_BYTES)
+        else:  # those of all responses with their gradient, and one piece in float32
+            share = length / (self.prompt + length)
+            update["logits"] = int(tokens * share) * self.shape.vocabulary * 2 * self.compute + 3 * LOGITS_BYTES
+        images = tokens * self.image // (self.prompt + (members if train.packed else 1) * length)
+        update |= self._vision(recipe.student.freeze, max(images, self.image), self.image)
+        # The reference has a cache of its own if the student's tower trains, and then the student has none.
+        return Memory("train", held, phases | student, self.vision_caches(1))
+
+    def discriminator(self, pretraining: bool = False) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
+        """Return what the discriminator holds, and its phases. It is the student without its LM head."""
+        recipe, d, train, parameters = self.recipe, self.recipe.discriminator, self.recipe.train, self.shape.parameters
+        if pretraining:
+            groups = d.pretraining.questions_per_step
+            students = d.pretraining.responses_per_question or recipe.collect.num_responses
+            teachers = d.pretraining.responses_per_question or students * len(recipe.teacher_names)
+            length = recipe.collect.max_completion_length
+        else:
+            groups = math.ceil(train.questions_per_step / (1 - d.replay))
+            students, teachers = train.num_generations, recipe.teacher_responses_per_question
+            length = max(train.max_completion_length, recipe.collect.max_completion_length)
+        members = 2 * max(students, teachers) if d.match_length else students + teachers
+        length = min(length, d.max_response_tokens) + 16  # the end of the prompt follows a response
+        image = self.image if d.inputs == "image" else 0
+        head = _OWN_PROMPT + (0 if d.inputs == "response" else self.prompt - self.image + image)
+        trains = d.mode == "updated" or pretraining
+        tokens = self._micro_batch(
+            d.max_tokens_per_micro_batch,
+            head,
+            members,
+            length,
+            max(1, groups // self.processes),
+            whole=trains and d.loss == "bradley_terry",
+        )
+        body = self.shape.total - parameters.get("lm_head", 0)
+        activations = self._activations(self.shape.text, tokens, trains=trains)
+        if not trains:
+            return {"discriminator: weights": body * self.width}, {"discriminator scores": activations}
+        frozen: list[ModuleGroup] = [g for g in d.freeze if g != "lm_head"]
+        frozen += [] if d.inputs == "image" else ["vision_tower", "projector"]
+        trainable = self.shape.trainable(frozen) - parameters.get("lm_head", 0)
+        head_frozen: list[ModuleGroup] = ["lm_head"] if "lm_head" in parameters else []
+        held, phases = self._trained("discriminator", body, trainable, [*frozen, *head_frozen])
+        phases["discriminator update"] |= activations
+        phases["discriminator update"] |= self._vision(frozen, max(image, tokens * image // (head + length)), image)
+        return held, phases
+
+    def vision_caches(self, of_student: int) -> dict[str, int]:
+        of_discriminator = self.recipe.uses_discriminator and self.recipe.discriminator.inputs == "image"
+        caches = of_student + int(of_discriminator)
+        return {"train.vision_cache_gib": int(caches * self.recipe.train.vision_cache_gib * GIB)} if caches else {}
+
+    def _student(self) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
+        lora, text, frozen = self.recipe.student.lora, self.shape.text, self.recipe.student.freeze
+        if not lora.enabled:
+            return self._trained("student", self.shape.total, self.shape.trainable(frozen), frozen)
+        sizes = dict.fromkeys(("q_proj", "o_proj"), text.hidden + text.query)
+        sizes |= dict.fromkeys(("k_proj", "v_proj"), text.hidden + text.key_value)
+        size = sum(sizes.get(n, text.hidden + text.intermediate) for n in lora.target_modules)
+        return self._trained("student", self.shape.total, 0, [], adapters=text.layers * lora.r * size)
+
+    def _trained(
+        self, name: str, total: int, trainable: int, frozen: list[ModuleGroup], adapters: int = 0
+    ) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
+        """Return what a model that trains always holds, and what its update needs before its activations.
+
+        One process drops its gradients after every step. With several, gradients are views into DDP's buckets
+        (gradient_as_bucket_view): they count once, and are never dropped. peft keeps adapters in float32.
+        """
+        parameters, text = self.shape.parameters, self.shape.text
+        held = {f"{name}: weights": total * self.width + 4 * adapters}
+        held[f"{name}: AdamW states"] = ADAMW_BYTES * (trainable + adapters)
+        gradients = {f"{name}: gradients": trainable * self.width + 4 * adapters}
+        words = parameters.get("word_embeddings", 0)
+        # Tied embeddings are the LM head's matrix too, except in the discriminator, which has none.
+        looked_up = words if "lm_head" in parameters or name == "discriminator" else 0
+        trained_words = words if trainable and "word_embeddings" not in frozen else 0
+        update: dict[str, int] = {}
+        if self.precision == "bfloat16":
+            # Autocast keeps copies of the matrices that train. Copies of frozen ones are saved for the backward pass, which
+            # checkpointing does for one layer at a time.
+            copied = trainable + adapters - min(trained_words, looked_up)
+            others = max(0, total - parameters.get("vision_tower", 0) - looked_up - trainable)
+            others //= text.layers if self.recipe.student.gradient_checkpointing else 1
+            update[f"{name}: bfloat16 copies of autocast"] = 2 * copied
+            update[f"{name}: bfloat16 copies of frozen weights"] = 2 * others
+        # Of the largest matrix: a gradient and its next term, before they are added to what is accumulated.
+        head = parameters.get("lm_head", 0) if "lm_head" not in frozen else 0
+        largest = min(trainable, max(trained_words, head, text.hidden * text.intermediate))
+        update[f"{name}: largest gradient"] = 2 * self.width * largest
+        always, then = (gradients, {}) if self.processes > 1 else ({}, gradients)
+        phases = {f"{name} update": then | update}
+        if self.precision == "pure_bf16":
+            phases[f"{name} step"] = then | {"float32 copies": 28 * min(largest, _OPTIMIZER_CHUNK)}
+        return held | always, phases
+
+    def _sampling(self, groups: int) -> dict[str, int]:
+        train, text = self.recipe.train, self.shape.text
+        questions = min(train.questions_per_sampling_batch, groups)
+        own = train.num_generations * train.max_completion_length
+        own = max(own, self.recipe.eval.max_completion_length if train.eval_every else 0)
+        kept = questions * (self.prompt + own)
+        return {
+            "KV cache": kept * 2 * text.key_value * text.layers * self.compute,
+            **self._activations(text, questions * self.prompt, trains=False),
+            "logits": questions * train.num_generations * self.shape.vocabulary * 4 * _LOGITS_OF_A_DRAW,
+        }
+
+    def _micro_batch(
+        self, budget: int, head: int, members: int, length: int, groups: int, *, whole: bool = True
+    ) -> int:
+        """Return the most tokens of a micro-batch: its budget, unless all groups have fewer or one has more.
+
+        whole: groups are not divided.
+        """
+        packed = self.recipe.train.packed
+        group = head + members * length if packed else members * (head + length)
+        return max(group if whole else head + length, min(budget, groups * group))
+
+    def _activations(self, tower: Tower, tokens: int, *, trains: bool = True, lora: bool = False) -> dict[str, int]:
+        """Return the bytes of a pass: what the layers save, and what exists inside one layer and around the layers."""
+        hidden, query, key_value, intermediate = _SAVED[self.precision, lora]
+        layer = hidden * tower.hidden + query * tower.query + key_value * tower.key_value
+        layer += intermediate * tower.intermediate
+        saved = layer * tower.layers if trains else layer
+        if trains and self.recipe.student.gradient_checkpointing:  # the layers' inputs, and one layer that runs again
+            saved = layer + tower.layers * tower.hidden * self.width
+        inside = 20 * tower.hidden + 12 * tower.query + 12 * tower.intermediate
+        return {"activations": tokens * (saved + inside)}
+
+    def _vision(self, frozen: list[ModuleGroup], tokens: int, at_once: int) -> dict[str, int]:
+        """Return the part of the vision tower. tokens: image tokens of a micro-batch; at_once: those of one pass."""
+        tower = self.shape.vision
+        if tower is None or not tokens:
+            return {}
+        trains = "vision_tower" not in frozen and not self.recipe.student.lora.enabled
+        patches = self.shape.patches * (tokens if trains else at_once)
+        return {"activations of the vision tower": self._activations(tower, patches, trains=trains)["activations"]}
