@@ -22,20 +22,23 @@ class Command:
     Args:
         stage: A module of ``openril.stages``.
         run: Its function (recipe, console, **options). An int that it returns becomes the exit code.
-        options: The flags of this command only, as (name, whether it takes values, help).
+        options: The flags of this command only, as (name, its values in the help or "", help).
         takes_recipe: False for a command that parses its own arguments; its function gets them instead of a recipe.
     """
 
     help: str
     stage: str
     run: str
-    options: tuple[tuple[str, bool, str], ...] = ()
+    options: tuple[tuple[str, str, str], ...] = ()
     takes_recipe: bool = True
 
 
 COMMANDS: dict[str, Command] = {
     "check": Command(
-        "check questions, models, servers, memory and disk before a run costs anything", "check", "run_check"
+        "check questions, models, servers, memory and disk before a run costs anything",
+        "check",
+        "run_check",
+        (("device_memory", "GIB", "memory of the planned devices, instead of that of this machine's device"),),
     ),
     "sft": Command(
         "fine-tune the student on answers or cached responses (the supervised warm start)", "sft", "run_sft"
@@ -45,8 +48,8 @@ COMMANDS: dict[str, Command] = {
         "collect",
         "run_collect",
         (
-            ("sources", True, "collect only these: names of teachers, or student"),
-            ("recollect", False, "first drop cached responses of another model, other settings or older questions"),
+            ("sources", "NAME ...", "collect only these: names of teachers, or student"),
+            ("recollect", "", "first drop cached responses of another model, other settings or older questions"),
         ),
     ),
     "select": Command("choose the questions for the loop (data.selection)", "select", "run_select"),
@@ -56,7 +59,7 @@ COMMANDS: dict[str, Command] = {
         "score the student's checkpoints on held-out questions",
         "eval",
         "run_eval",
-        (("checkpoints", True, "score only these checkpoint folders or hub names"),),
+        (("checkpoints", "NAME ...", "score only these checkpoint folders or hub names"),),
     ),
     "run": Command("run all stages that are not done yet, in order", "run", "run_all"),
     "bench": Command(
@@ -120,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _options(command: Command, rest: list[str]) -> tuple[list[str], dict[str, Any]]:
     """Separate the command's own flags from the other arguments. A flag with values takes all up to the next flag."""
-    known = {f"--{name}": (name, takes) for name, takes, _ in command.options}
+    known = {f"--{name.replace('_', '-')}": (name, takes) for name, takes, _ in command.options}
     left: list[str] = []
     options: dict[str, Any] = {}
     i = 0
@@ -150,7 +153,7 @@ def _recipe(name: str, rest: list[str]) -> Recipe:
     if rest and rest[0] in ("-h", "--help"):
         print(f"ril {name}: {COMMANDS[name].help}\n")
         for flag, takes, text in COMMANDS[name].options:
-            print(f"  --{flag + ' NAME ...' * takes:<24}{text}")
+            print(f"  --{flag.replace('_', '-') + ' ' + takes:<24}{text}")
         override(Recipe(), ["--help"], f"ril {name} RECIPE")
         raise SystemExit(OK)
     if not rest or rest[0].startswith("-"):

@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
 
-from openril.errors import ModelError
+from openril.errors import ModelError, RecipeError
 from openril.models import memory_estimate as estimate
 from openril.models.loading import load_config, load_processor
 from openril.models.prompt_lengths import TokenCounter
 from openril.models.prompts import question_messages
+from openril.models.stage_memory import Memory, stage_memory
 from openril.recipe.schema import Recipe
 from openril.records import ImageSource, Question
 from openril.stages.check import _check_servers, _Page, run_check
@@ -187,9 +189,8 @@ def test_a_processor_whose_rule_is_wrong_is_measured_instead(tiny_qwen: Path, mo
     assert wrong(question, [(64, 40)]) == right and wrong.exact_rule is False
 
 
-SHAPE = estimate.Shape(
-    {"vision_tower": 100, "attention": 1000, "lm_head": 200}, hidden=10, intermediate=30, layers=2, vocabulary=50
-)
+TOWER = estimate.Tower(hidden=10, intermediate=30, layers=2, query=10, key_value=5)
+SHAPE = estimate.Shape({"vision_tower": 100, "attention": 1000, "lm_head": 200}, TOWER, vocabulary=50)
 
 
 def small(**changes: Any) -> Recipe:
@@ -198,36 +199,81 @@ def small(**changes: Any) -> Recipe:
     return Recipe.model_validate({"teachers": [{"name": "a"}], "train": train, **changes})
 
 
+def loop(recipe: Recipe) -> Memory:
+    return stage_memory(recipe, SHAPE, 15)[-1]
+
+
 def test_memory_computed_by_hand() -> None:
-    parts = estimate.loop_memory(small(), SHAPE, prompt_tokens=15).parts
+    memory = loop(small())
+    held, update = memory.held, memory.phases["student update"]
     # 1300 values x 4 bytes; 1200 of them train (the vision tower is frozen); the discriminator has no LM head.
-    assert parts["student: weights"] == 5200 and parts["student: gradients"] == 4800
-    assert parts["student: AdamW states"] == 9600 and parts["reference: weights"] == 5200
-    assert parts["discriminator: weights"] == 4400 and parts["discriminator: gradients"] == 4000
-    # Two groups of 15 + 4 x 5 tokens fit 80; x (8 x 10 + 4 x 30) values x 2 layers x 4 bytes.
-    assert parts["loop: activations"] == 2 * 35 * 200 * 2 * 4
-    # 40 response tokens x 50 words x 4 bytes, three times: logits, probabilities, gradient.
-    assert parts["loop: logits"] == 3 * 40 * 50 * 4
-    rounded = estimate.loop_memory(small(train={"precision": "bfloat16"}), SHAPE, prompt_tokens=15).parts
-    assert rounded["reference: weights"] == 100 * 4 + 1200 * 2 and rounded["student: weights"] == 5200
-    plain = estimate.loop_memory(small(train={"packed": False}), SHAPE, prompt_tokens=15).parts
-    # One group of 4 rows x 20 tokens, which is all that fits 80.
-    assert plain["loop: activations"] == 80 * 200 * 2 * 4
+    assert held["student: weights"] == 5200 and update["student: gradients"] == 4800
+    assert held["student: AdamW states"] == 9600 and held["reference: weights"] == 5200
+    assert held["discriminator: weights"] == 4400
+    assert memory.phases["discriminator update"]["discriminator: gradients"] == 4000
+    # The budget of 80 tokens is filled by groups of 15 + 4 x 5. A layer saves 24 x 10 + 16 x 10 + 16 x 5 + 16 x 30 bytes a
+    # token, and 20 x 10 + 12 x 10 + 12 x 30 exist inside one.
+    assert update["activations"] == 80 * (2 * 960 + 680)
+    # 80 tokens x 50 words x 4 bytes, three times: logits, probabilities, gradient.
+    assert update["logits"] == 3 * 80 * 50 * 4
+    checkpointed = loop(small(student={"gradient_checkpointing": True})).phases["student update"]
+    assert checkpointed["activations"] == 80 * (960 + 2 * 10 * 4 + 680)
+    # 8 questions x (15 + 2 x 5 tokens) x (keys, values) x 5 values x 2 layers x 4 bytes.
+    assert memory.phases["sampling"]["KV cache"] == 8 * 25 * 2 * 5 * 2 * 4
 
 
 def test_memory_follows_the_recipe() -> None:
     def names(recipe: Recipe) -> set[str]:
-        return {n.split(":")[0] for n in estimate.loop_memory(recipe, SHAPE, 15).parts}
+        memory = loop(recipe)
+        return {n.split(":")[0] for n in memory.held if ":" in n}
 
     assert "reference" not in names(small(train={"beta": 0}))
     assert "reference" not in names(small(student={"lora": {"enabled": True}}))
     assert "discriminator" not in names(small(train={"algorithm": "grpo"}))
-    fixed = estimate.loop_memory(small(discriminator={"mode": "fixed"}), SHAPE, 15).parts
-    assert "discriminator: gradients" not in fixed
-    whole = estimate.loop_memory(small(), SHAPE, 15)
-    half = estimate.loop_memory(small(train={"precision": "pure_bf16"}), SHAPE, 15)
-    states = sum(size for name, size in whole.parts.items() if "AdamW" in name)
-    assert half.shardable - states == (whole.shardable - states) / 2  # the optimizer's states stay at 8 bytes a value
+    fixed = loop(small(discriminator={"mode": "fixed"}))
+    assert "discriminator: AdamW states" not in fixed.held and "discriminator update" not in fixed.phases
+    whole, half = loop(small()), loop(small(train={"precision": "pure_bf16"}))
+    for name, size in whole.held.items():  # the optimizer's states stay at 8 bytes a value
+        assert half.held[name] == (size if "AdamW" in name else size / 2)
+    # Under autocast the reference has 1,200 values in bfloat16 and 100 in float32.
+    assert loop(small(train={"precision": "bfloat16"})).held["reference: weights"] == 2 * 1200 + 4 * 100
+
+
+def test_a_device_that_is_too_small_is_a_problem(tmp_path: Path, tiny_qwen: Path) -> None:
+    recipe = recipe_for(tmp_path, tiny_qwen)
+    console = Console(file=io.StringIO(), width=200)
+
+    def page(*device_memory: str, world_size: int = 1) -> tuple[int, str]:
+        console.file = io.StringIO()
+        code = run_check(recipe, console, world_size, device_memory)
+        return code, console.file.getvalue()
+
+    code, text = page("1.01")
+    assert code == 2 and "Ready" not in text
+    for words in ("--device-memory", "student: weights", "student.lora.enabled: true", "train.precision: pure_bf16",
+                  "student.gradient_checkpointing: true", "train.max_tokens_per_micro_batch: 1024"):  # fmt: skip
+        assert words in text, text
+    assert page("80")[0] == 0
+    if not torch.cuda.is_available():
+        code, text = page()
+        assert code == 0 and "compared with nothing" in text
+    for wrong in (("many",), ("1", "2"), ("-3",)):
+        with pytest.raises(RecipeError, match="--device-memory"):
+            page(*wrong)
+
+
+def test_a_student_of_7b_does_not_fit_80_gib_with_any_number_of_processes() -> None:
+    tower = estimate.Tower(hidden=3584, intermediate=18944, layers=28, query=3584, key_value=512)
+    matrix = 152064 * 3584
+    groups = {"vision_tower": 660_000_000, "word_embeddings": matrix, "lm_head": matrix, "attention": 822_000_000}
+    groups |= dict.fromkeys(("mlp_gate", "mlp_up", "mlp_down"), 28 * 3584 * 18944)
+    shape = estimate.Shape(groups, tower, 152064)
+    for processes in (1, 8):
+        memory = stage_memory(Recipe.model_validate({"teachers": [{"name": "a"}]}), shape, 1500, processes=processes)[
+            -1
+        ]
+        # Student: (4 + 4 + 8) bytes a value, discriminator the same, and a reference.
+        assert memory.total > 250e9, memory
 
 
 def test_work_of_the_papers_loop() -> None:
@@ -241,5 +287,6 @@ def test_work_of_the_papers_loop() -> None:
 
 def test_student_configuration_gives_the_shape(tiny_student: Path) -> None:
     shape = estimate.shape_of(load_config(str(tiny_student)), estimate.checkpoint_parameters(tiny_student))
-    assert (shape.hidden, shape.intermediate, shape.layers) == (32, 64, 2)
+    assert (shape.text.hidden, shape.text.intermediate, shape.text.layers) == (32, 64, 2)
+    assert shape.text.key_value == 16 and shape.vision is not None and shape.vision.hidden == 64
     assert 0 < shape.trainable(["vision_tower"]) < shape.total

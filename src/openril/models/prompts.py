@@ -81,6 +81,7 @@ class PromptEncoder:
         self.eos_token_ids = eos_token_ids(model, self.tokenizer, self._template)
         self.special_token_ids = special_token_ids(self.tokenizer) | image_token_ids(model, processor)
         self._special_texts = [self.tokenizer.convert_ids_to_tokens(i) for i in sorted(self.special_token_ids)]
+        self.longest = 0  # tokens of the longest prompt so far
         self._keep = keep
         self._kept: LRUCache[Question, Prompt] = LRUCache(keep)
         self._coming: dict[Question, Future[Prompt]] = {}
@@ -107,6 +108,7 @@ class PromptEncoder:
             return kept
         coming = self._coming.pop(question, None)
         prompt = coming.result() if coming is not None else self._encode_question(question)
+        self.longest = max(self.longest, prompt.length)
         if self._keep:
             self._kept[question] = prompt
         return prompt

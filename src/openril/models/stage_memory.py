@@ -82,7 +82,7 @@ class _Sizes:
     def __init__(self, recipe: Recipe, shape: Shape, prompt: int, image: int, processes: int) -> None:
         self.recipe, self.shape, self.prompt, self.image, self.processes = recipe, shape, prompt, image, processes
         self.precision = recipe.train.precision
-        # Weights are held in one type: those that train, frozen ones, the reference's and the discriminator's.
+        # Weights of student and discriminator, frozen ones too, are held in one type.
         self.width = 2 if self.precision == "pure_bf16" else 4
         self.compute = 4 if self.precision == "float32" else 2
 
@@ -100,7 +100,10 @@ class _Sizes:
         recipe, train = self.recipe, self.recipe.train
         held, student = self._student()
         if train.beta and not recipe.student.lora.enabled:
-            held["reference: weights"] = self.shape.total * self.width
+            # Autocast's reference stores linear layers of the language model in bfloat16 (freezing.round_products).
+            rounded = ("attention", "mlp_gate", "mlp_up", "mlp_down", "lm_head") if self.precision == "bfloat16" else ()
+            sizes = (n * (2 if group in rounded else self.width) for group, n in self.shape.parameters.items())
+            held["reference: weights"] = sum(sizes)
         if judge:
             held["judge: weights"] = 2 * judge
         groups = max(1, train.questions_per_step // self.processes)
@@ -202,11 +205,11 @@ class _Sizes:
             others = max(0, total - parameters.get("vision_tower", 0) - looked_up - trainable)
             others //= text.layers if self.recipe.student.gradient_checkpointing else 1
             update[f"{name}: bfloat16 copies of autocast"] = 2 * copied
-            update[f"{name}: bfloat16 copies of frozen weights"] = 2 * others
+            update |= {f"{name}: bfloat16 copies of frozen weights": 2 * others} if others else {}
         # Of the largest matrix: a gradient and its next term, before they are added to what is accumulated.
         head = parameters.get("lm_head", 0) if "lm_head" not in frozen else 0
         largest = min(trainable, max(trained_words, head, text.hidden * text.intermediate))
-        update[f"{name}: largest gradient"] = 2 * self.width * largest
+        update |= {f"{name}: largest gradient": 2 * self.width * largest} if largest else {}
         always, then = (gradients, {}) if self.processes > 1 else ({}, gradients)
         phases = {f"{name} update": then | update}
         if self.precision == "pure_bf16":
@@ -219,7 +222,9 @@ class _Sizes:
         own = train.num_generations * train.max_completion_length
         own = max(own, self.recipe.eval.max_completion_length if train.eval_every else 0)
         kept = questions * (self.prompt + own)
+        matrix = text.hidden * max(self.shape.vocabulary, text.intermediate) if self.precision == "bfloat16" else 0
         return {
+            "bfloat16 copy of one matrix": 2 * matrix,  # of a frozen one, which autocast does not keep
             "KV cache": kept * 2 * text.key_value * text.layers * self.compute,
             **self._activations(text, questions * self.prompt, trains=False),
             "logits": questions * train.num_generations * self.shape.vocabulary * 4 * _LOGITS_OF_A_DRAW,

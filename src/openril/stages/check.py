@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import operator
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +14,11 @@ from rich.markup import escape
 
 from openril.data.preflight import CountTokens, Report, preflight
 from openril.endpoints import ChatClient, Completion
-from openril.errors import EndpointError, ModelError, OpenRILError
+from openril.errors import EndpointError, ModelError, OpenRILError, RecipeError
 from openril.models import memory_estimate as estimate
 from openril.models.loading import load_config, load_processor
 from openril.models.prompt_lengths import TokenCounter
+from openril.models.stage_memory import CONTEXT_BYTES, stage_memory
 from openril.recipe.checks import cross_check
 from openril.recipe.schema import EndpointConfig, JudgeConfig, Recipe, TeacherConfig
 from openril.responses.chat_requests import request_settings
@@ -54,12 +58,18 @@ class _Page:
         self.console.print(f"  {label}  {escape(text)}", highlight=False, soft_wrap=True)
 
 
-def run_check(recipe: Recipe, console: Console, world_size: int | None = None) -> int:
+def run_check(
+    recipe: Recipe, console: Console, world_size: int | None = None, device_memory: Sequence[str] = ()
+) -> int:
     """Check settings, data, models, servers, memory and disk for ``ril run``, and return 0 if the run can start, else 2.
 
-    Nothing is trained or written, and each server is asked for one short answer. world_size: the number of planned
-    training processes; by default that of the launcher ($WORLD_SIZE), else 1.
+    Nothing is trained or written, and each server is asked for one short answer.
+
+    Args:
+        world_size: The number of planned training processes; by default that of the launcher ($WORLD_SIZE), else 1.
+        device_memory: The memory of the planned devices in GiB (one value), instead of that of this machine's device.
     """
+    device = _device_memory(device_memory)
     world_size = int(os.environ.get("WORLD_SIZE") or 1) if world_size is None else world_size
     page = _Page(console)
     page.heading("Settings")
@@ -71,9 +81,11 @@ def run_check(recipe: Recipe, console: Console, world_size: int | None = None) -
 
     page.heading("Models")
     shape, count_tokens = _check_student(recipe, page)
+    judge = 0
     for what, endpoint in _endpoints(recipe):
         if endpoint.model_path and not endpoint.base_urls:
-            _check_local(endpoint, what, page)
+            size = _check_local(endpoint, what, page)
+            judge = size if what == "judge" else 0
 
     page.heading("Data")
     reports = {which: _check_data(recipe, which, count_tokens, page) for which in ("train", "validation")}
@@ -83,7 +95,14 @@ def run_check(recipe: Recipe, console: Console, world_size: int | None = None) -
 
     page.heading("What the run needs")
     train, validation = reports["train"], reports["validation"]
-    _say_needs(recipe, shape, train, validation, world_size, page)
+    _say_needs(recipe, train, validation, page)
+    if shape is not None:
+        lengths = [r for r in (train, validation) if r is not None and r.prompt_tokens is not None]
+        prompt = max((r.prompt_tokens.largest for r in lengths if r.prompt_tokens), default=0)
+        prompt = min(prompt or math.inf, recipe.data.max_prompt_length)  # longer ones never run
+        image = max((r.image_tokens.largest for r in lengths if r.image_tokens), default=0)
+        _check_memory(recipe, (shape, prompt, min(image, prompt), world_size, judge), device, page)
+        _check_disk(recipe, shape, page)
 
     if page.errors:
         console.print(f"\n[red]{page.errors} problem{'s' * (page.errors != 1)}[/red], {page.warnings} warnings")
@@ -169,15 +188,17 @@ def _parameters(model: str, revision: str | None) -> dict[str, int] | None:
     return estimate.by_group(tensors)
 
 
-def _check_local(endpoint: EndpointConfig, what: str, page: _Page) -> None:
+def _check_local(endpoint: EndpointConfig, what: str, page: _Page) -> int:
+    """Check a model that runs in this process, and return the number of its parameters, or 0 if it is unknown."""
     try:
         config = load_config(endpoint.model_path, what=what, trust_remote_code=endpoint.trust_remote_code)
         parameters = _parameters(endpoint.model_path, endpoint.revision)
     except OpenRILError as e:
         page.error(str(e))
-        return
+        return 0
     size = f", {_count(sum(parameters.values()))} parameters" if parameters else ""
     page.good(f"{what}: {endpoint.model_path} ({config.model_type}{size}), in this process")
+    return sum(parameters.values()) if parameters else 0
 
 
 # Data
@@ -277,10 +298,8 @@ def _report_answer(
 
 def _say_needs(
     recipe: Recipe,
-    shape: estimate.Shape | None,
     train: Report | None,
     validation: Report | None,
-    world_size: int,
     page: _Page,
 ) -> None:
     if train is not None and train.num_usable:
@@ -303,21 +322,95 @@ def _say_needs(
                 f"train.questions_per_step: expected at most the {work.questions} questions of the loop, "
                 f"got {recipe.train.questions_per_step}"
             )
-    if shape is None:
+
+
+def _device_memory(given: Sequence[str]) -> tuple[float, str] | None:
+    """Return the bytes of a device and where they are from, or None if no device is known."""
+    if given:
+        try:
+            (text,) = given
+            if (gib := float(text)) > 0:
+                return gib * estimate.GIB, "--device-memory"
+        except ValueError:
+            pass
+        raise RecipeError(f"--device-memory: expected a number of GiB, got {' '.join(given)!r}")
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return properties.total_memory, f"this machine's {properties.name}"
+
+
+def _check_memory(recipe: Recipe, sizes: tuple[Any, ...], device: tuple[float, str] | None, page: _Page) -> None:
+    """Say what each stage needs on the device of one process, and compare the largest with the device.
+
+    sizes: the arguments of ``stage_memory`` after the recipe.
+    """
+    stages = stage_memory(recipe, *sizes)
+    most = max(stages, key=lambda m: m.total)
+    processes = sizes[3]
+    each = f"each of {processes} processes, which all hold everything" if processes > 1 else "the process"
+    page.plain(f"device memory of {each}, at the peak of a stage:")
+    for memory in stages:
+        page.plain(f"{_gib(memory.total + CONTEXT_BYTES):>12}  ril {memory.stage} ({memory.phase})")
+    page.plain(f"parts of ril {most.stage}:")
+    for name, amount in {**most.parts, "CUDA context and libraries (assumed)": CONTEXT_BYTES}.items():
+        page.plain(f"{_gib(amount):>12}  {name}")
+    for name, amount in most.host.items():
+        page.plain(f"{_gib(amount):>12}  in main memory: {name}")
+    need = most.total + CONTEXT_BYTES
+    if device is None:
+        page.plain(f"{_gib(need)} was compared with nothing: no device is visible here. Give --device-memory GIB.")
         return
-    long_prompt = float(recipe.data.max_prompt_length)
-    if train is not None and train.prompt_tokens is not None and train.prompt_tokens.p95:
-        long_prompt = train.prompt_tokens.p95
-    memory = estimate.loop_memory(recipe, shape, long_prompt)
-    page.plain(f"loop, memory of one process without sharding: {_gib(memory.total)}")
-    for name, amount in memory.parts.items():
-        page.plain(f"  {_gib(amount):>10}  {name.removeprefix('loop: ')}")
-    if world_size > 1:
-        sharded = memory.total - memory.shardable + memory.shardable // world_size
-        page.plain(
-            f"sharded over {world_size} processes it would be {_gib(sharded)} each, but the loop cannot shard yet"
-        )
-    _check_device(memory, world_size, page)
+    there, source = device
+    if need <= there:
+        near = f", which leaves little for fragmentation ({_gib(there - need)})" if need > 0.9 * there else ""
+        (page.warn if near else page.good)(f"memory: {_gib(need)} of {_gib(there)} ({source}){near}")
+        return
+    largest = sorted(most.parts.items(), key=lambda part: -part[1])[:4]
+    page.error(
+        f"memory: expected at most {_gib(there)} ({source}), got an estimate of {_gib(need)} for ril {most.stage}. The "
+        f"largest parts are {', '.join(f'{name} {_gib(n)}' for name, n in largest)}. These settings lower it:"
+    )
+    together: dict[str, Any] = {}
+    for changes in _SMALLER:
+        changes = {key: value for key, value in changes.items() if _differs(recipe, key, value)}
+        together |= changes
+        if changes:
+            _say_change(recipe, changes, sizes, page)
+    if len(together) > 1:
+        _say_change(recipe, together, sizes, page)
+
+
+# Settings that lower the memory, those that belong together in one entry.
+_SMALLER: list[dict[str, Any]] = [
+    {"student.lora.enabled": True},
+    {"train.precision": "pure_bf16"},
+    {"student.gradient_checkpointing": True},
+    {
+        "train.max_tokens_per_micro_batch": 1024,
+        "discriminator.max_tokens_per_micro_batch": 1024,
+        "sft.micro_batch_size": 1,
+    },
+]
+
+
+def _differs(recipe: Recipe, key: str, value: Any) -> bool:
+    now = operator.attrgetter(key)(recipe)
+    return now != value and (isinstance(value, bool | str) or now > value)
+
+
+def _say_change(recipe: Recipe, changes: dict[str, Any], sizes: tuple[Any, ...], page: _Page) -> None:
+    changed = recipe.model_copy(deep=True)
+    for key, value in changes.items():
+        section, _, name = key.rpartition(".")
+        setattr(operator.attrgetter(section)(changed), name, value)
+    need = max(m.total for m in stage_memory(changed, *sizes)) + CONTEXT_BYTES
+    page.plain(f"{_gib(need):>12}  with {', '.join(f'{k}: {str(v).lower()}' for k, v in changes.items())}")
+
+
+def _check_disk(recipe: Recipe, shape: estimate.Shape, page: _Page) -> None:
     checkpoints = estimate.checkpoint_bytes(recipe, shape) * (recipe.train.keep_checkpoints + 1)
     place = recipe.run_path
     while not place.exists():
@@ -325,20 +418,6 @@ def _say_needs(
     free = shutil.disk_usage(place).free
     text = f"disk: about {_gib(checkpoints)} for checkpoints, {_gib(free)} free at {place}"
     (page.error if checkpoints > free else page.good)(text)
-
-
-def _check_device(memory: estimate.Memory, world_size: int, page: _Page) -> None:
-    import torch
-
-    if not torch.cuda.is_available():
-        return
-    there = torch.cuda.get_device_properties(0).total_memory
-    least = memory.total - memory.shardable + memory.shardable // max(world_size, 1)
-    if least > there:
-        page.warn(
-            f"this device has {_gib(there)}, less than the estimated {_gib(least)}. Turn on "
-            "student.gradient_checkpointing, lower train.max_tokens_per_micro_batch, or use student.lora."
-        )
 
 
 def _gib(amount: float) -> str:

@@ -7,13 +7,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from accelerate.utils import gather_object
 from rich.console import Console
 
+from openril.benchmarking.measuring import PeakMemory
 from openril.data.reading import read_questions
 from openril.evaluation.evaluate import GREEDY
 from openril.models.loading import torch_dtype
+from openril.models.memory_estimate import GIB, shape_of_model
 from openril.models.prompt_lengths import LeftOut
+from openril.models.stage_memory import stage_memory
 from openril.recipe.checks import require
 from openril.recipe.loading import save_recipe
 from openril.recipe.schema import Recipe
@@ -47,6 +51,8 @@ def run_train(recipe: Recipe, console: Console) -> Path:
     if _finished(recipe, folder):
         say(console, f"train: already finished, the student is in {folder.student_path}")
         return folder.student_path
+    peak = PeakMemory("cuda" if torch.cuda.is_available() else "cpu")
+    peak.start()
     with open_trainer(recipe, console) as trainer:
         if trainer.step_number and trainer.accelerator.is_main_process:
             say(console, f"train: continuing after step {trainer.step_number}")
@@ -59,10 +65,28 @@ def run_train(recipe: Recipe, console: Console) -> Path:
                     draw_curves(recipe.run_path)
         trainer.write_student(folder.student_path, torch_dtype(recipe.student.dtype))
         if trainer.accelerator.is_main_process:
-            write_json(folder.path / "finished.json", {"step": trainer.step_number})
+            memory = _memory(recipe, trainer, peak.peak())
+            write_json(folder.path / "finished.json", {"step": trainer.step_number, "peak_memory_gib": memory})
+            if trainer.accelerator.trackers:
+                measures = {f"memory/{name}_gib": value for name, value in memory.items()}
+                trainer.accelerator.log(measures, step=trainer.step_number)
+            said = " and ".join(f"{value:.2f} GiB {name}" for name, value in memory.items())
+            say(console, f"train: peak memory of the models and their work, {said}")
             say(console, f"train: the student is in {folder.student_path}")
         trainer.accelerator.wait_for_everyone()
     return folder.student_path
+
+
+def _memory(recipe: Recipe, trainer: RILTrainer, measured: int | None) -> dict[str, float]:
+    """Return the peak above what was held before the models were loaded, predicted as `ril check` does and measured.
+
+    On a CPU main memory is what is measured, which holds the cache of the vision side too, as far as it is filled.
+    """
+    shape = shape_of_model(trainer.policy.unwrapped.model)
+    longest, processes = trainer.policy.encoder.longest, trainer.accelerator.num_processes
+    memory = stage_memory(recipe, shape, longest, processes=processes)[-1]
+    found = {"predicted": memory.total / GIB}
+    return found if measured is None else found | {"measured": measured / GIB}
 
 
 @contextmanager
