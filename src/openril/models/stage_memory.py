@@ -109,7 +109,7 @@ class _Sizes:
         groups = max(1, train.questions_per_step // self.processes)
         update = student["student update"]
         phases: dict[str, dict[str, int]] = {}
-        if train.sampler.engine == "transformers":
+        if recipe.student.sampler.engine == "transformers":
             phases["sampling"] = {k: n for k, n in update.items() if k.endswith("autocast")} | self._sampling(groups)
         if recipe.uses_discriminator:
             d_held, d_phases = self.discriminator()
