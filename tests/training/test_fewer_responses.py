@@ -159,6 +159,12 @@ def test_what_would_be_learned_in_part_is_not_drawn(tiny_qwen: Path, questions: 
     learned = sum(count(r.response) for g in groups for r in g.teachers)
     learned += sum(len(r.response.token_ids or ()) for g in groups for r in g.students)
     assert metrics["train/update_tokens"] == learned
+    messages: list[str] = []
+    trainer.warn = messages.append
+    recipe.train.max_steps = 2
+    trainer.train()
+    [message] = messages  # once, however many steps leave some out
+    assert message.startswith("train.max_completion_length:") and f"{over} cached" in message
     # Responses that only train the discriminator are never cut.
     trainer.policy.settings.teacher_responses_in_update = False
     assert all(len(trainer.teacher_responses(q, 0)) == 4 for q in questions)

@@ -94,6 +94,7 @@ class RILTrainer:
         d = recipe.discriminator
         self.watch = HealthWatch(d.health_window, d.at_chance_accuracy, d.saturated_accuracy)
         self.seconds: dict[str, float] = {}
+        self._warned_of_length = False
 
     # ---- Algorithm 2 ------------------------------------------------------------------------------------------------
 
@@ -243,6 +244,13 @@ class RILTrainer:
         self.report(step, self.total_steps, row)
         if message := self.watch.see(metrics.get("discriminator/balanced_accuracy")):
             self.warn(message)
+        if (too_long := metrics.get("train/teacher_too_long")) and not self._warned_of_length:
+            self._warned_of_length = True
+            self.warn(
+                f"train.max_completion_length: {too_long:.0f} cached teacher responses to the questions of step {step} are"
+                f" longer than {self.recipe.train.max_completion_length} tokens of the student and join no group. Raise it,"
+                " or collect shorter responses. The metric train/teacher_too_long counts them in every step."
+            )
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
