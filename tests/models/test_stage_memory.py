@@ -11,15 +11,13 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from openril.benchmarking.measuring import PeakMemory
 from openril.models.loading import load_config, load_model, load_processor
 from openril.models.memory_estimate import Shape, Tower, checkpoint_parameters, shape_of, shape_of_model
 from openril.models.stage_memory import stage_memory
 from openril.recipe.schema import Recipe
 from openril.records import Response
 from openril.testing.tiny_models import build_tiny_model
-from openril.training import discriminator_update, policy_update
-from openril.training.sft import train_sft
+from openril.training import discriminator_update, policy_update, sft
 from openril.training.sft_examples import Example
 from support.loop import make_trainer, tiny_recipe
 from support.tiny import tiny_questions
@@ -75,9 +73,9 @@ def test_a_step_of_the_loop(
         medium_model(tmp_path, architecture),
         train__precision=precision,
         train__questions_per_step=2,
-        train__max_completion_length=16,
+        train__max_completion_length=8,
         train__max_tokens_per_micro_batch=1,  # each group alone, so that gradients are accumulated
-        collect={"max_completion_length": 16},
+        collect={"max_completion_length": 8},
         discriminator__max_tokens_per_micro_batch=1,
         discriminator__loss="bradley_terry",
         **changes,
@@ -122,7 +120,7 @@ def test_a_step_of_the_loop(
         assert measured <= estimated <= FACTOR * measured + 8 * 2**20, phase
 
 
-def test_a_step_of_the_warm_start(tmp_path: Path) -> None:
+def test_a_step_of_the_warm_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     questions = tiny_questions(tmp_path / "data", 4)
     recipe = tiny_recipe(
         tmp_path / "run",
@@ -132,16 +130,22 @@ def test_a_step_of_the_warm_start(tmp_path: Path) -> None:
         sft={"batch_size": 4, "micro_batch_size": 2, "max_steps": 2, "save_every": 0},
     )
     examples = [Example(q, Response(q.id, "data", 0, "The answer is red, as one can see.")) for q in questions]
-    meter = PeakMemory("cpu")
-    meter.start()
-    train_sft(recipe, examples)
-    measured = meter.peak()
-    if measured is None:
-        pytest.skip("this system does not report a process's peak memory")
+    measured: list[int] = []
+    step = sft._Trainer.training_step
+
+    def watched(trainer: Any, model: Any, *arguments: Any) -> Any:
+        held = storages(model.parameters()) + storages(p.grad for p in model.parameters())
+        held += states(trainer.optimizer)
+        results: list[Any] = []
+        measured.append(held + peak_of(lambda: results.append(step(trainer, model, *arguments))))
+        return results[0]
+
+    monkeypatch.setattr(sft._Trainer, "training_step", watched)
+    sft.train_sft(recipe, examples)
     shape = shape_of(load_config(recipe.student.model), checkpoint_parameters(Path(recipe.student.model)))
     memory = stage_memory(recipe, shape, 54, 8)[0]
-    # The resident set has what the libraries load while they run too.
-    assert memory.stage == "sft" and memory.total / FACTOR <= measured <= memory.total + 128 * 2**20
+    assert len(measured) == 4 and memory.stage == "sft"  # the last has states, and gradients of its step's first half
+    assert max(measured) == measured[-1] <= memory.total <= FACTOR * measured[-1]
 
 
 def test_gradients_under_ddp_count_once_and_stay(tmp_path: Path) -> None:

@@ -257,6 +257,8 @@ def _build_trainer(
     # Some models declare that their loss cannot be divided by the tokens of all accumulated micro-batches. The loss here
     # is TRL's, which can. Without this, each micro-batch would have the same weight however few tokens it has.
     trainer.model_accepts_loss_kwargs = True
+    if (handler := trainer.accelerator.ddp_handler) is not None:
+        handler.gradient_as_bucket_view = True  # as in the loop: no second copy of the gradients
     trainer.recipe = recipe
     trainer.settings = sft.optimizer
     trainer.configs = configs
