@@ -135,7 +135,10 @@ class VLLMServer:
             *(str(install(venv)), "serve", str(checkpoint), "--host", "127.0.0.1", "--port", str(self.port)),
             *("--served-model-name", name, "--dtype", dtype, "--max-model-len", str(max_model_len)),
             # Compilation is off. This shortens start-up, and small models lose nothing.
-            *("--enforce-eager", *options),
+            "--enforce-eager",
+            # A prompt that is cut into chunks makes vLLM rewind its request's random generator. Generators of a CPU cannot
+            # be rewound, so a request with a seed would end the engine.
+            *("--no-enable-chunked-prefill", *options),
         ]
         self._environment = {
             **os.environ,
