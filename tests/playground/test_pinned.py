@@ -30,7 +30,11 @@ def test_the_texts_of_the_tokenizers_are_pinned() -> None:
 
 def test_the_judges_cases_and_drills_are_pinned() -> None:
     cases = make_cases(world_questions("train", 420, seed=3), 900, seed=3)
-    text = "\n".join(f"{c.question.id}|{c.response}|{c.reply}|{c.reading}|{c.sort}" for c in cases)
-    assert digest(text) == "c47fc0dc5226223355e90aa7aaeafa141b4afe3f1df2b8c5fd3803ea5bbac28b"
+    verdicts = "\n".join(f"{c.question.id}|{c.response}|{c.verdict}|{c.sort}" for c in cases)
+    assert digest(verdicts) == "78d62a14d9591e3ad15ce649a747fa736a930a0eb05e191bddd0e8ae77d91b27"
+    # The shipped judge was trained before the answer rules read more forms. Since then 5 of these 900 replies, all on
+    # babble or cut text, name another answer next to the same verdict.
+    replies = "\n".join(f"{c.reply}|{c.reading}" for c in cases)
+    assert digest(replies) == "8031d4f78645a66f557a1481e859c763988a8c80dd8e29794a44df4fcaae3317"
     drills = "\n".join(make_drills(cases, 200, seed=0))
     assert digest(drills) == "3dd7c067eb3e17e212f65ea92a4e94258c000dc22230f86343a52b04a00cf327"
