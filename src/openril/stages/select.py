@@ -187,7 +187,7 @@ def score_answers(
 ) -> Path:
     """Compute the log-probability of each question's ground-truth answer under a checkpoint; return the folder of results.
 
-    This process takes every ``world``-th block of questions and appends to a file of its own. Questions without an answer
+    This process takes every ``world``-th block of questions and appends to its own file. Questions without an answer
     are passed over.
     """
     student, train = recipe.student, recipe.train
