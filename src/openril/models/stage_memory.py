@@ -126,7 +126,7 @@ class _Sizes:
             update["logits"] = int(tokens * share) * self.shape.vocabulary * 2 * self.compute + 3 * LOGITS_BYTES
         images = tokens * self.image // (self.prompt + (members if train.packed else 1) * length)
         update |= self._vision(recipe.student.freeze, max(images, self.image), self.image)
-        # The reference has a cache of its own if the student's tower trains, and then the student has none.
+        # The reference has a separate cache if the student's tower trains, and then the student has none.
         return Memory("train", held, phases | student, self.vision_caches(1))
 
     def discriminator(self, pretraining: bool = False) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
