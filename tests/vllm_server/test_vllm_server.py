@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from openril.endpoints import ChatClient
+from openril.endpoints import ChatClient, Completion
+from openril.errors import EndpointError
 from openril.recipe.schema import JudgeConfig, Recipe
 from openril.records import Question
 from openril.responses.cache import ResponseCache
@@ -55,8 +56,12 @@ def test_a_probe_finds_the_model_and_names_what_is_served(vlm_server, tmp_path):
     right = ChatClient(recipe.teachers[0], "teacher t")
     wrong = ChatClient(recipe.teachers[0].model_copy(update={"model": "qwen72b"}), "teacher t")
     try:
-        assert right.loop_thread.run(right.probe()) == []
-        assert "has no model 'qwen72b'; it serves student" in wrong.loop_thread.run(wrong.probe())[0]
+        hello = [{"role": "user", "content": "Hello"}]
+        ((_, answer),) = right.loop_thread.run(right.probe(hello, max_tokens=2))
+        assert isinstance(answer, Completion) and answer.finish_reason in ("stop", "length")
+        ((_, error),) = wrong.loop_thread.run(wrong.probe(hello, max_tokens=2))
+        assert isinstance(error, EndpointError)
+        assert "qwen72b" in str(error) and "It serves student" in str(error)
     finally:
         right.close()
         wrong.close()
