@@ -111,4 +111,4 @@ def test_throughput_of_collection_and_evaluation(vlm_server, vlm_checkpoint: Pat
                 f"\n{name}: {mine:.0f} tokens/s, raw requests {raw:.0f} tokens/s, ratio of medians {ratio:.2f}, of the best"
                 f" rounds {best:.2f}"
             )
-            assert max(ratio, best) > 0.4  # only a collapse fails here; docs/vllm.md has measured ratios
+            assert max(ratio, best) > 0.7
