@@ -18,6 +18,7 @@ from openril.errors import EndpointError, ModelError, OpenRILError, RecipeError
 from openril.models import memory_estimate as estimate
 from openril.models.loading import load_config, load_processor
 from openril.models.prompt_lengths import TokenCounter
+from openril.models.published_shapes import published_shape
 from openril.models.stage_memory import CONTEXT_BYTES, stage_memory
 from openril.recipe.checks import cross_check
 from openril.recipe.schema import EndpointConfig, JudgeConfig, Recipe, TeacherConfig
@@ -100,7 +101,8 @@ def run_check(
         lengths = [r for r in (train, validation) if r is not None and r.prompt_tokens is not None]
         prompt = max((r.prompt_tokens.largest for r in lengths if r.prompt_tokens), default=0)
         prompt = min(prompt or math.inf, recipe.data.max_prompt_length)  # longer ones never run
-        image = max((r.image_tokens.largest for r in lengths if r.image_tokens), default=0)
+        # Without a processor nothing was counted, and an image may fill the prompt.
+        image = max((r.image_tokens.largest for r in lengths if r.image_tokens), default=0) if count_tokens else prompt
         _check_memory(recipe, (shape, prompt, min(image, prompt), world_size, judge), device, page)
         _check_disk(recipe, shape, page)
 
@@ -136,15 +138,18 @@ def _check_student(recipe: Recipe, page: _Page) -> tuple[estimate.Shape | None, 
         _require_image_text_to_text(config, student.model)
         parameters = _parameters(student.model, student.revision)
         if parameters is None:
-            page.warn(
-                f"student: cannot read the sizes of the weights of {student.model}, so there is no memory estimate"
-            )
+            shape = published_shape(student.model)
+            known = "they are from the list of published sizes" if shape else "so there is no memory estimate"
+            page.warn(f"student: cannot read the sizes of the weights of {student.model}; {known}")
         else:
             shape = estimate.shape_of(config, parameters)
         size = f", {_count(shape.total)} parameters" if shape is not None else ""
         page.good(f"student: {student.model} ({config.model_type}{size})")
     except OpenRILError as e:
         page.error(str(e))
+        shape = published_shape(student.model)
+        if shape is not None:
+            page.plain(f"student: {_count(shape.total)} parameters, from the list of published sizes")
     try:
         processor = load_processor(
             student.model,
