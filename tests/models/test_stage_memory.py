@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from openril.models.loading import load_config, load_model, load_processor
+from openril.models.loading import load_config, load_model, load_processor, torch_dtype
 from openril.models.memory_estimate import Shape, Tower, checkpoint_parameters, shape_of, shape_of_model
 from openril.models.stage_memory import stage_memory
 from openril.recipe.schema import Recipe
@@ -23,12 +24,12 @@ from support.loop import make_trainer, tiny_recipe
 from support.tiny import tiny_questions
 
 
-def medium_model(folder: Path, architecture: Any) -> Path:
+def medium_model(folder: Path, architecture: Any, dtype: torch.dtype = torch.float32) -> Path:
     """Write a random model with about 20M parameters, nearly half of them in embeddings and LM head."""
     small = build_tiny_model(folder / "small", architecture, hidden_size=448, num_layers=6, num_heads=8)
     model: Any = load_model(str(small))
     model.resize_token_embeddings(9000, mean_resizing=False)
-    model.save_pretrained(folder / "medium")
+    model.to(dtype).save_pretrained(folder / "medium")
     load_processor(str(small)).save_pretrained(folder / "medium")
     return folder / "medium"
 
@@ -62,15 +63,26 @@ LORA = {"student__lora": {"enabled": True}, "train__algorithm": "grpo"}  # no di
 
 
 @pytest.mark.parametrize(
-    ("architecture", "precision", "changes"),
-    [("qwen2_5_vl", "bfloat16", {}), ("internvl", "pure_bf16", {}), ("internvl", "bfloat16", LORA)],
+    ("architecture", "stored", "precision", "changes"),
+    [
+        ("qwen2_5_vl", "bfloat16", "bfloat16", {}),
+        ("internvl", "float32", "pure_bf16", {}),
+        ("internvl", "float32", "bfloat16", LORA),
+        ("qwen2_5_vl", "bfloat16", "bfloat16", LORA),
+        ("internvl", "bfloat16", "bfloat16", {"discriminator": {"mode": "fixed", "pretraining": {"enabled": False}}}),
+    ],
 )
 def test_a_step_of_the_loop(
-    architecture: str, precision: str, changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    architecture: str,
+    stored: str,
+    precision: str,
+    changes: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     recipe = tiny_recipe(
         tmp_path / "run",
-        medium_model(tmp_path, architecture),
+        medium_model(tmp_path, architecture, torch_dtype(stored)),
         train__precision=precision,
         train__questions_per_step=2,
         train__max_completion_length=8,
@@ -93,7 +105,8 @@ def test_a_step_of_the_loop(
 
         monkeypatch.setattr(module, "take_step", noted)
     groups, _ = trainer.step(trainer.batch_at(0))  # afterwards the optimizers have their states
-    [memory] = stage_memory(recipe, shape_of_model(policy.unwrapped.model), policy.encoder.longest, 8)
+    shape = replace(shape_of_model(policy.unwrapped.model), stored=stored)
+    [memory] = stage_memory(recipe, shape, policy.encoder.longest, 8)
     expected = memory.held | {k: n for phase in memory.phases.values() for k, n in phase.items() if "gradients" in k}
     found = {
         "student: weights": storages(policy.unwrapped.parameters()),
@@ -106,9 +119,10 @@ def test_a_step_of_the_loop(
     }
     if discriminator is not None:
         found["discriminator: weights"] = storages(discriminator.network.parameters())
-        found["discriminator: AdamW states"] = states(discriminator.optimizer)
-        found["discriminator: gradients"] = gradients[0]
-        runs["discriminator update"] = lambda: discriminator.update(groups)
+        if discriminator.optimizer is not None:
+            found["discriminator: AdamW states"] = states(discriminator.optimizer)
+            found["discriminator: gradients"] = gradients[0]
+            runs["discriminator update"] = lambda: discriminator.update(groups)
     if policy.reference is not None:
         found["reference: weights"] = storages(policy.reference.parameters())
     assert set(found) == set(expected)

@@ -77,13 +77,23 @@ def freeze(model: nn.Module, groups: Collection[ModuleGroup]) -> dict[str, int]:
     return trainable
 
 
-def round_products(model: nn.Module, dtype: torch.dtype) -> None:
-    """Store weights of a frozen model as autocast with ``dtype`` rounds them in every call, which changes no result.
+def round_products(model: nn.Module, dtype: torch.dtype, *, lossless: bool = False) -> None:
+    """Store frozen weights as autocast with ``dtype`` rounds them in every call, which changes no result under autocast.
 
-    These are the linear layers' outside the vision side, whose code asks for types, and not shared with embeddings.
+    These are the linear layers' that train nothing and share no weight with embeddings.
+
+    Args:
+        lossless: Only those whose values ``dtype`` holds exactly, as for checkpoints that are published in it. Others
+            are part of what a run saves, which rounding would change.
     """
     shared = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    for name, module in model.named_modules():
-        vision = module_group(name) in ("vision_tower", "projector")
-        if isinstance(module, nn.Linear) and not vision and id(module.weight) not in shared:
-            module.to(dtype)
+    for module in model.modules():
+        if not isinstance(module, nn.Linear) or id(module.weight) in shared:
+            continue
+        parameters = list(module.parameters(recurse=False))
+        if any(p.requires_grad for p in parameters):
+            continue
+        if lossless and any(not torch.equal(p.to(dtype).to(p.dtype), p) for p in parameters):
+            continue
+        for p in parameters:  # the data alone, because modules of adapters inside the layer may train
+            p.data = p.data.to(dtype)

@@ -46,6 +46,8 @@ class Shape:
     vision: Tower | None = None
     patches: int = 4
     """Patches of the vision tower for each image token."""
+    stored: str = "float32"
+    """Type of the checkpoint's weights."""
 
     @property
     def total(self) -> int:
@@ -133,7 +135,8 @@ def shape_of(config: Any, parameters: dict[str, int]) -> Shape:
     vision = getattr(config, "vision_config", None)
     merged = getattr(vision, "spatial_merge_size", 0) or 1 / getattr(config, "downsample_ratio", 0.5)
     tower = _tower(vision) if hasattr(vision, "hidden_size") else None
-    return Shape(parameters, _tower(text), int(text.vocab_size), tower, round(merged**2))
+    stored = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+    return Shape(parameters, _tower(text), int(text.vocab_size), tower, round(merged**2), stored)
 
 
 def shape_of_model(model: Any) -> Shape:

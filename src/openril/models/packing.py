@@ -237,12 +237,20 @@ def token_logprobs(
         head: Maps states to logits [V]; None if the states are logits.
     """
 
+    weight: Any = getattr(head, "weight", None)
+    device, product = states.device.type, head
+    if type(head) is nn.Linear and head.bias is None and weight.requires_grad and torch.is_autocast_enabled(device):
+        # Autocast would cast the matrix again for each part, because the backward pass enters it anew each time.
+        cast = weight.detach().to(torch.get_autocast_dtype(device))
+
+        def product(picked: Tensor) -> Tensor:
+            return _ProductWithCast.apply(picked.to(cast.dtype), weight, cast)
+
     def part(index: Tensor, targets: Tensor) -> Tensor:
         picked = states[index]
-        logits = (head(picked) if head is not None else picked).float() / temperature
+        logits = (product(picked) if product is not None else picked).float() / temperature
         return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
 
-    weight: Any = getattr(head, "weight", None)
     vocabulary = states.shape[-1] if head is None else weight.shape[0] if weight is not None else 2**18
     size = max(1, LOGITS_BYTES // (4 * vocabulary))
     pieces = list(zip(index.split(size), targets.split(size), strict=True))
@@ -250,6 +258,22 @@ def token_logprobs(
     if again:
         return torch.cat([checkpoint(part, *p, use_reentrant=False, preserve_rng_state=False) for p in pieces])
     return torch.cat([part(*p) for p in pieces])
+
+
+class _ProductWithCast(torch.autograd.Function):
+    """states @ weight.T with a cast of the weight that is made once. The gradient reaches the weight in its own type."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, weight: Tensor, cast: Tensor) -> Tensor:
+        ctx.save_for_backward(states, cast)
+        ctx.dtype = weight.dtype
+        return nn.functional.linear(states, cast)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        (gradient,) = gradients
+        states, cast = ctx.saved_tensors
+        return gradient @ cast, (states.T @ gradient).T.to(ctx.dtype), None  # in autograd's order
 
 
 @torch.no_grad()

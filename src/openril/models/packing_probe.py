@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from openril.models.group_attention import CannotPack
 from openril.models.packing import GroupTokens
@@ -110,9 +111,11 @@ def full_precision(model: nn.Module) -> Iterator[None]:
     """Compute in the precision of the weights: without autocast, and float32 without TF32 or bfloat16 products.
 
     Either would hide a small error behind its rounding, or report rounding as an error. Flash attention takes only
-    16-bit numbers, so weights of more bits use torch's attention meanwhile.
+    16-bit numbers, so weights of more bits use torch's attention meanwhile. Linear layers whose frozen weights are stored
+    in fewer bits (freezing.round_products) widen them one layer at a time.
     """
     parameter = next(model.parameters())
+    narrow: list[Any] = [m for m in model.modules() if isinstance(m, nn.Linear) and m.weight.dtype != parameter.dtype]
     backends: Any = torch.backends
     switches: list[tuple[Any, str, Any]] = [
         (backends.cuda.matmul, "allow_tf32", False),
@@ -130,8 +133,17 @@ def full_precision(model: nn.Module) -> Iterator[None]:
     try:
         for switch in switches:
             setattr(*switch)
+        for layer in narrow:
+            layer.forward = partial(_widened, layer)
         with torch.autocast(parameter.device.type, enabled=False):
             yield
     finally:
         for switch in before:
             setattr(*switch)
+        for layer in narrow:
+            del layer.forward
+
+
+def _widened(layer: nn.Linear, states: Tensor) -> Tensor:
+    bias = layer.bias.to(states.dtype) if layer.bias is not None else None
+    return nn.functional.linear(states, layer.weight.to(states.dtype), bias)

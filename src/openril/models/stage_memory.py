@@ -20,6 +20,8 @@ _OWN_PROMPT = 256  # tokens of the discriminator's prompt without question and i
 _SFT_TILE = (4096, 2**15)  # tokens and words for which TRL computes float32 logits at a time
 _LOGITS_OF_A_DRAW = 6  # float32, penalized, sorted, its indices, probabilities, and their sums
 _OPTIMIZER_CHUNK = 2**24  # values for which CompensatedAdamW has float32 copies at a time
+# Groups of linear layers, which freezing.round_products stores in the type of autocast if they are frozen.
+_PRODUCTS = ("attention", "mlp_gate", "mlp_up", "mlp_down", "lm_head", "vision_tower", "projector")
 # Bytes that a layer saves of a token for the backward pass, for each unit of its hidden, query, key-value and intermediate
 # size: inputs of norms and matrices, rotated queries and keys, outputs of attention and gates. True: LoRA trains alone.
 _SAVED: dict[tuple[str, bool], tuple[int, int, int, int]] = {
@@ -100,10 +102,7 @@ class _Sizes:
         recipe, train = self.recipe, self.recipe.train
         held, student = self._student()
         if train.beta and not recipe.student.lora.enabled:
-            # Autocast's reference stores linear layers of the language model in bfloat16 (freezing.round_products).
-            rounded = ("attention", "mlp_gate", "mlp_up", "mlp_down", "lm_head") if self.precision == "bfloat16" else ()
-            sizes = (n * (2 if group in rounded else self.width) for group, n in self.shape.parameters.items())
-            held["reference: weights"] = sum(sizes)
+            held["reference: weights"] = self._weights(list(self.shape.parameters))
         if judge:
             held["judge: weights"] = 2 * judge
         groups = max(1, train.questions_per_step // self.processes)
@@ -157,7 +156,8 @@ class _Sizes:
         body = self.shape.total - parameters.get("lm_head", 0)
         activations = self._activations(self.shape.text, tokens, trains=trains)
         if not trains:
-            return {"discriminator: weights": body * self.width}, {"discriminator scores": activations}
+            weights = self._weights([g for g in parameters if g != "lm_head"])
+            return {"discriminator: weights": weights}, {"discriminator scores": activations}
         frozen: list[ModuleGroup] = [g for g in d.freeze if g != "lm_head"]
         frozen += [] if d.inputs == "image" else ["vision_tower", "projector"]
         trainable = self.shape.trainable(frozen) - parameters.get("lm_head", 0)
@@ -190,7 +190,13 @@ class _Sizes:
         (gradient_as_bucket_view): they count once, and are never dropped. peft keeps adapters in float32.
         """
         parameters, text = self.shape.parameters, self.shape.text
-        held = {f"{name}: weights": total * self.width + 4 * adapters}
+        groups = {g: n for g, n in parameters.items() if not (name == "discriminator" and g == "lm_head")}
+        # What autocast rounds is stored rounded if it is frozen and the checkpoint's values allow it.
+        rounded: dict[str, int] = {}
+        if self.shape.stored == "bfloat16":
+            rounded = {g: n for g, n in groups.items() if self._rounds(g) and (not trainable or g in frozen)}
+        held = {f"{name}: weights": self.width * (total - sum(rounded.values())) + 2 * sum(rounded.values())}
+        held[f"{name}: weights"] += 4 * adapters
         held[f"{name}: AdamW states"] = ADAMW_BYTES * (trainable + adapters)
         gradients = {f"{name}: gradients": trainable * self.width + 4 * adapters}
         words = parameters.get("word_embeddings", 0)
@@ -202,7 +208,8 @@ class _Sizes:
             # Autocast keeps copies of the matrices that train. Copies of frozen ones are saved for the backward pass, which
             # checkpointing does for one layer at a time.
             copied = trainable + adapters - min(trained_words, looked_up)
-            others = max(0, total - parameters.get("vision_tower", 0) - looked_up - trainable)
+            others = total - looked_up - trainable - sum(rounded.values())
+            others = max(0, others - (0 if "vision_tower" in rounded else parameters.get("vision_tower", 0)))
             others //= text.layers if self.recipe.student.gradient_checkpointing else 1
             update[f"{name}: bfloat16 copies of autocast"] = 2 * copied
             update |= {f"{name}: bfloat16 copies of frozen weights": 2 * others} if others else {}
@@ -216,15 +223,27 @@ class _Sizes:
             phases[f"{name} step"] = then | {"float32 copies": 28 * min(largest, _OPTIMIZER_CHUNK)}
         return held | always, phases
 
+    def _rounds(self, group: str) -> bool:
+        return self.precision == "bfloat16" and group in _PRODUCTS
+
+    def _weights(self, groups: list[str]) -> int:
+        """Return the bytes of groups of which nothing trains and nothing is saved."""
+        return sum(self.shape.parameters[g] * (2 if self._rounds(g) else self.width) for g in groups)
+
     def _sampling(self, groups: int) -> dict[str, int]:
         train, text = self.recipe.train, self.shape.text
         questions = min(train.questions_per_sampling_batch, groups)
         own = train.num_generations * train.max_completion_length
         own = max(own, self.recipe.eval.max_completion_length if train.eval_every else 0)
         kept = questions * (self.prompt + own)
-        matrix = text.hidden * max(self.shape.vocabulary, text.intermediate) if self.precision == "bfloat16" else 0
+        matrix = 0  # that is not stored rounded; without gradients autocast does not keep its copy
+        if self.precision == "bfloat16":
+            rounded = self.recipe.student.lora.enabled and self.shape.stored == "bfloat16"
+            tied = "lm_head" not in self.shape.parameters
+            vocabulary = self.shape.vocabulary if tied or not rounded else 0
+            matrix = text.hidden * max(vocabulary, 0 if rounded else text.intermediate)
         return {
-            "bfloat16 copy of one matrix": 2 * matrix,  # of a frozen one, which autocast does not keep
+            "bfloat16 copy of one matrix": 2 * matrix,
             "KV cache": kept * 2 * text.key_value * text.layers * self.compute,
             **self._activations(text, questions * self.prompt, trains=False),
             "logits": questions * train.num_generations * self.shape.vocabulary * 4 * _LOGITS_OF_A_DRAW,

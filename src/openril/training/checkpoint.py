@@ -284,7 +284,7 @@ class Saver:
         if not self.accelerator.is_main_process:
             return
         model = self.accelerator.unwrap_model(self.policy).model
-        state = {k.removeprefix("model."): v for k, v in state.items()}
+        state = unrounded({k.removeprefix("model."): v for k, v in state.items()}, self.recipe)
         write_checkpoint(model, state, self.processor, folder, dtype)
 
     def write_discriminator(self, folder: Path) -> None:
@@ -292,7 +292,14 @@ class Saver:
         state = self.accelerator.get_state_dict(self.network)
         if self.accelerator.is_main_process:
             network: DiscriminatorModel = self.accelerator.unwrap_model(self.network)
-            network.save(folder, self.discriminator_processor, state)
+            network.save(folder, self.discriminator_processor, unrounded(state, self.recipe))
+
+
+def unrounded(state: dict[str, Tensor], recipe: Recipe) -> dict[str, Tensor]:
+    """Return frozen weights that ``freezing.round_products`` stored in bfloat16 in the type that the run saves."""
+    if recipe.train.precision != "bfloat16":
+        return state
+    return {k: v.float() if v.dtype == torch.bfloat16 else v for k, v in state.items()}
 
 
 def write_checkpoint(

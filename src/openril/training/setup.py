@@ -113,6 +113,8 @@ class TrainingComponents:
                 _load_adapter(model, resumed / "adapter")
         else:
             freeze(model, recipe.student.freeze)
+        if train.precision == "bfloat16":
+            round_products(model, torch.bfloat16, lossless=True)
         if recipe.student.gradient_checkpointing:
             enable_checkpointing(model)
         self.encoder = make_encoder(recipe, processor, base_model(model))
@@ -164,12 +166,12 @@ class TrainingComponents:
     def _build_discriminator(self) -> Discriminator:
         recipe = self.recipe
         folder = self.resumed_from / "discriminator" if self.resumed_from is not None else recipe.discriminator_path
+        optimizer = recipe.discriminator.optimizer if recipe.discriminator.mode == "updated" else None
         if self.resumed_from is None and not recipe.discriminator.pretraining.enabled:
-            return fresh_discriminator(recipe, self.accelerator, recipe.discriminator.optimizer, self.warn)
+            return fresh_discriminator(recipe, self.accelerator, optimizer, self.warn)
         if self.resumed_from is None:
             check_pretrained(recipe)
         network = DiscriminatorModel.from_checkpoint(folder, recipe.student, dtype=master_dtype(recipe))
-        optimizer = recipe.discriminator.optimizer if recipe.discriminator.mode == "updated" else None
         processor = load_discriminator_processor(folder, recipe.student)
         return wrap_discriminator(recipe, self.accelerator, network, processor, optimizer, self.warn)
 
@@ -181,7 +183,7 @@ def feature_store(recipe: Recipe) -> FeatureCache:
 def fresh_discriminator(
     recipe: Recipe,
     accelerator: Accelerator,
-    optimizer: OptimizerConfig,
+    optimizer: OptimizerConfig | None,
     warn: Callable[[str], None] = lambda message: None,
 ) -> Discriminator:
     """Return a discriminator with the weights of the SFT student, or of discriminator.init, and a new head."""
@@ -208,13 +210,19 @@ def wrap_discriminator(
     longest = recipe.data.max_prompt_length + 2 * settings.max_response_tokens + 1024
     encoder = make_encoder(recipe, processor, network.backbone, keep=0, max_prompt_length=longest)
     shared: dict[str, Any] = {"packed": recipe.train.packed, "store": feature_store(recipe), "warn": warn}
+    rounded = recipe.train.precision == "bfloat16"
     if optimizer is None:
-        network.requires_grad_(False).to(accelerator.device)
+        network.requires_grad_(False)
+        if rounded:
+            round_products(network.backbone, torch.bfloat16)
+        network.to(accelerator.device)
         return Discriminator(network, encoder, accelerator, settings, optimizer=None, **shared)
     groups = {g for g in settings.freeze if g != "lm_head"}
     if settings.inputs != "image":
         groups |= {"vision_tower", "projector"}  # it never runs, so there is nothing to train
     freeze(network, groups)
+    if rounded:
+        round_products(network.backbone, torch.bfloat16, lossless=True)
     network.to(accelerator.device)
     wrapped, built = accelerator.prepare(network, build_optimizer(network.parameters(), optimizer))
     return Discriminator(

@@ -25,13 +25,13 @@ from openril.errors import DataError, RecipeError, StateError
 from openril.hf import PrinterCallback, SFTConfig, SFTTrainer, TrainerCallback, transformers_logging
 from openril.models.adapters import add_adapters, base_model, is_adapted
 from openril.models.dummy_image import dummy_image_prompt
-from openril.models.freezing import freeze
+from openril.models.freezing import freeze, round_products
 from openril.models.loading import load_model, load_student, torch_dtype
 from openril.models.prompt_lengths import LeftOut
 from openril.recipe.schema import OptimizerConfig, Recipe
 from openril.recipe.validation import RENAMED_KEYS
 from openril.storage import refuse_changed, remove, stable_hash, write_json, write_text
-from openril.training.checkpoint import write_checkpoint
+from openril.training.checkpoint import unrounded, write_checkpoint
 from openril.training.distributed import is_sharded, master_dtype
 from openril.training.interrupts import Interrupted, stop_requests
 from openril.training.optimization import build_optimizer, learning_rate
@@ -134,7 +134,7 @@ def train_sft(
             warn(
                 f"{left_out} of {len(examples)} examples were too long and left out; {folder.left_out.path} lists them"
             )
-        state = accelerator.get_state_dict(trainer.model_wrapped)
+        state = unrounded(accelerator.get_state_dict(trainer.model_wrapped), recipe)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             model = accelerator.unwrap_model(trainer.model_wrapped)
@@ -236,6 +236,8 @@ def _build_trainer(
         model = add_adapters(model, recipe.student.lora)
     else:
         freeze(model, recipe.student.freeze)
+    if recipe.train.precision == "bfloat16":
+        round_products(model, torch.bfloat16, lossless=True)
     if recipe.student.gradient_checkpointing:
         enable_checkpointing(model)
     encoder = make_encoder(recipe, processor, base_model(model), keep=0)
