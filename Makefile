@@ -7,12 +7,13 @@ INSTALLED := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 WORKERS ?= 2
 
-.PHONY: help demo playground study test test-vllm test-versions check docs format clean
+.PHONY: help demo playground study gpu test test-vllm test-versions check docs format clean
 
 help:
 	@echo "make demo          compare RIL with Dr.GRPO on fourteen small skills, with ready-made models (runs/demo)"
 	@echo "make playground    train the small students, teachers and judge from random weights (runs/playground)"
 	@echo "make study         compare RIL with its parts and with baselines, in at most three hours (runs/study)"
+	@echo "make gpu           show on one GPU, in under ten minutes, what only a GPU can show (runs/gpu)"
 	@echo "make test          run the tests"
 	@echo "make test-vllm     run the tests against a real vLLM server (builds .venv-vllm first)"
 	@echo "make test-versions run the core tests with the lowest declared versions (ARGS=--newest: the newest ones)"
@@ -42,6 +43,9 @@ playground: $(INSTALLED)
 study: $(INSTALLED)
 	@echo "==> the study writes to runs/study; run the same command again to continue an interrupted one"
 	$(BIN)/python -m playground.study --out runs/study $(ARGS)
+
+gpu: $(INSTALLED)
+	$(BIN)/python scripts/gpu_kit.py $(ARGS)
 
 test: $(INSTALLED)
 	@echo "==> running the tests on $(WORKERS) workers"
