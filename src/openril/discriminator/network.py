@@ -103,7 +103,8 @@ class DiscriminatorModel(nn.Module):
         state = hidden.flatten(0, 1)[rows.last]
         # The head always computes in float32, whatever autocast does around it.
         with torch.autocast(device_type=state.device.type, enabled=False):
-            return self.head(state.to(self.head.weight.dtype))[:, 0].float()
+            scores = self.head(state.to(self.head.weight.dtype)).float()
+        return scores[:, 0].clone()  # fully_shard warns of views
 
     def enable_packing(self, store: FeatureCache) -> None:
         """Let the backbone take packed rows, and keep its frozen vision outputs in ``store``. May raise CannotPack."""

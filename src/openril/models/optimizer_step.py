@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from openril.errors import StateError
 
@@ -31,7 +32,8 @@ def take_step(
     for p in parameters:
         if p.grad is None:  # not used by any question of the batch; with several processes it would be zero too
             p.grad = torch.zeros_like(p)
-    norm = float(accelerator.clip_grad_norm_(list(parameters), max_grad_norm or float("inf")) or 0.0)
+    total: Any = accelerator.clip_grad_norm_(list(parameters), max_grad_norm or float("inf"))
+    norm = float((total.full_tensor() if isinstance(total, DTensor) else total) or 0.0)
     if not math.isfinite(norm):
         optimizer.zero_grad(set_to_none=True)
         raise StateError(

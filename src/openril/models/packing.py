@@ -9,12 +9,14 @@ Shapes: R responses of the micro-batch, L tokens of a row, T tokens of the longe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
 from openril.models.adapters import base_model
@@ -276,15 +278,17 @@ class _ProductWithCast(torch.autograd.Function):
         return gradient @ cast, (states.T @ gradient).T.to(ctx.dtype), None  # in autograd's order
 
 
+def own_forward(module: nn.Module) -> Callable[[Batch], Tensor]:
+    """Return the module's forward pass without accelerate's, which would turn autocast on again."""
+    # A sharded module is not prepared by accelerate, and its hooks gather the weights.
+    return module if isinstance(module, FSDPModule) else partial(type(module).forward, module)
+
+
 @torch.no_grad()
 def packing_difference(policy: Policy, groups: Sequence[GroupTokens], pad_token_id: int, device: torch.device) -> float:
-    """Return the mean difference between the packed and the plain pass, in nats a token.
-
-    The class's own forward is called, because a wrapper would turn autocast on again.
-    """
-    plain_rows = pad_rows(groups, pad_token_id).to(device)
-    packed = Policy.forward(policy, pack(groups, pad_token_id).to(device))
-    plain = Policy.forward(policy, plain_rows)
+    """Return the mean difference between the packed and the plain pass, in nats a token."""
+    forward, plain_rows = own_forward(policy), pad_rows(groups, pad_token_id).to(device)
+    packed, plain = forward(pack(groups, pad_token_id).to(device)), forward(plain_rows)
     return float((packed - plain).abs().sum() / plain_rows.mask.sum())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ class PackingProbe:
         warn: Receives the warning when packing is refused.
         gather: Returns a value of this process in a list with those of all others, so that all decide alike.
         unit: What ``compare`` measures, for the warning.
+        widen: Enters a context in which 16-bit copies of the weights, which a sharded model computes with, are float32.
     """
 
     def __init__(
@@ -38,12 +39,14 @@ class PackingProbe:
         *,
         gather: Callable[[list[str]], list[str]] = lambda reasons: reasons,
         unit: str = "nats a token",
+        widen: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.state: Literal["not tried", "on for text", "on for images", "off"] = "not tried" if enabled else "off"
         self.who = who
         self.warn = warn
         self.gather = gather
         self.unit = unit
+        self.widen = widen
 
     @property
     def on(self) -> bool | None:
@@ -63,15 +66,14 @@ class PackingProbe:
             compare: Runs both passes and returns their mean difference; raises CannotPack if there is no packed pass.
             images: Whether ``compare`` runs prompts with images.
         """
-        parameter = next(model.parameters())
         reason = ""
         try:
-            with evaluating(model), full_precision(model):
+            with evaluating(model), self.widen(), full_precision(model):
+                allowed = tolerance(next(model.parameters()).dtype)
                 difference = compare()
         except CannotPack as e:
             reason = str(e)
         else:
-            allowed = tolerance(parameter.dtype)
             if not difference <= allowed:  # NaN is refused too
                 reason = f"it would be off by {difference:.2g} {self.unit}, more than rounding ({allowed:g})"
         reason = next(filter(None, self.gather([reason])), "")

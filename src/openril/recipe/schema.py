@@ -444,6 +444,9 @@ class TrainConfig(Section):
     """Tokens in one forward and backward pass on one device. The prompt of a group counts once. A longer group runs alone."""
     packed: bool = True
     """Run the prompt of a group once for all its responses. Off repeats it for each response: slower, same numbers."""
+    shard: bool = False
+    """Shard weights, gradients and optimizer states of student, reference and discriminator over the processes (ZeRO-3),
+    in `ril sft`, `ril discriminator` and `ril train`. One process alone ignores it."""
     vision_cache_gib: NonNegative = 2.0
     """Host memory in GiB for outputs of the frozen vision part, which later passes and epochs reuse."""
     questions_per_sampling_batch: PositiveInt = 8

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 from openril.errors import PromptTooLongError
@@ -30,6 +31,14 @@ class Sampler(Protocol):
         interrupted work continues where it stopped. Local engines fill token_ids and logprobs.
         """
         ...
+
+
+def gathered(sampler: Any) -> AbstractContextManager[None]:
+    """Return the context in which every process may call ``sample`` as often as it needs.
+
+    A sampler of sharded weights gathers them there, for which all processes must enter it together.
+    """
+    return getattr(sampler, "gathered", nullcontext)()
 
 
 def sample_fitting(

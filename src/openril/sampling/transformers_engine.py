@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ class TransformersSampler:
     Args:
         vision: Image features of prompts, if the caller keeps them. By default the vision side runs at every call.
         warn: Receives a warning if the model cannot share its prompts' keys and values. By default it is logged.
+        gathered: See ``sampling.protocol.gathered``.
     """
 
     def __init__(
@@ -41,8 +43,10 @@ class TransformersSampler:
         questions_per_batch: int = 8,
         vision: Vision | None = None,
         warn: Callable[[str], None] | None = None,
+        gathered: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.model = model
+        self.gathered = gathered
         self.encoder = encoder
         self.questions_per_batch = questions_per_batch
         if vision is None:

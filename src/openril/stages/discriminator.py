@@ -17,7 +17,7 @@ from openril.responses.cache import ResponseCache
 from openril.stages.questions import training_questions
 from openril.storage import write_json
 from openril.training.checkpoint import Checkpoints, Saver, read_progress, refuse_changed_recipe
-from openril.training.distributed import make_accelerator, master_dtype
+from openril.training.distributed import make_accelerator, master_dtype, shards
 from openril.training.pretraining import DiscriminatorPretraining
 from openril.training.run_folder import RunFolder
 from openril.training.setup import (
@@ -25,7 +25,6 @@ from openril.training.setup import (
     fresh_discriminator,
     pretraining_settings,
     pretraining_settings_file,
-    refuse_sharding,
     wrap_discriminator,
 )
 
@@ -41,7 +40,7 @@ def run_discriminator(recipe: Recipe, console: Console) -> Path:
         say(console, f"discriminator: already pre-trained in {target}")
         return target
     accelerator = make_accelerator(recipe)
-    refuse_sharding(accelerator)
+    shards(recipe, accelerator, lambda message: say(console, f"discriminator: {message}"))
     require(recipe, "discriminator", accelerator.num_processes)
     questions = training_questions(recipe, "discriminator", accelerator, console.print)
     responses = ResponseCache.open(recipe.cache_path).load(

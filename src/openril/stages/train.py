@@ -30,7 +30,7 @@ from openril.rewards.answers import score_answers
 from openril.rewards.combine import RewardSystem
 from openril.rewards.judge import JudgeService, build_judge_service
 from openril.rewards.verdict_store import OUTDATED
-from openril.sampling.protocol import sample_fitting
+from openril.sampling.protocol import gathered, sample_fitting
 from openril.stages.questions import training_questions
 from openril.storage import write_json
 from openril.training.checkpoint import Checkpoints, refuse_changed_recipe
@@ -204,7 +204,8 @@ def _evaluation(
 
     def evaluate() -> dict[str, float]:
         mine = questions[accelerator.process_index :: accelerator.num_processes]
-        with accelerator.autocast():  # also without questions: all processes sync the servers together
+        # Also without questions, because all processes sync the servers, or gather the weights, together.
+        with accelerator.autocast(), gathered(parts.sampler):
             limit = recipe.eval.max_completion_length
             answers = sample_fitting(
                 parts.sampler, mine, 1, left_out.add, settings=GREEDY, max_completion_length=limit, seed=recipe.seed

@@ -33,6 +33,7 @@ from openril.recipe.loading import load_saved_recipe, save_recipe
 from openril.recipe.schema import Recipe
 from openril.records import Question
 from openril.storage import atomic_path, refuse_changed, remove, stable_hash, weights_fingerprint, write_json
+from openril.training.sharding import full_tensor, full_tensors, shard_like
 
 _NAME = re.compile(r"^step_(\d{6,})$")
 
@@ -83,13 +84,20 @@ class Checkpoints:
             shutil.rmtree(path)
 
 
-def save_optimizer(path: Path, optimizer: Any) -> None:
-    """Write an optimizer's state as safetensors: tensors ``<parameter number>.<key>``, groups in the metadata."""
+def save_optimizer(path: Path, optimizer: Any, *, write: bool = True) -> None:
+    """Write an optimizer's state as safetensors: tensors ``<parameter number>.<key>``, groups in the metadata.
+
+    Every process must call this if the state is sharded; ``write`` is True in one of them.
+    """
     state = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
     for number, entries in state["state"].items():
         for key, value in entries.items():
-            tensors[f"{number}.{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
+            whole = full_tensor(torch.as_tensor(value), write)
+            if write:
+                tensors[f"{number}.{key}"] = whole.cpu().contiguous()
+    if not write:
+        return
     groups = [{k: v for k, v in g.items() if not isinstance(v, Tensor)} for g in state["param_groups"]]
     save_file(tensors, path, metadata={"param_groups": json.dumps(groups)})
 
@@ -107,6 +115,9 @@ def load_optimizer(path: Path, optimizer: Any) -> None:
         raise StateError(
             f"{path}: the model has other trainable parameters. Continue with the recipe that the run began with."
         )
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, values in state.items():
+        state[i] = {key: shard_like(value, parameters[i]) for key, value in values.items()}
     merged = [{**now, **saved} for now, saved in zip(groups, saved_groups, strict=True)]
     optimizer.load_state_dict({"state": state, "param_groups": merged})
 
@@ -166,7 +177,7 @@ _FREE = (
     "data.validation_split", "data.allow_urls", "student.model", "student.dtype", "discriminator.pretraining",
     "discriminator.init", "discriminator.at_chance_accuracy", "discriminator.saturated_accuracy", "discriminator.health_window",
     "train.max_steps", "train.epochs", "train.save_every", "train.keep_checkpoints", "train.eval_every", "train.log_to",
-    "train.log_rollouts_every", "train.max_tokens_per_micro_batch", "train.packed", "train.vision_cache_gib",
+    "train.log_rollouts_every", "train.max_tokens_per_micro_batch", "train.packed", "train.shard", "train.vision_cache_gib",
     "student.gradient_checkpointing",
     "data.max_prompt_length", "collect.student", "collect.max_completion_length", "collect.sampling", "collect.judge_responses",
     "collect.questions_per_batch", "collect.shard_size", "student.sampler.base_urls",
@@ -249,14 +260,12 @@ class Saver:
         folder = self.checkpoints.partial(step)
         if self.policy is not None:
             self.write_student(folder / "student")
-            model = accelerator.unwrap_model(self.policy).model
-            if is_adapted(model) and accelerator.is_main_process:
-                model.save_pretrained(folder / "adapter")
+            if is_adapted(accelerator.unwrap_model(self.policy).model):
+                self._write_adapter(folder / "adapter")
         if self.network is not None:
             self.write_discriminator(folder / "discriminator")
-        if accelerator.is_main_process:
-            for name, optimizer in self.optimizers.items():
-                save_optimizer(folder / f"optimizer_{name}.safetensors", optimizer)
+        for name, optimizer in self.optimizers.items():
+            save_optimizer(folder / f"optimizer_{name}.safetensors", optimizer, write=accelerator.is_main_process)
         if self.replay is not None and accelerator.is_main_process:
             self.replay.save(folder / REPLAY_FILE)
         save_rng(folder, accelerator.process_index)
@@ -280,16 +289,25 @@ class Saver:
 
     def write_student(self, folder: Path, dtype: torch.dtype | None = None) -> None:
         """Write the student as an ordinary checkpoint with its processor, adapters merged. Every process must call this."""
-        state = self.accelerator.get_state_dict(self.policy)
-        if not self.accelerator.is_main_process:
-            return
         model = self.accelerator.unwrap_model(self.policy).model
-        state = unrounded({k.removeprefix("model."): v for k, v in state.items()}, self.recipe)
-        write_checkpoint(model, state, self.processor, folder, dtype)
+        state = self._state(self.policy)
+        if self.accelerator.is_main_process:
+            state = unrounded({k.removeprefix("model."): v for k, v in state.items()}, self.recipe)
+            write_checkpoint(model, state, self.processor, folder, dtype)
+
+    def _write_adapter(self, folder: Path) -> None:
+        adapter = self._state(self.policy, "lora_")
+        if self.accelerator.is_main_process:
+            model = self.accelerator.unwrap_model(self.policy).model
+            model.save_pretrained(folder, state_dict={k.removeprefix("model."): v for k, v in adapter.items()})
+
+    def _state(self, wrapped: Any, part: str = "") -> dict[str, Tensor]:
+        """Return the weights by name, those whose name contains ``part``; empty tensors in other processes than the first."""
+        return dict(full_tensors(self.accelerator.unwrap_model(wrapped), self.accelerator.is_main_process, part))
 
     def write_discriminator(self, folder: Path) -> None:
         """Write the discriminator as a checkpoint. Every process must call this."""
-        state = self.accelerator.get_state_dict(self.network)
+        state = self._state(self.network)
         if self.accelerator.is_main_process:
             network: DiscriminatorModel = self.accelerator.unwrap_model(self.network)
             network.save(folder, self.discriminator_processor, unrounded(state, self.recipe))
@@ -341,6 +359,15 @@ def _set_dtype(path: Path, name: str) -> None:
     write_json(path, config)
 
 
+def _update(layer: Any, prefix: str, state: dict[str, Tensor]) -> Tensor:
+    """Return what peft's ``get_delta_weight`` returns, from ``state``: the layer's own weights may be sharded."""
+    name = layer.active_adapters[0]
+    a, b = (state[f"{prefix}lora_{part}.{name}.weight"] for part in "AB")
+    if a.device.type == "cpu" and a.dtype in (torch.bfloat16, torch.float16):
+        return ((b.float() @ a.float()) * layer.scaling[name]).to(a.dtype)
+    return (b @ a) * layer.scaling[name]
+
+
 def merged_state(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the base's weights with the adapters' updates added, as a copy: merging in place would change the model."""
     from peft.tuners.lora import LoraLayer
@@ -357,7 +384,6 @@ def merged_state(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
         layer, _, kind = name.rpartition(".")
         if kind == "weight" and layer in layers:
             # One layer at a time, and the sum in CPU memory, because a second copy of the model would not fit.
-            update = layers[layer].get_delta_weight(layers[layer].active_adapters[0])
-            value = (value + update.to(value)).cpu()
+            value = (value + _update(layers[layer], key.removesuffix("base_layer.weight"), state).to(value)).cpu()
         merged[name] = value
     return merged

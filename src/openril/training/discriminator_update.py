@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
 import torch
@@ -22,12 +22,13 @@ from openril.discriminator.replay import ReplayMemory
 from openril.errors import StateError
 from openril.models.dummy_image import dummy_image_prompt, has_images
 from openril.models.optimizer_step import take_step
-from openril.models.packing import GroupTokens, batch_by_tokens, pack, pad_rows
+from openril.models.packing import GroupTokens, batch_by_tokens, own_forward, pack, pad_rows
 from openril.models.packing_probe import PackingProbe, trial_group
 from openril.models.prompts import PromptEncoder
 from openril.models.vision_features import FeatureCache
 from openril.recipe.schema import DiscriminatorConfig
 from openril.records import STUDENT, Group
+from openril.training.sharding import in_float32, is_sharded, reshard
 
 
 @dataclass(eq=False, repr=False)
@@ -64,6 +65,7 @@ class Discriminator:
             lambda message: self.warn(message),
             gather=gather_object,
             unit="of the logits' size",
+            widen=lambda: in_float32(self.network),
         )
         unwrapped: DiscriminatorModel = accelerator.unwrap_model(self.network)
         self.trainable = [p for p in unwrapped.parameters() if p.requires_grad]
@@ -83,7 +85,9 @@ class Discriminator:
         logits: list[list[Tensor]] = [[] for _ in groups]
         for batch in self._micro_batches(groups, views, whole=False):
             for piece, part in zip(batch, self._logits(batch), strict=True):
-                logits[piece.group].append(part)
+                if not piece.idle:
+                    logits[piece.group].append(part)
+        reshard(self.network)
         self._refuse_not_finite(groups, logits, when)
         for group, parts, shown in zip(groups, logits, views, strict=True):
             for rollout, z in zip(
@@ -114,9 +118,12 @@ class Discriminator:
         batches = self._micro_batches(everything, views, whole=self.settings.loss == "bradley_terry")
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.network):
+            with nullcontext() if last or is_sharded(self.network) else self.accelerator.no_sync(self.network):
                 loss = torch.zeros((), device=self.accelerator.device)
                 for piece, z in zip(batch, self._logits(batch), strict=True):
+                    if piece.idle:
+                        loss = loss + 0.0 * z.sum()
+                        continue
                     shown = views[piece.group][piece.part.start : piece.part.stop]
                     of_group = self._loss(z, everything[piece.group], shown)
                     loss = loss + of_group / divisors[piece.group]
@@ -245,7 +252,10 @@ class Discriminator:
             self._try_packing(groups)
         pieces = self._pieces(groups, views, whole=whole)
         batches = batch_by_tokens([p.tokens for p in pieces], self.settings.max_tokens_per_micro_batch)
-        return [[pieces[i] for i in batch] for batch in batches]
+        # Every pass of a sharded network gathers its weights, so all processes must run equally many.
+        missing = max(gather_object([len(batches)])) - len(batches) if is_sharded(self.network) else 0
+        idle = replace(min(pieces, key=lambda p: p.tokens), idle=True)
+        return [[idle]] * missing + [[pieces[i] for i in batch] for batch in batches]
 
     def _logits(self, batch: list[_Piece]) -> list[Tensor]:
         """Return the logits of student_prob, one float32 vector for each piece."""
@@ -276,13 +286,13 @@ class Discriminator:
 
         def compare() -> float:
             unwrapped.enable_packing(self.store or FeatureCache(0))
-            # The class's own forward, because a wrapper would turn autocast on again.
-            pad, device = self.encoder.pad_token_id, self.accelerator.device
-            packed = DiscriminatorModel.forward(unwrapped, pack(trial, pad, whole=True).to(device))
-            plain = DiscriminatorModel.forward(unwrapped, pad_rows(trial, pad).to(device))
+            pad, device, forward = self.encoder.pad_token_id, self.accelerator.device, own_forward(unwrapped)
+            packed = forward(pack(trial, pad, whole=True).to(device))
+            plain = forward(pad_rows(trial, pad).to(device))
             return float((packed - plain).abs().mean() / plain.abs().mean().clamp(min=1))
 
         self.packing.run(unwrapped.backbone, compare, images=has_images([g.prompt for g in trial]))
+        reshard(self.network)
 
 
 @dataclass
@@ -302,6 +312,8 @@ class _Piece:
     part: range
     members: GroupTokens
     tokens: int
+    idle: bool = False
+    """Run only because another process has more passes."""
 
 
 def _joined(groups: Sequence[GroupTokens]) -> list[GroupTokens]:

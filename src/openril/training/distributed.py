@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -72,9 +73,30 @@ def master_dtype(recipe: Recipe) -> torch.dtype:
     return torch.bfloat16 if recipe.train.precision == "pure_bf16" else torch.float32
 
 
-def is_sharded(accelerator: Accelerator) -> bool:
-    """Return whether weights and optimizer states are sharded over processes (FSDP, ZeRO)."""
+def sharded_by_launcher(accelerator: Accelerator) -> bool:
+    """Return whether the launcher's settings ask for FSDP or DeepSpeed."""
     return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
+def compute_dtype(recipe: Recipe) -> torch.dtype | None:
+    """Return the type in which sharded weights are gathered; None for that of the weights."""
+    return torch.bfloat16 if recipe.train.precision == "bfloat16" else None
+
+
+def shards(recipe: Recipe, accelerator: Accelerator, warn: Callable[[str], None]) -> bool:
+    """Return whether the models are sharded over the processes; say so if train.shard is set and they cannot be.
+
+    Raises:
+        RecipeError: Under the launcher's FSDP or DeepSpeed, which no stage supports.
+    """
+    if sharded_by_launcher(accelerator):
+        raise RecipeError(
+            f"train.shard: expected a launch without {accelerator.distributed_type.value}, which no stage supports. Launch"
+            " with torchrun or recipes/accelerate/ddp.yaml, and set train.shard to true to shard the models."
+        )
+    if recipe.train.shard and accelerator.num_processes == 1:
+        warn("train.shard: there is one process, so nothing is sharded")
+    return recipe.train.shard and accelerator.num_processes > 1
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, int | float | str | bool]:

@@ -25,7 +25,7 @@ from openril.algorithm.advantages import group_advantages
 from openril.discriminator.health import HealthWatch
 from openril.recipe.schema import Recipe
 from openril.records import Group, ImageSource, Question, Response, Rollout
-from openril.sampling.protocol import Sampler
+from openril.sampling.protocol import Sampler, gathered
 from openril.storage import stable_hash
 from openril.training.discriminator_update import Discriminator
 from openril.training.interrupts import Interrupted, stop_requests
@@ -131,9 +131,9 @@ class RILTrainer:
         self.policy.too_long = 0
         samples: dict[tuple[str, int], list[Response]] = {}
         # Where one epoch ends and the next begins, a question may come up twice; it is then sampled twice.
-        for epoch in sorted({epoch for _, epoch in batch}):
-            questions = [q for q, v in batch if v == epoch]
-            with self.accelerator.autocast():
+        with self.accelerator.autocast(), gathered(self.sampler):
+            for epoch in sorted({epoch for _, epoch in batch}):
+                questions = [q for q, v in batch if v == epoch]
                 drawn = self.sampler.sample(
                     questions,
                     train.num_generations,
@@ -141,7 +141,7 @@ class RILTrainer:
                     max_completion_length=train.max_completion_length,
                     seed=stable_hash(self.recipe.seed, "sample", self.step_number, epoch),
                 )
-            samples |= {(q.id, epoch): mine for q, mine in zip(questions, drawn, strict=True)}
+                samples |= {(q.id, epoch): mine for q, mine in zip(questions, drawn, strict=True)}
         return [
             Group(q, [Rollout(r) for r in [*samples[q.id, epoch], *self.teacher_responses(q, epoch)]])
             for q, epoch in batch

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from openril.recipe.schema import OptimizerConfig
 
@@ -65,6 +66,7 @@ class CompensatedAdamW(torch.optim.Optimizer):
         step_size, correction = group["lr"] / (1 - beta1**step), math.sqrt(1 - beta2**step)
         assert p.grad is not None
         tensors = [p, p.grad, state["exp_avg"], state["exp_avg_sq"], state.get("remainder", p)]
+        tensors = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]  # values do not depend on each other
         for weight, gradient, first, second, remainder in zip(*map(_chunks, tensors), strict=True):
             g = gradient.float()
             mean = first.float().lerp_(g, 1 - beta1)

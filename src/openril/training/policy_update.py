@@ -30,6 +30,7 @@ from openril.models.packing_probe import PackingProbe, trial_group
 from openril.models.prompts import PromptEncoder
 from openril.recipe.schema import TrainConfig
 from openril.records import Group, Response, Rollout
+from openril.training.sharding import in_float32, is_sharded, reshard
 
 
 @dataclass(eq=False, repr=False)
@@ -55,7 +56,11 @@ class PolicyUpdate:
         self.too_long = 0  # teacher responses that did not fit, since the loop last set this to 0
         self._dummy = dummy_image_prompt(self.encoder, self.unwrapped, self.accelerator.num_processes)
         self.packing = PackingProbe(
-            self.settings.packed, "student", lambda message: self.warn(message), gather=gather_object
+            self.settings.packed,
+            "student",
+            lambda message: self.warn(message),
+            gather=gather_object,
+            widen=lambda: in_float32(self.policy),
         )
 
     def members(self, group: Group) -> list[Rollout]:
@@ -101,8 +106,11 @@ class PolicyUpdate:
                     "ref_logprobs": reference[number],
                     "unclipped_above": None if self.settings.clip_teacher_upper else ~part.from_student,
                 }
-                with nullcontext() if last else self.accelerator.no_sync(self.policy):
-                    logprobs = self.policy(part.rows)
+                # Sharded gradients are reduced in every pass: kept whole until the last, they would take 4 bytes a weight.
+                keep = last or is_sharded(self.policy)
+                with nullcontext() if keep else self.accelerator.no_sync(self.policy):
+                    with self.accelerator.autocast():
+                        logprobs = self.policy(part.rows)
                     if iteration == 0:
                         old.append(logprobs.detach())
                     kl_rows = part.from_student if self.settings.kl_rows == "student" else None
@@ -160,6 +168,7 @@ class PolicyUpdate:
             return packing_difference(self.unwrapped, trial, self.encoder.pad_token_id, self.accelerator.device)
 
         self.packing.run(base_model(self.unwrapped.model), compare, images=has_images([t.prompt for t in trial]))
+        reshard(self.policy)
 
     def _with_images(self, tokens: Sequence[GroupTokens]) -> list[GroupTokens]:
         """Return the groups and, if they have no image but those of another process may, the dummy image after them."""
@@ -194,7 +203,9 @@ class PolicyUpdate:
             return None
         with self.accelerator.autocast():
             if self.reference is not None:
-                return self.reference(rows)
+                logprobs = self.reference(rows)
+                reshard(self.reference)
+                return logprobs
             self.policy.eval()
             with without_adapters(self.unwrapped.model):
                 logprobs = self.policy(rows)

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from openril.discriminator.network import DiscriminatorModel, load_discriminator_processor
-from openril.errors import ModelError, RecipeError
+from openril.errors import ModelError
 from openril.models.adapters import add_adapters, base_model
 from openril.models.freezing import freeze, round_products
 from openril.models.loading import load_student, torch_dtype
@@ -35,9 +35,10 @@ from openril.training.checkpoint import (
     run_fingerprint,
 )
 from openril.training.discriminator_update import Discriminator
-from openril.training.distributed import is_sharded, master_dtype
+from openril.training.distributed import compute_dtype, master_dtype, shards
 from openril.training.optimization import build_optimizer
 from openril.training.policy_update import PolicyUpdate
+from openril.training.sharding import in_float32, shard, whole
 
 _NEW_RUN = "set another run_dir for a new run"
 
@@ -58,7 +59,7 @@ class TrainingComponents:
         probes: Sequence[Question] = (),
         warn: Callable[[str], None] = lambda message: None,
     ) -> None:
-        refuse_sharding(accelerator)
+        self.sharded = shards(recipe, accelerator, warn)
         self.warn = warn
         self.recipe = recipe
         self.accelerator = accelerator
@@ -132,9 +133,15 @@ class TrainingComponents:
             else:
                 vision = VisionFeatures(reference_model, store, self.vision.keep)
             reference = Policy(reference_model, train.sampling.temperature, vision)
+            if self.sharded:
+                shard(reference, reference.model, compute=compute_dtype(recipe))
             reference.to(accelerator.device)
+        if self.sharded:
+            shard(policy, model, compute=compute_dtype(recipe))
         policy.to(accelerator.device)
-        self.policy, self.optimizer = accelerator.prepare(policy, build_optimizer(policy.parameters(), train.optimizer))
+        self.policy, self.optimizer = policy, build_optimizer(policy.parameters(), train.optimizer)
+        if not self.sharded:
+            self.policy, self.optimizer = accelerator.prepare(self.policy, self.optimizer)
         self.policy_update = PolicyUpdate(
             self.policy, reference, self.optimizer, self.encoder, accelerator, train, warn=self.warn
         )
@@ -146,7 +153,16 @@ class TrainingComponents:
             model = self.accelerator.unwrap_model(self.policy).model
             size = recipe.train.questions_per_sampling_batch
             vision = self.vision if self.vision.available else None
-            return TransformersSampler(model, self.encoder, questions_per_batch=size, vision=vision, warn=self.warn)
+            sampler = TransformersSampler(
+                model,
+                self.encoder,
+                questions_per_batch=size,
+                vision=vision,
+                warn=self.warn,
+                gathered=lambda: whole(self.policy),
+            )
+            sampler.packing.widen = lambda: in_float32(self.policy)
+            return sampler
         return SyncedSampler(
             VLLMSampler(settings, self.encoder),
             folder=WeightsFolder(settings, recipe.run_path),
@@ -210,33 +226,30 @@ def wrap_discriminator(
     longest = recipe.data.max_prompt_length + 2 * settings.max_response_tokens + 1024
     encoder = make_encoder(recipe, processor, network.backbone, keep=0, max_prompt_length=longest)
     shared: dict[str, Any] = {"packed": recipe.train.packed, "store": feature_store(recipe), "warn": warn}
-    rounded = recipe.train.precision == "bfloat16"
+    sharded = shards(recipe, accelerator, lambda message: None)
+
+    def place() -> None:
+        if recipe.train.precision == "bfloat16":
+            round_products(network.backbone, torch.bfloat16, lossless=optimizer is not None)
+        if sharded:
+            shard(network, network.backbone, compute=compute_dtype(recipe), head=network.head)
+        network.to(accelerator.device)
+
     if optimizer is None:
         network.requires_grad_(False)
-        if rounded:
-            round_products(network.backbone, torch.bfloat16)
-        network.to(accelerator.device)
+        place()
         return Discriminator(network, encoder, accelerator, settings, optimizer=None, **shared)
     groups = {g for g in settings.freeze if g != "lm_head"}
     if settings.inputs != "image":
         groups |= {"vision_tower", "projector"}  # it never runs, so there is nothing to train
     freeze(network, groups)
-    if rounded:
-        round_products(network.backbone, torch.bfloat16, lossless=True)
-    network.to(accelerator.device)
-    wrapped, built = accelerator.prepare(network, build_optimizer(network.parameters(), optimizer))
+    place()
+    wrapped, built = network, build_optimizer(network.parameters(), optimizer)
+    if not sharded:
+        wrapped, built = accelerator.prepare(wrapped, built)
     return Discriminator(
         wrapped, encoder, accelerator, settings, optimizer=built, max_grad_norm=optimizer.max_grad_norm, **shared
     )
-
-
-def refuse_sharding(accelerator: Accelerator) -> None:
-    """Raise RecipeError under FSDP and DeepSpeed, which the loop does not support."""
-    if is_sharded(accelerator):
-        raise RecipeError(
-            f"the loop and the discriminator do not run under {accelerator.distributed_type.value} yet. Launch with"
-            " recipes/accelerate/ddp.yaml, and use student.lora or train.precision: pure_bf16 where memory is short."
-        )
 
 
 def pretraining_settings(recipe: Recipe) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from openril.recipe.schema import OptimizerConfig, Recipe
 from openril.recipe.validation import RENAMED_KEYS
 from openril.storage import refuse_changed, remove, stable_hash, write_json, write_text
 from openril.training.checkpoint import unrounded, write_checkpoint
-from openril.training.distributed import is_sharded, master_dtype
+from openril.training.distributed import master_dtype, sharded_by_launcher
 from openril.training.interrupts import Interrupted, stop_requests
 from openril.training.optimization import build_optimizer, learning_rate
 from openril.training.run_folder import RunFolder
@@ -305,7 +305,7 @@ class _Trainer(SFTTrainer):
         # Vision-language models are saved under other names than they have in memory, and the trainer's loading skips
         # names it does not know: it would continue with the weights the run began with. from_pretrained knows both.
         model = self.model if model is None else model
-        if is_adapted(model) or is_sharded(self.accelerator):
+        if is_adapted(model) or sharded_by_launcher(self.accelerator):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         student = self.recipe.student
