@@ -3,6 +3,7 @@
 usage: sharded.py FOLDER CASE=CHECKPOINT ...
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,21 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 
 import openril.training.setup
+from openril.models.freezing import module_group
+from openril.models.packing import GroupTokens, pack
 from openril.storage import write_json
 from openril.training.distributed import leave_process_group, release_memory
 from openril.training.loop import RILTrainer, permutation
-from openril.training.sharding import full_tensors
+from openril.training.sharding import decoder_layers, full_tensors
 from support.loop import make_trainer, tiny_recipe
 
 # In float32 Adam turns rounding noise into steps.
-openril.training.setup.master_dtype = lambda recipe: torch.float64  # type: ignore[assignment]
+openril.training.setup.master_dtype = lambda recipe: (  # type: ignore[assignment]
+    torch.float64 if recipe.train.precision == "float32" else torch.float32
+)
 
 CASES: dict[str, dict[str, Any]] = {
     # Text-only and image questions mix, and the projector trains: ranks see different questions.
@@ -42,13 +48,15 @@ CASES: dict[str, dict[str, Any]] = {
         "student__gradient_checkpointing": True,
     },
     "bradley_terry": {"discriminator__loss": "bradley_terry"},
+    "bfloat16": {"train__precision": "bfloat16", "student__freeze": ["vision_tower"]},
 }
+WITH_DDP = ("mixed", "all", "lora", "bradley_terry")
+"""Cases that also run with whole models on every process."""
 
 
 def trainer_of(folder: Path, checkpoint: Path, case: str, shard: bool, **overrides: Any) -> RILTrainer:
     settings: dict[str, Any] = {
         "train__max_steps": 2,
-        "train__save_every": 1,
         "train__shard": shard,
         "train__max_tokens_per_micro_batch": 200,  # fewer micro-batches of text than of images
         "train__optimizer__max_grad_norm": 0.0,
@@ -74,20 +82,64 @@ def weights(trainer: RILTrainer) -> dict[str, torch.Tensor]:
     return {k: v.clone() for k, v in state.items()}
 
 
+def check_pass(trainer: RILTrainer) -> dict[str, Any]:
+    """Look at one pass of the student, and at what is sharded."""
+    trainer.policy.policy.train()
+    question = next(q for q in trainer.questions if q.images)
+    encoder = trainer.policy.encoder
+    group = GroupTokens(encoder(question), [torch.arange(40, 45), torch.arange(50, 57)])
+    seen: list[tuple[int, torch.dtype]] = []
+
+    def look(layer: Any, args: Any, kwargs: Any) -> None:
+        seen.append((id(kwargs["group_layout"]), layer.mlp.down_proj.weight.dtype))
+
+    layers = decoder_layers(trainer.policy.unwrapped.model)
+    hooks = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in layers]
+    with trainer.accelerator.autocast():
+        trainer.policy.policy(pack([group], encoder.pad_token_id)).sum().backward()
+    for hook in hooks:
+        hook.remove()
+    parameters = dict(trainer.policy.unwrapped.named_parameters())
+    trained = {n: p for n, p in parameters.items() if p.requires_grad}
+    assert trainer.discriminator is not None
+    head = trainer.discriminator.network.head
+    kept = []
+    hook = head.register_forward_pre_hook(lambda module, args: kept.append(module.weight.dtype))
+    trainer.discriminator.score(trainer.sample_groups(trainer.batch_at(0)))
+    hook.remove()
+    found = {
+        "layouts": len({layout for layout, _ in seen}),
+        "layers": len(seen),
+        "gathered": sorted({str(dtype) for _, dtype in seen}),
+        "head": sorted({str(dtype) for dtype in kept}),
+        "whole": sorted({str(module_group(n)) for n, p in parameters.items() if not isinstance(p, DTensor)}),
+        "sharded gradients": all(isinstance(p.grad, DTensor) for p in trained.values()),
+        "rows": {n: p.to_local().shape[0] for n, p in trained.items() if n.endswith("down_proj.weight")},
+    }
+    trainer.policy.optimizer.zero_grad(set_to_none=True)
+    return found
+
+
 def main(folder: Path, cases: dict[str, Path]) -> None:
     for case, checkpoint in cases.items():
         for shard in (False, True):
+            if not shard and case not in WITH_DDP and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                continue
             trainer = trainer_of(folder / f"{case}-{shard}", checkpoint, case, shard)
             trainer.train()
             state = weights(trainer)
+            found = check_pass(trainer) if shard and case in ("mixed", "bfloat16") else {}
             if trainer.accelerator.is_main_process:
                 save_file(state, trainer.folder.path / "final.safetensors")
-                write_json(trainer.folder.path / "packing.json", [trainer.policy.packing.state])
-            single = trainer.accelerator.num_processes == 1
+                samplers: Any = trainer.sampler
+                probes = [trainer.policy.packing, samplers.packing, getattr(trainer.discriminator, "packing", None)]
+                states = [p.state for p in probes if p is not None]
+                write_json(trainer.folder.path / "found.json", {**found, "packing": states})
+            alone = trainer.accelerator.num_processes == 1
             trainer.accelerator.wait_for_everyone()
             del trainer, state
             release_memory()
-            if single:
+            if alone:
                 break
 
 
