@@ -124,6 +124,10 @@ def _each(number: int) -> dict[str, Any]:
     return {"train.per_teacher": True, "train.num_teacher_responses": number}
 
 
+def _unclipped(updates: int) -> dict[str, Any]:
+    return {"train.num_iterations": updates, "train.clip_teacher_upper": False}
+
+
 _NO_D = {"discriminator.mode": "none", "rewards.similarity.weight": 0.0}
 _TEXT_OFF = {"train.teacher_responses_in_update": False}
 
@@ -145,6 +149,8 @@ ABLATIONS: dict[str, tuple[str, dict[str, Method]]] = {
     "mu": ("Updates a batch, mu (1)", {
         "mu_2": Method("2", overrides={"train.num_iterations": 2}, cost=2.3),
         "mu_4": Method("4", overrides={"train.num_iterations": 4}, cost=4.0),
+        "mu_2_unclipped": Method("2, teacher rows without upper clip", overrides=_unclipped(2), cost=2.3),
+        "mu_4_unclipped": Method("4, teacher rows without upper clip", overrides=_unclipped(4), cost=4.0),
     }),
     "similarity": ("Similarity reward (binary)", {
         "similarity_3": Method("3 levels", overrides={"rewards.similarity": {"kind": "levels", "levels": 3}}),
