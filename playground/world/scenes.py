@@ -83,10 +83,6 @@ class Scene:
         """The things by cell, in reading order."""
         return {cell: thing for cell, thing in enumerate(self.cells) if thing is not None}
 
-    def find(self, name: str) -> int:
-        """Return the cell of the first thing of that name."""
-        return next(cell for cell, thing in self.things.items() if thing.name == name)
-
     def __str__(self) -> str:
         """Return the scene in words, cell by cell. The text identifies the scene."""
         return f"{self.ground}:" + "|".join("" if thing is None else str(thing) for thing in self.cells)

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -30,7 +30,7 @@ from types import MappingProxyType
 from openril import storage
 from openril.errors import DataError
 from openril.recipe.schema import SelectionConfig
-from openril.records import Question, Response
+from openril.records import Question
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,15 +58,6 @@ class Selection:
         return Counter("selected" if d.selected else d.reason.split(":")[0] for d in self.decisions)
 
 
-def overlong_shares(responses: Iterable[Response]) -> dict[str, float]:
-    """Return question id -> share of its student responses whose finish_reason is "length", in [0, 1]."""
-    cut: dict[str, list[bool]] = {}
-    for response in responses:
-        if response.from_student:
-            cut.setdefault(response.question_id, []).append(response.finish_reason == "length")
-    return {question: sum(flags) / len(flags) for question, flags in cut.items()}
-
-
 def select(
     questions: Sequence[Question],
     student_logprobs: Mapping[str, float | None],
@@ -82,7 +73,7 @@ def select(
         student_logprobs: Question id -> mean log-probability per token of the ground-truth answer under the student, in
             nats (<= 0); None where there is no answer.
         reference_logprobs: The same under the reference model, or None to use the student alone.
-        overlong_share: The result of ``overlong_shares``; required if ``config.drop_overlong``.
+        overlong_share: Share of each question's student responses that were cut; required if ``config.drop_overlong``.
         not_scored: Question id -> why it has no log-probability, where there is another reason than a missing answer.
 
     Raises:
@@ -192,14 +183,3 @@ def share_places(number: int, sizes: Mapping[str, int], available: Mapping[str, 
 def write_selection(path: Path, selection: Selection) -> None:
     """Write one JSON line per question: id, selected, reason, score and the values it was computed from."""
     storage.write_jsonl(path, (asdict(d) for d in selection.decisions))
-
-
-def read_selection(path: Path) -> Selection:
-    """Read the file of ``write_selection``. Raises DataError if it is missing or damaged."""
-    if not path.is_file():
-        raise DataError(f"{path}: no such selection. The loop writes it if data.selection.enabled is set.")
-    try:
-        decisions = tuple(Decision(**row) for row in storage.iterate_jsonl(path))
-    except TypeError as e:
-        raise DataError(f"{path}: damaged ({e}). Remove it to select again.") from e
-    return Selection(tuple(d.id for d in decisions if d.selected), decisions)
