@@ -46,7 +46,7 @@ class Question:
     id: unique within a data set. question: the text, which may hold one ``<image>`` marker for each image. answer: the
     ground truth ("" when unknown). choices: the options of a multiple-choice question. rule: the name of the answer rule
     (rewards/rules.py), or None for the recipe's. metadata: every other column, unchanged. origin: "file:line", for
-    error messages.
+    error messages. other_answers: further ground truths; a response that matches any of them is right.
     """
 
     id: str
@@ -57,6 +57,12 @@ class Question:
     rule: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict, compare=False)
     origin: str = field(default="", compare=False)
+    other_answers: tuple[str, ...] = ()
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """All ground truths, the main one first."""
+        return (self.answer, *self.other_answers)
 
     def content_hash(self) -> str:
         """Return the first 32 hex digits of the SHA-256 of all that a teacher sees: text, choices and images.

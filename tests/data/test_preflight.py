@@ -160,7 +160,8 @@ def test_answers_that_the_rule_cannot_read_back_are_named(tmp_path: Path) -> Non
         {"question": "c", "answer": "many", "rule": "number"},
         {"question": "d", "answer": "red or blue", "rule": "contains"},
         {"question": "e", "answer": "First line.\nSecond line that is the end"},
+        {"question": "f", "answers": ["7", "First line.\nSecond line that is the end"]},
     ]
     report = run(tmp_path, *rows, truth_problem=truth_problem)
-    assert kinds(report) == [(line, "unreadable answer", "warning") for line in ("3", "5")]
+    assert kinds(report) == [(line, "unreadable answer", "warning") for line in ("3", "5", "6")]
     assert "'many'" in report.problems[0].cause and "a sentence" in report.problems[1].cause

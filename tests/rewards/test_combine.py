@@ -203,6 +203,11 @@ def test_a_choice_is_shown_to_the_judge_with_letter_text_and_options():
     assert judge_item(question, "the dog")[:3] == ("Which pet?\nA. cat\nB. dog", "B. dog", "the dog")
 
 
+def test_the_judge_reads_all_accepted_answers():
+    question = Question("q", "Which color?", "red", other_answers=("crimson",))
+    assert judge_item(question, "it")[:3] == ("Which color?", "Any one of these is right:\n- red\n- crimson", "it")
+
+
 def test_score_answers_serves_evaluation(tmp_path):
     with MisbehavingServer(then=judge_says) as server:
         service = build_judge_service(recipe_for(tmp_path, server), "eval")

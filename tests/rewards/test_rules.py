@@ -545,3 +545,27 @@ def test_numbers_reads_values():
 @pytest.mark.parametrize("text", ["12 angry men", "10:30", "2019-05-01", "room 5", "1-2", ""])
 def test_texts_that_are_not_one_number(text):
     assert whole_number(text) is None
+
+
+@pytest.mark.parametrize(
+    ("rule", "answers", "response", "expected"),
+    [
+        ("auto", ("red", "crimson"), "It is crimson.", 1.0),
+        ("auto", ("red", "crimson"), "<answer>blue</answer>", None),  # blue is not red, but is it crimson?
+        ("auto", ("12", "12 km"), "The answer is 12 km.", 1.0),
+        ("auto", ("12", "13"), "The answer is 14.", 0.0),
+        ("auto", ("12", "13"), "12 or 13", 0.0),  # two answers, although each is right
+        ("auto", ("12", "a dozen"), "<answer>twelve</answer>", 1.0),
+        ("exact", ("New York", "NYC"), "<answer>nyc</answer>", 1.0),
+        ("exact", ("New York", "NYC"), "<answer>Boston</answer>", 0.0),
+    ],
+)
+def test_a_response_is_right_if_it_matches_any_of_several_truths(rule, answers, response, expected):
+    question = Question("q", "Which?", answers[0], other_answers=answers[1:])
+    assert score(rule, question, response) == expected
+
+
+@pytest.mark.parametrize(("response", "expected"), [("B", 1.0), ("The answer is (A).", 0.0), ("The image", None)])
+def test_choices_that_are_images_are_chosen_by_letter(response, expected):
+    question = Question("q", "Which is a cat?", "B", choices=("<image>", "<image>"))
+    assert score("auto", question, response) == expected

@@ -3,6 +3,9 @@
 Ours:    question, answer, images, choices, rule, id
 TRL:     prompt (text or messages) with images/image and answer/solution/ground_truth/completion; or messages
 LLaVA:   conversations [{from: human, value: ...}, {from: gpt, value: ...}] with <image> markers
+Alpaca:  instruction, input, output
+
+docs/data.md lists what is read of further data sets, and what is refused or only counted.
 
 A LLaVA or ``messages`` row with several turns gives its first question and first answer; the number of omitted turns is
 kept as metadata ``dropped_turns``. A ``prompt`` with several turns is refused, because its answer belongs to the last turn.
@@ -11,72 +14,94 @@ Chat-template tokens are removed from all text (data/sanitize.py).
 
 from __future__ import annotations
 
+import base64
+import binascii
 import dataclasses
 import io
-import json
-import math
-from collections.abc import Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from openril.data.choices import Choices, index_of, letter_of, read_choices, resolve
+from openril.data.columns import Columns, is_list, kind, literal, plain_text
+from openril.data.conversations import NO_MEDIA, Conversation, read_conversation
 from openril.data.embedded_images import keep_bytes
+from openril.data.markers import find_places
 from openril.data.sanitize import has_special, strip_special
 from openril.errors import DataError
 from openril.records import IMAGE_MARKER, ImageSource, Question
 from openril.storage import stable_hash
 
-ANSWER_COLUMNS = ("answer", "solution", "ground_truth", "completion")
+ANSWER_COLUMNS = ("answer", "solution", "ground_truth", "completion", "reward_model.ground_truth")
+COMPUTED = ("dropped_turns", "dropped_images", "special_tokens_removed", "system_turns")
+"""Names of metadata that reading adds."""
 _FORMATS = ("question", "prompt", "conversations", "messages")
-_USER = ("human", "user")
-_ASSISTANT = ("gpt", "assistant", "model", "bot", "chatgpt")
 
 
-def to_question(row: Any, *, columns: Mapping[str, str], folder: Path, origin: str) -> Question:
+def to_question(
+    row: Any, *, columns: Mapping[str, str], folder: Path, origin: str, used: Counter[str] | None = None
+) -> Question:
     """Return the question in ``row``.
 
     Args:
-        columns: Field of a question -> column of the row.
+        columns: Field of a question -> column of the row, or "" to read no column.
         folder: Absolute path at which relative image paths start.
         origin: "file:line".
+        used: Receives what each column was read as.
 
     Raises:
         DataError: With the cause. The caller adds the origin.
     """
     if not isinstance(row, Mapping):
-        raise DataError(f"expected a row with named columns, got {_kind(row)}")
-    row = {str(k): v for k, v in row.items()}
-    mapped = {ours: row.pop(theirs) for ours, theirs in columns.items() if theirs in row}
-    row = {**{k: v for k, v in row.items() if k not in columns or k in mapped}, **mapped}
+        raise DataError(f"expected a row with named columns, got {kind(row)}")
+    row = Columns(row, columns)
+    _refuse_unusable(row)
+    talk, form = _question(row)
+    answers, answer_column = _answers(row, talk, form)
+    choices, by_column = read_choices(row)
+    answers = _among_choices(row, answers, answer_column, choices)
+    context = row.take("context", *(["hint"] if by_column else []))[1]
+    if context is not None:
+        talk.question = f"{plain_text(context, 'context')}\n{talk.question}"
 
-    text, answer, inline, dropped = _text_and_answer(row, "question" in mapped)
-    images = _images(row, inline, folder)
-    stripped = has_special(text, keep_markers=True) or has_special(answer)
+    (text, *options), images = _places(row, talk, choices, folder)
+    stripped = has_special(text, keep_markers=True) or any(map(has_special, answers))
+    stripped = stripped or any(has_special(o, keep_markers=True) for o in options)
     text = strip_special(text, keep_markers=True).strip()
     if not text.replace(IMAGE_MARKER, "").strip():
         raise DataError("question: expected text, got nothing")
-    markers = text.count(IMAGE_MARKER)
+    markers = sum(piece.count(IMAGE_MARKER) for piece in (text, *options))
     if markers not in (0, len(images)):
         raise DataError(
             f"question: expected one {IMAGE_MARKER} marker per image, or none, got {markers} for {len(images)} images"
         )
-    choices = tuple(strip_special(choice).strip() for choice in _choices(row.pop("choices", None)))
-    rule = row.pop("rule", None)
+    rule = row.take("rule", "rule")[1]
     if rule is not None and not isinstance(rule, str):
-        raise DataError(f"rule: expected the name of an answer rule, got {_kind(rule)}")
-    identity = _id(row.pop("id", None))
-    if dropped:
-        row["dropped_turns"] = dropped
+        raise DataError(f"rule: expected the name of an answer rule, got {kind(rule)}")
+    identity = _id(row.take("id", "id")[1])
+    if talk.dropped:
+        row.left["dropped_turns"] = len(talk.dropped)
+    if talk.dropped_images:
+        row.left["dropped_images"] = talk.dropped_images
+    if talk.system:
+        row.left["system_turns"] = talk.system
     if stripped:
-        row["special_tokens_removed"] = True
+        row.left["special_tokens_removed"] = True
+    if used is not None:
+        used.update(row.read)
+    truths = list(dict.fromkeys(strip_special(answer).strip() for answer in answers))
     question = Question(
         id=identity or "",
         question=text,
-        answer=strip_special(answer).strip(),
+        answer=truths[0] if truths else "",
         images=images,
-        choices=choices,
+        choices=tuple(strip_special(option, keep_markers=True).strip() for option in options),
         rule=rule or None,
-        metadata={k: v for k, v in row.items() if v is not None},
+        metadata=row.left,
         origin=origin,
+        other_answers=tuple(truths[1:]),
     )
     return question if identity else _named_by_content(question)
 
@@ -85,163 +110,203 @@ def _named_by_content(question: Question) -> Question:
     """Derive the id from the content, so that it stays the same when rows are moved."""
     images = [str(i.path) if i.path else i.url or stable_hash((i.data or b"").hex()) for i in question.images]
     key = stable_hash(question.question, question.answer, list(question.choices), images)
+    if question.other_answers:
+        key = stable_hash(key, question.other_answers)
     return dataclasses.replace(question, id=f"auto-{key:016x}")
 
 
-def _text_and_answer(row: dict[str, Any], question_is_mapped: bool) -> tuple[str, str, list[Any], int]:
-    """Return (question text, answer, images inside messages, omitted turns), and remove the columns it uses from ``row``."""
-    names = ["question"] if question_is_mapped else [name for name in _FORMATS if row.get(name) is not None]
+def _refuse_unusable(row: Columns) -> None:
+    """Raise DataError for a column without which the row means something else."""
+    for name, singular in (("videos", "video"), ("audios", "audio")):
+        column = next((c for c in (name, singular) if row.left.get(c)), "")
+        if column and column not in row.mapping.values() and name not in row.mapping:
+            fix = f'{NO_MEDIA}, or set data.columns: {{{name}: ""}} to use the rest of the row'
+            raise DataError(f"{column}: expected none, got {kind(row.left[column])}. {fix}")
+    history = literal(row.take("history", "history")[1])
+    if history:
+        raise DataError(
+            f"history: expected none, got {kind(history)}. The question depends on it: write it into the question, or set"
+            ' data.columns: {history: ""} to leave it out'
+        )
+
+
+def _question(row: Columns) -> tuple[Conversation, str]:
+    """Take the column of the question. Return what is used of it, and its name."""
+    names = ["question"] if row.is_mapped("question") else [n for n in _FORMATS if row.left.get(n) is not None]
+    names = names or ["instruction"] * ("instruction" in row.left)
     if not names:
         raise DataError(
-            f"expected a column question, prompt, messages or conversations, got {', '.join(row) or 'none'}. "
+            f"expected a column question, prompt, messages or conversations, got {', '.join(row.left) or 'none'}. "
             "Name yours in data.columns, for instance {question: query}"
         )
     if len(names) > 1:
         raise DataError(f"expected one question, got {' and '.join(names)}. Set data.columns: {{question: ...}} to one")
-    form = names[0]
-    value = row.pop(form)
-    inline: list[Any] = []
-    if isinstance(value, str) and form in ("question", "prompt"):
-        text, spoken, dropped = value, None, 0
-    elif form == "question" and not question_is_mapped:
-        raise DataError(f"question: expected text, got {_kind(value)}")
+    if row.is_mapped("question"):
+        form, value = row.take("question")
     else:
-        text, spoken, inline, dropped = _turns(value, form)
-    column = next((name for name in ANSWER_COLUMNS if row.get(name) is not None), None)
-    answer = spoken if column is None else _answer(row.pop(column), column)
-    return text, answer or "", inline, dropped
+        form, value = names[0], row.left.pop(names[0])
+        row.read.append(form if form == "question" else f"{form} as question")
+    mapped = "question" in row.mapping and row.mapping["question"] == form
+    if not isinstance(value, str) or form in ("conversations", "messages"):
+        if not mapped and form in ("question", "instruction"):
+            raise DataError(f"{form}: expected text, got {kind(value)}")
+        return read_conversation(value, form), form
+    more = row.left.get("input") if "input" not in row.mapping.values() else None
+    if more in (None, "") or row.mapping.get("context") == "":
+        return Conversation(value), form
+    if form != "instruction":
+        raise DataError(
+            f"input: expected none next to the question {form}, got {kind(more)}. Set data.columns: {{context: input}} to"
+            ' put it before the question, or {context: ""} to leave it out'
+        )
+    del row.left["input"]
+    row.read.append("input as question")
+    return Conversation(f"{value}\n{plain_text(more, 'input')}"), form
 
 
-def _turns(value: Any, form: str) -> tuple[str, str | None, list[Any], int]:
-    """Return (first user turn, first assistant turn, images in the user turn, number of later turns)."""
-    if not isinstance(value, Sequence) or isinstance(value, str | bytes) or not value:
-        raise DataError(f"{form}: expected text or a list of turns, got {_kind(value)}")
-    turns: list[tuple[str, Any]] = []
-    for i, turn in enumerate(value, start=1):
-        if not isinstance(turn, Mapping):
-            raise DataError(f"{form}: turn {i}: expected role and content (or from and value), got {_kind(turn)}")
-        role = turn.get("from") if turn.get("from") is not None else turn.get("role")
-        content = turn.get("value") if turn.get("value") is not None else turn.get("content")
-        if not isinstance(role, str) or content is None:
+def _answers(row: Columns, talk: Conversation, form: str) -> tuple[list[str], str]:
+    """Take the columns with ground truths. Return the accepted ones, the main one first, and the name of the first column."""
+    default = [*ANSWER_COLUMNS, *(["output"] if form == "instruction" else [])]
+    name, value = row.take("answer", *default)
+    found = [] if value is None else _listed(value, name)
+    several, values = row.take("answers", "answers")
+    if values is not None:
+        others = _listed(literal(values), several)
+        if found and re.fullmatch(r"\(?[A-Z]\)?|\d", found[0].strip()) and found[0] not in others:
             raise DataError(
-                f"{form}: turn {i}: expected role and content (or from and value), got {', '.join(map(str, turn)) or 'none'}"
+                f"{several}: expected the accepted answers, but the answer is {found[0].strip()!r}, as if these were choices."
+                f' Set data.columns: {{choices: {several}}}, or {{answers: ""}}'
             )
-        if role.lower() != "system":  # student.system_prompt of the recipe is used for all questions
-            turns.append((role.lower(), content))
-    first = turns[0][0] if turns else "none"
-    if first not in _USER:
-        raise DataError(f"{form}: expected a first turn of the user (human or user), got {first!r}")
-    later = len(turns) - 1
-    if form == "prompt" and later:
-        raise DataError(f"prompt: expected one user turn, got {len(turns)} turns. Keep the last with its context")
-    text, images = _content(turns[0][1], form)
-    spoken = None
-    if later:
-        if turns[1][0] not in _ASSISTANT:
-            raise DataError(f"{form}: expected a second turn of the assistant (gpt or assistant), got {turns[1][0]!r}")
-        spoken, _ = _content(turns[1][1], form)
-    return text, spoken, images, max(later - 1, 0)
+        most = Counter(others).most_common()  # of annotators, in order of their first mention
+        found, name = [*found, *(answer for answer, _ in most)], name if found else several
+    if talk.answer is not None:
+        if found:
+            row.left["assistant_turn"] = talk.answer
+        else:
+            found = [talk.answer]
+    return [answer for answer in found if answer.strip()] or found[:1], name
 
 
-def _content(content: Any, form: str) -> tuple[str, list[Any]]:
-    """Return the text of one turn, with a marker for each image part, and the images inside those parts."""
-    if isinstance(content, str):
-        return content, []
-    if not isinstance(content, Sequence) or isinstance(content, bytes):
-        raise DataError(f"{form}: expected text or a list of parts in a turn, got {_kind(content)}")
-    text, images, places = "", [], 0
-    for part in content:
-        if isinstance(part, str):
-            text += part
+def _listed(value: Any, name: str) -> list[str]:
+    """Return the texts of one answer or of several: scalars, ``{answer: ...}``, ``{text: [...]}``, or a message."""
+    if isinstance(value, Mapping) and is_list(value.get("text")):  # SQuAD
+        value = value["text"]
+    if not is_list(value):
+        return [plain_text(value, name)]
+    found = []
+    for item in value:
+        if isinstance(item, Mapping) and "content" in item and len(value) == 1:
+            found.append(read_conversation([{**item, "role": "user"}], name).question)
             continue
-        if not isinstance(part, Mapping):
-            raise DataError(f"{form}: expected a part {{type: text, ...}} or {{type: image}}, got {_kind(part)}")
-        kind = part.get("type")
-        if kind == "text":
-            if not isinstance(part.get("text"), str):
-                raise DataError(f"{form}: expected text in a text part, got {_kind(part.get('text'))}")
-            text += part["text"]
-        elif kind in ("image", "image_url"):
-            places += 1
-            text += IMAGE_MARKER
-            carried = next((part[k] for k in ("image", "image_url", "url", "path") if part.get(k) is not None), None)
-            if isinstance(carried, Mapping) and "url" in carried:
-                carried = carried["url"]
-            if carried is not None:
-                images.append(carried)
-        else:
-            raise DataError(f"{form}: expected parts of type text or image, got {kind!r}")
-    if images and len(images) != places:
-        raise DataError(f"{form}: expected images in all image parts or in none, got {len(images)} in {places} parts")
-    return text, images
+        if isinstance(item, Mapping):
+            item = next((item[key] for key in ("answer", "text") if isinstance(item.get(key), str)), item)
+        found.append(plain_text(item, name))
+    return found
 
 
-def _answer(value: Any, name: str) -> str:
-    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        if len(value) == 1 and isinstance(value[0], Mapping):
-            return _content(value[0].get("content"), name)[0]
-        if len(value) == 1:
-            value = value[0]
-        else:
-            raise DataError(f"{name}: expected one answer, got a list of {len(value)}")
-    return _plain(value, name)
+def _among_choices(row: Columns, answers: list[str], column: str, choices: Choices) -> list[str]:
+    """Return the answers in terms of the choices: places and labels become letters."""
+    if not choices.texts:
+        if "answer_index" in row.mapping or "answer_number" in row.mapping:
+            field = "answer_index" if "answer_index" in row.mapping else "answer_number"
+            raise DataError(f"{field}: expected choices that the answer counts, got none")
+        return answers
+    answers = [resolve(answer, choices, column) for answer in answers]
+    for field, first, names in (("answer_index", 0, ("answer_index", "answer_idx")), ("answer_number", 1, ())):
+        name, place = row.take(field, *names)
+        if place is None:
+            continue
+        letter = letter_of(place, name, first, choices.texts)
+        if answers and index_of(answers[0], choices.texts) != index_of(letter, [""] * len(choices.texts)):
+            raise DataError(
+                f"{name}: expected the place of the answer {answers[0][:40]!r}, got {place}, which is {letter}. Set"
+                f' data.columns: {{answer_number: {name}}} if it counts from 1, or {{{field}: ""}} to use the answer'
+            )
+        answers = answers or [letter]
+    places = {index_of(answer, choices.texts) for answer in answers}
+    if len(places) > 1:
+        shown = ", ".join(repr(answer[:20]) for answer in answers[:4])
+        raise DataError(f"{column}: expected one right choice, got {shown}. Questions with several cannot be scored")
+    return answers[:1]
 
 
-def _plain(value: Any, name: str) -> str:
-    """Return the text of a scalar. JSON numbers, true and false are valid too."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
-        return str(value)
-    raise DataError(f"{name}: expected text or a number, got {_kind(value)}")
+def _places(
+    row: Columns, talk: Conversation, choices: Choices, folder: Path
+) -> tuple[list[str], tuple[ImageSource, ...]]:
+    """Return the texts of the question and its choices with a marker for each image, and the images in their order."""
+    pieces, inline, numbers = find_places([talk.question, *choices.texts])
+    sources = {"messages": talk.images, "the text": inline, **_image_columns(row)}
+    if len(given := [name for name, found in sources.items() if found]) > 1:
+        raise DataError(
+            f"images: expected one source, got {' and '.join(given)}. Keep one, or map data.columns: images"
+        )
+    found = sources[given[0]] if given else []
+    if talk.dropped:
+        found = _first_turn_images(talk, pieces, numbers, found, given)
+    if numbers and sorted(numbers) == list(range(min(numbers), min(numbers) + len(found))):
+        if numbers != sorted(numbers) and re.search(r"\bimage \d", " ".join(pieces)):
+            raise DataError("question: expected the images in the order of their numbers, or each of them named once")
+        found = [found[number - min(numbers)] for number in numbers]
+    if choices.images:
+        if sum(piece.count(IMAGE_MARKER) for piece in pieces) == len(choices.images):
+            pieces[0] = IMAGE_MARKER * len(found) + pieces[0]
+        found = [*found, *choices.images]
+    return pieces, tuple(to_image(value, folder, i) for i, value in enumerate(found, start=1))
+
+
+def _first_turn_images(
+    talk: Conversation, pieces: list[str], numbers: list[int], found: list[Any], given: list[str]
+) -> list[Any]:
+    """Return the images of the first turn. Those whose markers are in later turns are left out and counted."""
+    later, inline, later_numbers = find_places(talk.dropped)
+    here = sum(piece.count(IMAGE_MARKER) for piece in pieces)
+    there = len(set(later_numbers) - set(numbers)) if later_numbers else "".join(later).count(IMAGE_MARKER)
+    talk.dropped_images += len(inline)
+    if given not in (["messages"], ["the text"]) and there and here + there == len(found):
+        talk.dropped_images += there
+        return found[:here]
+    return found
+
+
+def _image_columns(row: Columns) -> dict[str, list[Any]]:
+    """Take the columns of images: images and image, or image_1, image_2, ... as MMMU has them."""
+    found: dict[str, list[Any]] = {}
+    for name in ("images", "image"):
+        if "images" in row.mapping and name == "image":
+            break  # a mapped column replaces both
+        column, value = row.take(name, name)
+        value = literal(value)
+        if value is None or (is_list(value) and not value):
+            continue
+        found[column] = list(value) if is_list(value) else [value]
+    if not found and "images" not in row.mapping:
+        numbered = {int(m[1]): n for n in row.left if (m := re.fullmatch(r"(?:image|img)_(\d{1,2})", n))}
+        if numbered and sorted(numbered) != list(range(min(numbered), min(numbered) + len(numbered))):
+            raise DataError(f"images: expected numbered columns without gaps, got {', '.join(numbered.values())}")
+        if min(numbered, default=2) < 2:
+            found["numbered columns"] = [row.take("images", numbered[i])[1] for i in sorted(numbered)]
+    return found
 
 
 def _id(value: Any) -> str | None:
     if value is None or value == "":
         return None
     if isinstance(value, bool) or not isinstance(value, str | int):
-        raise DataError(f"id: expected text or a whole number, got {_kind(value)}")
+        raise DataError(f"id: expected text or a whole number, got {kind(value)}")
     return str(value)
 
 
-def _choices(value: Any) -> list[str]:
-    if value is None:
-        return []
-    if isinstance(value, Mapping):
-        letters = [chr(ord("A") + i) for i in range(len(value))]
-        present = {k: v for k, v in value.items() if v is not None}
-        if list(present) != letters[: len(present)]:
-            raise DataError(
-                f"choices: expected a list, or keys A, B, C, ... in order, got {', '.join(map(str, value))}"
-            )
-        value = list(present.values())
-    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
-        raise DataError(f"choices: expected a list, got {_kind(value)}")
-    return [_plain(choice, f"choice {i}") for i, choice in enumerate(value, start=1)]
-
-
-def _images(row: dict[str, Any], inline: list[Any], folder: Path) -> tuple[ImageSource, ...]:
-    found: list[Any] = list(inline)
-    used = ["messages"] if inline else []
-    for name in ("images", "image"):
-        value = row.pop(name, None)
-        if value is None or (isinstance(value, Sequence) and len(value) == 0):
-            continue
-        used.append(name)
-        single = isinstance(value, str | bytes | Mapping) or not isinstance(value, Sequence)
-        found += [value] if single else list(value)
-    if len(used) > 1:
-        raise DataError(f"images: expected one source, got {' and '.join(used)}. Keep one")
-    return tuple(to_image(value, folder, i) for i, value in enumerate(found, start=1))
+_BASE64 = re.compile(r"(?:/9j/|iVBORw0KGgo|R0lGOD|UklGR)[A-Za-z0-9+/\s]{40,}={0,2}\s*|[A-Za-z0-9+/\s]{400,}={0,2}\s*")
+"""Encoded JPEG, PNG, GIF and WebP files by how they begin, and any text that is too long for a path."""
 
 
 def to_image(value: Any, folder: Path, number: int = 1) -> ImageSource:
-    """Return the source of an image: a path, URL, bytes, {"bytes", "path"} or PIL image. Nothing is opened here."""
+    """Return the source of an image: a path, URL, bytes, base64, {"bytes", "path"} or PIL image. Nothing is opened here."""
     if isinstance(value, Mapping):
         if value.get("bytes") is not None:
             value = value["bytes"]
+            if isinstance(value, str):
+                return keep_bytes(_decoded(value, number))
         elif isinstance(value.get("path"), str):
             value = value["path"]
         elif isinstance(value.get("url"), str):
@@ -260,22 +325,19 @@ def to_image(value: Any, folder: Path, number: int = 1) -> ImageSource:
             raise DataError(f"image {number}: expected a path, an http(s) address or a data URL, got {scheme}://")
         if "\0" in value:
             raise DataError(f"image {number}: expected a path, got one with a zero byte")
+        if len(value) > 50 and _BASE64.fullmatch(value):
+            return keep_bytes(_decoded(value, number))
         path = Path(value)
         return ImageSource(path=folder / (path.expanduser() if value.startswith("~") else path))
     if hasattr(value, "save") and hasattr(value, "mode"):  # a PIL image, without importing PIL
         buffer = io.BytesIO()
         value.save(buffer, format="PNG")
         return keep_bytes(buffer.getvalue())
-    raise DataError(f"image {number}: expected a path, URL or bytes, got {_kind(value)}")
+    raise DataError(f"image {number}: expected a path, URL or bytes, got {kind(value)}")
 
 
-def _kind(value: Any) -> str:
-    if value is None:
-        return "nothing"
-    if isinstance(value, Mapping):
-        return "a mapping"
-    if isinstance(value, str):
-        return f"text {json.dumps(value[:40], ensure_ascii=False)}"
-    if isinstance(value, Sequence) and not isinstance(value, bytes):
-        return "a list" if value else "an empty list"
-    return f"{type(value).__name__} {str(value)[:40]}"
+def _decoded(text: str, number: int) -> bytes:
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError) as e:
+        raise DataError(f"image {number}: expected base64, got {kind(text)} ({e})") from e

@@ -41,6 +41,11 @@ _DAMAGED = (
 _SENDABLE = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
 
 
+def _name(source: ImageSource) -> str:
+    """Return the name of an image for messages, with the middle of a long path left out."""
+    return source.name if len(source.name) <= 200 else f"{source.name[:100]}...{source.name[-97:]}"
+
+
 def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS, allow_urls: bool = False) -> Image.Image:
     """Return the image as upright 8-bit RGB. Raises DataError if it is missing, damaged, too large or must not be fetched."""
     image, _ = _decode(source, read_bytes(source, allow_urls), max_pixels)
@@ -88,7 +93,7 @@ def _decode(
     With ``header_only`` the image is blank and only its size is right.
     """
     if not data:
-        raise DataError(f"image {source.name} is empty (0 bytes)")
+        raise DataError(f"image {_name(source)} is empty (0 bytes)")
     Image.init()
     try:
         with warnings.catch_warnings():
@@ -110,18 +115,18 @@ def _decode(
     except Image.DecompressionBombError as e:
         raise _bomb(source, str(e), max_pixels) from e
     except UnidentifiedImageError as e:
-        raise DataError(f"image {source.name} is not an image in a known format ({', '.join(_FORMATS)})") from e
+        raise DataError(f"image {_name(source)} is not an image in a known format ({', '.join(_FORMATS)})") from e
     except MemoryError as e:
-        raise DataError(f"image {source.name} does not fit into memory; lower data.max_image_pixels") from e
+        raise DataError(f"image {_name(source)} does not fit into memory; lower data.max_image_pixels") from e
     except _DAMAGED as e:
-        raise DataError(f"image {source.name} is damaged or truncated ({e})") from e
+        raise DataError(f"image {_name(source)} is damaged or truncated ({e})") from e
     plain = kind in _SENDABLE and mode in ("RGB", "L", "P", "1") and not (rotated or transparent or frames > 1)
     return image, _SENDABLE[kind] if plain else None
 
 
 def _bomb(source: ImageSource, size: str, max_pixels: int) -> DataError:
     return DataError(
-        f"image {source.name} is too large, possibly a decompression bomb: expected at most data.max_image_pixels "
+        f"image {_name(source)} is too large, possibly a decompression bomb: expected at most data.max_image_pixels "
         f"({max_pixels:,}), got {size}. Scale it down, or raise the limit if you trust it"
     )
 
@@ -147,39 +152,41 @@ def read_bytes(source: ImageSource, allow_urls: bool = False) -> bytes:
     if source.data is not None:
         return source.data
     if source.path is not None:
-        if not source.path.is_file():  # also refuses folders, pipes and devices, which would never end
-            raise DataError(f"image {source.path} does not exist" + (" as a file" if source.path.exists() else ""))
         try:
-            return source.path.read_bytes()
+            if source.path.is_file():  # also refuses folders, pipes and devices, which would never end
+                return source.path.read_bytes()
+            raise DataError(f"image {_name(source)} does not exist" + (" as a file" if source.path.exists() else ""))
         except OSError as e:
-            raise DataError(f"image {source.path} cannot be read ({e.strerror or e})") from e
+            raise DataError(f"image {_name(source)} cannot be read ({e.strerror or e})") from e
     assert source.url is not None
     scheme = source.url.split(":", 1)[0].lower()
     if scheme == "data":
         return _from_data_url(source)
     if scheme not in ("http", "https"):
-        raise DataError(f"image {source.name}: addresses with {scheme}: are refused; use a path, http(s) or a data URL")
+        raise DataError(
+            f"image {_name(source)}: addresses with {scheme}: are refused; use a path, http(s) or a data URL"
+        )
     if not allow_urls:
         raise DataError(
-            f"image {source.name} is on the network. Set data.allow_urls to true to fetch it, or download it"
+            f"image {_name(source)} is on the network. Set data.allow_urls to true to fetch it, or download it"
         )
-    return _fetch(source.url, source.name)
+    return _fetch(source.url, _name(source))
 
 
 def _from_data_url(source: ImageSource) -> bytes:
     assert source.url is not None
     match = re.match(r"data:([^,]*),", source.url[:200], re.IGNORECASE)
     if match is None:
-        raise DataError(f"image {source.name} is not a valid data URL (data:image/png;base64,...)")
+        raise DataError(f"image {_name(source)} is not a valid data URL (data:image/png;base64,...)")
     body = source.url[match.end() :]
     if len(body) > MAX_BYTES * 4 // 3:
-        raise DataError(f"image {source.name} is larger than {MAX_BYTES >> 20} MiB")
+        raise DataError(f"image {_name(source)} is larger than {MAX_BYTES >> 20} MiB")
     try:
         if match[1].lower().endswith(";base64"):
             return base64.b64decode(re.sub(r"\s", "", urllib.parse.unquote(body)), validate=True)
         return urllib.parse.unquote_to_bytes(body)
     except (binascii.Error, ValueError) as e:
-        raise DataError(f"image {source.name} is a damaged data URL ({e})") from e
+        raise DataError(f"image {_name(source)} is a damaged data URL ({e})") from e
 
 
 def _fetch(url: str, name: str) -> bytes:

@@ -11,8 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from openril.data.choices import index_of
+from openril.data.formats import COMPUTED
 from openril.data.images import load_image, read_bytes
 from openril.data.reading import RowProblem, read_questions
+from openril.data.unread import unread_warnings
 from openril.errors import DataError
 from openril.recipe.checks import ANSWER_RULES
 from openril.recipe.schema import DataConfig
@@ -29,6 +32,7 @@ CountTokens = Callable[[Question, Sequence[Size]], tuple[int, int]]
 
 _BATCH = 256
 _SHOWN = 20
+_COLUMNS = 40
 _IMAGE_KINDS = {
     "does not exist": "missing image",
     "bomb": "decompression bomb",
@@ -67,6 +71,8 @@ class Report:
 
     num_questions: questions that can be read. num_usable: those without an error that are not too long. problems: errors
     and warnings in the order of the data. prompt_tokens, image_tokens: None without a processor to count with.
+    columns_read, columns_kept: what columns are read as ("options as choices"), and those that are only metadata, with
+    their numbers of rows.
     """
 
     which: str
@@ -76,6 +82,11 @@ class Report:
     num_text_only: int = 0
     num_stripped: int = 0
     dropped_turns: int = 0
+    dropped_images: int = 0
+    num_system: int = 0
+    num_several_answers: int = 0
+    columns_read: dict[str, int] = field(default_factory=dict)
+    columns_kept: dict[str, int] = field(default_factory=dict)
     prompt_tokens: Quantiles | None = None
     image_tokens: Quantiles | None = None
     answer_chars: Quantiles = field(default_factory=Quantiles)
@@ -113,10 +124,24 @@ class Report:
             if q is not None:
                 table.add_row(name, *(f"{v:,.0f}" for v in (q.smallest, q.median, q.p95, q.largest)))
         console.print(table)
-        if self.dropped_turns:
-            console.print(f"  {self.dropped_turns:,} later turns of conversations are ignored")
-        if self.num_stripped:
-            console.print(f"  {self.num_stripped:,} rows contain chat-template tokens, which are removed")
+        for what, columns in {"read": self.columns_read, "kept as metadata": self.columns_kept}.items():
+            shown_columns = [
+                f"{c} ({n:,})" if n != self.num_questions else c for c, n in list(columns.items())[:_COLUMNS]
+            ]
+            more = [f"{len(columns) - _COLUMNS} more"] * (len(columns) > _COLUMNS)
+            if columns:
+                line = f"  columns {what}: {', '.join(shown_columns + more)}"
+                console.print(escape(line), highlight=False, soft_wrap=True)
+        counted = {
+            "later turns of conversations are ignored": self.dropped_turns,
+            "images of ignored turns are left out": self.dropped_images,
+            "rows have a system text, which is not used (see student.system_prompt)": self.num_system,
+            "rows have several accepted answers": self.num_several_answers,
+            "rows contain chat-template tokens, which are removed": self.num_stripped,
+        }
+        for what, number in counted.items():
+            if number:
+                console.print(f"  {number:,} {what}")
         for kind, number in self.counts().items():
             level = next(p.level for p in self.problems if p.kind == kind)
             console.print(f"  [{'red' if level == 'error' else 'yellow'}]{number:,} {level}: {kind}[/]")
@@ -150,8 +175,12 @@ def preflight(
         DataError: Only for a source that cannot be read at all. Bad rows and images are in the report.
     """
     report = Report(which)
-    questions = read_questions(data, which, problems=report.problems)
+    used: Counter[str] = Counter()
+    questions = read_questions(data, which, report.problems, used)
     report.num_questions = len(questions)
+    report.columns_read = dict(used)
+    report.columns_kept = dict(Counter(c for q in questions for c in q.metadata if c not in COMPUTED))
+    report.problems += unread_warnings(questions, data.columns)
     opened: dict[ImageSource, tuple[Size, str] | str] = {}
     prompt_tokens: list[float] = []
     image_tokens: list[float] = []
@@ -193,6 +222,9 @@ def preflight(
                 report.num_usable += not any(p.level == "error" or p.kind == "too long" for p in found)
                 report.num_stripped += bool(q.metadata.get("special_tokens_removed"))
                 report.dropped_turns += int(q.metadata.get("dropped_turns", 0))
+                report.dropped_images += int(q.metadata.get("dropped_images", 0))
+                report.num_system += bool(q.metadata.get("system_turns") or q.metadata.get("system"))
+                report.num_several_answers += bool(q.other_answers)
                 report.problems += found
                 pixels += [s[0] * s[1] for s in sizes if s is not None]
             for image_source in new:  # an image in a Parquet file belongs to one row, so its bytes need not be kept
@@ -239,18 +271,7 @@ def _check_question(
     if (q.rule or rule) == "choice" and not q.choices and not re.fullmatch(r"\(?[A-Za-z]\)?\.?", q.answer):
         cause = f"answer: expected a letter for the rule choice without choices, got {q.answer[:40]!r}"
         found.append(RowProblem("no choices", q.origin, q.id, cause, "warning"))
-    if q.choices and q.answer and not _among(q.answer, q.choices):
+    if q.choices and q.answer and index_of(q.answer, q.choices) is None:
         cause = f"answer: expected one of the {len(q.choices)} choices or its letter, got {q.answer[:40]!r}"
         found.append(RowProblem("answer not among choices", q.origin, q.id, cause))
     return found, sizes, digests
-
-
-def _among(answer: str, choices: Sequence[str]) -> bool:
-    """Return whether the answer is the text of a choice, its letter, or both as in "B. cat" or "(B) cat"."""
-    answer = re.sub(r"(?s).*(?:<answer>|\\boxed\{)(.*?)(?:</answer>|\}).*", r"\1", answer)
-    if answer.strip().casefold() in {c.strip().casefold() for c in choices}:
-        return True
-    match = re.fullmatch(r"\(?([A-Za-z])\)?(?:[.:)]?\s*(.*))", answer.strip(), re.DOTALL)
-    if match is None or ord(match[1].upper()) - ord("A") >= len(choices):
-        return False
-    return not match[2] or match[2].strip().casefold() == choices[ord(match[1].upper()) - ord("A")].strip().casefold()

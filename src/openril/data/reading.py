@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import csv
 import glob
+import gzip
 import json
+import logging
+import re
+import sys
+import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from openril.data.columns import look_up
 from openril.data.formats import to_question
 from openril.errors import DataError
 from openril.recipe.schema import DataConfig
 from openril.records import Question
 
-SUFFIXES = (".jsonl", ".json", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".jsonl.gz", ".json.gz", ".csv.gz", ".tsv.gz")
 _SHOWN = 8
 
 
@@ -36,12 +44,16 @@ class RowProblem:
 
 
 def read_questions(
-    data: DataConfig, which: Literal["train", "validation"] = "train", problems: list[RowProblem] | None = None
+    data: DataConfig,
+    which: Literal["train", "validation"] = "train",
+    problems: list[RowProblem] | None = None,
+    used: Counter[str] | None = None,
 ) -> list[Question]:
     """Return all questions of ``data.train`` or ``data.validation`` in order, with unique ids.
 
     Args:
         problems: If given, bad rows are appended to it and left out. Otherwise any bad row is an error.
+        used: Receives what the columns were read as ("options as choices"), with the number of rows.
 
     Raises:
         DataError: With file, line and cause of the first bad rows, or for a file that cannot be read at all.
@@ -54,12 +66,20 @@ def read_questions(
     names = data.train if which == "train" else data.validation
     if not names:
         raise DataError(f"data.{which}: expected question files, datasets folders or hub names, got an empty list.")
-    for question in (question for name in names for question in _questions(name, data.columns, split, found)):
+    own_ids = data.columns.get("id") != ""
+    for question in (question for name in names for question in _questions(name, data.columns, split, found, used)):
         if question.id in first:
-            cause = f"id {question.id!r} is already used at {first[question.id]}; ids must be unique over all files"
+            cause = (
+                f"id {question.id!r} is already used at {first[question.id]}; ids must be unique over all files. To derive"
+                ' ids from the content of the rows instead, set data.columns: {id: ""}'
+            )
             if question.id.startswith("auto-"):
-                cause = f"same question, answer and images as {first[question.id]}; remove one, or give both an id"
-            found.append(RowProblem("duplicate id", question.origin, question.id, cause))
+                same = f"same question, answer and images as {first[question.id]}"
+                cause = f"{same}; remove one, or give both an id" if own_ids else f"{same}, so it is used once"
+            level: Literal["error", "warning"] = "error" if own_ids else "warning"
+            found.append(
+                RowProblem("duplicate id" if own_ids else "repeated row", question.origin, question.id, cause, level)
+            )
             continue
         first[question.id] = question.origin
         questions.append(question)
@@ -88,20 +108,26 @@ def _report(found: list[RowProblem], problems: list[RowProblem] | None) -> None:
     if problems is not None:
         problems += found
     elif found:
-        shown = "\n".join(str(p) for p in found[:_SHOWN])
-        more = f"\n... and {len(found) - _SHOWN} more; `ril check` lists them all" if len(found) > _SHOWN else ""
-        raise DataError(shown + more)
+        errors = [p for p in found if p.level == "error"]
+        shown = "\n".join(str(p) for p in (errors or found)[:_SHOWN])
+        more = len(errors or found) - _SHOWN
+        shown += f"\n... and {more} more; `ril check` lists them all" if more > 0 else ""
+        if errors:
+            raise DataError(shown)
+        logging.getLogger(__name__).warning(shown)
 
 
-def _questions(name: str, columns: Mapping[str, str], split: str, found: list[RowProblem]) -> Iterator[Question]:
+def _questions(
+    name: str, columns: Mapping[str, str], split: str, found: list[RowProblem], used: Counter[str] | None = None
+) -> Iterator[Question]:
     for source in expand(name):
-        missing, rows = dict(columns), 0
+        missing, rows = {ours: theirs for ours, theirs in columns.items() if theirs}, 0
         for origin, row, folder in _rows(source, split, found):
             rows += 1
             if isinstance(row, Mapping):
-                missing = {ours: theirs for ours, theirs in missing.items() if theirs not in row}
+                missing = {ours: theirs for ours, theirs in missing.items() if theirs not in row and look_up(row, theirs) is None}
             try:
-                question = to_question(row, columns=columns, folder=folder, origin=origin)
+                question = to_question(row, columns=columns, folder=folder, origin=origin, used=used)
             except DataError as e:
                 identity = row.get(columns.get("id", "id")) if isinstance(row, Mapping) else None
                 found.append(RowProblem(_kind_of(str(e)), origin, str(identity or ""), str(e)))
@@ -109,7 +135,7 @@ def _questions(name: str, columns: Mapping[str, str], split: str, found: list[Ro
             yield question
         if rows and missing:
             pairs = ", ".join(f"{ours}: {theirs}" for ours, theirs in missing.items())
-            cause = f"data.columns: no row has these columns: {pairs}; correct the names"
+            cause = f'data.columns: no row has these columns: {pairs}; correct the names ("" reads none)'
             found.append(RowProblem("unknown column", source, "", cause))
 
 
@@ -137,15 +163,18 @@ def _rows(name: str, split: str, found: list[RowProblem]) -> Iterator[Row]:
     if path.is_dir():
         yield from _folder_rows(name, path, split)
     elif path.is_file():
-        if path.suffix == ".jsonl":
-            yield from _jsonl_rows(name, path, found)
-        elif path.suffix == ".json":
-            yield from _json_rows(name, path, found)
-        elif path.suffix == ".parquet":
+        kind = path.name.lower().removesuffix(".gz").rpartition(".")[2]
+        if path.suffix == ".parquet":
             yield from _parquet_rows(name, path)
+        elif kind in ("jsonl", "json", "csv", "tsv") and path.name.endswith(SUFFIXES):
+            read = {"jsonl": _jsonl_rows, "json": _json_rows, "csv": _table_rows, "tsv": _table_rows}[kind]
+            try:
+                yield from read(name, path, found)
+            except (OSError, EOFError, zlib.error) as e:
+                raise DataError(f"{name}: cannot be read ({e}).") from e
         else:
             raise DataError(f"{name}: expected a file with suffix {', '.join(SUFFIXES)}, got {path.suffix or 'none'}.")
-    elif path.suffix in SUFFIXES or name.startswith((".", "/", "~")) or name.count("/") != 1:
+    elif name.endswith(SUFFIXES) or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise DataError(
             f"{name}: no such file or folder ({path.resolve()}). Relative paths start at the current directory."
         )
@@ -153,9 +182,13 @@ def _rows(name: str, split: str, found: list[RowProblem]) -> Iterator[Row]:
         yield from _hub_rows(name, split)
 
 
+def _open(path: Path) -> Any:
+    return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
+
+
 def _jsonl_rows(name: str, path: Path, found: list[RowProblem]) -> Iterator[Row]:
     folder = path.resolve().parent
-    with open(path, "rb") as f:
+    with _open(path) as f:
         for number, line in enumerate(f, start=1):
             origin = f"{name}:{number}"
             try:
@@ -171,18 +204,50 @@ def _jsonl_rows(name: str, path: Path, found: list[RowProblem]) -> Iterator[Row]
             try:
                 yield origin, json.loads(text), folder
             except (ValueError, RecursionError) as e:
+                if text.strip() in ("{", "[", "[{"):
+                    yield from _objects(name, text + f.read().decode("utf-8", "replace"), number, folder, found)
+                    return
                 found.append(RowProblem("unreadable line", origin, "", f"not valid JSON: {e}"))
 
 
+def _objects(name: str, text: str, line: int, folder: Path, found: list[RowProblem]) -> Iterator[Row]:
+    """Yield JSON values that follow each other, each over several lines. A list yields its items.
+
+    Args:
+        line: The number of the first line of ``text``.
+    """
+    decoder, start = json.JSONDecoder(), 0
+    while (start := next((m.start() for m in [_WORD.search(text, start)] if m), len(text))) < len(text):
+        number = line + text.count("\n", 0, start)
+        try:
+            value, start = decoder.raw_decode(text, start)
+        except (ValueError, RecursionError) as e:
+            at = line + text.count("\n", 0, getattr(e, "pos", start))
+            cause = (
+                f"expected JSON objects, each over several lines, got one that is not valid JSON at line {at} "
+                f"({getattr(e, 'msg', e)}), so the rest of the file is not read. Write one object a line, or a list"
+            )
+            found.append(RowProblem("unreadable line", f"{name}:{number}", "", cause))
+            return
+        for row in value if isinstance(value, list) else [value]:
+            yield f"{name}:{number}", row, folder
+
+
+_WORD = re.compile(r"[^\s,]")
+
+
 def _json_rows(name: str, path: Path, found: list[RowProblem]) -> Iterator[Row]:
+    folder = path.resolve().parent
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        with _open(path) as f:
+            text = f.read().decode("utf-8-sig")
+        rows = json.loads(text)
     except UnicodeDecodeError as e:
         raise DataError(
             f"{name}: expected UTF-8, got another byte at position {e.start + 1}. Save the file as UTF-8."
         ) from e
     except json.JSONDecodeError as e:
-        if e.msg == "Extra data":  # JSON lines under the wrong suffix
+        if e.msg == "Extra data":  # JSON lines under the wrong suffix, or objects over several lines
             yield from _jsonl_rows(name, path, found)
             return
         raise DataError(f"{name}:{e.lineno}: not valid JSON: {e.msg}.") from e
@@ -190,10 +255,31 @@ def _json_rows(name: str, path: Path, found: list[RowProblem]) -> Iterator[Row]:
         raise DataError(f"{name}: too deeply nested JSON.") from e
     if isinstance(rows, dict) and any(k in rows for k in ("question", "prompt", "messages", "conversations")):
         rows = [rows]
+    elif isinstance(rows, dict) and rows and all(isinstance(row, dict) for row in rows.values()):
+        rows = [{"id": key, **row} for key, row in rows.items()]  # rows by their ids
     if not isinstance(rows, list):
-        raise DataError(f"{name}: expected a list of rows, got {type(rows).__name__}.")
+        got = type(rows).__name__ + (f" with {', '.join(list(rows)[:8])}" if isinstance(rows, dict) else "")
+        raise DataError(f"{name}: expected a list of rows, got {got}. Write the list alone.")
     for number, row in enumerate(rows, start=1):
-        yield f"{name}:{number}", row, path.resolve().parent
+        yield f"{name}:{number}", row, folder
+
+
+def _table_rows(name: str, path: Path, found: list[RowProblem]) -> Iterator[Row]:
+    """Yield the rows of a table with a header. Empty cells are missing; every other cell is text."""
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # a cell may hold an image in base64
+    with _open(path) as f:
+        try:
+            lines = (line.decode("utf-8-sig" if i == 0 else "utf-8") for i, line in enumerate(f))
+            table = csv.DictReader(lines, delimiter="\t" if ".tsv" in path.suffixes else ",")
+            for row in table:
+                origin = f"{name}:{table.line_num}"
+                if None in row or None in row.values():
+                    cause = f"expected {len(table.fieldnames or [])} cells as in the header, got another number"
+                    found.append(RowProblem("unreadable line", origin, "", cause))
+                    continue
+                yield origin, {column: cell for column, cell in row.items() if cell != ""}, path.resolve().parent
+        except (csv.Error, UnicodeDecodeError) as e:
+            raise DataError(f"{name}: not a table in UTF-8 ({e}).") from e
 
 
 def _parquet_rows(name: str, path: Path) -> Iterator[Row]:

@@ -158,7 +158,8 @@ class _Run:
         """Keep a row without an answer for questions that are too long."""
         cause = "the prompt is longer than data.max_prompt_length"
         rows = [
-            Row(q.id, q.question, q.answer, "", TOO_LONG, cause=cause, groups=groups_of(q.metadata)) for q in questions
+            Row(q.id, q.question, " | ".join(q.answers), "", TOO_LONG, cause=cause, groups=groups_of(q.metadata))
+            for q in questions
         ]
         if self.journal is not None and rows:
             self.journal.add(rows)
@@ -179,7 +180,7 @@ class _Run:
             row = Row(
                 question_id=question.id,
                 question=question.question,
-                answer=question.answer,
+                answer=" | ".join(question.answers),
                 text=response.text,
                 finish_reason=response.finish_reason,
                 tokens=len(response.token_ids) if response.token_ids is not None else None,

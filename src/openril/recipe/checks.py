@@ -25,10 +25,11 @@ STAGES: tuple[str, ...] = get_args(Stage)
 ANSWER_RULES = ("auto", "exact", "choice", "number", "relaxed_number", "boolean", "contains")
 """Names of the answer rules that recipes and questions may use."""
 
-QUESTION_FIELDS = ("id", "images", "question", "answer", "choices", "rule")
+QUESTION_FIELDS = ("id", "images", "question", "answer", "choices", "rule", "answers", "answer_index", "answer_number",
+                   "context", "history", "videos", "audios")  # fmt: skip
 """Fields of a question that ``data.columns`` can map."""
 
-DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
+DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".gz")
 
 _ATTENTION_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 _TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}

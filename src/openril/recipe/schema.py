@@ -91,12 +91,13 @@ class DataConfig(Section):
     """Questions."""
 
     train: list[str] = Field(default_factory=list)
-    """Question files (.jsonl, .json, .parquet), `datasets` folders or hub names. With `data.selection`, SFT uses all of
-    them and the other stages the selected ones."""
+    """Question files (.jsonl, .json, .csv, .tsv, .parquet), `datasets` folders or hub names. With `data.selection`, SFT
+    uses all of them and the other stages the selected ones."""
     validation: list[str] = Field(default_factory=list)
     """Held-out questions for the evaluation score during training and for `ril eval`."""
     columns: dict[str, str] = Field(default_factory=dict)
-    """Column names of your data, by field of a question, for instance {question: query, answer: label, images: image}."""
+    """Column names of your data, by field of a question, for instance {question: query, answer: reward_model.ground_truth,
+    answer_index: label}. "" reads no column for a field."""
     split: str = "train"
     """Split of a hub data set or `datasets` folder in `data.train`."""
     validation_split: str = "validation"

@@ -119,18 +119,20 @@ def score_answers(
 
 
 def truth_problem(question: Question, rule: str) -> str:
-    """Return why a rule does not give 1 to the ground truth restated in tags, a box and a sentence, or ""."""
-    truth = rules.read_truth(question.answer)
+    """Return why a rule does not give 1 to the ground truths restated in tags, a box and a sentence, or ""."""
     wordings = {"answer tags": "<answer>{}</answer>", "a box": "\\boxed{{{}}}", "a sentence": "The answer is {}."}
-    try:
-        failed = [
-            name
-            for name, wording in wordings.items()
-            if rules.score(question.rule or rule, question, wording.format(truth)) != 1.0
-        ]
-    except DataError as e:
-        return str(e)
-    return f"answer: the rule does not give 1 to {truth[:60]!r} in {' and in '.join(failed)}" if failed else ""
+    for truth in map(rules.read_truth, question.answers):
+        try:
+            failed = [
+                name
+                for name, wording in wordings.items()
+                if rules.score(question.rule or rule, question, wording.format(truth)) != 1.0
+            ]
+        except DataError as e:
+            return str(e)
+        if failed:
+            return f"answer: the rule does not give 1 to {truth[:60]!r} in {' and in '.join(failed)}"
+    return ""
 
 
 def cached_answer_kind(recipe: Recipe) -> AnswerKind:
@@ -151,4 +153,6 @@ def judge_item(question: Question, text: str, shared: bool = False) -> JudgeItem
     truth = question.answer
     if question.choices and (index := truth_index(truth, list(question.choices))) is not None:
         truth = f"{choice_letter(index)}. {question.choices[index]}"
+    elif question.other_answers:
+        truth = "\n".join(["Any one of these is right:", *(f"- {answer}" for answer in question.answers)])
     return JudgeItem(question_text(question), truth, text, shared)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import string
 
-from openril.records import Question
+from openril.records import IMAGE_MARKER, Question
 from openril.rewards.extraction import (
     CONCLUSION,
     HEDGE,
@@ -19,9 +19,9 @@ from openril.rewards.extraction import (
 
 
 def find_options(question: Question) -> list[str]:
-    """Return the texts of the options, from the data or from lettered lines of the question."""
+    """Return the texts of the options, from the data or from lettered lines of the question. That of an image is ""."""
     if question.choices:
-        return list(question.choices)
+        return [choice.replace(IMAGE_MARKER, "") for choice in question.choices]
     text = normalize(question.question)
     for form in (
         r"^\s*\(?([A-Z])\s*[).:、]\s*(\S.*?)\s*$",

@@ -47,6 +47,8 @@ T = TypeVar("T")
 def score(rule: str, question: Question, response_text: str) -> float | None:
     """Return 1.0 for right, 0.0 for wrong, None where no answer to compare was found ("unparsed").
 
+    With several ground truths a response is right if it matches any, and wrong if it clearly is another one than each.
+
     Raises DataError for an unknown rule, and for a question whose ground truth is missing or cannot be read by the rule.
     """
     where = f"question {question.id}" + (f" ({question.origin})" if question.origin else "")
@@ -58,6 +60,9 @@ def score(rule: str, question: Question, response_text: str) -> float | None:
         return 0.0
     if len(response_text) > LONGEST_RESPONSE:  # the answer is near an end, and runaway text must not stall a step
         response_text = f"{response_text[: LONGEST_RESPONSE // 2]}\n{response_text[-LONGEST_RESPONSE // 2 :]}"
+    if question.other_answers:
+        verdicts = [score(rule, replace(question, answer=a, other_answers=()), response_text) for a in question.answers]
+        return 1.0 if 1.0 in verdicts else None if None in verdicts else 0.0
     chosen = choose_rule(question) if rule == "auto" else rule
     answers = find_answers(response_text)
     if chosen != "choice":

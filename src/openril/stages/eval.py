@@ -146,7 +146,7 @@ def settings_of(recipe: Recipe, questions: list[Question]) -> dict[str, Any]:
     """Return everything except the checkpoint that a score depends on, as plain data that is stored with the score."""
     student, judge = recipe.student, recipe.judge
     asked = recipe.eval.score != "rules"
-    content = [[q.content_hash(), q.answer, list(q.choices), q.rule] for q in questions]
+    content = [[q.content_hash(), q.answer, list(q.choices), q.rule, *q.other_answers] for q in questions]
     return {
         **recipe.eval.model_dump(mode="json", exclude={"questions_per_batch", "limit"}),
         "decoding": "greedy",

@@ -227,7 +227,7 @@ def run_fingerprint(recipe: Recipe, questions: Sequence[Question]) -> dict[str, 
     """Return what decides a run besides its settings: questions (the cache compares images), and the first student."""
     start = recipe.start_student
     return {
-        "questions (data.train)": str(stable_hash([[q.id, q.question, q.answer] for q in questions])),
+        "questions (data.train)": str(stable_hash([[q.id, q.question, *q.answers] for q in questions])),
         "starting student (student.model, sft)": weights_fingerprint(Path(start)) or start,
     }
 

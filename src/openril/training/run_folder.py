@@ -52,7 +52,7 @@ def rollout_rows(step: int, groups: Sequence[Group]) -> list[dict[str, Any]]:
                     "question_id": q.id,
                     "question": q.question,
                     "images": [image.name for image in q.images],
-                    "answer": q.answer,
+                    "answer": " | ".join(q.answers),
                     "source": r.response.source,
                     "index": r.response.index,
                     "text": r.response.text,
