@@ -125,7 +125,7 @@ def _questions(
         for origin, row, folder in _rows(source, split, found):
             rows += 1
             if isinstance(row, Mapping):
-                missing = {ours: theirs for ours, theirs in missing.items() if theirs not in row and look_up(row, theirs) is None}
+                missing = {f: name for f, name in missing.items() if name not in row and look_up(row, name) is None}
             try:
                 question = to_question(row, columns=columns, folder=folder, origin=origin, used=used)
             except DataError as e:
