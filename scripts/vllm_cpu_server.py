@@ -108,6 +108,7 @@ class VLLMServer:
         name: The model name that the server answers to.
         log: File for the server's output.
         options: Further arguments of ``vllm serve``.
+        environment: Further environment variables of the server.
         dev_mode: Open the endpoints that sync weights. They have no protection, so the server listens on loopback only.
     """
 
@@ -118,6 +119,7 @@ class VLLMServer:
         name: str,
         port: int = 0,
         options: tuple[str, ...] = (),
+        environment: dict[str, str] | None = None,
         log: Path | None = None,
         dev_mode: bool = False,
         dtype: str = "float32",
@@ -146,6 +148,7 @@ class VLLMServer:
             "VLLM_SERVER_DEV_MODE": "1" if dev_mode else "0",
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",
+            **(environment or {}),
         }
 
     @property

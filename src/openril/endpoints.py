@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Coroutine
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import parse_qsl, urlsplit, urlunsplit
 from urllib.request import getproxies, proxy_bypass
@@ -70,6 +70,8 @@ class Completion:
     """The thoughts that the server sent separately, in ``reasoning_content`` or ``reasoning``."""
     answer: Any = field(default=None, repr=False, compare=False)
     """The whole answer of the ``openai`` client, for fields that only some servers send."""
+    server: str = field(default="", compare=False)
+    """URL of the server that answered."""
 
 
 class EventLoopThread:
@@ -256,7 +258,7 @@ class ChatClient:
             )
             sent = "a completion without choices" if problem is None and blocked else _shortened(problem or answer)
             raise _RetryableError(f"{self.what}: {url} sent no chat completion but {sent}", blocked=blocked)
-        return completion
+        return replace(completion, server=url)
 
     def setting(self, text: str) -> str:
         """Return how messages call a setting of this endpoint."""

@@ -278,6 +278,14 @@ def test_vllm_needs_servers_in_each_stage_that_samples_the_student(good: Recipe,
     ) == uses
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_sync_of_adapters_needs_adapters_in_each_stage_that_trains_them(good: Recipe, stage: str) -> None:
+    sampler = {"engine": "vllm", "base_urls": ["http://127.0.0.1:1/v1"], "sync": "adapter"}
+    recipe = change(good, student__sampler=sampler)
+    assert ("student.sampler.sync" in found(recipe, stage)) == (stage in ("train", "run"))
+    assert "student.sampler.sync" not in found(change(recipe, student__lora__enabled=True), stage)
+
+
 def test_collecting_from_teachers_alone_needs_no_server_of_the_student(good: Recipe) -> None:
     recipe = change(good, student__sampler__engine="vllm", collect__student=False)
     assert not found(recipe, "collect")

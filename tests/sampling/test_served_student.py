@@ -20,6 +20,7 @@ from openril.responses.cache import ResponseCache
 from openril.responses.collection import collect
 from openril.sampling.synced import WeightsFolder
 from openril.sampling.vllm_engine import VLLMSampler
+from openril.sampling.weight_sync import StaleWeightsError
 from openril.storage import read_jsonl
 from support.misbehaving_server import Garbage, MisbehavingServer, Request, Status
 
@@ -123,6 +124,24 @@ def test_a_collection_ends_if_the_server_reads_prompts_differently(encoder, tmp_
         cache = ResponseCache.create(tmp_path / "cache")
         with pytest.raises(EndpointError, match="prompt tokens"):
             collect(recipe_for(tmp_path), QUESTIONS, STUDENT, cache, make_sampler=lambda *_: sampler)
+
+
+def test_a_collection_ends_if_a_server_holds_other_weights(encoder, tmp_path, monkeypatch):
+    """The version is read after each completion, from the server that sent it."""
+    asked = []
+
+    def check(url: str) -> None:
+        asked.append(url)
+        if len(server.requests) > 4:
+            raise StaleWeightsError("other weights")
+
+    with MisbehavingServer(then=Student(encoder), model="student") as server:
+        sampler = sampler_for(server, encoder, concurrency=1)
+        with closing(sampler), pytest.raises(StaleWeightsError):
+            monkeypatch.setattr(sampler.weights, "check", check)
+            cache = ResponseCache.create(tmp_path / "cache")
+            collect(recipe_for(tmp_path), QUESTIONS, STUDENT, cache, make_sampler=lambda *_: sampler)
+        assert set(asked) == {server.url} and len(asked) >= 2
 
 
 def test_a_question_that_cannot_be_shown_costs_only_its_responses(encoder, tmp_path):

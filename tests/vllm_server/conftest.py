@@ -92,6 +92,22 @@ def vlm_server(_servers):
 
 
 @pytest.fixture(scope="session")
+def sync_server(vlm_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator:
+    """Serves ``vlm_checkpoint`` as "student", for adapters and for weight transfers on the CPU (support/cpu_transfer.py)."""
+    from vllm_cpu_server import VLLMServer
+
+    options = ["--enable-lora", "--max-lora-rank", "8", "--weight-transfer-config", '{"backend": "nccl"}']
+    options += ["--worker-extension-cls", "support.cpu_transfer.Extension"]
+    environment = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    log = tmp_path_factory.mktemp("vllm") / "sync.log"
+    with VLLMServer(
+        vlm_checkpoint, name="student", dev_mode=True, options=tuple(options), environment=environment, log=log
+    ) as server:
+        print(f"\nvllm serve, sync: answered after {server.start_seconds:.0f} s")
+        yield server
+
+
+@pytest.fixture(scope="session")
 def internvl_server(_servers):
     return _servers["internvl"]
 

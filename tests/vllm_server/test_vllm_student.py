@@ -198,7 +198,7 @@ def test_a_server_that_reads_the_prompt_differently_is_named_with_the_fix(studen
 def test_a_server_without_the_endpoints_for_syncing_is_named_with_the_fix(judge_server, student):
     settings = SamplerConfig(engine="vllm", base_urls=[judge_server.url], model="judge")
     sampler = VLLMSampler(settings, student.encoder)
-    sampler._tensors = {}  # as for a server whose checkpoint is on another machine
+    sampler.weights._tensors = {judge_server.url: {}}  # as for a server whose checkpoint is on another machine
     try:
         with pytest.raises(EndpointError, match="VLLM_SERVER_DEV_MODE=1"):
             sampler.sync(student.checkpoint)

@@ -1,6 +1,6 @@
 """A sync needs all tensors, but they may be renamed or tied."""
 
-from openril.sampling.vllm_engine import shape_differences
+from openril.sampling.weight_sync import shape_differences
 
 OLD = {"model.norm.weight": (8,), "model.up.weight": (16, 8), "lm_head.weight": (100, 8)}
 

@@ -190,6 +190,9 @@ def _student(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
         else:
             fix = "Start `vllm serve` for the student (docs/vllm.md) and list it, or use engine: transformers"
             yield Problem("student.sampler.base_urls", "expected servers for the engine vllm, got an empty list", fix)
+        if student.sampler.sync == "adapter" and not student.lora.enabled and stage in ("train", "run"):
+            fix = "Turn student.lora on, or use sync: file"
+            yield Problem("student.sampler.sync", "expected student.lora with adapter, but it is not enabled", fix)
     if student.min_pixels and student.max_pixels and student.min_pixels > student.max_pixels:
         reason = f"expected at most student.max_pixels ({student.max_pixels}), got {student.min_pixels}"
         yield Problem("student.min_pixels", reason, "Lower it, or raise student.max_pixels")

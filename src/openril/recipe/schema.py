@@ -142,6 +142,10 @@ class SamplerConfig(Section):
     """vllm: servers of the student, started with VLLM_SERVER_DEV_MODE=1 (for instance http://127.0.0.1:8000/v1)."""
     model: str = "student"
     """vllm: name under which the servers know the model."""
+    sync: Literal["file", "adapter", "nccl", "ipc"] = "file"
+    """vllm: how servers get new weights. file: they load a folder. adapter (with `student.lora`): the loop writes its
+    adapter alone. nccl, ipc: from GPU to GPU, through vLLM's weight-transfer endpoints; for servers on other GPUs, or on
+    the same ones."""
     weights_dir: str = ""
     """vllm: folder through which the weights are passed, which the servers must see under the same path. One run at a time
     holds it. "" means `rollout_weights` inside run_dir; checkpoint folders are then read where they are."""

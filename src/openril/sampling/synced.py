@@ -6,18 +6,20 @@ import os
 import shutil
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from torch import Tensor
 
 from openril.errors import EndpointError
 from openril.recipe.schema import SamplerConfig, SamplingConfig
 from openril.records import STUDENT, Question, Response
 from openril.sampling.vllm_engine import VLLMSampler
+from openril.sampling.weight_sync import new_version
 from openril.storage import Lock, atomic_path, remove
 
 
@@ -29,6 +31,7 @@ class WeightsFolder:
             Path(settings.weights_dir).expanduser() if settings.weights_dir else run_path / "rollout_weights"
         ).resolve()
         self.student = self.path / "student"
+        self.adapter = self.path / "adapter"
         self._lock = Lock(self.path / "lock")
         self._held = False
 
@@ -56,6 +59,7 @@ class WeightsFolder:
         """Remove the weights, which the servers have loaded, and let others have the folder."""
         if self._held:
             remove(self.student)
+            remove(self.adapter)
             self._lock.release()
             self._held = False
 
@@ -65,8 +69,10 @@ class SyncedSampler:
     """A ``Sampler`` that sends new weights to the servers before it samples. Every process must sample equally often.
 
     Args:
-        folder: Folder through which the weights are sent.
-        write: Writes the policy to the folder as a checkpoint; every process calls it.
+        folder: Folder through which the weights are sent, and whose lock keeps other processes from the servers.
+        write: Writes what the servers load to a folder, in every process: the policy as a checkpoint, or its adapter.
+        base: For ``sync: adapter``: returns the folder of the policy without its adapter.
+        tensors: For ``nccl`` and ``ipc``: yields the policy's weights as in a checkpoint, whole, in every process.
         policy: The wrapped ``Policy``.
         version: Returns a number that changes whenever the weights do.
         probes: Questions that verify a sync, the same in every process; one with images and one without are enough.
@@ -80,6 +86,8 @@ class SyncedSampler:
     accelerator: Accelerator
     version: Callable[[], int]
     probes: Sequence[Question]
+    base: Callable[[], Path] | None = None
+    tensors: Callable[[], Iterator[tuple[str, Tensor]]] | None = None
     _synced: int | None = field(default=None, init=False)
 
     def sample(
@@ -108,10 +116,29 @@ class SyncedSampler:
         )
 
     def _sync(self) -> None:
-        self._on_main_process(self.folder.hold)
-        self.write(self.folder.student)
-        self.accelerator.wait_for_everyone()
-        self._on_main_process(lambda: self.sampler.sync(self.folder.student))
+        weights, folder, route = self.sampler.weights, self.folder, self.sampler.settings.sync
+        self._on_main_process(folder.hold)
+        version = new_version()
+        if route == "adapter":
+            assert self.base is not None
+            if self._synced is None:
+                base = self.base()
+                self._on_main_process(lambda: weights.load(base, version))
+            self.write(folder.adapter)
+            self.accelerator.wait_for_everyone()
+            self._on_main_process(lambda: weights.load_adapter(folder.adapter, version))
+        elif route == "file":
+            self.write(folder.student)
+            self.accelerator.wait_for_everyone()
+            self._on_main_process(lambda: weights.load(folder.student, version))
+        else:
+            assert self.tensors is not None
+            weights.send(self.tensors(), version, self._on_main_process)
+        told = [(weights.version, weights.unversioned)]
+        broadcast_object_list(told)  # every process samples, and checks the version
+        weights.version, weights.unversioned = told[0]
+        if route == "adapter":
+            self.sampler.name_model(weights.adapter_name(weights.version))
         self.sampler.verify(self.policy, self.probes)
 
     def _on_main_process(self, action: Callable[[], None]) -> None:

@@ -1,4 +1,4 @@
-"""Sample from vLLM servers that hold the student. Requests go over HTTP, new weights through a folder.
+"""Sample from vLLM servers that hold the student. Requests go over HTTP; ``weight_sync`` sends new weights.
 
 The server tokenizes the chat itself, so that it can process images. Every answer contains the prompt's token ids, which
 must equal the trainer's: a server with another template, tokenizer or image settings is refused.
@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import closing, contextmanager, suppress
@@ -30,13 +28,14 @@ from openril.models.packing import GroupTokens, pad_rows
 from openril.models.prompts import PromptEncoder, question_messages
 from openril.recipe.schema import SamplerConfig, SamplingConfig
 from openril.records import STUDENT, Question, Response
+from openril.sampling.weight_sync import WHAT as _WHAT
+from openril.sampling.weight_sync import StaleWeightsError, WeightSync, folder_tensors, new_version
 from openril.storage import stable_hash
 
 PROBE_TOKENS = 16
 """Tokens of the samples that ``verify`` compares."""
 COMPARED_PROMPTS = 16
 """Prompts that are compared with the encoder's where that is all they are encoded for."""
-_WHAT = "student.sampler"
 
 T = TypeVar("T")
 Work = tuple[Question, int, int]
@@ -54,15 +53,18 @@ class VLLMSampler:
     Args:
         settings: ``student.sampler``. EndpointError is raised if it names no server.
         encoder: The trainer's encoder.
+        warn: Called with what a server does not support.
     """
 
-    def __init__(self, settings: SamplerConfig, encoder: PromptEncoder) -> None:
+    def __init__(
+        self, settings: SamplerConfig, encoder: PromptEncoder, warn: Callable[[str], None] = lambda message: None
+    ) -> None:
         self.settings = settings
         self.encoder = encoder
         self.client = ChatClient(settings.endpoint, _WHAT)
         self.banned = sorted(encoder.special_token_ids - set(encoder.eos_token_ids))
+        self.weights = WeightSync(settings, warn)
         self._uncompared = COMPARED_PROMPTS
-        self._tensors: dict[str, tuple[int, ...]] | None = None
 
     # Sampling
 
@@ -112,7 +114,7 @@ class VLLMSampler:
             logprobs: Ask for log-probabilities, and compare every prompt with the encoder's. If off, only the first
                 ``COMPARED_PROMPTS`` are compared.
             failed: Called with work whose question cannot be shown or whose request has failed. By default the error is
-                raised, as errors of servers that read or end text differently always are.
+                raised, as errors of servers with other weights, or that read or end text differently, always are.
         """
         request = self._request(settings, max_completion_length, logprobs)
         arrived: SimpleQueue[Future[Completion]] = SimpleQueue()
@@ -142,17 +144,21 @@ class VLLMSampler:
                     with suppress(DataError):  # raised below
                         prompts[future] = self.encoder(running[future][0]).input_ids.tolist()
                 batch = []
+                current: set[str] = set()  # servers that hold the right weights after these completions have arrived
                 for future in all_of(arrived):
                     work = running.pop(future)
                     try:
                         completion = future.result()
+                        if completion.server not in current:
+                            self.weights.check(completion.server)
+                            current.add(completion.server)
                         compare = future in prompts
                         prompt = prompts.pop(future, None)
                         if compare and prompt is None:
                             prompt = self.encoder(work[0]).input_ids.tolist()
                         self._check_length(work[0], completion.answer)
                     except (DataError, EndpointError) as e:
-                        if failed is None:
+                        if failed is None or isinstance(e, StaleWeightsError):
                             raise
                         failed(work, e)
                     else:
@@ -265,65 +271,18 @@ class VLLMSampler:
     # New weights
 
     def sync(self, folder: Path) -> None:
-        """Make every server load the checkpoint in ``folder``, and drop what it computed with the old weights.
+        """Give every server the weights of the checkpoint in ``folder``, from this process alone.
 
-        One process calls this between samplings. ``verify`` checks what the servers compute afterwards.
-
-        Raises:
-            EndpointError: A server refuses, or the checkpoint holds other tensors than the one the server was started
-                with; those that are missing would silently keep their old values.
+        ``verify`` checks what the servers compute afterwards. Raises EndpointError: see ``WeightSync``.
         """
-        import httpx
+        if self.settings.sync in ("file", "adapter"):
+            self.weights.load(folder, new_version())
+        else:
+            self.weights.send(folder_tensors(folder), new_version(), lambda action: action())
 
-        folder = folder.resolve()
-        key = os.environ.get(self.settings.api_key_env, "").strip() if self.settings.api_key_env else ""
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        for url in self.settings.base_urls:
-            local = any(host in url for host in ("//127.", "//localhost", "//[::1]"))
-            root = url.rstrip("/").removesuffix("/v1")
-            try:
-                with httpx.Client(timeout=self.settings.timeout, headers=headers, trust_env=not local) as http:
-                    self._check_tensors(http, url, folder)
-                    body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
-                    _checked(http.post(f"{root}/collective_rpc", json=body), url, f"loading {folder}")
-                    # Loading empties the workers' image caches; these empty the front end's, which relies on them.
-                    for store in ("mm", "encoder"):
-                        _checked(http.post(f"{root}/reset_{store}_cache"), url, f"emptying its {store} cache")
-                    self._reset_prefix_cache(http, root, url)
-            except httpx.HTTPError as e:
-                raise EndpointError(f"{_WHAT}: sending new weights to {url} failed ({e or type(e).__name__})") from e
-
-    def _check_tensors(self, http: Any, url: str, folder: Path) -> None:
-        if self._tensors is None:
-            models = _checked(http.get(f"{url.rstrip('/')}/models"), url, "listing its models").json()["data"]
-            roots = [m.get("root") for m in models if m.get("id") == self.settings.model]
-            if not roots:
-                served = ", ".join(str(m.get("id")) for m in models)
-                raise EndpointError(f"{_WHAT}.model: expected a model of {url} ({served}), got {self.settings.model!r}")
-            # A hub name or a folder of another machine cannot be read; then only verify() checks the weights.
-            self._tensors = tensor_shapes(Path(str(roots[0])))
-        sent = tensor_shapes(folder)
-        if not sent:
-            raise EndpointError(f"{_WHAT}: {folder} holds no safetensors file to load weights from")
-        if not self._tensors:
-            return
-        lacking, extra = shape_differences(self._tensors, sent)
-        for verb, names in (("lacks", lacking), ("adds", extra)):
-            if names:
-                raise EndpointError(
-                    f"{_WHAT}: {folder} {verb} {len(names)} tensors compared with the checkpoint of {url}"
-                    f" ({', '.join(names[:3])}, ...). Start the server with the checkpoint that the run starts from."
-                )
-
-    def _reset_prefix_cache(self, http: Any, root: str, url: str) -> None:
-        for _ in range(50):
-            answer = _checked(http.post(f"{root}/reset_prefix_cache"), url, "emptying its prefix cache")
-            if answer.json().get("success", True):
-                return
-            time.sleep(0.1)  # a canceled request may still hold blocks
-        raise EndpointError(
-            f"{_WHAT}: {url} cannot empty its prefix cache, which holds states of the old weights. Stop its other users."
-        )
+    def name_model(self, name: str) -> None:
+        """Sample from the model that the servers know under ``name``, for instance an adapter."""
+        self.client.endpoint = self.client.endpoint.model_copy(update={"model": name})
 
     def verify(self, policy: Any, questions: Sequence[Question]) -> float:
         """Compare the servers' log-probabilities of short samples with those of ``policy``.
@@ -361,6 +320,7 @@ class VLLMSampler:
     def close(self) -> None:
         """Close connections."""
         self.client.close()
+        self.weights.close()
 
 
 def all_of(queue: SimpleQueue[T]) -> list[T]:
@@ -402,40 +362,3 @@ def _at_temperature_1(policy: Any) -> Iterator[None]:
         yield
     finally:
         inner.temperature = before
-
-
-def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the tensors in a folder's safetensors files by name."""
-    from safetensors import safe_open
-
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as tensors:
-            shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-    return shapes
-
-
-def shape_differences(old: dict[str, tuple[int, ...]], new: dict[str, tuple[int, ...]]) -> tuple[list[str], list[str]]:
-    """Return the tensors of ``old`` that ``new`` lacks, and those that it adds.
-
-    A renamed tensor counts as present if its shape is, because libraries rename tensors when they save. An
-    ``lm_head.weight`` in only one of the two is tied to the word embeddings in the other.
-    """
-    lacking = {k: v for k, v in old.items() if new.get(k) != v and not k.endswith("lm_head.weight")}
-    extra = {k: v for k, v in new.items() if old.get(k) != v and not k.endswith("lm_head.weight")}
-    renamed = Counter(lacking.values()) & Counter(extra.values())
-    for tensors in (lacking, extra):
-        for shape, count in renamed.items():
-            for name in [k for k, v in tensors.items() if v == shape][:count]:
-                del tensors[name]
-    return sorted(lacking), sorted(extra)
-
-
-def _checked(answer: Any, url: str, what: str) -> Any:
-    if answer.status_code == 404:
-        raise EndpointError(
-            f"{_WHAT}: {url} does not support {what}. Start vllm serve with VLLM_SERVER_DEV_MODE=1 in the environment."
-        )
-    if answer.status_code != 200:
-        raise EndpointError(f"{_WHAT}: {url} answered {answer.status_code} to {what}: {answer.text[:300]}")
-    return answer

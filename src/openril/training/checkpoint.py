@@ -180,7 +180,7 @@ _FREE = (
     "train.log_rollouts_every", "train.max_tokens_per_micro_batch", "train.packed", "train.shard", "train.vision_cache_gib",
     "student.gradient_checkpointing",
     "data.max_prompt_length", "collect.student", "collect.max_completion_length", "collect.sampling", "collect.judge_responses",
-    "collect.questions_per_batch", "collect.shard_size", "student.sampler.base_urls",
+    "collect.questions_per_batch", "collect.shard_size", "student.sampler.base_urls", "student.sampler.sync",
     "student.sampler.weights_dir", "student.sampler.api_key_env", "student.sampler.concurrency", "student.sampler.timeout",
     "student.sampler.max_logprob_difference", "train.questions_per_sampling_batch", "discriminator.max_tokens_per_micro_batch",
 )  # fmt: skip
