@@ -190,7 +190,7 @@ def test_one_process_at_a_time_gives_weights_to_the_servers(tmp_path):
     first.hold()
     (tmp_path / "checkpoint").mkdir()
     (tmp_path / "checkpoint" / "model.safetensors").write_bytes(b"weights")
-    first.put(tmp_path / "checkpoint")
+    assert first.put(tmp_path / "checkpoint") == tmp_path / "shared/student"
     assert (tmp_path / "shared/student/model.safetensors").read_bytes() == b"weights"
     with pytest.raises(EndpointError, match=r"weights_dir: .*shared is in use by process \d+ on "):
         second.hold()
@@ -201,4 +201,6 @@ def test_one_process_at_a_time_gives_weights_to_the_servers(tmp_path):
 
 
 def test_without_a_weights_dir_each_run_has_its_folder(tmp_path):
-    assert WeightsFolder(SamplerConfig(), tmp_path).student == tmp_path / "rollout_weights" / "student"
+    folder = WeightsFolder(SamplerConfig(), tmp_path)
+    assert folder.student == tmp_path / "rollout_weights" / "student"
+    assert folder.put(tmp_path / "checkpoint") == tmp_path / "checkpoint"  # servers read it where it is

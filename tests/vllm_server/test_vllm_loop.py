@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from openril.cli import main
 from openril.evaluation.evaluate import GREEDY
@@ -58,6 +62,52 @@ train:
         assert (tmp_path / "run/student/model.safetensors").exists()
     finally:
         restore(vlm_server, vlm_checkpoint)
+
+
+@pytest.mark.parametrize("sync", ["file", "adapter"])
+def test_two_sharded_processes_train_on_samples_of_the_server(sync, sync_server, vlm_checkpoint: Path, tmp_path: Path):
+    """Weights or adapter come from the shards. Every process samples, and checks what it gets."""
+    write_questions(tmp_path / "q.jsonl", tiny_questions(tmp_path / "data", 8))
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"""
+run_dir: {tmp_path}/run
+data: {{train: [{tmp_path}/q.jsonl]}}
+student:
+  model: {vlm_checkpoint}
+  dtype: float32
+  lora: {{enabled: {sync == "adapter"}, r: 4}}
+  sampler: {{engine: vllm, sync: {sync}, base_urls: ["{sync_server.url}"], max_logprob_difference: 0.001}}
+sft: {{enabled: false}}
+rewards: {{answer: {{kind: rules}}}}
+train:
+  algorithm: dr_grpo
+  shard: true
+  questions_per_step: 4
+  max_steps: 2
+  max_completion_length: 12
+  precision: float32
+  optimizer: {{learning_rate: 1.0e-2}}
+"""
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [*command, "-m", "openril.cli", "train", str(recipe)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = read_jsonl(tmp_path / "run/metrics.jsonl")
+    assert len(rows) == 2
+    for row in rows:  # a step of this size moves the log-probabilities by more
+        assert row["train/sampling/sampling_logp_difference/max"] < 1e-3
+    student = load_file(tmp_path / "run/student/model.safetensors")
+    start = load_file(vlm_checkpoint / "model.safetensors")
+    name = next(name for name in start if name.endswith("layers.1.self_attn.q_proj.weight"))
+    assert (student[name] - start[name]).abs().max() > 1e-3
 
 
 def restore(server, checkpoint: Path) -> None:

@@ -56,9 +56,7 @@ def open_sampler(
         encoder = PromptEncoder(processor, model, system_prompt=settings.system_prompt, keep=0, **limits)
         sampler = VLLMSampler(settings.sampler, encoder)
         stack.callback(sampler.close)
-        if settings.sampler.weights_dir:
-            weights.put(folder)
-        sampler.sync(weights.student if settings.sampler.weights_dir else folder)
+        sampler.sync(folder if settings.sampler.sync in ("nccl", "ipc") else weights.put(folder))
         sampler.verify(Policy(model.to(device)), questions)
         model.to("meta")  # The encoder needs the model's configuration only.
         if device == "cuda":

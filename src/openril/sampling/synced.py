@@ -30,6 +30,7 @@ class WeightsFolder:
         self.path = (
             Path(settings.weights_dir).expanduser() if settings.weights_dir else run_path / "rollout_weights"
         ).resolve()
+        self.shared = bool(settings.weights_dir)
         self.student = self.path / "student"
         self.adapter = self.path / "adapter"
         self._lock = Lock(self.path / "lock")
@@ -48,12 +49,15 @@ class WeightsFolder:
         self._held = True
         self._lock.path.write_text(f"process {os.getpid()} on {socket.gethostname()} ({' '.join(sys.argv[:3])})")
 
-    def put(self, checkpoint: Path) -> None:
-        """Copy a checkpoint's weights and configuration to ``student``."""
+    def put(self, checkpoint: Path) -> Path:
+        """Return the folder of a checkpoint for the servers: with a ``weights_dir``, a copy of its weights there."""
+        if not self.shared:
+            return checkpoint
         with atomic_path(self.student) as temporary:
             temporary.mkdir()
             for file in [*checkpoint.glob("*.safetensors"), *checkpoint.glob("*.json")]:
                 shutil.copyfile(file, temporary / file.name)
+        return self.student
 
     def close(self) -> None:
         """Remove the weights, which the servers have loaded, and let others have the folder."""
@@ -71,7 +75,7 @@ class SyncedSampler:
     Args:
         folder: Folder through which the weights are sent, and whose lock keeps other processes from the servers.
         write: Writes what the servers load to a folder, in every process: the policy as a checkpoint, or its adapter.
-        base: For ``sync: adapter``: returns the folder of the policy without its adapter.
+        base: For ``sync: adapter``: returns the checkpoint folder of the policy without its adapter, in the main process.
         tensors: For ``nccl`` and ``ipc``: yields the policy's weights as in a checkpoint, whole, in every process.
         policy: The wrapped ``Policy``.
         version: Returns a number that changes whenever the weights do.
@@ -120,10 +124,10 @@ class SyncedSampler:
         self._on_main_process(folder.hold)
         version = new_version()
         if route == "adapter":
-            assert self.base is not None
+            base = self.base
+            assert base is not None
             if self._synced is None:
-                base = self.base()
-                self._on_main_process(lambda: weights.load(base, version))
+                self._on_main_process(lambda: weights.load(folder.put(base()), version))
             self.write(folder.adapter)
             self.accelerator.wait_for_everyone()
             self._on_main_process(lambda: weights.load_adapter(folder.adapter, version))

@@ -12,7 +12,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from openril._version import __version__
 from openril.discriminator.network import DiscriminatorModel
 from openril.discriminator.replay import ReplayMemory
 from openril.errors import StateError
+from openril.hf import submodule
 from openril.models.adapters import base_model, is_adapted
 from openril.recipe.loading import load_saved_recipe, save_recipe
 from openril.recipe.schema import Recipe
@@ -261,7 +262,7 @@ class Saver:
         if self.policy is not None:
             self.write_student(folder / "student")
             if is_adapted(accelerator.unwrap_model(self.policy).model):
-                self._write_adapter(folder / "adapter")
+                self.write_adapter(folder / "adapter")
         if self.network is not None:
             self.write_discriminator(folder / "discriminator")
         for name, optimizer in self.optimizers.items():
@@ -295,11 +296,27 @@ class Saver:
             state = unrounded({k.removeprefix("model."): v for k, v in state.items()}, self.recipe)
             write_checkpoint(model, state, self.processor, folder, dtype)
 
-    def _write_adapter(self, folder: Path) -> None:
+    def write_adapter(self, folder: Path) -> None:
+        """Write the student's adapter alone, in peft's form. Every process must call this."""
         adapter = self._state(self.policy, "lora_")
         if self.accelerator.is_main_process:
             model = self.accelerator.unwrap_model(self.policy).model
-            model.save_pretrained(folder, state_dict={k.removeprefix("model."): v for k, v in adapter.items()})
+            with atomic_path(folder) as temporary:
+                model.save_pretrained(temporary, state_dict={k.removeprefix("model."): v for k, v in adapter.items()})
+
+    def student_tensors(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """Yield the student's weights under the names of its checkpoint, whole, with adapters merged, tied weights once.
+
+        Every process must take all of them.
+        """
+        model = self.accelerator.unwrap_model(self.policy).model
+        state: dict[tuple[int, torch.Size], tuple[str, Tensor]] = {}
+        for name, value in full_tensors(model):
+            state.setdefault((value.data_ptr(), value.shape), (name, value))
+        whole = merged_state(model, dict(state.values())) if is_adapted(model) else dict(state.values())
+        convert = submodule("transformers.core_model_loading").revert_weight_conversion
+        for name, value in convert(base_model(model), whole).items():
+            yield name, value.to(dtype) if value.is_floating_point() else value
 
     def _state(self, wrapped: Any, part: str = "") -> dict[str, Tensor]:
         """Return the weights by name, those whose name contains ``part``; empty tensors in other processes than the first."""

@@ -22,6 +22,7 @@ from openril.models.vision_features import FeatureCache, VisionFeatures
 from openril.recipe.schema import OptimizerConfig, Recipe
 from openril.recipe.validation import RENAMED_KEYS
 from openril.records import Question
+from openril.sampling.checkpoint_sampler import local_folder
 from openril.sampling.synced import SyncedSampler, WeightsFolder
 from openril.sampling.transformers_engine import TransformersSampler
 from openril.sampling.vllm_engine import VLLMSampler
@@ -163,10 +164,15 @@ class TrainingComponents:
             )
             sampler.packing.widen = lambda: in_float32(self.policy)
             return sampler
+        dtype = torch_dtype(recipe.student.dtype)
         return SyncedSampler(
-            VLLMSampler(settings, self.encoder),
+            VLLMSampler(settings, self.encoder, self.warn),
             folder=WeightsFolder(settings, recipe.run_path),
-            write=lambda path: self.saver.write_student(path, torch_dtype(recipe.student.dtype)),
+            write=lambda path: (
+                self.saver.write_adapter(path) if settings.sync == "adapter" else self.saver.write_student(path, dtype)
+            ),
+            base=lambda: local_folder(recipe.start_student, recipe.student),
+            tensors=lambda: self.saver.student_tensors(dtype),
             policy=self.policy,
             accelerator=self.accelerator,
             version=lambda: self.policy_update.updates,
