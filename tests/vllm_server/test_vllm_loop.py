@@ -68,6 +68,9 @@ train:
 def test_two_sharded_processes_train_on_samples_of_the_server(sync, sync_server, vlm_checkpoint: Path, tmp_path: Path):
     """Weights or adapter come from the shards. Every process samples, and checks what it gets."""
     write_questions(tmp_path / "q.jsonl", tiny_questions(tmp_path / "data", 8))
+    (tmp_path / "length.py").write_text(
+        "def short(prompts, completions, **columns): return [-len(c) for c in completions]"
+    )
     recipe = tmp_path / "r.yaml"
     recipe.write_text(
         f"""
@@ -79,7 +82,7 @@ student:
   lora: {{enabled: {sync == "adapter"}, r: 4}}
   sampler: {{engine: vllm, sync: {sync}, base_urls: ["{sync_server.url}"], max_logprob_difference: 0.001}}
 sft: {{enabled: false}}
-rewards: {{answer: {{kind: rules}}}}
+rewards: {{answer: {{kind: rules}}, functions: [{{function: "{tmp_path}/length.py:short", weight: 0.1}}]}}
 train:
   algorithm: dr_grpo
   shard: true

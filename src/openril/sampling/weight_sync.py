@@ -15,17 +15,15 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import httpx
 from torch import Tensor
 
 from openril.endpoints import is_loopback, proxy_note, split_base_url
 from openril.errors import EndpointError
 from openril.recipe.schema import SamplerConfig
 from openril.sampling.weight_transfer import OnMainProcess, Transfer, make_transfer
-
-if TYPE_CHECKING:
-    import httpx
 
 WHAT = "student.sampler"
 TRANSFER_VERSIONS = ((0, 30), (0, 32))
@@ -210,8 +208,6 @@ class WeightSync:
         return _json(checked(self._request("GET", url, path, None), url, path))
 
     def _request(self, method: str, url: str, path: str, body: dict[str, Any] | None) -> httpx.Response:
-        import httpx
-
         if url not in self._servers:
             key = os.environ.get(self.settings.api_key_env, "").strip() if self.settings.api_key_env else ""
             self._servers[url] = httpx.Client(
