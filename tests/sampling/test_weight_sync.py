@@ -300,6 +300,16 @@ def test_a_worker_that_cannot_join_ends_the_wait_of_this_process(serve, transfer
         assert sync.version == "" and "/start_weight_update" not in server.paths
 
 
+def test_an_error_of_nccl_is_one_that_every_process_raises(serve, transfer_on_cpu, monkeypatch):
+    def join(self, *args) -> None:
+        raise RuntimeError("NCCL Error 5: mismatched versions")
+
+    monkeypatch.setattr(Group, "join", join)
+    with closing(sync_for(serve(), sync="nccl")) as sync:
+        with pytest.raises(EndpointError, match=r"student\.sampler\.sync: .*NCCL Error 5: mismatched"):
+            sync.send(TENSORS.items(), "v1", alone)
+
+
 def test_a_server_that_never_takes_the_weights_is_given_up(serve, transfer_on_cpu):
     server = serve()
     with closing(sync_for(server, sync="nccl", timeout=0.3)) as sync:

@@ -145,7 +145,7 @@ class SyncedSampler:
             self.sampler.name_model(weights.adapter_name(weights.version))
         self.sampler.verify(self.policy, self.probes)
 
-    def _on_main_process(self, action: Callable[[], None]) -> None:
+    def _on_main_process(self, action: Callable[[], Any]) -> None:
         failure: list[str | None] = [None]
         if self.accelerator.is_main_process:
             try:

@@ -10,6 +10,7 @@ so that samples of a server that was restarted, or given weights by another proc
 from __future__ import annotations
 
 import os
+import re
 import time
 import uuid
 from collections import Counter
@@ -23,7 +24,7 @@ from torch import Tensor
 from openril.endpoints import is_loopback, proxy_note, split_base_url
 from openril.errors import EndpointError
 from openril.recipe.schema import SamplerConfig
-from openril.sampling.weight_transfer import OnMainProcess, Transfer, make_transfer
+from openril.sampling.weight_transfer import OnMainProcess, Transfer, chunks, make_transfer
 
 WHAT = "student.sampler"
 TRANSFER_VERSIONS = ((0, 30), (0, 32))
@@ -99,26 +100,24 @@ class WeightSync:
         """
         if self.transfer is None:
             self.transfer = make_transfer(self.settings, self)
-            on_main(self._check_transfer_versions)
+            self._on_each(on_main, self._check_transfer_version)
             on_main(self.transfer.connect)
-        transfer, sent = self.transfer, dict[str, tuple[int, ...]]()
+        sent: dict[str, tuple[int, ...]] = {}
 
-        def start() -> None:
-            for url in self.urls:
-                self.post(url, "/start_weight_update", "starting a weight update")
+        def finish(url: str) -> None:
+            self._check_tensors(url, sent, "the student")
+            self.post(url, "/finish_weight_update", "ending a weight update", {"weight_version": version})
+            self._settle(url, version)
 
-        def finish() -> None:
-            for url in self.urls:
-                self._check_tensors(url, sent, "the student")
-                self.post(url, "/finish_weight_update", "ending a weight update", {"weight_version": version})
-                self._settle(url, version)
-
-        on_main(start)
-        for chunk in transfer.chunks(tensors):
+        self._on_each(on_main, lambda url: self.post(url, "/start_weight_update", "starting a weight update"))
+        for chunk in chunks(tensors, self.transfer.device):
             sent |= {name: tuple(tensor.shape) for name, tensor in chunk}
-            transfer.send(chunk, on_main)
-        on_main(finish)
+            self.transfer.send(chunk, on_main)
+        self._on_each(on_main, finish)
         self.version, self._adapter = version, ""
+
+    def _on_each(self, on_main: OnMainProcess, action: Callable[[str], Any]) -> None:
+        on_main(lambda: [action(url) for url in self.urls])
 
     # Checks
 
@@ -130,8 +129,7 @@ class WeightSync:
         """
         if not self.version or url in self.unversioned:
             return
-        answer = self._request("GET", url, "/weight_info", None)
-        found = _json(checked(answer, url, "reading the version of its weights")).get("weight_version")
+        found = self.get(url, "/weight_info").get("weight_version")
         if found != self.version:
             raise StaleWeightsError(
                 f"{WHAT}: {url}: expected the weights with version {self.version!r}, got {found!r}: the server was"
@@ -163,25 +161,20 @@ class WeightSync:
                 " between two weight syncs would not be noticed."
             )
 
-    def _check_transfer_versions(self) -> None:
-        first, last = TRANSFER_VERSIONS
-        for url in self.urls:
-            version = str(_json(checked(self._request("GET", url, "/version", None), url, "/version")).get("version"))
-            try:
-                found = tuple(int(part) for part in version.split(".")[:2])
-            except ValueError:
-                found = last  # a build from source
-            if found < first:
-                raise EndpointError(
-                    f"{WHAT}.sync: {self.settings.sync} needs vLLM {first[0]}.{first[1]} or newer, got {version} at {url}."
-                    " Update vLLM, or set sync: file."
-                )
-            if found > last:
-                self.warn(f"{WHAT}.sync: {url} runs vLLM {version}; {self.settings.sync} was written for 0.30 to 0.32.")
+    def _check_transfer_version(self, url: str) -> None:
+        version, route = str(self.get(url, "/version").get("version")), self.settings.sync
+        numbers = re.match(r"(\d+)\.(\d+)", version)
+        found = (int(numbers[1]), int(numbers[2])) if numbers else TRANSFER_VERSIONS[1]  # a build from source
+        if found < TRANSFER_VERSIONS[0]:
+            raise EndpointError(
+                f"{WHAT}.sync: {route} needs vLLM 0.30 or newer, got {version} at {url}. Update it, or set sync: file."
+            )
+        if found > TRANSFER_VERSIONS[1]:
+            self.warn(f"{WHAT}.sync: {url} runs vLLM {version}; {route} was written for 0.30 to 0.32.")
 
     def _check_tensors(self, url: str, sent: dict[str, tuple[int, ...]], what: str) -> None:
         if url not in self._tensors:
-            models = _json(checked(self._request("GET", url, "/v1/models", None), url, "listing its models"))["data"]
+            models = self.get(url, "/v1/models")["data"]
             roots = [m.get("root") for m in models if m.get("id") == self.settings.model]
             if not roots:
                 served = ", ".join(str(m.get("id")) for m in models)
@@ -204,10 +197,11 @@ class WeightSync:
         """Post to a server and return its answer. Raises EndpointError, with ``what`` and ``fix``, for any but a 200."""
         return checked(self._request("POST", url, path, body), url, what, fix)
 
-    def get_json(self, url: str, path: str) -> dict[str, Any]:
-        return _json(checked(self._request("GET", url, path, None), url, path))
+    def get(self, url: str, path: str) -> dict[str, Any]:
+        """Return the JSON object that a server has at ``path``. Raises EndpointError if there is none."""
+        return _json(checked(self._request("GET", url, path), url, path))
 
-    def _request(self, method: str, url: str, path: str, body: dict[str, Any] | None) -> httpx.Response:
+    def _request(self, method: str, url: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
         if url not in self._servers:
             key = os.environ.get(self.settings.api_key_env, "").strip() if self.settings.api_key_env else ""
             self._servers[url] = httpx.Client(

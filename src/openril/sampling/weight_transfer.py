@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import suppress
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,51 +27,31 @@ CHUNK_BYTES = 2**30
 
 Chunk = list[tuple[str, Tensor]]
 """Names, as in checkpoint files, and whole tensors."""
-OnMainProcess = Callable[[Callable[[], None]], None]
-
-
-class Servers(Protocol):
-    """The requests that a transfer makes: see ``WeightSync``."""
-
-    urls: list[str]
-
-    def post(self, url: str, path: str, what: str, body: dict[str, Any] | None = None, fix: str = "") -> Any: ...
-
-    def get_json(self, url: str, path: str) -> dict[str, Any]: ...
+OnMainProcess = Callable[[Callable[[], Any]], None]
 
 
 class Transfer:
-    """A backend. ``connect`` is called by the main process, ``chunks`` and ``send`` by every process."""
+    """A backend for ``servers``, a ``WeightSync``. ``connect`` runs in the main process, ``send`` in every process."""
 
-    def __init__(self, settings: SamplerConfig, servers: Servers, device: torch.device) -> None:
+    def __init__(self, settings: SamplerConfig, servers: Any, device: torch.device) -> None:
         self.settings, self.servers, self.device = settings, servers, device
         self.connected = False
-        self.fix = (
-            "Start vllm serve with VLLM_SERVER_DEV_MODE=1 in the environment and --weight-transfer-config"
-            f' \'{{"backend": "{settings.sync}"}}\''
-        )
+        backend = f'--weight-transfer-config \'{{"backend": "{settings.sync}"}}\''
+        self.fix = f"Start vllm serve with VLLM_SERVER_DEV_MODE=1 in the environment and {backend}"
 
     def connect(self) -> None:
         """Prepare the servers for the first sync."""
         self.connected = True
 
-    def chunks(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[Chunk]:
-        """Yield tensors in chunks of about ``CHUNK_BYTES``, contiguous and on this process's device."""
-        chunk: Chunk = []
-        size = 0
-        for name, tensor in tensors:
-            tensor = tensor.detach().to(self.device).contiguous()
-            if chunk and size + tensor.nbytes > CHUNK_BYTES:
-                yield chunk
-                chunk, size = [], 0
-            chunk.append((name, tensor))
-            size += tensor.nbytes
-        if chunk:
-            yield chunk
-
     def send(self, chunk: Chunk, on_main: OnMainProcess) -> None:
         """Send a chunk to every server, and return when they have it."""
         raise NotImplementedError
+
+    def init(self, url: str, info: dict[str, Any]) -> Any:
+        return self.servers.post(url, "/init_weight_transfer_engine", "weight transfer", {"init_info": info}, self.fix)
+
+    def update(self, url: str, info: dict[str, Any]) -> Any:
+        return self.servers.post(url, "/update_weights", "taking new weights", {"update_info": info}, self.fix)
 
     def close(self) -> None:
         """Release what the servers hold for this process, if it is the main process."""
@@ -80,11 +60,21 @@ class Transfer:
                 self.servers.post(url, "/shutdown_weight_transfer_engine", "ending weight transfer")
         self.connected = False
 
-    def update(self, url: str, info: dict[str, Any]) -> None:
-        self.servers.post(url, "/update_weights", "taking new weights", {"update_info": info}, self.fix)
+
+def chunks(tensors: Iterable[tuple[str, Tensor]], device: torch.device) -> Iterator[Chunk]:
+    """Yield tensors in chunks of about ``CHUNK_BYTES``, contiguous and on a device."""
+    chunk: Chunk = []
+    for name, tensor in tensors:
+        tensor = tensor.detach().to(device).contiguous()
+        if chunk and sum(t.nbytes for _, t in chunk) + tensor.nbytes > CHUNK_BYTES:
+            yield chunk
+            chunk = []
+        chunk.append((name, tensor))
+    if chunk:
+        yield chunk
 
 
-def make_transfer(settings: SamplerConfig, servers: Servers) -> Transfer:
+def make_transfer(settings: SamplerConfig, servers: Any) -> Transfer:
     """Return the transfer of ``student.sampler.sync``. Raises EndpointError if this process has no GPU."""
     if not torch.cuda.is_available():
         raise EndpointError(
@@ -114,21 +104,14 @@ class NcclTransfer(Transfer):
     def connect(self) -> None:
         super().connect()
         self.group = NcclGroup(self.device)
-        sizes = [int(self.servers.get_json(url, "/get_world_size")["world_size"]) for url in self.servers.urls]
-        unique_id = self.group.unique_id()
-
-        def init(url: str, offset: int) -> None:
-            info = {
-                "nccl_unique_id_b64": base64.b64encode(unique_id).decode(),
-                "rank_offset": offset,
-                "world_size": 1 + sum(sizes),
-                "packed": False,
-            }
-            body = {"init_info": info}
-            self.servers.post(url, "/init_weight_transfer_engine", "joining a group of NCCL", body, self.fix)
-
-        calls = [partial(init, url, 1 + sum(sizes[:i])) for i, url in enumerate(self.servers.urls)]
-        together([*calls, partial(self.group.join, unique_id, 1 + sum(sizes))], self.settings.timeout, "join")
+        sizes = [int(self.servers.get(url, "/get_world_size")["world_size"]) for url in self.servers.urls]
+        unique_id, total = self.group.unique_id(), 1 + sum(sizes)
+        calls: list[Callable[[], Any]] = [partial(self.group.join, unique_id, total)]
+        for i, url in enumerate(self.servers.urls):
+            text = base64.b64encode(unique_id).decode()
+            ranks = {"rank_offset": 1 + sum(sizes[:i]), "world_size": total}
+            calls.append(partial(self.init, url, {"nccl_unique_id_b64": text, **ranks, "packed": False}))
+        together(calls, self.settings.timeout, "join")
 
     def send(self, chunk: Chunk, on_main: OnMainProcess) -> None:
         def broadcast() -> None:
@@ -136,11 +119,11 @@ class NcclTransfer(Transfer):
                 self.group.broadcast(tensor)
             self.group.wait()
 
-        def act() -> None:
-            calls = [partial(self.update, url, description(chunk)) for url in self.servers.urls]
-            together([*calls, broadcast], self.settings.timeout, "take new weights")
-
-        on_main(act)
+        calls: list[Callable[[], Any]] = [
+            broadcast,
+            *(partial(self.update, url, description(chunk)) for url in self.servers.urls),
+        ]
+        on_main(lambda: together(calls, self.settings.timeout, "take new weights"))
 
 
 class NcclGroup:
@@ -175,15 +158,11 @@ class IpcTransfer(Transfer):
     ``VLLM_ALLOW_INSECURE_SERIALIZATION=1``. The trainer and vLLM need versions of torch whose handles agree.
     """
 
-    def __init__(self, settings: SamplerConfig, servers: Servers, device: torch.device) -> None:
-        super().__init__(settings, servers, device)
-        self.fix += ", and with VLLM_ALLOW_INSECURE_SERIALIZATION=1 in the environment"
-
     def connect(self) -> None:
         super().connect()
+        self.fix += ", and with VLLM_ALLOW_INSECURE_SERIALIZATION=1 in the environment"
         for url in self.servers.urls:
-            body = {"init_info": {"packed": True}}
-            self.servers.post(url, "/init_weight_transfer_engine", "weight transfer", body, self.fix)
+            self.init(url, {"packed": True})
 
     def send(self, chunk: Chunk, on_main: OnMainProcess) -> None:
         from accelerate.utils import gather_object
@@ -195,12 +174,7 @@ class IpcTransfer(Transfer):
             "tensor_sizes": [tensor.nbytes for _, tensor in chunk],
             "ipc_handles_pickled": base64.b64encode(pickle.dumps(handles)).decode(),
         }
-
-        def act() -> None:
-            for url in self.servers.urls:
-                self.update(url, info)
-
-        on_main(act)  # returns when the workers have copied the weights
+        on_main(lambda: [self.update(url, info) for url in self.servers.urls])  # until the workers have copied them
         del packed
         if self.device.type == "cuda":
             torch.cuda.ipc_collect()
@@ -214,7 +188,7 @@ def export(tensor: Tensor) -> tuple[str, tuple[Any, ...]]:
     return str(torch.cuda.get_device_properties(tensor.device).uuid), reduce_tensor(tensor)[1]
 
 
-def together(calls: list[Callable[[], None]], timeout: float, what: str) -> None:
+def together(calls: list[Callable[[], Any]], timeout: float, what: str) -> None:
     """Run calls that wait for each other, and raise the first error at once; the other calls may then never return.
 
     Raises:
@@ -234,7 +208,10 @@ def together(calls: list[Callable[[], None]], timeout: float, what: str) -> None
         threading.Thread(target=run, args=(call, future), daemon=True).start()
     done, waiting = wait(futures, timeout, return_when=FIRST_EXCEPTION)
     for future in done:
-        future.result()
+        try:
+            future.result()
+        except RuntimeError as e:  # of NCCL
+            raise EndpointError(f"student.sampler.sync: expected the servers to {what}, got {e}") from e
     if waiting:
         raise EndpointError(
             f"student.sampler.timeout: expected the servers to {what} within {timeout:g} s. Restart them, because they may"
