@@ -305,9 +305,9 @@ def test_an_error_of_nccl_is_one_that_every_process_raises(serve, transfer_on_cp
         raise RuntimeError("NCCL Error 5: mismatched versions")
 
     monkeypatch.setattr(Group, "join", join)
-    with closing(sync_for(serve(), sync="nccl")) as sync:
-        with pytest.raises(EndpointError, match=r"student\.sampler\.sync: .*NCCL Error 5: mismatched"):
-            sync.send(TENSORS.items(), "v1", alone)
+    error = pytest.raises(EndpointError, match=r"student\.sampler\.sync: .*NCCL Error 5: mismatched")
+    with closing(sync_for(serve(), sync="nccl")) as sync, error:
+        sync.send(TENSORS.items(), "v1", alone)
 
 
 def test_a_server_that_never_takes_the_weights_is_given_up(serve, transfer_on_cpu):
