@@ -3,11 +3,13 @@
 import re
 from pathlib import Path
 
+import pytest
 from ruamel.yaml import YAML
 
 from openril.recipe.schema import Recipe
 from openril.records import Group, Question, Response, Rollout
 from openril.rewards.combine import RewardSystem
+from openril.rewards.rules import score
 
 DOCS = Path(__file__).parents[2] / "docs" / "rewards.md"
 
@@ -40,3 +42,21 @@ def test_the_documented_reward_functions_run(tmp_path, monkeypatch):
     assert (two["same_first_letter"], three["same_first_letter"], three["brief"]) == (1.0, 0.0, None)
     # 1 + 0.5;  0 + 0.5;  0: the unknown brief has weight 0
     assert [r.reward for r in group.rollouts] == [1.5, 0.5, 0.0]
+
+
+TABLE = DOCS.read_text(encoding="utf-8").split("**What becomes of an answer.**")[1].split("**Wrong or unparsed.**")[0]
+FORMS = re.findall(r"^\| (.*?) \| (`.*?`) \| (.*?) \| (.*?) \| (.*?) \|$", TABLE, re.M)
+
+
+def test_every_line_of_the_table_of_answers_is_tried():
+    assert len(FORMS) == len(re.findall(r"^\| ", TABLE, re.M)) - 1 > 20
+
+
+@pytest.mark.parametrize(("form", "truth", "right", "wrong", "unparsed"), FORMS)
+def test_answers_are_right_wrong_or_unparsed_as_the_table_says(form, truth, right, wrong, unparsed):
+    (first, *more) = truth.strip("`").replace("⏎", "\n").split(" / ")
+    options = ("red", "blue", "green") if "blue" in right and first in ("B", "blue") else ()
+    question = Question("q", "Which?", first, choices=options, other_answers=tuple(more))
+    for expected, cell in ((1.0, right), (0.0, wrong), (None, unparsed)):
+        responses = re.findall(r"`(.*?)`", cell)
+        assert responses and {r: score("auto", question, r) for r in responses} == dict.fromkeys(responses, expected)

@@ -118,16 +118,15 @@ class Report:
             f"{self.num_images:,} images, {self.num_text_only:,} questions without one"
         )
         table = Table("", "smallest", "median", "95%", "largest", box=None, pad_edge=False, header_style="dim")
-        rows = {"prompt tokens": self.prompt_tokens, "of them image": self.image_tokens}
-        rows |= {"answer characters": self.answer_chars, "image pixels": self.image_pixels}
-        for name, q in rows.items():
+        lengths = {"prompt tokens": self.prompt_tokens, "of them image": self.image_tokens}
+        lengths |= {"answer characters": self.answer_chars, "image pixels": self.image_pixels}
+        for name, q in lengths.items():
             if q is not None:
                 table.add_row(name, *(f"{v:,.0f}" for v in (q.smallest, q.median, q.p95, q.largest)))
         console.print(table)
+        rows = max([self.num_questions, *self.columns_read.values()])
         for what, columns in {"read": self.columns_read, "kept as metadata": self.columns_kept}.items():
-            shown_columns = [
-                f"{c} ({n:,})" if n != self.num_questions else c for c, n in list(columns.items())[:_COLUMNS]
-            ]
+            shown_columns = [c if n == rows else f"{c} ({n:,})" for c, n in list(columns.items())[:_COLUMNS]]
             more = [f"{len(columns) - _COLUMNS} more"] * (len(columns) > _COLUMNS)
             if columns:
                 line = f"  columns {what}: {', '.join(shown_columns + more)}"
