@@ -140,6 +140,8 @@ PICTURES: list[tuple[dict[str, Any], str, list[str]]] = [
     ({"question": "(<image>./</image>)\nq", "image": "a.png"}, "<image>\nq", ["a.png"]),  # MiniCPM-V
     ({"question": "<|vision_start|><|image_pad|><|image_pad|><|vision_end|>q", "image": "a.png"}, "<image>q", ["a.png"]),
     ({"question": "<img><IMG_CONTEXT><IMG_CONTEXT></img>\nq", "image": "a.png"}, "<image>\nq", ["a.png"]),  # InternVL
+    ({"question": "<image>a.png</image>q"}, "<image>q", ["a.png"]),
+    ({"question": "<img_1> q", "image": "a.png"}, "<image> q", ["a.png"]),
     ({"question": "[IMG]q", "image": "a.png"}, "<image>q", ["a.png"]),
     ({"question": "<Image>q", "image": "a.png"}, "<image>q", ["a.png"]),
     (talk("Picture 1: <img>a.png</img>\nq", "a"), "Picture 1: <image>\nq", ["a.png"]),  # Qwen-VL
@@ -153,6 +155,7 @@ PICTURES: list[tuple[dict[str, Any], str, list[str]]] = [
     (chat([{"type": "image", "text": None}, {"type": "text", "text": "q", "image": None}], images=["a.png"]),
      "<image>q", ["a.png"]),
     ({"texts": [{"user": "q", "assistant": "a", "source": "x"}], "images": [{"bytes": PNG}]}, "q", ["png"]),  # Cauldron
+    ({"texts": [{"system": "s", "input": "<image>q", "output": "a"}], "image": "a.png"}, "<image>q", ["a.png"]),  # XTuner
     ({"messages": json.dumps([{"role": "user", "content": "<image>q"}]), "image": "a.png"}, "<image>q", ["a.png"]),
     (talk("q", "a", "<image>and this?", "b", image="later.png"), "q", []),
     (talk("<image>q", "a", "<image>and this?", "b", image=["a.png", "later.png"]), "<image>q", ["a.png"]),
@@ -286,6 +289,8 @@ ROWS = [{"question": "a"}, {"question": "b"}]
         ("q.jsonl", PRETTY, ["1", "4"]),
         ("q.jsonl", "\ufeff" + PRETTY, ["1", "4"]),
         ("q.jsonl", json.dumps(ROWS, indent=1), ["1", "1"]),
+        ("q.jsonl", '{"question":\n "a"}\n{"question": "b"}', ["1", "3"]),
+        ("q.json", '{"question": "a"} {"question": "b"}', ["1", "1"]),
         ("q.json", json.dumps({"7": ROWS[0], "9": ROWS[1]}), ["1", "2"]),  # ScienceQA, MathVista: rows by id
         ("q.jsonl.gz", "\n".join(map(json.dumps, ROWS)), ["1", "2"]),
         ("q.json.gz", json.dumps(ROWS), ["1", "2"]),
@@ -306,6 +311,13 @@ def test_a_broken_object_over_several_lines_is_one_error(tmp_path: Path) -> None
     problems: list[RowProblem] = []
     assert len(read_file(tmp_path / "q.jsonl", problems=problems)) == 2
     assert [p.origin for p in problems] == [f"{tmp_path}/q.jsonl:7"] and "line 9" in problems[0].cause
+
+
+def test_a_first_line_that_is_cut_does_not_hide_the_others(tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_text('{"question":\n{"question": "b"}\n{"question": "c"}\n')
+    problems: list[RowProblem] = []
+    assert [q.question for q in read_file(tmp_path / "q.jsonl", problems=problems)] == ["b", "c"]
+    assert [p.origin for p in problems] == [f"{tmp_path}/q.jsonl:1"]
 
 
 @pytest.mark.parametrize(
@@ -342,20 +354,21 @@ def test_check_lists_the_columns_and_what_is_not_used(tmp_path: Path) -> None:
         talk("d", "e", "<image>\nf?", "g", image="a.png"),
         {"question": "![](a.png) g", "answer": "h"},
         {"question": "i", "choices": ["1", "0"], "answer": 0},
+        {"question": "j", "answer": "h", "clip": "a.mp4"},
     ]
     path = tmp_path / "q.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     report = preflight(DataConfig(train=[str(path)]))
     assert report.errors == []
     assert report.columns_read == {
-        "question": 4, "options as choices": 1, "choices": 1, "answer": 4, "answers": 1, "image": 2,
+        "question": 5, "options as choices": 1, "choices": 1, "answer": 5, "answers": 1, "image": 2,
         "messages as question": 1, "conversations as question": 1,
     }  # fmt: skip
-    assert report.columns_kept == {"source": 1, "hint": 1, "picture": 1, "system": 1}
+    assert report.columns_kept == {"source": 1, "hint": 1, "picture": 1, "system": 1, "clip": 1}
     assert (report.dropped_turns, report.dropped_images, report.num_system, report.num_several_answers) == (2, 1, 2, 1)
     warned = Counter((p.kind, p.origin.rsplit(":", 1)[1]) for p in report.warnings)
     assert warned == Counter(
-        [("unread column", "2"), ("unread image", "2"), ("unread image", "5"), ("answer is a list", "3"),
+        [("unread column", "2"), ("unread image", "2"), ("unread image", "5"), ("unread video", "7"), ("answer is a list", "3"),
          ("ambiguous answer", "6")]
     )  # fmt: skip
     console = Console(file=io.StringIO(), width=200)

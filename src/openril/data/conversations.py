@@ -12,6 +12,8 @@ from openril.records import IMAGE_MARKER
 
 _USER = ("human", "user")
 _ASSISTANT = ("gpt", "assistant", "model", "bot", "chatgpt")
+_SYSTEM = ("system", "developer")
+_PAIRS = (("user", "assistant"), ("input", "output"), ("query", "response"), ("question", "answer"))
 _MEDIA = ("video", "video_url", "input_video", "audio", "audio_url", "input_audio")
 
 
@@ -43,7 +45,7 @@ def read_conversation(value: Any, form: str) -> Conversation:
     turns: list[tuple[str, Any]] = []
     system = []
     for role, content in (pair for i, turn in enumerate(value, start=1) for pair in _pairs(turn, f"{form}: turn {i}")):
-        if role == "system":  # student.system_prompt of the recipe is used for all questions
+        if role in _SYSTEM:  # student.system_prompt of the recipe is used for all questions
             system.append(_content(content, form)[0])
         else:
             turns.append((role, content))
@@ -67,11 +69,13 @@ def read_conversation(value: Any, form: str) -> Conversation:
 
 
 def _pairs(turn: Any, where: str) -> list[tuple[str, Any]]:
-    """Return the roles and contents of an entry: one turn, or a question with its answer (``{user, assistant}``)."""
+    """Return the roles and contents of an entry: one turn, or a question with its answer (``_PAIRS``)."""
     if not isinstance(turn, Mapping):
         raise DataError(f"{where}: expected role and content (or from and value), got {kind(turn)}")
-    if "role" not in turn and "from" not in turn and turn.get("user") is not None:
-        return [(role, turn[role]) for role in ("system", "user", "assistant") if turn.get(role) is not None]
+    pair = next((p for p in _PAIRS if turn.get(p[0]) is not None), None)
+    if "role" not in turn and "from" not in turn and pair is not None:
+        named = zip(("system", "user", "assistant"), ("system", *pair), strict=True)
+        return [(role, turn[key]) for role, key in named if turn.get(key)]
     role = turn.get("from") if turn.get("from") is not None else turn.get("role")
     content = turn.get("value") if turn.get("value") is not None else turn.get("content")
     if not isinstance(role, str) or content is None:

@@ -10,10 +10,10 @@ from openril.data.conversations import NO_MEDIA
 from openril.errors import DataError
 from openril.records import IMAGE_MARKER
 
-_PATH = re.compile(r"<img>\s*([^<>\s](?:[^<>]*[^<>\s])?)\s*</img>", re.I)
+_PATH = re.compile(r"<(img|image)>\s*([^<>\s](?:[^<>]*[^<>\s])?)\s*</\1>", re.I)
 """An image inside the text, as Qwen-VL writes it."""
 _WRAPPED = re.compile(r"\(<image>\./</image>\)|<image>\s*</image>|<img>\s*<image>\s*</img>", re.I)
-_NUMBERED = re.compile(r"<\|?image[\s_-]?(\d{1,3})\|?>", re.I)
+_NUMBERED = re.compile(r"<\|?(?:image|img)[\s_-]?(\d{1,3})\|?>", re.I)
 _OTHER = re.compile(
     r"<\|vision_start\|>\s*(?:<\|image_pad\|>\s*)+<\|vision_end\|>|(?:<img_context>\s*)+"
     r"|<img>\s*(?:<imagehere>|(?:<img_context>\s*)*)\s*</img>|\[IMG\]|<image\s?/>"
@@ -44,7 +44,7 @@ def find_places(pieces: Sequence[str]) -> tuple[list[str], list[Any], list[int]]
     numbers: list[int] = []
 
     def named(match: re.Match[str]) -> str:
-        inline.append(match[1])
+        inline.append(match[2])
         return IMAGE_MARKER
 
     def numbered(match: re.Match[str]) -> str:
@@ -53,7 +53,7 @@ def find_places(pieces: Sequence[str]) -> tuple[list[str], list[Any], list[int]]
         numbers.append(int(match[1]))
         return IMAGE_MARKER
 
-    texts = [_WRAPPED.sub(IMAGE_MARKER, _PATH.sub(named, piece)) for piece in pieces]
+    texts = [_PATH.sub(named, _WRAPPED.sub(IMAGE_MARKER, piece)) for piece in pieces]
     if not any(IMAGE_MARKER in text for text in texts):
         if any(_NUMBERED.search(text) for text in texts):
             texts = [_NUMBERED.sub(numbered, text) for text in texts]

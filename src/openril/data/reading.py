@@ -12,6 +12,7 @@ import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -188,6 +189,7 @@ def _open(path: Path) -> Any:
 
 def _jsonl_rows(name: str, path: Path, found: list[RowProblem]) -> Iterator[Row]:
     folder = path.resolve().parent
+    first = True
     with _open(path) as f:
         for number, line in enumerate(f, start=1):
             origin = f"{name}:{number}"
@@ -204,33 +206,54 @@ def _jsonl_rows(name: str, path: Path, found: list[RowProblem]) -> Iterator[Row]
             try:
                 yield origin, json.loads(text), folder
             except (ValueError, RecursionError) as e:
-                if text.strip() in ("{", "[", "[{"):
-                    yield from _objects(name, text + f.read().decode("utf-8", "replace"), number, folder, found)
-                    return
-                found.append(RowProblem("unreadable line", origin, "", f"not valid JSON: {e}"))
+                if first and _is_cut(e, text):  # the first line is not whole, so the objects may take several lines
+                    here = f.tell()
+                    whole = text + f.read().decode("utf-8", "replace")
+                    if _begins_with_json(whole):
+                        yield from _objects(name, whole, number, folder, found)
+                        return
+                    f.seek(here)
+                if getattr(e, "msg", "") == "Extra data":
+                    yield from _objects(name, text, number, folder, found)
+                else:
+                    found.append(RowProblem("unreadable line", origin, "", f"not valid JSON: {e}"))
+            first = False
+
+
+def _is_cut(error: Exception, text: str) -> bool:
+    """Return whether JSON ends before its value does."""
+    return isinstance(error, json.JSONDecodeError) and error.pos >= len(text.rstrip())
+
+
+def _begins_with_json(text: str) -> bool:
+    with suppress(ValueError, RecursionError):
+        json.JSONDecoder().raw_decode(text, _WORD.search(text).start())  # type: ignore[union-attr]
+        return True
+    return False
 
 
 def _objects(name: str, text: str, line: int, folder: Path, found: list[RowProblem]) -> Iterator[Row]:
-    """Yield JSON values that follow each other, each over several lines. A list yields its items.
+    """Yield JSON values that follow each other, on one line or over several. A list yields its items.
 
     Args:
         line: The number of the first line of ``text``.
     """
-    decoder, start = json.JSONDecoder(), 0
-    while (start := next((m.start() for m in [_WORD.search(text, start)] if m), len(text))) < len(text):
-        number = line + text.count("\n", 0, start)
+    decoder, end = json.JSONDecoder(), 0
+    while word := _WORD.search(text, end):
+        line += text.count("\n", end, word.start())
         try:
-            value, start = decoder.raw_decode(text, start)
+            value, end = decoder.raw_decode(text, word.start())
         except (ValueError, RecursionError) as e:
-            at = line + text.count("\n", 0, getattr(e, "pos", start))
+            at = line + text.count("\n", word.start(), getattr(e, "pos", word.start()))
             cause = (
-                f"expected JSON objects, each over several lines, got one that is not valid JSON at line {at} "
+                f"expected JSON objects one after another, got one that is not valid JSON at line {at} "
                 f"({getattr(e, 'msg', e)}), so the rest of the file is not read. Write one object a line, or a list"
             )
-            found.append(RowProblem("unreadable line", f"{name}:{number}", "", cause))
+            found.append(RowProblem("unreadable line", f"{name}:{line}", "", cause))
             return
         for row in value if isinstance(value, list) else [value]:
-            yield f"{name}:{number}", row, folder
+            yield f"{name}:{line}", row, folder
+        line += text.count("\n", word.start(), end)
 
 
 _WORD = re.compile(r"[^\s,]")
