@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from openril.errors import ModelError
-from openril.models.loading import load_model, load_processor
+from openril.hf import AutoModel
+from openril.models.adapters import add_adapters
+from openril.models.freezing import round_products
+from openril.models.loading import PendingWeights, load_model, load_processor
+from openril.recipe.schema import LoraConfig
 from openril.testing.tiny_models import build_tiny_model
+from openril.training.sharding import fill
 
 
 def test_missing_folder_is_named():
@@ -55,3 +62,54 @@ def test_max_pixels_bounds_the_image_tokens(tiny_qwen: Path):
 def test_max_pixels_where_it_means_nothing_is_refused(model: str, request: pytest.FixtureRequest):
     with pytest.raises(ModelError, match="max_pixels"):
         load_processor(str(request.getfixturevalue(model)), max_pixels=1000)
+
+
+@pytest.mark.parametrize("kind", ["whole", "parts", "backbone"])
+def test_a_model_on_the_meta_device_is_filled_with_what_loading_gives(tiny_family: Path, kind: str, tmp_path: Path):
+    folder, model = tiny_family, load_model(str(tiny_family))
+    if kind != "whole":  # several files, and the backbone alone as a discriminator has it
+        folder = tmp_path / "checkpoint"
+        (model if kind == "parts" else model.model).save_pretrained(folder, max_shard_size="100KB")
+    if kind == "backbone":
+        model = AutoModel.from_pretrained(folder, dtype=torch.float32)
+        empty: Any = AutoModel.from_pretrained(folder, dtype=torch.float32, device_map={"": "meta"})
+        pending = PendingWeights(empty, folder)
+    else:
+        empty = load_model(str(folder), meta=True)
+        pending = empty.pending
+    assert all(p.is_meta for p in empty.parameters())
+    fill(empty, pending, torch.device("cpu"))
+    expected, filled = model.state_dict(), empty.state_dict()
+    assert expected.keys() == filled.keys()
+    assert all(
+        torch.equal(value, filled[name]) and value.dtype == filled[name].dtype for name, value in expected.items()
+    )
+    buffers = dict(empty.named_buffers())  # rotary frequencies are in no file
+    assert buffers and all(torch.equal(value, buffers[name]) for name, value in model.named_buffers())
+
+
+def test_a_filled_model_keeps_its_types_and_tied_weights(tiny_qwen: Path, tmp_path: Path):
+    model = load_model(str(tiny_qwen), dtype=torch.bfloat16)
+    model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(tmp_path)
+    empty: Any = load_model(str(tmp_path), meta=True)
+    empty.requires_grad_(False)
+    round_products(empty, torch.bfloat16, lossless=True)
+    fill(empty, empty.pending, torch.device("cpu"))
+    assert empty.lm_head.weight is empty.get_input_embeddings().weight
+    assert torch.equal(empty.lm_head.weight, model.lm_head.weight.float())
+    layer = empty.model.language_model.layers[0]
+    assert (layer.mlp.up_proj.weight.dtype, layer.input_layernorm.weight.dtype) == (torch.bfloat16, torch.float32)
+    assert not any(p.requires_grad for p in empty.parameters())
+
+
+def test_adapters_on_the_meta_device_start_with_the_same_values(tiny_qwen: Path):
+    adapted = []
+    for meta in (False, True):
+        torch.manual_seed(3)
+        adapted.append(add_adapters(load_model(str(tiny_qwen), meta=meta), LoraConfig(enabled=True)))
+    plain, empty = (dict(model.named_parameters()) for model in adapted)
+    assert all(torch.equal(p, empty[name]) for name, p in plain.items() if "lora_" in name)
+    assert {name for name, p in empty.items() if not p.is_meta} == {name for name in plain if "lora_" in name}
+    assert {name for name, p in empty.items() if p.requires_grad} == {name for name in plain if "lora_" in name}

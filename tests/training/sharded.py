@@ -20,7 +20,7 @@ from openril.models.packing import GroupTokens, pack
 from openril.storage import write_json
 from openril.training.distributed import leave_process_group, release_memory
 from openril.training.loop import RILTrainer, permutation
-from openril.training.sharding import decoder_layers, full_tensors
+from openril.training.sharding import decoder_layers, frozen_vision, full_tensors
 from support.loop import make_trainer, tiny_recipe
 
 # In float32 Adam turns rounding noise into steps.
@@ -84,6 +84,7 @@ def weights(trainer: RILTrainer) -> dict[str, torch.Tensor]:
 
 def check_pass(trainer: RILTrainer) -> dict[str, Any]:
     """Look at one pass of the student, and at what is sharded."""
+    assert trainer.discriminator is not None and trainer.policy.reference is not None
     trainer.policy.policy.train()
     question = next(q for q in trainer.questions if q.images)
     encoder = trainer.policy.encoder
@@ -100,8 +101,10 @@ def check_pass(trainer: RILTrainer) -> dict[str, Any]:
     for hook in hooks:
         hook.remove()
     parameters = dict(trainer.policy.unwrapped.named_parameters())
+    inner = trainer.policy.unwrapped.model.model
+    others = [trainer.policy.reference.model.model, trainer.discriminator.network.backbone]
+    towers = [{id(p) for p in frozen_vision(m)} for m in (inner, *others)]
     trained = {n: p for n, p in parameters.items() if p.requires_grad}
-    assert trainer.discriminator is not None
     head = trainer.discriminator.network.head
     kept = []
     hook = head.register_forward_pre_hook(lambda module, args: kept.append(module.weight.dtype))
@@ -113,6 +116,7 @@ def check_pass(trainer: RILTrainer) -> dict[str, Any]:
         "gathered": sorted({str(dtype) for _, dtype in seen}),
         "head": sorted({str(dtype) for dtype in kept}),
         "whole": sorted({str(module_group(n)) for n, p in parameters.items() if not isinstance(p, DTensor)}),
+        "shared": [len(towers[0] & tower) for tower in towers],
         "sharded gradients": all(isinstance(p.grad, DTensor) for p in trained.values()),
         "rows": {n: p.to_local().shape[0] for n, p in trained.items() if n.endswith("down_proj.weight")},
     }

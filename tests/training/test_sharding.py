@@ -103,6 +103,8 @@ def test_learning_happened(runs: Path, tiny_qwen: Path):
 def test_a_layer_is_a_unit_and_a_frozen_tower_is_whole(runs: Path):
     seen = found(runs / "2" / "mixed-True")
     assert seen["whole"] == ["vision_tower"]
+    own, of_reference, of_discriminator = seen["shared"]
+    assert own == of_reference == of_discriminator > 10
     assert seen["sharded gradients"]
     assert seen["layouts"] == 1 and seen["layers"] == 2  # every layer shares the masks of the pass
     assert seen["gathered"] == ["torch.float64"]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from openril.errors import ModelError
 from openril.hf import AutoModel
 from openril.models.group_attention import CannotPack, enable
-from openril.models.loading import load_model, load_processor
+from openril.models.loading import PendingWeights, load_model, load_processor
 from openril.models.packing import Batch, run_packed
 from openril.models.vision_features import FeatureCache, VisionFeatures
 from openril.recipe.schema import StudentConfig
@@ -35,8 +35,19 @@ class DiscriminatorModel(nn.Module):
         self.vision = VisionFeatures(backbone, FeatureCache(0))
 
     @classmethod
-    def from_student(cls, checkpoint: str, student: StudentConfig, *, seed: int, dtype: torch.dtype = torch.float32):
-        """Build it from the student's weights, with a new score head drawn from ``seed`` in place of the LM head."""
+    def from_student(
+        cls,
+        checkpoint: str,
+        student: StudentConfig,
+        *,
+        seed: int,
+        dtype: torch.dtype = torch.float32,
+        meta: bool = False,
+    ):
+        """Build it from the student's weights, with a new score head drawn from ``seed`` in place of the LM head.
+
+        meta: See ``load_model``; ``backbone.pending`` are the weights.
+        """
         model: Any = load_model(
             checkpoint,
             what="discriminator",
@@ -44,8 +55,11 @@ class DiscriminatorModel(nn.Module):
             revision=student.revision if checkpoint == student.model else None,
             trust_remote_code=student.trust_remote_code,
             attn_implementation=student.attn_implementation,
+            meta=meta,
         )
         backbone: Any = model.model
+        if meta:
+            backbone.pending = model.pending
         hidden = model.config.get_text_config().hidden_size
         made = cls(backbone, hidden)
         generator = torch.Generator().manual_seed(seed)
@@ -55,8 +69,10 @@ class DiscriminatorModel(nn.Module):
         return made.eval()
 
     @classmethod
-    def from_checkpoint(cls, folder: str | Path, student: StudentConfig, *, dtype: torch.dtype = torch.float32):
-        """Load what ``save`` wrote. Raises ModelError if the folder holds no discriminator."""
+    def from_checkpoint(
+        cls, folder: str | Path, student: StudentConfig, *, dtype: torch.dtype = torch.float32, meta: bool = False
+    ):
+        """Load what ``save`` wrote; meta as for ``from_student``. Raises ModelError if the folder holds no discriminator."""
         folder = Path(folder)
         if not (folder / HEAD_FILE).is_file():
             raise ModelError(
@@ -70,6 +86,7 @@ class DiscriminatorModel(nn.Module):
                 attn_implementation=student.attn_implementation,
                 use_safetensors=True,
                 output_loading_info=True,
+                device_map={"": "meta"} if meta else None,
             )
         except (OSError, ValueError) as e:
             raise ModelError(f"{folder}: the discriminator cannot be loaded: {e}") from e
@@ -79,6 +96,8 @@ class DiscriminatorModel(nn.Module):
             raise ModelError(
                 f"{folder}: {len(missing)} weights are missing ({', '.join(missing[:3])}, ...) and would be random."
             )
+        if meta:
+            backbone.pending = PendingWeights(backbone, folder)
         head = load_file(folder / HEAD_FILE)
         made = cls(backbone, head["weight"].shape[1])
         made.head.load_state_dict(head)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -32,7 +32,15 @@ def add_adapters(model: nn.Module, lora: LoraConfig) -> nn.Module:
         raise ModelError(f"student.lora.target_modules: the model has no linear layer {', '.join(lora.target_modules)}")
     alpha: Any = lora.alpha  # annotated as int in peft, which divides it by r and takes any number
     config = LoraConfig(r=lora.r, lora_alpha=alpha, lora_dropout=lora.dropout, target_modules=targets)
-    return get_peft_model(model, config)
+    # peft puts adapters where their layers' weights are. On the meta device their first values would be lost.
+    layers: list[Any] = [layer for n in targets if (layer := cast(Any, model.get_submodule(n))).weight.is_meta]
+    waiting = [layer.weight for layer in layers]
+    for layer, weight in zip(layers, waiting, strict=True):
+        layer.weight = nn.Parameter(weight.new_zeros((), device="cpu").expand(weight.shape))
+    adapted = get_peft_model(model, config)
+    for layer, weight in zip(layers, waiting, strict=True):
+        layer.weight = weight.requires_grad_(False)
+    return adapted
 
 
 def is_adapted(model: Any) -> bool:

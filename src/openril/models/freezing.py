@@ -6,7 +6,8 @@ import re
 from collections.abc import Collection
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from openril.errors import ModelError
 from openril.recipe.schema import ModuleGroup
@@ -77,6 +78,15 @@ def freeze(model: nn.Module, groups: Collection[ModuleGroup]) -> dict[str, int]:
     return trainable
 
 
+def _holds(dtype: torch.dtype, p: Tensor) -> bool:
+    """Return whether a type holds a parameter's values exactly; on the meta device, those of its checkpoint."""
+    if isinstance(p, DTensor):
+        return False  # each process has other values
+    if p.is_meta:
+        return getattr(p, "stored", None) == dtype
+    return torch.equal(p.to(dtype).to(p.dtype), p)
+
+
 def round_products(model: nn.Module, dtype: torch.dtype, *, lossless: bool = False) -> None:
     """Store frozen weights as autocast with ``dtype`` rounds them in every call, which changes no result under autocast.
 
@@ -93,7 +103,7 @@ def round_products(model: nn.Module, dtype: torch.dtype, *, lossless: bool = Fal
         parameters = list(module.parameters(recurse=False))
         if any(p.requires_grad for p in parameters):
             continue
-        if lossless and any(not torch.equal(p.to(dtype).to(p.dtype), p) for p in parameters):
+        if lossless and not all(_holds(dtype, p) for p in parameters):
             continue
         for p in parameters:  # the data alone, because modules of adapters inside the layer may train
             p.data = p.data.to(dtype)

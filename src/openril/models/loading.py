@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
+from safetensors import safe_open
 from torch import nn
 
 from openril.errors import ModelError
-from openril.hf import AutoConfig, AutoModelForImageTextToText, AutoProcessor, transformers_logging
+from openril.hf import AutoConfig, AutoModelForImageTextToText, AutoProcessor, submodule, transformers_logging
 from openril.recipe.schema import StudentConfig
 
 # A bar for every model that is loaded would hide our own progress display.
@@ -34,11 +38,13 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     attn_implementation: str = "sdpa",
+    meta: bool = False,
 ) -> nn.Module:
     """Load an ``AutoModelForImageTextToText`` and put it into evaluation mode.
 
     Args:
         what: The model's name in errors.
+        meta: Leave the weights on the meta device; ``model.pending`` is their ``PendingWeights``.
 
     Raises:
         ModelError: There is no checkpoint, it is not a vision-language model, its weights are not in safetensors files,
@@ -54,6 +60,7 @@ def load_model(
             attn_implementation=attn_implementation,
             use_safetensors=True,
             output_loading_info=True,
+            device_map={"": "meta"} if meta else None,
         )
     except ImportError as e:  # the package of another attention is missing
         raise ModelError(f"student.attn_implementation: {attn_implementation!r} cannot be used: {e}") from e
@@ -66,7 +73,70 @@ def load_model(
             f"{what}: {checkpoint} lacks {len(missing)} weights its architecture needs ({', '.join(missing[:3])}, ...);"
             " they would be random"
         )
+    if meta:
+        model.pending = PendingWeights(model, checkpoint, revision)
     return model.eval()
+
+
+class PendingWeights:
+    """Where the weights of a model on the meta device are on disk, and where in the model they belong.
+
+    Make it before adapters are added or weights are sharded, which changes names and parameters, but not the modules. It
+    also computes the buffers, which are not on disk.
+    """
+
+    def __init__(self, model: Any, checkpoint: str | Path, revision: str | None = None) -> None:
+        self.files = _weight_files(str(checkpoint), revision)
+        with init_empty_weights(include_buffers=False):
+            twin = type(model)(model.config)
+        for name, buffer in twin.named_buffers():
+            path, _, leaf = name.rpartition(".")
+            model.get_submodule(path)._buffers[leaf] = buffer
+        state = model.state_dict(keep_vars=True)
+        places: dict[int, list[tuple[nn.Module, str]]] = {}  # tied weights have several
+        for name, tensor in state.items():
+            path, _, leaf = name.rpartition(".")
+            places.setdefault(id(tensor), []).append((model.get_submodule(path), leaf))
+        self.places: dict[str, list[tuple[nn.Module, str]]] = {}
+        """(module, name of its parameter or buffer) by the name in the files."""
+        name_of = _names_in_model(model, state)
+        for file in self.files:
+            with safe_open(file, framework="pt") as opened:
+                for key in opened.keys():  # noqa: SIM118 (it is no dictionary)
+                    if (tensor := state.get(name_of(key))) is not None:
+                        self.places[key] = places[id(tensor)]
+                        if opened.get_slice(key).get_dtype() == "BF16":
+                            tensor.stored = torch.bfloat16
+
+
+def _weight_files(checkpoint: str, revision: str | None) -> list[str]:
+    utils: Any = submodule("transformers.utils")
+    find = partial(utils.cached_file, checkpoint, revision=revision, _raise_exceptions_for_missing_entries=False)
+    if (single := find("model.safetensors")) is not None:
+        return [single]
+    index = find("model.safetensors.index.json")
+    return submodule("transformers.utils.hub").get_checkpoint_shard_files(checkpoint, index, revision=revision)[0]
+
+
+def _names_in_model(model: Any, state: dict[str, Any]) -> Callable[[str], str]:
+    """Return a function that translates names of a checkpoint as ``from_pretrained`` does."""
+    rules = submodule("transformers.conversion_mapping").get_model_conversion_mapping(model)
+    core: Any = submodule("transformers.core_model_loading")
+    renamings = [r for r in rules if isinstance(r, core.WeightRenaming)]
+    converters = [r for r in rules if not isinstance(r, core.WeightRenaming)]
+
+    def name_of(key: str) -> str:
+        name, converted = core.rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+        if converted is not None:
+            raise ModelError(
+                f"train.shard: {type(model).__name__} computes {name} from other tensors of its checkpoint, which is only"
+                " supported for whole models. Set train.shard to false."
+            )
+        if name not in state and key in state:
+            return key
+        return name
+
+    return name_of
 
 
 def load_processor(
@@ -102,7 +172,9 @@ def load_processor(
     return processor
 
 
-def load_student(student: StudentConfig, checkpoint: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
+def load_student(
+    student: StudentConfig, checkpoint: str, dtype: torch.dtype = torch.float32, *, meta: bool = False
+) -> tuple[nn.Module, Any]:
     """Load model and processor of the recipe's student from ``checkpoint``, its SFT version or student.model."""
     remote = student.trust_remote_code
     revision = student.revision if checkpoint == student.model else None
@@ -112,6 +184,7 @@ def load_student(student: StudentConfig, checkpoint: str, dtype: torch.dtype = t
         revision=revision,
         attn_implementation=student.attn_implementation,
         trust_remote_code=remote,
+        meta=meta,
     )
     processor = load_processor(
         checkpoint,

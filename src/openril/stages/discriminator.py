@@ -6,7 +6,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from openril.discriminator.network import DiscriminatorModel, load_discriminator_processor
 from openril.errors import DataError
 from openril.recipe.checks import require
 from openril.recipe.loading import save_recipe
@@ -17,7 +16,7 @@ from openril.responses.cache import ResponseCache
 from openril.stages.questions import training_questions
 from openril.storage import write_json
 from openril.training.checkpoint import Checkpoints, Saver, read_progress, refuse_changed_recipe
-from openril.training.distributed import make_accelerator, master_dtype, shards
+from openril.training.distributed import make_accelerator, shards
 from openril.training.pretraining import DiscriminatorPretraining
 from openril.training.run_folder import RunFolder
 from openril.training.setup import (
@@ -25,7 +24,7 @@ from openril.training.setup import (
     fresh_discriminator,
     pretraining_settings,
     pretraining_settings_file,
-    wrap_discriminator,
+    saved_discriminator,
 )
 
 
@@ -62,11 +61,7 @@ def run_discriminator(recipe: Recipe, console: Console) -> Path:
     else:
         refuse_changed_recipe(latest, latest / "recipe.yaml", recipe, fix=f"remove {folder.path}")
         step = int(read_progress(latest)["step"])
-        network = DiscriminatorModel.from_checkpoint(
-            latest / "discriminator", recipe.student, dtype=master_dtype(recipe)
-        )
-        processor = load_discriminator_processor(latest / "discriminator", recipe.student)
-        discriminator = wrap_discriminator(recipe, accelerator, network, processor, optimizer)
+        discriminator = saved_discriminator(recipe, accelerator, latest / "discriminator", optimizer)
     saver = Saver(
         checkpoints,
         accelerator,

@@ -83,7 +83,7 @@ def compute_dtype(recipe: Recipe) -> torch.dtype | None:
     return torch.bfloat16 if recipe.train.precision == "bfloat16" else None
 
 
-def shards(recipe: Recipe, accelerator: Accelerator, warn: Callable[[str], None]) -> bool:
+def shards(recipe: Recipe, accelerator: Accelerator, warn: Callable[[str], None] = lambda message: None) -> bool:
     """Return whether the models are sharded over the processes; say so if train.shard is set and they cannot be.
 
     Raises:

@@ -39,7 +39,7 @@ from openril.training.discriminator_update import Discriminator
 from openril.training.distributed import compute_dtype, master_dtype, shards
 from openril.training.optimization import build_optimizer
 from openril.training.policy_update import PolicyUpdate
-from openril.training.sharding import in_float32, shard, whole
+from openril.training.sharding import fill, in_float32, shard, share_vision, whole
 
 _NEW_RUN = "set another run_dir for a new run"
 
@@ -106,7 +106,7 @@ class TrainingComponents:
         start = recipe.start_student
         resumed = self.resumed_from
         source = str(resumed / "student") if resumed is not None and not lora.enabled else start
-        model, processor = load_student(recipe.student, source, master_dtype(recipe))
+        model, processor = load_student(recipe.student, source, master_dtype(recipe), meta=self.sharded)
         if lora.enabled:
             torch.manual_seed(recipe.seed)  # the adapters' first values
             # Dropout would make pi_theta differ from pi_old, and from what the sampler draws from, by chance.
@@ -123,9 +123,10 @@ class TrainingComponents:
         store = feature_store(recipe)
         self.vision = VisionFeatures(base_model(model), store)
         policy = Policy(model, train.sampling.temperature, self.vision)
+        place(policy, model, recipe, accelerator, sharded=self.sharded)
         reference = None
         if train.beta and not lora.enabled:
-            reference_model, _ = load_student(recipe.student, start, master_dtype(recipe))
+            reference_model, _ = load_student(recipe.student, start, master_dtype(recipe), meta=self.sharded)
             reference_model.requires_grad_(False)
             if train.precision == "bfloat16":
                 round_products(reference_model, torch.bfloat16)
@@ -134,12 +135,9 @@ class TrainingComponents:
             else:
                 vision = VisionFeatures(reference_model, store, self.vision.keep)
             reference = Policy(reference_model, train.sampling.temperature, vision)
+            place(reference, reference_model, recipe, accelerator, sharded=self.sharded)
             if self.sharded:
-                shard(reference, reference.model, compute=compute_dtype(recipe))
-            reference.to(accelerator.device)
-        if self.sharded:
-            shard(policy, model, compute=compute_dtype(recipe))
-        policy.to(accelerator.device)
+                share_vision(base_model(model).model, base_model(reference_model).model)
         self.policy, self.optimizer = policy, build_optimizer(policy.parameters(), train.optimizer)
         if not self.sharded:
             self.policy, self.optimizer = accelerator.prepare(self.policy, self.optimizer)
@@ -189,13 +187,26 @@ class TrainingComponents:
         recipe = self.recipe
         folder = self.resumed_from / "discriminator" if self.resumed_from is not None else recipe.discriminator_path
         optimizer = recipe.discriminator.optimizer if recipe.discriminator.mode == "updated" else None
+        shared = base_model(self.accelerator.unwrap_model(self.policy).model).model if self.sharded else None
         if self.resumed_from is None and not recipe.discriminator.pretraining.enabled:
-            return fresh_discriminator(recipe, self.accelerator, optimizer, self.warn)
+            return fresh_discriminator(recipe, self.accelerator, optimizer, self.warn, shared)
         if self.resumed_from is None:
             check_pretrained(recipe)
-        network = DiscriminatorModel.from_checkpoint(folder, recipe.student, dtype=master_dtype(recipe))
-        processor = load_discriminator_processor(folder, recipe.student)
-        return wrap_discriminator(recipe, self.accelerator, network, processor, optimizer, self.warn)
+        return saved_discriminator(recipe, self.accelerator, folder, optimizer, self.warn, shared)
+
+
+def place(
+    root: nn.Module, transformer: Any, recipe: Recipe, accelerator: Accelerator, *, sharded: bool, head: Any = None
+) -> None:
+    """Put a model, whose trained parameters are chosen, on the device: whole, or sharded and then read from disk."""
+    if sharded:
+        shard(root, transformer, compute=compute_dtype(recipe), head=head)
+        base = base_model(transformer)
+        fill(root, base.pending, accelerator.device)
+        del base.pending
+        if recipe.train.precision == "bfloat16":  # what is whole is only known now
+            round_products(base, torch.bfloat16, lossless=True)
+    root.to(accelerator.device)
 
 
 def feature_store(recipe: Recipe) -> FeatureCache:
@@ -207,13 +218,34 @@ def fresh_discriminator(
     accelerator: Accelerator,
     optimizer: OptimizerConfig | None,
     warn: Callable[[str], None] = lambda message: None,
+    student: nn.Module | None = None,
 ) -> Discriminator:
-    """Return a discriminator with the weights of the SFT student, or of discriminator.init, and a new head."""
-    start = recipe.discriminator.init or recipe.start_student
-    network = DiscriminatorModel.from_student(start, recipe.student, seed=recipe.seed, dtype=master_dtype(recipe))
-    return wrap_discriminator(
-        recipe, accelerator, network, load_discriminator_processor(start, recipe.student), optimizer, warn
+    """Return a discriminator with the weights of the SFT student, or of discriminator.init, and a new head.
+
+    student: See ``wrap_discriminator``.
+    """
+    start, sharded = recipe.discriminator.init or recipe.start_student, shards(recipe, accelerator)
+    network = DiscriminatorModel.from_student(
+        start, recipe.student, seed=recipe.seed, dtype=master_dtype(recipe), meta=sharded
     )
+    processor = load_discriminator_processor(start, recipe.student)
+    return wrap_discriminator(recipe, accelerator, network, processor, optimizer, warn, student)
+
+
+def saved_discriminator(
+    recipe: Recipe,
+    accelerator: Accelerator,
+    folder: Path,
+    optimizer: OptimizerConfig | None,
+    warn: Callable[[str], None] = lambda message: None,
+    student: nn.Module | None = None,
+) -> Discriminator:
+    """Return the discriminator that a checkpoint or `ril discriminator` wrote. student: See ``wrap_discriminator``."""
+    network = DiscriminatorModel.from_checkpoint(
+        folder, recipe.student, dtype=master_dtype(recipe), meta=shards(recipe, accelerator)
+    )
+    processor = load_discriminator_processor(folder, recipe.student)
+    return wrap_discriminator(recipe, accelerator, network, processor, optimizer, warn, student)
 
 
 def wrap_discriminator(
@@ -223,8 +255,12 @@ def wrap_discriminator(
     processor: Any,
     optimizer: OptimizerConfig | None,
     warn: Callable[[str], None] = lambda message: None,
+    student: nn.Module | None = None,
 ) -> Discriminator:
-    """Freeze, place and wrap the network. Without an optimizer the discriminator is fixed."""
+    """Freeze, place and wrap the network. Without an optimizer the discriminator is fixed.
+
+    student: The model whose frozen vision side a sharded network uses too where it has an equal one.
+    """
     settings = recipe.discriminator
     if recipe.student.gradient_checkpointing and optimizer is not None:
         enable_checkpointing(network.backbone)
@@ -232,24 +268,24 @@ def wrap_discriminator(
     longest = recipe.data.max_prompt_length + 2 * settings.max_response_tokens + 1024
     encoder = make_encoder(recipe, processor, network.backbone, keep=0, max_prompt_length=longest)
     shared: dict[str, Any] = {"packed": recipe.train.packed, "store": feature_store(recipe), "warn": warn}
-    sharded = shards(recipe, accelerator, lambda message: None)
+    sharded = shards(recipe, accelerator)
 
-    def place() -> None:
+    def finish() -> None:
         if recipe.train.precision == "bfloat16":
             round_products(network.backbone, torch.bfloat16, lossless=optimizer is not None)
-        if sharded:
-            shard(network, network.backbone, compute=compute_dtype(recipe), head=network.head)
-        network.to(accelerator.device)
+        place(network, network.backbone, recipe, accelerator, sharded=sharded, head=network.head)
+        if student is not None:
+            share_vision(student, network.backbone)
 
     if optimizer is None:
         network.requires_grad_(False)
-        place()
+        finish()
         return Discriminator(network, encoder, accelerator, settings, optimizer=None, **shared)
     groups = {g for g in settings.freeze if g != "lm_head"}
     if settings.inputs != "image":
         groups |= {"vision_tower", "projector"}  # it never runs, so there is nothing to train
     freeze(network, groups)
-    place()
+    finish()
     wrapped, built = network, build_optimizer(network.parameters(), optimizer)
     if not sharded:
         wrapped, built = accelerator.prepare(wrapped, built)

@@ -14,12 +14,14 @@ from contextlib import contextmanager
 from typing import Any, TypeGuard
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from openril.models.adapters import base_model
 from openril.models.freezing import module_group
+from openril.models.loading import PendingWeights
 
 
 def shard(root: nn.Module, transformer: nn.Module, *, compute: torch.dtype | None = None, head: Any = None) -> None:
@@ -167,6 +169,55 @@ def full_tensors(module: nn.Module, keep: bool = True, part: str = "") -> Iterat
         if times[id(value)] > 1:
             tied[id(value)] = found
         yield name, found
+
+
+def rows(parameter: DTensor) -> range:
+    """Return the rows of a sharded parameter that this process holds: equal parts, of which the last are smaller or empty."""
+    size = -(-parameter.shape[0] // parameter.device_mesh.size())
+    first = min(parameter.shape[0], size * parameter.device_mesh.get_local_rank())
+    return range(first, first + parameter.to_local().shape[0])
+
+
+def fill(root: nn.Module, pending: PendingWeights, device: torch.device) -> None:
+    """Read the weights that are still on the meta device from the checkpoint, of sharded ones only this process's rows."""
+    inside = set(root.modules())
+    for path in pending.files:
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 (it is no dictionary)
+                places = [(m, leaf) for m, leaf in pending.places.get(key, []) if m in inside]
+                if not places:
+                    continue
+                module, leaf = places[0]
+                tensor: Any = module._parameters.get(leaf)
+                if tensor is None:
+                    module._buffers[leaf] = file.get_tensor(key).to(device)
+                    continue
+                if not tensor.is_meta:
+                    continue
+                held = rows(tensor) if isinstance(tensor, DTensor) else None
+                stored = file.get_slice(key)
+                value = stored[held.start : held.stop] if held is not None else stored[...]
+                value = value.to(device, tensor.dtype, copy=True)  # the file may be memory that is mapped
+                if held is not None:
+                    mesh, like = tensor.device_mesh, {"shape": tensor.shape, "stride": tensor.stride()}
+                    value = DTensor.from_local(value, mesh, tensor.placements, run_check=False, **like)
+                made = nn.Parameter(value, requires_grad=tensor.requires_grad)
+                for module, leaf in places:
+                    module._parameters[leaf] = made
+    empty = [name for name, p in root.named_parameters() if p.is_meta]
+    assert not empty, f"no file holds {empty[:3]}"
+
+
+def share_vision(source: Any, target: Any) -> None:
+    """Let a transformers model use another's frozen vision parameters where it has equal ones, so that one copy is held."""
+    frozen = frozen_vision(source)
+    kept = {name: p for name, p in source.named_parameters() if p in frozen}
+    for name, p in list(target.named_parameters()):
+        other = kept.get(name)
+        if other is None or p.requires_grad or p.dtype != other.dtype or not torch.equal(p, other):
+            continue
+        path, _, leaf = name.rpartition(".")
+        target.get_submodule(path)._parameters[leaf] = other
 
 
 def shard_like(value: Tensor, parameter: Tensor) -> Tensor:
