@@ -5,6 +5,7 @@ usage: sharded.py FOLDER CASE=CHECKPOINT ...
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,15 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 import openril.training.setup
+from openril.errors import DataError
 from openril.models.freezing import module_group
 from openril.models.packing import GroupTokens, pack
+from openril.records import Group
 from openril.storage import write_json
 from openril.training.distributed import leave_process_group, release_memory
 from openril.training.loop import RILTrainer, permutation
 from openril.training.sharding import decoder_layers, frozen_vision, full_tensors
-from support.loop import make_trainer, tiny_recipe
+from support.loop import SubstringRewards, make_trainer, tiny_recipe
 
 # In float32 Adam turns rounding noise into steps.
 openril.training.setup.master_dtype = lambda recipe: (  # type: ignore[assignment]
@@ -49,9 +52,19 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "bradley_terry": {"discriminator__loss": "bradley_terry"},
     "bfloat16": {"train__precision": "bfloat16", "student__freeze": ["vision_tower"]},
+    "failing": {},
 }
 WITH_DDP = ("mixed", "all", "lora", "bradley_terry")
 """Cases that also run with whole models on every process."""
+
+
+class FailingRewards(SubstringRewards):
+    """The last process raises in the first step, and the others do not know of it."""
+
+    def score(self, groups: Sequence[Group]) -> dict[str, float]:
+        if int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+            raise DataError("questions.jsonl:7: no such image")
+        return super().score(groups)
 
 
 def trainer_of(folder: Path, checkpoint: Path, case: str, shard: bool, **overrides: Any) -> RILTrainer:
@@ -64,7 +77,8 @@ def trainer_of(folder: Path, checkpoint: Path, case: str, shard: bool, **overrid
         **CASES[case],
         **overrides,
     }
-    trainer = make_trainer(tiny_recipe(folder, checkpoint, **settings), folder.parent / "data", count=12)
+    rewards = FailingRewards() if case == "failing" else None
+    trainer = make_trainer(tiny_recipe(folder, checkpoint, **settings), folder.parent / "data", rewards, count=12)
     # The first batch gives one rank nothing but text and the other nothing but images; the second mixes them.
     text = [q for q in trainer.questions if not q.images]
     images = [q for q in trainer.questions if q.images]

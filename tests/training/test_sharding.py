@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from openril.recipe.loading import save_recipe
+from openril.recipe.schema import Recipe
 from openril.storage import read_jsonl
+from support.tiny import tiny_questions, write_questions
 
 SCRIPT = Path(__file__).with_name("sharded.py")
 CASES = ["mixed", "all", "paper", "replay", "lora", "tied", "clipped", "bradley_terry", "bfloat16"]
@@ -21,14 +27,29 @@ CASES = ["mixed", "all", "paper", "replay", "lora", "tied", "clipped", "bradley_
 NOISE = "discriminator.head.bias"
 
 
-def launch(processes: int, *arguments: Any, timeout: int = 300) -> subprocess.CompletedProcess[str]:
+def begin(processes: int, *arguments: Any) -> subprocess.Popen[str]:
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    return subprocess.run(
-        [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=timeout
-    )
+    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*command, *map(str, arguments)], env=environment, start_new_session=True, **streams)
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def launch(processes: int, *arguments: Any, timeout: int = 300) -> tuple[int, str]:
+    """Return exit status and standard error of a command under torchrun. It must end within the time limit."""
+    process = begin(processes, *arguments)
+    try:
+        _, errors = process.communicate(timeout=timeout)
+    finally:
+        end(process)
+    return process.returncode, errors
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +74,8 @@ def runs(tiny_qwen: Path, tiny_internvl: Path, tied: Path, tmp_path_factory: pyt
     checkpoints = {"mixed": tiny_internvl, "tied": tied}
     for processes in (1, 2):
         cases = [f"{c}={checkpoints.get(c, tiny_qwen)}" for c in CASES if processes > 1 or c != "bfloat16"]
-        done = launch(processes, SCRIPT, folder / str(processes), *cases)
-        assert done.returncode == 0, done.stderr[-4000:]
+        status, errors = launch(processes, SCRIPT, folder / str(processes), *cases)
+        assert status == 0, errors[-4000:]
     return folder
 
 
@@ -118,3 +139,51 @@ def test_bfloat16_gathers_layers_in_16_bits_packs_and_keeps_the_score_head_whole
     assert seen["packing"] == ["on for images", "on for images", "on for text"]
     end = load_file(runs / "2" / "bfloat16-True" / "final.safetensors")
     assert {v.dtype for v in end.values()} == {torch.float32}
+
+
+def test_a_process_that_fails_ends_the_others_with_its_message(tiny_qwen: Path, tmp_path: Path):
+    status, errors = launch(2, SCRIPT, tmp_path, f"failing={tiny_qwen}", timeout=200)
+    assert status != 0
+    assert "questions.jsonl:7: no such image" in errors
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_sharded_sft_killed_and_continued_equals_one_process(lora: bool, tiny_qwen: Path, tmp_path: Path):
+    data = write_questions(tmp_path / "questions.jsonl", tiny_questions(tmp_path, 12))
+    command = "-m", "openril.cli", "sft"
+    folders = {}
+    for processes in (1, 2):
+        recipe = Recipe.model_validate(
+            {
+                "run_dir": str(tmp_path / str(processes)),
+                "data": {"train": [str(data)]},
+                "student": {"model": str(tiny_qwen), "dtype": "float32", "lora": {"enabled": lora}},
+                "train": {"precision": "float32", "shard": True},
+                "sft": {"batch_size": 4, "micro_batch_size": 2, "save_every": 2, "epochs": 2},
+            }
+        )
+        save_recipe(recipe, tmp_path / f"{processes}.yaml")
+        folders[processes] = recipe.sft_student_path.parent
+    status, errors = launch(1, *command, tmp_path / "1.yaml")
+    assert status == 0, errors[-4000:]
+    first = begin(2, *command, tmp_path / "2.yaml")
+    try:
+        until = time.monotonic() + 200
+        while not (folders[2] / "checkpoints/checkpoint-2/whole").exists():
+            assert first.poll() is None and time.monotonic() < until
+            time.sleep(0.05)
+    finally:
+        end(first)
+    status, errors = launch(2, *command, tmp_path / "2.yaml")
+    assert status == 0, errors[-4000:]
+    one, two = (load_file(folders[n] / "student/model.safetensors") for n in (1, 2))
+    start = load_file(tiny_qwen / "model.safetensors")
+    assert one.keys() == two.keys()
+    assert max(float((one[k] - start[k]).abs().max()) for k in one if k in start) > 1e-6
+    for key, value in one.items():
+        assert torch.allclose(value, two[key], rtol=0, atol=1e-6), key
+    rows = [read_jsonl(folders[n] / "metrics.jsonl") for n in (1, 2)]
+    assert [r["step"] for r in rows[1]] == [1, 2, 3, 4, 5, 6]
+    for a, b in zip(*rows, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], abs=1e-6)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], abs=1e-5)

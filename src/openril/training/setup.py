@@ -123,7 +123,7 @@ class TrainingComponents:
         store = feature_store(recipe)
         self.vision = VisionFeatures(base_model(model), store)
         policy = Policy(model, train.sampling.temperature, self.vision)
-        place(policy, model, recipe, accelerator, sharded=self.sharded)
+        place(policy, model, recipe, accelerator.device, sharded=self.sharded)
         reference = None
         if train.beta and not lora.enabled:
             reference_model, _ = load_student(recipe.student, start, master_dtype(recipe), meta=self.sharded)
@@ -135,7 +135,7 @@ class TrainingComponents:
             else:
                 vision = VisionFeatures(reference_model, store, self.vision.keep)
             reference = Policy(reference_model, train.sampling.temperature, vision)
-            place(reference, reference_model, recipe, accelerator, sharded=self.sharded)
+            place(reference, reference_model, recipe, accelerator.device, sharded=self.sharded)
             if self.sharded:
                 share_vision(base_model(model).model, base_model(reference_model).model)
         self.policy, self.optimizer = policy, build_optimizer(policy.parameters(), train.optimizer)
@@ -196,17 +196,17 @@ class TrainingComponents:
 
 
 def place(
-    root: nn.Module, transformer: Any, recipe: Recipe, accelerator: Accelerator, *, sharded: bool, head: Any = None
+    root: nn.Module, transformer: Any, recipe: Recipe, device: torch.device, *, sharded: bool, head: Any = None
 ) -> None:
     """Put a model, whose trained parameters are chosen, on the device: whole, or sharded and then read from disk."""
     if sharded:
         shard(root, transformer, compute=compute_dtype(recipe), head=head)
         base = base_model(transformer)
-        fill(root, base.pending, accelerator.device)
+        fill(root, base.pending, device)
         del base.pending
         if recipe.train.precision == "bfloat16":  # what is whole is only known now
             round_products(base, torch.bfloat16, lossless=True)
-    root.to(accelerator.device)
+    root.to(device)
 
 
 def feature_store(recipe: Recipe) -> FeatureCache:
@@ -273,7 +273,7 @@ def wrap_discriminator(
     def finish() -> None:
         if recipe.train.precision == "bfloat16":
             round_products(network.backbone, torch.bfloat16, lossless=optimizer is not None)
-        place(network, network.backbone, recipe, accelerator, sharded=sharded, head=network.head)
+        place(network, network.backbone, recipe, accelerator.device, sharded=sharded, head=network.head)
         if student is not None:
             share_vision(student, network.backbone)
 

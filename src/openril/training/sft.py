@@ -36,8 +36,10 @@ from openril.training.distributed import master_dtype, sharded_by_launcher
 from openril.training.interrupts import Interrupted, stop_requests
 from openril.training.optimization import build_optimizer, learning_rate
 from openril.training.run_folder import RunFolder
-from openril.training.setup import enable_checkpointing, make_encoder
+from openril.training.setup import enable_checkpointing, make_encoder, place
 from openril.training.sft_examples import Example, SFTCollator, fingerprint
+from openril.training.sharded_sft import ShardedTraining
+from openril.training.sharding import full_tensors, is_sharded
 
 KEEP_CHECKPOINTS = 2
 _WHOLE = "whole"
@@ -134,14 +136,14 @@ def train_sft(
             warn(
                 f"{left_out} of {len(examples)} examples were too long and left out; {folder.left_out.path} lists them"
             )
-        state = unrounded(accelerator.get_state_dict(trainer.model_wrapped), recipe)
+        trained = accelerator.unwrap_model(trainer.model_wrapped)
+        state = unrounded(dict(full_tensors(trained, accelerator.is_main_process)), recipe)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            model = accelerator.unwrap_model(trainer.model_wrapped)
-            base = base_model(model)
+            base = base_model(trained)
             base.config, base.generation_config = trainer.configs
             dtype = torch_dtype(recipe.student.dtype)
-            write_checkpoint(model, state, trainer.processing_class, folder.student_path, dtype)
+            write_checkpoint(trained, state, trainer.processing_class, folder.student_path, dtype)
             remove(folder.checkpoints_path)
         accelerator.wait_for_everyone()
     return folder.student_path
@@ -229,7 +231,8 @@ def _build_trainer(
         args = SFTConfig(**settings)
     args._n_gpu = min(1, args.n_gpu)  # one process drives one device, as in every other stage
     model: Any
-    model, processor = load_student(recipe.student, recipe.student.model, master_dtype(recipe))
+    sharded = recipe.train.shard and processes > 1
+    model, processor = load_student(recipe.student, recipe.student.model, master_dtype(recipe), meta=sharded)
     configs = copy.deepcopy((model.config, model.generation_config))
     if recipe.student.lora.enabled:
         torch.manual_seed(stable_hash(recipe.seed, "adapters"))
@@ -249,7 +252,9 @@ def _build_trainer(
         left_out=folder.left_out,
         dummy=dummy_image_prompt(encoder, model, processes),
     )
-    trainer = _Trainer(
+    if sharded:
+        place(model, model, recipe, args.device, sharded=True)
+    trainer = (_ShardedTrainer if sharded else _Trainer)(
         model=model,
         args=args,
         data_collator=collator,
@@ -321,6 +326,10 @@ class _Trainer(SFTTrainer):
         """Write none, because these checkpoints are temporary."""
 
 
+class _ShardedTrainer(ShardedTraining, _Trainer):
+    """The same for a sharded model."""
+
+
 @dataclass(eq=False, repr=False)
 class _Steps(TrainerCallback):
     """Writes metrics, handles requests to stop, and marks complete checkpoints."""
@@ -337,7 +346,7 @@ class _Steps(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # A part that no example of the batch used (the projector, in a batch of text) has no gradient, but with several
         # processes it has zeros. The optimizer must do the same in both cases.
-        if self.trainer.accelerator.num_processes == 1:
+        if self.trainer.accelerator.num_processes == 1 or is_sharded(self.trainer.model):
             model: Any = self.trainer.model
             for parameter in model.parameters():
                 if parameter.requires_grad and parameter.grad is None:
