@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from openril.data.columns import Columns, is_list, kind, literal, plain_text
+from openril.data.columns import Columns, is_list, is_mapping, kind, literal, plain_text
 from openril.data.question_text import choice_letter
 from openril.errors import DataError
 from openril.records import IMAGE_MARKER
@@ -49,7 +49,8 @@ def read_choices(columns: Columns) -> tuple[Choices, bool]:
 
 def _by_column(columns: Columns) -> Choices | None:
     """Take columns A, B, C, ..., option_a, choice_1 and the like. They must begin at A, 0 or 1."""
-    names = {m[1]: n for n in columns.left if (m := _COLUMN.fullmatch(n))}
+    short = [n for n in columns.left if len(n) < 10 and (len(n) == 1 or n[:6].lower() in ("option", "choice"))]
+    names = {m[1]: n for n in short if (m := _COLUMN.fullmatch(n))}
     first = min(names, default="")
     labels = [label for label in sorted(names) if ord(label) - ord(first) < 10]
     if len(labels) < 2 or first not in ("A", "a", "0", "1"):
@@ -67,11 +68,11 @@ def _read(value: Any, name: str) -> Choices:
     if value is None or value == "":
         return Choices()
     labels: list[str] = []
-    if isinstance(value, Mapping) and is_list(value.get("text")) and is_list(value.get("label")):
+    if is_mapping(value) and is_list(value.get("text")) and is_list(value.get("label")):
         if len(value["text"]) != len(value["label"]):
             raise DataError(f"{name}: expected one label per text, got {len(value['label'])} for {len(value['text'])}")
         labels, value = list(map(str, value["label"])), value["text"]
-    elif isinstance(value, Mapping):
+    elif is_mapping(value):
         present = {str(k): v for k, v in value.items() if v is not None}
         labels = list(present)
         if not _in_order(labels):
@@ -85,10 +86,10 @@ def _read(value: Any, name: str) -> Choices:
         raise DataError(f"{name}: expected a list, got {kind(value)}")
     read = Choices()
     for i, item in enumerate(value, start=1):
-        if isinstance(item, Mapping) and set(item) <= {*_TEXT_KEYS, *_LABEL_KEYS}:
+        if is_mapping(item) and set(item) <= {*_TEXT_KEYS, *_LABEL_KEYS}:
             labels += [str(item[key]) for key in _LABEL_KEYS if item.get(key) is not None]
             item = next((item[key] for key in _TEXT_KEYS if item.get(key) is not None), None)
-        if isinstance(item, Mapping) and not {"bytes", "path", "url"} & set(item):
+        if is_mapping(item) and not {"bytes", "path", "url"} & set(item):
             raise DataError(f"choice {i}: expected text or an image, got a mapping with {', '.join(map(str, item))}")
         if isinstance(item, Mapping | bytes):
             read.images.append(item)

@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeGuard
 
 from openril.errors import DataError
 
@@ -24,6 +24,7 @@ class Columns:
     def __init__(self, row: Mapping[Any, Any], mapping: Mapping[str, str]) -> None:
         self.left = {str(k): v for k, v in row.items() if not is_missing(v)}
         self.mapping = mapping
+        self._mapped = set(mapping.values())
         self.read: list[str] = []
         """What was taken, as "question" or "query as question"."""
 
@@ -33,10 +34,11 @@ class Columns:
 
         Without such a column the value is None. Columns inside another one stay in the metadata.
         """
-        free = (name for name in names if name not in self.mapping.values())
-        for name in (self.mapping[field],) if field in self.mapping else free:
-            value = look_up(self.left, name)
-            if value is not None:
+        if field in self.mapping:
+            names = (self.mapping[field],)
+        for name in names:
+            value = self.left.get(name) if name in self.left or "." not in name else look_up(self.left, name)
+            if value is not None and (field in self.mapping or name not in self._mapped):
                 self.left.pop(name, None)
                 self.read.append(name if name == field else f"{name} as {field}")
                 return name, value
@@ -44,7 +46,7 @@ class Columns:
 
     def is_mapped(self, field: str) -> bool:
         """Return whether the recipe maps the field to a column that this row has."""
-        return look_up(self.left, self.mapping.get(field, "")) is not None
+        return field in self.mapping and look_up(self.left, self.mapping[field]) is not None
 
 
 def look_up(row: Mapping[str, Any], name: str) -> Any:
@@ -53,19 +55,21 @@ def look_up(row: Mapping[str, Any], name: str) -> Any:
         return row.get(name) if name else None
     value: Any = row
     for part in name.split("."):
-        if not isinstance(value, Mapping):
+        if not is_mapping(value):
             return None
         value = value.get(part)
     return None if is_missing(value) else value
 
 
 def is_missing(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value))
+    return value is None or (type(value) is float and math.isnan(value))
 
 
 def literal(value: Any) -> Any:
     """Return the list or mapping that a text spells in JSON or Python, as files without nested columns hold it."""
-    text = value.strip() if isinstance(value, str) else ""
+    if not isinstance(value, str):
+        return value
+    text = value.strip()
     if text[:1] not in ("[", "{") or not text:
         return value
     with suppress(ValueError, RecursionError):
@@ -101,5 +105,9 @@ def kind(value: Any) -> str:
     return f"{type(value).__name__} {str(value)[:40]}"
 
 
+def is_mapping(value: Any) -> TypeGuard[Mapping[Any, Any]]:
+    return type(value) is dict or isinstance(value, Mapping)  # the first is much faster
+
+
 def is_list(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+    return type(value) is list or (isinstance(value, Sequence) and not isinstance(value, str | bytes))

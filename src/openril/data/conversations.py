@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from openril.data.columns import is_list, kind, literal
+from openril.data.columns import is_list, is_mapping, kind, literal
 from openril.errors import DataError
 from openril.records import IMAGE_MARKER
 
@@ -70,7 +70,7 @@ def read_conversation(value: Any, form: str) -> Conversation:
 
 def _pairs(turn: Any, where: str) -> list[tuple[str, Any]]:
     """Return the roles and contents of an entry: one turn, or a question with its answer (``_PAIRS``)."""
-    if not isinstance(turn, Mapping):
+    if not is_mapping(turn):
         raise DataError(f"{where}: expected role and content (or from and value), got {kind(turn)}")
     pair = next((p for p in _PAIRS if turn.get(p[0]) is not None), None)
     if "role" not in turn and "from" not in turn and pair is not None:
@@ -95,7 +95,7 @@ def _content(content: Any, form: str) -> tuple[str, list[Any]]:
         if isinstance(part, str):
             text += part
             continue
-        if not isinstance(part, Mapping):
+        if not is_mapping(part):
             raise DataError(f"{form}: expected a part {{type: text, ...}} or {{type: image}}, got {kind(part)}")
         which = part.get("type") or next((k for k in ("text", "image", "image_url", *_MEDIA) if part.get(k)), None)
         if which in ("text", "input_text"):
@@ -122,6 +122,6 @@ NO_MEDIA = "Only images are read: leave the row out, or give frames as images"
 def _carried(part: Mapping[str, Any]) -> Any:
     names = ("image", "image_url", "url", "path", "bytes", "base64", "source")
     carried = next((part[k] for k in names if part.get(k) is not None), None)
-    if isinstance(carried, Mapping):  # {url: ...} of OpenAI, {type: base64, media_type, data} of Anthropic
+    if is_mapping(carried):  # {url: ...} of OpenAI, {type: base64, media_type, data} of Anthropic
         carried = next((carried[k] for k in ("url", "data") if isinstance(carried.get(k), str)), carried)
     return carried

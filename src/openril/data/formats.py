@@ -25,11 +25,11 @@ from pathlib import Path
 from typing import Any
 
 from openril.data.choices import Choices, index_of, letter_of, read_choices, resolve
-from openril.data.columns import Columns, is_list, kind, literal, plain_text
+from openril.data.columns import Columns, is_list, is_mapping, kind, literal, plain_text
 from openril.data.conversations import NO_MEDIA, Conversation, read_conversation
 from openril.data.embedded_images import keep_bytes
 from openril.data.markers import find_places
-from openril.data.sanitize import has_special, strip_special
+from openril.data.sanitize import strip_special
 from openril.errors import DataError
 from openril.records import IMAGE_MARKER, ImageSource, Question
 from openril.storage import stable_hash
@@ -37,6 +37,7 @@ from openril.storage import stable_hash
 ANSWER_COLUMNS = ("answer", "solution", "ground_truth", "completion", "reward_model.ground_truth")
 COMPUTED = ("dropped_turns", "dropped_images", "special_tokens_removed", "system_turns")
 """Names of metadata that reading adds."""
+_NUMBERED = re.compile(r"(?:image|img)_(\d{1,2})")
 _FORMATS = ("question", "prompt", "conversations", "messages")
 
 
@@ -54,7 +55,7 @@ def to_question(
     Raises:
         DataError: With the cause. The caller adds the origin.
     """
-    if not isinstance(row, Mapping):
+    if not is_mapping(row):
         raise DataError(f"expected a row with named columns, got {kind(row)}")
     row = Columns(row, columns)
     _refuse_unusable(row)
@@ -67,9 +68,12 @@ def to_question(
         talk.question = f"{plain_text(context, 'context')}\n{talk.question}"
 
     (text, *options), images = _places(row, talk, choices, folder)
-    stripped = has_special(text, keep_markers=True) or any(map(has_special, answers))
-    stripped = stripped or any(has_special(o, keep_markers=True) for o in options)
-    text = strip_special(text, keep_markers=True).strip()
+    given = (text, options, answers)
+    text = strip_special(text, keep_markers=True)
+    options = [strip_special(option, keep_markers=True) for option in options]
+    answers = [strip_special(answer) for answer in answers]
+    stripped = given != (text, options, answers)
+    text = text.strip()
     if not text.replace(IMAGE_MARKER, "").strip():
         raise DataError("question: expected text, got nothing")
     markers = sum(piece.count(IMAGE_MARKER) for piece in (text, *options))
@@ -91,13 +95,13 @@ def to_question(
         row.left["special_tokens_removed"] = True
     if used is not None:
         used.update(row.read)
-    truths = list(dict.fromkeys(strip_special(answer).strip() for answer in answers))
+    truths = list(dict.fromkeys(answer.strip() for answer in answers))
     question = Question(
         id=identity or "",
         question=text,
         answer=truths[0] if truths else "",
         images=images,
-        choices=tuple(strip_special(option, keep_markers=True).strip() for option in options),
+        choices=tuple(option.strip() for option in options),
         rule=rule or None,
         metadata=row.left,
         origin=origin,
@@ -189,16 +193,16 @@ def _answers(row: Columns, talk: Conversation, form: str) -> tuple[list[str], st
 
 def _listed(value: Any, name: str) -> list[str]:
     """Return the texts of one answer or of several: scalars, ``{answer: ...}``, ``{text: [...]}``, or a message."""
-    if isinstance(value, Mapping) and is_list(value.get("text")):  # SQuAD
+    if is_mapping(value) and is_list(value.get("text")):  # SQuAD
         value = value["text"]
     if not is_list(value):
         return [plain_text(value, name)]
     found = []
     for item in value:
-        if isinstance(item, Mapping) and "content" in item and len(value) == 1:
+        if is_mapping(item) and "content" in item and len(value) == 1:
             found.append(read_conversation([{**item, "role": "user"}], name).question)
             continue
-        if isinstance(item, Mapping):
+        if is_mapping(item):
             item = next((item[key] for key in ("answer", "text") if isinstance(item.get(key), str)), item)
         found.append(plain_text(item, name))
     return found
@@ -280,7 +284,7 @@ def _image_columns(row: Columns) -> dict[str, list[Any]]:
             continue
         found[column] = list(value) if is_list(value) else [value]
     if not found and "images" not in row.mapping:
-        numbered = {int(m[1]): n for n in row.left if (m := re.fullmatch(r"(?:image|img)_(\d{1,2})", n))}
+        numbered = {int(m[1]): n for n in row.left if n[:2] == "im" and (m := _NUMBERED.fullmatch(n))}
         if numbered and sorted(numbered) != list(range(min(numbered), min(numbered) + len(numbered))):
             raise DataError(f"images: expected numbered columns without gaps, got {', '.join(numbered.values())}")
         if min(numbered, default=2) < 2:
@@ -302,7 +306,7 @@ _BASE64 = re.compile(r"(?:/9j/|iVBORw0KGgo|R0lGOD|UklGR)[A-Za-z0-9+/\s]{40,}={0,
 
 def to_image(value: Any, folder: Path, number: int = 1) -> ImageSource:
     """Return the source of an image: a path, URL, bytes, base64, {"bytes", "path"} or PIL image. Nothing is opened here."""
-    if isinstance(value, Mapping):
+    if is_mapping(value):
         if value.get("bytes") is not None:
             value = value["bytes"]
             if isinstance(value, str):
