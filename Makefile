@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+BENCHMARKS := .venv-benchmarks
 # The models here are small. One thread per process is faster than several threads that wait for each other.
 export OMP_NUM_THREADS ?= 1
 WORKERS ?= 2
 
-.PHONY: help demo playground study gpu test test-vllm test-versions check docs format clean
+.PHONY: help demo playground study gpu test test-vllm test-benchmarks test-versions check docs format clean
 
 help:
 	@echo "make demo          compare RIL with Dr.GRPO on fourteen small skills, with ready-made models (runs/demo)"
@@ -16,6 +17,7 @@ help:
 	@echo "make gpu           show on one GPU, in under ten minutes, what only a GPU can show (runs/gpu)"
 	@echo "make test          run the tests"
 	@echo "make test-vllm     run the tests against a real vLLM server (builds .venv-vllm first)"
+	@echo "make test-benchmarks run the tests of ril eval --suite with lmms-eval (builds .venv-benchmarks first)"
 	@echo "make test-versions run the core tests with the lowest declared versions (ARGS=--newest: the newest ones)"
 	@echo "make check         run the linter and the type checker, and build the documentation"
 	@echo "make docs          build the documentation into site/"
@@ -49,11 +51,25 @@ gpu: $(INSTALLED)
 
 test: $(INSTALLED)
 	@echo "==> running the tests on $(WORKERS) workers"
-	$(BIN)/python -m pytest -m "not vllm and not gpu" -n $(WORKERS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -m "not vllm and not gpu and not benchmarks" -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-vllm: $(INSTALLED)
 	@echo "==> running the tests against a real vLLM server on the CPU; the first run builds .venv-vllm"
 	$(BIN)/python -m pytest tests/vllm_server -m vllm -s $(ARGS)
+
+# lmms-eval brings some fifty packages that nothing else needs, so they go into an environment on top of the usual one.
+$(BENCHMARKS)/.installed: $(INSTALLED)
+	@echo "==> installing lmms-eval into $(BENCHMARKS)"
+	@$(PYTHON) -m venv $(BENCHMARKS)
+	@$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > \
+		"$$($(BENCHMARKS)/bin/python -c 'import site; print(site.getsitepackages()[0])')/base.pth"
+	@echo "$(CURDIR)/src" >> "$$($(BENCHMARKS)/bin/python -c 'import site; print(site.getsitepackages()[0])')/base.pth"
+	@$(BENCHMARKS)/bin/python -m pip install --quiet --constraint constraints.txt lmms-eval==0.7.3 Levenshtein
+	@touch $@
+
+test-benchmarks: $(BENCHMARKS)/.installed
+	@echo "==> running the tests of ril eval --suite with lmms-eval"
+	$(BENCHMARKS)/bin/python -m pytest tests/benchmarks -m benchmarks $(ARGS)
 
 test-versions:
 	@echo "==> running the core tests in a separate environment"
@@ -72,4 +88,4 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .venv-vllm .pytest_cache .mypy_cache .ruff_cache site
+	rm -rf $(VENV) .venv-vllm $(BENCHMARKS) .pytest_cache .mypy_cache .ruff_cache site

@@ -78,7 +78,7 @@ def main() -> None:
     run(f"2/3 installing the {which} versions (several minutes)", [*install, *shlex.split(flags.pip)])
     run(
         f"3/3 running the tests with the {which} versions",
-        [python, "-m", "pytest", "-q", "-m", "not vllm and not gpu and not slow", *flags.tests],
+        [python, "-m", "pytest", "-q", "-m", "not vllm and not gpu and not benchmarks and not slow", *flags.tests],
         OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1"),
     )
     print(f"==> the tests pass with the {which} versions")

@@ -59,7 +59,19 @@ COMMANDS: dict[str, Command] = {
         "score the student's checkpoints on held-out questions",
         "eval",
         "run_eval",
-        (("checkpoints", "NAME ...", "score only these checkpoint folders or hub names"),),
+        (
+            ("checkpoints", "NAME ...", "score only these checkpoint folders or hub names"),
+            ("suite", "NAME", "run the paper's fourteen benchmarks (paper), or those that need no judge (offline)"),
+            ("tasks", "NAME ...", "run these tasks of lmms-eval"),
+            (
+                "check",
+                "",
+                "with --suite: only say which data are here, whether the judge answers, and how long it takes",
+            ),
+            ("download", "", "with --suite: allow the download of data sets"),
+            ("beside", "paper", "with --suite: show the paper's rows in the table"),
+            ("import_", "vlmevalkit FOLDER", "with --suite: show VLMEvalKit's scores in the table"),
+        ),
     ),
     "run": Command("run all stages that are not done yet, in order", "run", "run_all"),
     "bench": Command(
@@ -123,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _options(command: Command, rest: list[str]) -> tuple[list[str], dict[str, Any]]:
     """Separate the command's own flags from the other arguments. A flag with values takes all up to the next flag."""
-    known = {f"--{name.replace('_', '-')}": (name, takes) for name, takes, _ in command.options}
+    known = {f"--{name.rstrip('_').replace('_', '-')}": (name, takes) for name, takes, _ in command.options}
     left: list[str] = []
     options: dict[str, Any] = {}
     i = 0
@@ -153,7 +165,7 @@ def _recipe(name: str, rest: list[str]) -> Recipe:
     if rest and rest[0] in ("-h", "--help"):
         print(f"ril {name}: {COMMANDS[name].help}\n")
         for flag, takes, text in COMMANDS[name].options:
-            print(f"  --{flag.replace('_', '-') + ' ' + takes:<24}{text}")
+            print(f"  --{flag.rstrip('_').replace('_', '-') + ' ' + takes:<24}{text}")
         override(Recipe(), ["--help"], f"ril {name} RECIPE")
         raise SystemExit(OK)
     if not rest or rest[0].startswith("-"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -95,7 +95,7 @@ def evaluate(
             "seed": 0,
             "source": name,
         }
-        with closing(_answers(make_sampler(), todo, size, too_long, options)) as answers:
+        with closing(stream_answers(make_sampler(), todo, size, too_long, options)) as answers:
             for batch, drawn in answers:
                 run.leave_out([q for q, responses in zip(batch, drawn, strict=True) if not responses])
                 answered = [(q, responses[0]) for q, responses in zip(batch, drawn, strict=True) if responses]
@@ -106,7 +106,7 @@ def evaluate(
     return build_evaluation(name, checkpoint, rows)
 
 
-def _answers(
+def stream_answers(
     sampler: Sampler,
     questions: Sequence[Question],
     size: int,
@@ -215,5 +215,5 @@ def _response(row: Row) -> Response:
     return Response(row.question_id, "", 0, row.text, row.finish_reason, ids)
 
 
-def _batches(questions: Sequence[Question], size: int) -> list[Sequence[Question]]:
-    return [questions[i : i + size] for i in range(0, len(questions), size)]
+def _batches(questions: Sequence[Question], size: int) -> Iterator[Sequence[Question]]:
+    return (questions[i : i + size] for i in range(0, len(questions), size))

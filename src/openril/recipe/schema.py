@@ -494,6 +494,10 @@ class EvaluationConfig(Section):
     """Number of questions answered at a time."""
     limit: NonNegativeInt = 0
     """Use only the first questions, at most this many; 0 uses all."""
+    suite_data: str = ""
+    """Folder with a copy of the benchmarks' data sets, one folder each; "" uses the hub's cache."""
+    suite_max_tokens: NonNegativeInt = 0
+    """Maximum length of a benchmark's answer in tokens; 0 keeps the limit of each lmms-eval task."""
 
 
 class Recipe(Section):

@@ -41,6 +41,12 @@ def run_eval(
     console: Console,
     checkpoints: list[str] | None = None,
     *,
+    suite: list[str] | None = None,
+    tasks: list[str] | None = None,
+    check: bool = False,
+    download: bool = False,
+    beside: list[str] | None = None,
+    import_: list[str] | None = None,
     make_sampler: Callable[[Recipe, str], Sampler] | None = None,
 ) -> Path:
     """Evaluate what has not been evaluated with these settings yet, and return the path of the Markdown table.
@@ -51,11 +57,28 @@ def run_eval(
     Args:
         checkpoints: Folders or hub names; None for the base student, the SFT student, every student in ``checkpoints/``
             and the final one, as far as they exist.
+        suite: ``["paper"]`` or ``["offline"]``: run benchmarks instead of data.validation (``stages/suite.py``).
+        tasks: Run these lmms-eval tasks instead.
+        check, download, beside, import_: Options of benchmarks.
         make_sampler: Makes the sampler from (recipe, checkpoint); None follows student.sampler.
 
     Raises:
         JudgeError: If too many verdicts are missing. The answers are kept, and the same command continues.
     """
+    if suite or tasks or check or download or beside or import_:
+        from openril.stages.suite import find_benchmarks, other_rows, run_suite
+
+        name = (suite or ["paper"])[0]
+        return run_suite(
+            recipe,
+            console,
+            find_targets(recipe) if checkpoints is None else [named(recipe, c) for c in checkpoints],
+            find_benchmarks(name, tasks or []),
+            offline=name == "offline",
+            check=check,
+            download=download,
+            others=other_rows(beside or [], import_ or []),
+        )
     folder = recipe.run_path / "eval"
     if int(os.environ.get("RANK", "0")):
         return folder / "table.md"
@@ -148,7 +171,7 @@ def settings_of(recipe: Recipe, questions: list[Question]) -> dict[str, Any]:
     asked = recipe.eval.score != "rules"
     content = [[q.content_hash(), q.answer, list(q.choices), q.rule, *q.other_answers] for q in questions]
     return {
-        **recipe.eval.model_dump(mode="json", exclude={"questions_per_batch", "limit"}),
+        **recipe.eval.model_dump(mode="json", exclude={"questions_per_batch", "limit", "suite_data", "suite_max_tokens"}),
         "decoding": "greedy",
         "questions": len(questions),
         "questions_hash": f"{stable_hash(content):016x}",

@@ -1,0 +1,66 @@
+"""Score kept answers with lmms-eval's own ``simple_evaluate``: reference.py ANSWERS MIRROR OUT."""
+
+import json
+import sys
+from pathlib import Path
+
+from openril import hf  # noqa: F401  (declares torchvision's missing operators first)
+
+import datasets  # isort: skip
+from lmms_eval.api.model import lmms  # isort: skip
+from lmms_eval.evaluator import simple_evaluate  # isort: skip
+
+from openril.evaluation.suite.benchmarks import PAPER
+from openril.evaluation.suite.loading import find_mirror, read_mirror, strip_thinking
+from openril.storage import read_jsonl
+
+TASKS = ["ai2d", "chartqa", "mmbench_en_dev_static", "mmstar", "blink", "seedbench", "seedbench_2_plus", "realworldqa"]
+
+
+class Replay(lmms):
+    is_simple = False
+
+    def __init__(self, answers: dict[str, str]) -> None:
+        super().__init__()
+        self.answers = answers
+
+    def generate_until(self, requests):  # type: ignore[no-untyped-def]
+        out = []
+        for request in requests:
+            _, _, _, number, task, _ = request.args
+            out.append(strip_thinking(self.answers.get(f"{task.removesuffix('_static')}/{number}", "")))
+        return out
+
+    def loglikelihood(self, requests):  # type: ignore[no-untyped-def]
+        raise NotImplementedError
+
+    generate_until_multi_round = loglikelihood
+
+
+def main(answers: str, mirror: str, out: str) -> None:
+    load = datasets.load_dataset
+    benchmarks = {}
+    for repository, task in {
+        "lmms-lab-encoder/ai2d": "ai2d", "lmms-lab-encoder/ChartQA": "chartqa", "lmms-lab-encoder/MMBench": "mmbench_en_dev",
+        "Lin-Chen/MMStar": "mmstar", "BLINK-Benchmark/BLINK": "blink", "lmms-lab-encoder/SEED-Bench": "seedbench",
+        "doolayer/SEED-Bench-2-Plus": "seedbench_2_plus", "lmms-lab-encoder/RealWorldQA": "realworldqa",
+    }.items():  # fmt: skip
+        benchmarks[repository] = next(b for b in PAPER if b.task == task)
+
+    def from_mirror(path, name=None, **_):  # type: ignore[no-untyped-def]
+        return read_mirror(datasets, load, find_mirror(Path(mirror), benchmarks[path], path, name))
+
+    datasets.load_dataset = from_mirror
+    rows = read_jsonl(Path(answers))[1:]
+    model = Replay({row["question_id"]: row["text"] for row in rows})
+    found = simple_evaluate(model, tasks=TASKS, bootstrap_iters=0, process_docs_parallel=1)["results"]
+    figures = {}
+    for task in TASKS:
+        name = task.removesuffix("_static")
+        benchmark = next(b for b in PAPER if b.task == name)
+        value = next(v for k, v in found[task].items() if k.startswith(f"{benchmark.metric},"))
+        figures[task] = float(value) * (1 if benchmark.percent else 100)
+    Path(out).write_text(json.dumps(figures))
+
+
+main(*sys.argv[1:])

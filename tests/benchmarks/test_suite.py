@@ -1,0 +1,197 @@
+"""`ril eval --suite` with lmms-eval on small copies of all fourteen benchmarks."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from rich.console import Console
+
+from openril.evaluation.suite.benchmarks import PAPER, suite
+from openril.evaluation.suite.worker import Job
+from openril.recipe.schema import Recipe
+from openril.stages.eval import run_eval
+from openril.stages.suite import run_worker
+from openril.storage import read_jsonl, write_jsonl
+from support.misbehaving_server import Act, Hang, MisbehavingServer, Refuse, Request, Say, Status
+
+sys.path.insert(0, str(Path(__file__).parent))
+import scripted
+
+pytestmark = pytest.mark.benchmarks
+
+
+def recipe(run: Path, mirror: Path, student: Path, judge: str = "", **judging: Any) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "run_dir": str(run),
+            "student": {"model": str(student), "dtype": "float32"},
+            "judge": {"base_urls": [judge], "model": "fake", "timeout": 3, "max_retries": 0, **judging}
+            if judge
+            else {},
+            "eval": {"suite_data": str(mirror), "suite_max_tokens": 3, "questions_per_batch": 32},
+        }
+    )
+
+
+def evaluate(settings: Recipe, **options: Any) -> dict[str, Any]:
+    run_eval(settings, Console(quiet=True), **options)
+    return json.loads((settings.run_path / "eval" / "suite.json").read_text())
+
+
+def script_answers(folder: Path) -> None:
+    """Replace the kept answers by scripted ones."""
+    key, *rows = read_jsonl(folder / "answers.jsonl")
+    for row in rows:
+        task, number = row["question_id"].split("/")
+        row["text"], row["finish_reason"] = scripted.answer(task, int(number)), "stop"
+    write_jsonl(folder / "answers.jsonl", [key, *rows])
+    for result in folder.glob("*.json"):
+        result.unlink()
+
+
+@pytest.fixture(scope="module")
+def offline(mirror: Path, students: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    """Both students on the benchmarks without a judge."""
+    settings = recipe(tmp_path_factory.mktemp("run"), mirror, students[0])
+    before = random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    data = evaluate(settings, suite=["offline"], checkpoints=list(map(str, students)), beside=["paper"])
+    assert before == (random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+    assert "lmms_eval" not in sys.modules  # nothing of it reaches this process
+    first, second = data["checkpoints"]
+    assert first["name"] == "base"
+    for row in data["checkpoints"]:
+        assert set(row["results"]) == {b.task for b in suite("offline")}
+        assert all(not r["failed"] and r["cut"] for r in row["results"].values())
+        assert row["mean"] is not None
+    assert second["difference"]["mean"] is not None
+    assert len(data["elsewhere"]) == 15
+    return settings
+
+
+def test_scripted_answers_get_the_scores_worked_by_hand(offline: Recipe) -> None:
+    folder = offline.run_path / "eval" / "suite" / "base"
+    script_answers(folder)
+    results = evaluate(offline, suite=["offline"], checkpoints=[offline.student.model])["checkpoints"][0]["results"]
+    found = {task: (r["score"], r["unparsed"]) for task, r in results.items()}
+    for task, (score, unparsed) in scripted.EXPECTED.items():
+        assert found[task] == (pytest.approx(score), unparsed), task
+    details = results["mmbench_cn_dev"]["details"]
+    assert details["eval_method"] == "static" and details["judge"] is None and details["lmms_eval"]
+    # lmms-eval gives every unparsed question of MMMU a letter; with 3 of 14 drawn from 4 it may only be higher.
+    assert results["mmmu_val"]["lmms_eval_score"] >= results["mmmu_val"]["score"]
+
+
+def test_the_figure_is_the_one_of_simple_evaluate(offline: Recipe, mirror: Path, tmp_path: Path) -> None:
+    folder = offline.run_path / "eval" / "suite" / "base"
+    script_answers(folder)
+    results = evaluate(offline, suite=["offline"], checkpoints=[offline.student.model])["checkpoints"][0]["results"]
+    out = tmp_path / "reference.json"
+    script = Path(__file__).with_name("reference.py")
+    command = [sys.executable, str(script), str(folder / "answers.jsonl"), str(mirror), str(out)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    reference = json.loads(out.read_text())
+    assert {"ai2d", "chartqa", "mmstar", "blink", "seedbench", "mmbench_en_dev_static"} <= set(reference)
+    for task, figure in reference.items():
+        assert results[task.removesuffix("_static")]["lmms_eval_score"] == pytest.approx(figure, abs=1e-3), task
+
+
+def test_a_killed_evaluation_goes_on_with_the_answers_that_it_has(
+    mirror: Path, students: list[Path], tmp_path: Path
+) -> None:
+    settings = recipe(tmp_path, mirror, students[1])
+    settings.eval.questions_per_batch = 4
+    place = tmp_path / "work"
+    benchmarks = [dataclasses.asdict(b) for b in PAPER if b.task == "chartqa"]
+    job = Job("evaluate", settings.model_dump(mode="json"), benchmarks, str(students[1]), str(place), key="k")
+    events = run_worker(job, place)
+    assert next(events)["event"] == "answers"
+    events.close()  # ends the worker
+    kept = read_jsonl(place / "answers.jsonl")
+    assert 4 <= len(kept) - 1 < 12
+    counts = [e["done"] for e in run_worker(job, place) if e["event"] == "answers"]
+    rows = read_jsonl(place / "answers.jsonl")
+    assert rows[: len(kept)] == kept
+    assert [r["question_id"] for r in rows[1:]] == [f"chartqa/{n}" for n in range(12)]
+    assert counts[0] > len(kept) - 1 and counts[-1] == 12
+
+
+def judge_reply(request: Request) -> Act:
+    """Judge as the scripts need it: broken replies for answers that ask for them."""
+    text = request.text
+    if "Correctness" in text:
+        said = text.rsplit("|", 2)[1].strip()
+        replies = {"good": "0.8", "bad": "0.0", "words": "It seems fine", "five": "5"}
+    elif "Extracted answer:" in text:
+        said = text.rsplit("Extracted answer:", 1)[0].strip().rsplit("\n", 1)[-1]
+        replies = {}
+    else:
+        said = text.rsplit("Answer: ", 1)[-1].split("\n")[0]
+        replies = {"it looks nice": "E", "none of them": "E"}
+        if said.startswith("pick "):
+            replies[said] = said[-1].upper()
+    if said in ("FAIL", "HANG", "REFUSE"):
+        return {"FAIL": Status(500), "HANG": Hang(30), "REFUSE": Refuse()}[said]
+    return Say(replies.get(said, said))
+
+
+JUDGED_TASKS = list(scripted.JUDGED)
+
+
+def test_a_failed_judgement_is_unknown_and_a_healed_judge_is_asked_for_it_alone(
+    mirror: Path, students: list[Path], tmp_path: Path
+) -> None:
+    with MisbehavingServer(then=judge_reply) as judge:
+        settings = recipe(tmp_path, mirror, students[0], judge.url)
+        target = [str(students[0])]
+        evaluate(settings, tasks=JUDGED_TASKS, checkpoints=target)
+        folder = tmp_path / "eval" / "suite" / "base"
+        script_answers(folder)
+        row = evaluate(settings, tasks=JUDGED_TASKS, checkpoints=target)["checkpoints"][0]
+        results = row["results"]
+        found = {t: (r["score"], r["unparsed"], r["unknown"]) for t, r in results.items()}
+        for task, (score, unparsed, unknown) in scripted.JUDGED.items():
+            expected = None if score is None else pytest.approx(score)
+            assert found[task] == (expected, unparsed, unknown), task
+        assert row["mean"] is None
+        assert "4 of 12" in results["mmvetv2"]["failed"]
+        # What lmms-eval makes of it: 0 for a failed verdict, the nearest choice for a failed extraction.
+        assert results["mmvet"]["lmms_eval_score"] == pytest.approx(100 * 8 * 0.8 / 12)
+        assert results["mathvista_testmini_format"]["lmms_eval_score"] == pytest.approx(58.33)
+        assert results["mmvet"]["details"]["judge"] == "fake"
+        answers = (folder / "answers.jsonl").read_bytes()
+
+        before = judge.count
+        judge.then = lambda request: Say("0.5") if "Correctness" in request.text else Say("A")
+        healed = evaluate(settings, tasks=JUDGED_TASKS, checkpoints=target)["checkpoints"][0]["results"]
+        assert [r["unknown"] for r in healed.values()] == [0] * len(JUDGED_TASKS)
+        assert healed["mmvet"]["score"] == pytest.approx(100 * (8 * 0.8 + 3 * 0.5) / 12)
+        assert (folder / "answers.jsonl").read_bytes() == answers
+        # 3 of MM-Vet, 4 of MM-Vet-v2 with 3 different prompts at least, 2 of MathVista, 1 of MMBench-CN, and the probe.
+        assert judge.count - before <= 3 + 4 + 2 + 2 + 1
+
+
+def test_check_says_what_is_missing_and_downloads_nothing(
+    mirror: Path, students: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    part = tmp_path / "part"
+    part.mkdir()
+    (part / "ai2d").symlink_to(mirror / "ai2d")
+    with MisbehavingServer(Status(500), Status(500), then=Say("1")) as judge:
+        settings = recipe(tmp_path / "run", part, students[0], judge.url)
+        console = Console(width=300)
+        run_eval(settings, console, tasks=["ai2d", "mmvet"], check=True, checkpoints=[str(students[0])])
+    said = capsys.readouterr().out
+    assert "AI2D: 12 questions" in said
+    assert "missing  MM-Vet" in said and str(part / "mmvet") in said
+    assert "1 of 2 benchmarks" in said
+    assert not (tmp_path / "run" / "eval" / "suite.json").exists()

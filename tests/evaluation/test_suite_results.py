@@ -1,0 +1,161 @@
+"""The figures of `ril eval --suite`, worked by hand. lmms-eval is not needed."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from openril.errors import DataError, RecipeError
+from openril.evaluation.suite.benchmarks import PAPER, PAPER_MEANS, PAPER_SCORES, suite
+from openril.evaluation.suite.loading import strip_thinking
+from openril.evaluation.suite.results import (
+    Scored,
+    mean_difference,
+    mean_score,
+    paired_difference,
+    stratified,
+    summarize,
+)
+from openril.evaluation.suite.table import Checkpoint, markdown, paper_rows, suite_data
+from openril.evaluation.suite.vlmevalkit import read_vlmevalkit
+from openril.recipe.schema import Recipe
+from openril.stages.suite import find_benchmarks, other_rows, run_suite
+
+
+def units(*scores: float | None, stratum: str = "") -> list[Scored]:
+    return [
+        Scored(f"q{i}", s, s or 0.0, stratum=stratum, cause="down" if s is None else "") for i, s in enumerate(scores)
+    ]
+
+
+def test_a_mean_over_strata_weighs_each_stratum_alike() -> None:
+    # a: 1, 0 -> 0.5, error sqrt(0.5 / 2) = 0.5; b: 1, 1, 1, 0 -> 0.75, error sqrt(0.25 / 4) = 0.25
+    values = [("a", 1.0), ("a", 0.0), ("b", 1.0), ("b", 1.0), ("b", 1.0), ("b", 0.0)]
+    mean, error = stratified(values)
+    assert mean == 0.625
+    assert error == pytest.approx(math.sqrt(0.25 + 0.0625) / 2)
+    assert stratified([]) == (None, None)
+    assert stratified([("a", 1.0)]) == (1.0, None)
+
+
+def test_unknown_scores_are_left_out_and_counted_and_too_many_leave_no_score() -> None:
+    some = summarize("ai2d", "AI2D", units(1.0, 0.0, None, 1.0), 50.0, max_unknown_share=0.25)
+    assert (some.n, some.unknown, some.failed) == (4, 1, "")
+    assert some.score == pytest.approx(200 / 3)
+    many = summarize("ai2d", "AI2D", units(1.0, None, None, 1.0), 50.0, max_unknown_share=0.25)
+    assert many.score is None and many.standard_error is None
+    assert "2 of 4" in many.failed and "down" in many.failed
+
+
+def test_a_difference_is_taken_on_the_units_known_in_both() -> None:
+    # pairs: 0 -> 1, 1 -> 1, 1 -> 0 would be unknown: differences 1, 0; mean 0.5, error sqrt(0.5 / 2) = 0.5
+    found = paired_difference(units(0.0, 1.0, 1.0, None), units(1.0, 1.0, None, 1.0))
+    assert (found["n"], found["difference"], found["standard_error"]) == (2, 50.0, 50.0)
+    assert found["interval"] == pytest.approx([50 - 98, 50 + 98])
+    mean = mean_difference({"a": found, "b": {**found, "difference": 0.0}}, ["a", "b"])
+    assert mean is not None and mean["difference"] == 25.0
+    assert mean["standard_error"] == pytest.approx(math.sqrt(2 * 50**2) / 2)
+    assert mean_difference({"a": found}, ["a", "b"]) is None
+
+
+def test_there_is_no_mean_when_a_benchmark_is_missing_or_failed() -> None:
+    good = summarize("a", "A", units(1.0, 0.0), 50.0)
+    bad = summarize("b", "B", units(None, None), 0.0)
+    assert mean_score({"a": good, "b": summarize("b", "B", units(1.0, 1.0), 100.0)}, ["a", "b"]) == 75.0
+    assert mean_score({"a": good}, ["a", "b"]) is None
+    assert mean_score({"a": good, "b": bad}, ["a", "b"]) is None
+
+
+def test_the_table_shows_failed_benchmarks_no_mean_and_the_papers_rows_with_their_source() -> None:
+    pair = [b for b in PAPER if b.task in ("ai2d", "chartqa")]
+    first = {"ai2d": units(0.0, 1.0), "chartqa": units(1.0, 1.0)}
+    second = {"ai2d": units(1.0, 1.0), "chartqa": units(None, 1.0)}
+    checkpoints = [
+        Checkpoint(name, name, {b.task: summarize(b.task, b.column, u[b.task], 50.0) for b in pair}, u)
+        for name, u in (("base", first), ("final", second))
+    ]
+    data = {"settings": {"max_pixels": 7}, **suite_data(checkpoints, pair, paper_rows())}
+    assert [row["mean"] for row in data["checkpoints"]] == [75.0, None]
+    assert data["checkpoints"][1]["difference"]["ai2d"]["difference"] == 50.0
+    assert "chartqa" not in data["checkpoints"][1]["difference"]
+    text = markdown(data, checkpoints, pair)
+    assert "| base | 50.0 ± 50.0 | 100.0 ± 0.0 | 75.0 |" in text
+    assert "| final | 100.0 ± 0.0 | failed | - |" in text
+    assert "max_pixels 7" in text
+    assert "measured elsewhere: arXiv 2510.19307" in text
+    row = next(line for line in text.splitlines() if line.startswith("| Qwen2.5-VL-7B, RIL"))
+    assert "95.6" in row and "76.2" in row
+
+
+def test_the_papers_figures_belong_to_columns_of_the_table() -> None:
+    columns = {b.column for b in PAPER}
+    assert len(columns) == len(PAPER) == 14
+    assert set(PAPER_SCORES) <= set(PAPER_MEANS)
+    assert all(set(scores) <= columns for scores in PAPER_SCORES.values())
+    assert [b.column for b in suite("offline")] == [
+        b.column for b in PAPER if b.column not in ("MathVista", "MM-Vet", "MM-Vet-v2")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "rest"),
+    [
+        ("<think>A or B</think> C", "C"),
+        ("<think>a</think>x<think>b</think>y", "xy"),
+        ("so it is B</think>C", "C"),
+        ("<think>never closed B", ""),
+        ("A", "A"),
+    ],
+)
+def test_thinking_text_is_stripped(text: str, rest: str) -> None:
+    assert strip_thinking(text) == rest
+
+
+def test_scores_of_vlmevalkit_are_read_as_percent_and_marked(tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "My_VL_AI2D_TEST_acc.csv").write_text("split,Overall\nnone,0.7125\n")
+    (tmp_path / "m" / "My_VL_MMMU_Pro_10c_acc.csv").write_text("split,Overall\ntest,0.25\n")
+    (tmp_path / "m" / "My_VL_MMVet_gpt-4-turbo_score.csv").write_text(
+        "Category,tot,acc\nrec,187,40.0\nOverall,218,61.5\n"
+    )
+    (row,) = read_vlmevalkit(tmp_path)
+    assert (row.name, row.source, row.mean) == ("My_VL", "VLMEvalKit", None)
+    assert row.scores == {"AI2D": 71.25, "MM-Vet": 61.5}  # MMMU-Pro lacks its vision part
+    (tmp_path / "m" / "My_VL_AI2D_TEST_acc.csv").write_text("split\nnone\n")
+    with pytest.raises(DataError, match=r"AI2D_TEST.*Overall|Overall.*AI2D_TEST"):
+        read_vlmevalkit(tmp_path)
+    with pytest.raises(DataError, match="--import"):
+        read_vlmevalkit(tmp_path / "empty")
+
+
+def test_options_are_checked() -> None:
+    with pytest.raises(RecipeError, match=r"--suite: .*'papper'.*paper"):
+        find_benchmarks("papper", [])
+    assert [b.task for b in find_benchmarks("paper", ["mmvet", "docvqa_val", "mmvet"])] == ["mmvet", "docvqa_val"]
+    with pytest.raises(RecipeError, match=r"--beside.*'mine'"):
+        other_rows(["mine"], [])
+    with pytest.raises(RecipeError, match="--import: expected vlmevalkit FOLDER"):
+        other_rows([], ["vlmevalkit"])
+
+
+def test_a_missing_lmms_eval_prints_its_install_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.metadata
+
+    from rich.console import Console
+
+    def absent(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    with pytest.raises(RecipeError, match=r"openril\[benchmarks\]"):
+        run_suite(Recipe(run_dir=str(tmp_path)), Console(), [], suite("offline"))
+
+
+def test_a_suite_with_judged_benchmarks_needs_a_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rich.console import Console
+
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.7.3")
+    with pytest.raises(RecipeError, match=r"judge\.base_urls.*--suite offline"):
+        run_suite(Recipe(run_dir=str(tmp_path)), Console(), [], suite("paper"))
