@@ -8,7 +8,7 @@ from openril import hf  # noqa: F401  (declares torchvision's missing operators 
 
 import datasets  # isort: skip
 from lmms_eval.api.model import lmms  # isort: skip
-from lmms_eval.evaluator import simple_evaluate  # isort: skip
+from lmms_eval import evaluator  # isort: skip
 
 from openril.evaluation.suite.benchmarks import PAPER
 from openril.evaluation.suite.loading import find_mirror, read_mirror, strip_thinking
@@ -53,7 +53,8 @@ def main(answers: str, mirror: str, out: str) -> None:
     datasets.load_dataset = from_mirror
     rows = read_jsonl(Path(answers))[1:]
     model = Replay({row["question_id"]: row["text"] for row in rows})
-    found = simple_evaluate(model, tasks=TASKS, bootstrap_iters=0, process_docs_parallel=1)["results"]
+    evaluator._enable_reentrant_filelocks = lambda: None  # it patches a module that newer versions of filelock lack
+    found = evaluator.simple_evaluate(model, tasks=TASKS, bootstrap_iters=0, process_docs_parallel=1)["results"]
     figures = {}
     for task in TASKS:
         name = task.removesuffix("_static")

@@ -232,7 +232,12 @@ def _mm_vet(
 
     def one(answer: Answer) -> tuple[Any, Scored]:
         failures.cause = ""
-        value = task.task.process_results(docs[answer.number], [answer.text or ""])[task.benchmark.metric]
+        doc = docs[answer.number]
+        doc = {
+            "question_id": doc.get("id"),
+            **doc,
+        }  # lmms-eval names it when a verdict is missing, and version 2 has none
+        value = task.task.process_results(doc, [answer.text or ""])[task.benchmark.metric]
         known = None if failures.cause else value["score"]
         return value, _scored(task, answer, known, value["score"], cause=failures.cause)
 
@@ -246,14 +251,20 @@ def _math_vista(
     task: OpenTask, docs: Any, answers: Sequence[Answer], judge: SuiteJudge | None
 ) -> tuple[list[Scored], float]:
     judge, failures = _judged(task, judge), _Failures()
-    _replaced(task, _globals(task)["mathvista_evaluator"], judge, bool, failures)
+    evaluator = _globals(task)["mathvista_evaluator"]
+    _replaced(task, evaluator, judge, bool, failures)
 
     def one(answer: Answer) -> tuple[Any, Scored]:
         failures.cause = ""
         value = task.task.process_results(docs[answer.number], [answer.text or ""])[task.benchmark.metric]
         theirs = float(value["true_false"])
-        parsed = _math_vista_reads(value)
-        known = None if failures.cause else theirs if parsed else 0.0
+        # lmms-eval rounds with the precision as it is, which fails and counts as wrong where the data give it as a float.
+        digits = int(value["precision"] or 0)
+        kinds = value["choices"], value["question_type"], value["answer_type"], digits
+        prediction = evaluator.normalize_extracted_answer(value["extraction"], *kinds)
+        parsed = _math_vista_reads(value, prediction)
+        right = float(parsed and evaluator.safe_equal(prediction, value["answer"]))
+        known = None if failures.cause else right
         return value, _scored(task, answer, known, theirs, parsed=parsed or bool(failures.cause), cause=failures.cause)
 
     done = _in_threads(one, answers, judge)
@@ -262,14 +273,14 @@ def _math_vista(
     return [s for _, s in done], figure
 
 
-def _math_vista_reads(value: dict[str, Any]) -> bool:
+def _math_vista_reads(value: dict[str, Any], prediction: str | None) -> bool:
     """Return whether the extraction is a choice or a number, and not the nearest choice to something else."""
     extraction = str(value["extraction"]).strip()
     if value["question_type"] == "multi_choice":
         letters = re.findall(r"\(([a-zA-Z])\)", extraction)
         letter = letters[0].upper() if letters else extraction
         return letter in list(LETTERS[: len(value["choices"])]) or (not letters and extraction in value["choices"])
-    return bool(extraction) and value["prediction"] is not None
+    return bool(extraction) and prediction is not None
 
 
 def _mm_bench(
