@@ -23,6 +23,13 @@ from openril.models.prompts import Prompt
 Kept = Literal["features", "tower", "nothing"]
 
 
+class _Outputs(SimpleNamespace):
+    """Outputs of a vision side by name. transformers 5.24 asks what it returns for ``to_tuple``."""
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        return tuple(vars(self).values())
+
+
 class FeatureCache:
     """Keep outputs of the vision side by key, up to ``max_bytes``; the least recently used are dropped first.
 
@@ -88,7 +95,7 @@ class VisionFeatures:
         outputs = [self._features(p) for p in prompts if p.vision]
         if not outputs:
             return None
-        joined = SimpleNamespace(pooler_output=_join([o.pooler_output for o in outputs]))
+        joined = _Outputs(pooler_output=_join([o.pooler_output for o in outputs]))
         if getattr(outputs[0], "deepstack_features", None) is not None:
             layers = zip(*(o.deepstack_features for o in outputs), strict=True)
             joined.deepstack_features = [_join(list(layer)) for layer in layers]
@@ -116,7 +123,7 @@ class VisionFeatures:
         if mergers:  # the projector is inside the tower
             kept = _on(self.store.get(key, lambda: self._unmerged(prompt)), device)
             last, *deepstack = (m(states.flatten(0, 1)) for m, states in zip(mergers, kept, strict=True))
-            return SimpleNamespace(
+            return _Outputs(
                 pooler_output=(last,), deepstack_features=[(layer,) for layer in deepstack] if deepstack else None
             )
         kept = _on(self.store.get(key, lambda: self._tower_output(prompt)), device)
@@ -137,7 +144,7 @@ class VisionFeatures:
     @torch.no_grad()
     def _frozen(self, prompt: Prompt) -> Any:
         made = self._run(prompt)
-        kept = SimpleNamespace(pooler_output=made.pooler_output)
+        kept = _Outputs(pooler_output=made.pooler_output)
         if getattr(made, "deepstack_features", None) is not None:
             kept.deepstack_features = made.deepstack_features
         return kept
@@ -219,7 +226,7 @@ def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, SimpleNamespace):
-        return SimpleNamespace(**{k: _map(v, change) for k, v in vars(value).items()})
+        return _Outputs(**{k: _map(v, change) for k, v in vars(value).items()})
     if isinstance(value, dict):  # transformers' outputs are dictionaries too
         changed = {k: _map(v, change) for k, v in value.items()}
         return changed if type(value) is dict else type(value)(**changed)
