@@ -6,6 +6,7 @@ import ast
 import json
 import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeGuard
@@ -76,7 +77,8 @@ def literal(value: Any) -> Any:
         return json.loads(text)
     if re.search(r"""['"]\s+['"]""", text):  # a printed array, whose items Python would join to one
         return value
-    with suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+    with suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of escape sequences
         return ast.literal_eval(text)
     return value
 
