@@ -382,6 +382,16 @@ def test_check_lists_the_columns_and_what_is_not_used(tmp_path: Path) -> None:
     assert not kinds & {"unread column"}
 
 
+@pytest.mark.parametrize(("last", "kinds"), [(["x", "y", "z"], ["answers like choices"]), (["x", "y"], [])])
+def test_equally_many_accepted_answers_in_every_row_may_be_choices(
+    tmp_path: Path, last: list[str], kinds: list[str]
+) -> None:
+    rows = [{"question": "q1", "answers": ["a", "b", "c"]}, {"question": "q2", "answer": "x", "answers": last}]
+    path = tmp_path / "q.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert [p.kind for p in preflight(DataConfig(train=[str(path)])).problems] == kinds
+
+
 def test_numbers_among_the_choices_that_cannot_be_places_are_texts(tmp_path: Path) -> None:
     rows = [{"question": f"q{a}", "choices": ["2", "0", "9"], "answer": a} for a in (2, 9)]
     path = tmp_path / "q.jsonl"

@@ -272,5 +272,6 @@ def _check_question(
         found.append(RowProblem("no choices", q.origin, q.id, cause, "warning"))
     if q.choices and q.answer and index_of(q.answer, q.choices) is None:
         cause = f"answer: expected one of the {len(q.choices)} choices or its letter, got {q.answer[:40]!r}"
+        cause += '. If the columns that are read as choices are none, set data.columns: {choices: ""}'
         found.append(RowProblem("answer not among choices", q.origin, q.id, cause))
     return found, sizes, digests

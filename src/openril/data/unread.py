@@ -50,6 +50,13 @@ def unread_warnings(questions: Sequence[Question], mapping: Mapping[str, str]) -
         [q for q in questions if q.answer[1:2] in tuple("'\"") and is_list(literal(q.answer))],
         cause,
     )
+    several = [q for q in questions if q.other_answers]
+    if len(several) > 1 and len({len(q.answers) for q in several}) == 1 and len(several[0].answers) > 2:
+        cause = (
+            f"{len(several[0].answers)} accepted answers, as in every row with several. If they are choices, set"
+            " data.columns: {choices: answers}"
+        )
+        add("answers like choices", several, cause)
     numbers = [q for q in questions if q.choices and q.answer.isdecimal() and q.answer in q.choices]
     if all(int(q.answer) < len(q.choices) for q in numbers):  # otherwise some answer can only be a text
         cause = (
