@@ -399,6 +399,15 @@ def test_numbers_among_the_choices_that_cannot_be_places_are_texts(tmp_path: Pat
     assert preflight(DataConfig(train=[str(path)])).problems == []  # 9 is no place among three
 
 
+def test_a_missing_answer_names_the_columns_that_may_hold_it(tmp_path: Path) -> None:
+    path = tmp_path / "q.jsonl"
+    path.write_text(json.dumps({"question": "q", "choices": ["a", "b"], "correct_choice_idx": 1}))  # A-OKVQA
+    (problem,) = preflight(DataConfig(train=[str(path)])).errors
+    assert problem.kind == "empty answer" and "correct_choice_idx" in problem.cause
+    columns = {"answer_index": "correct_choice_idx"}
+    assert preflight(DataConfig(train=[str(path)], columns=columns)).problems == []
+
+
 def test_long_image_names_are_cut_in_messages(tmp_path: Path) -> None:
     question = read(tmp_path, {"question": "q", "image": "x/" * 2000 + "a.png"})
     with pytest.raises(DataError) as caught:

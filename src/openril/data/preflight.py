@@ -263,6 +263,8 @@ def _check_question(
     digests = tuple(None if isinstance(r, str) else r[1] for r in results)
     if not q.answer:
         cause = "answer: expected text, got nothing, so no response can be scored"
+        if others := [name for name in q.metadata if name not in COMPUTED][:8]:
+            cause += f". If another column holds it, map data.columns: {{answer: ...}} (columns: {', '.join(others)})"
         found.append(RowProblem("empty answer", q.origin, q.id, cause, "error" if answers_needed else "warning"))
     if q.rule is not None and q.rule not in ANSWER_RULES:
         cause = f"rule: expected one of {', '.join(ANSWER_RULES)}, got {q.rule!r}"
