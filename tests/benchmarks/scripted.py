@@ -51,8 +51,8 @@ JUDGED: dict[str, tuple[float | None, int, int]] = {
     # Four of twelve have no verdict, which is too much.
     "mmvetv2": (None, 0, 4),
     "mmbench_en_dev": (100 * 10 / 12, 1, 0),
-    # Copies of 6 are read by the judge; 7 has no verdict; 8 matches no choice.
-    "mmbench_cn_dev": (100 * 9 / 11, 2, 1),
+    # Of the known eleven, 1 is wrong, and 2 and 8 match no choice. The judge reads 6; 7 has no verdict.
+    "mmbench_cn_dev": (100 * 8 / 11, 2, 1),
 }
 """Score, unparsed and unknown with the judge of ``judge_reply``."""
 

@@ -197,3 +197,18 @@ def test_check_says_what_is_missing_and_downloads_nothing(
     assert "missing  MM-Vet" in said and str(part / "mmvet") in said
     assert "1 of 2 benchmarks" in said
     assert not (tmp_path / "run" / "eval" / "suite.json").exists()
+
+
+def test_a_task_outside_the_fourteen_is_scored_by_its_first_metric_and_one_with_a_judge_is_refused(
+    mirror: Path, students: list[Path], tmp_path: Path
+) -> None:
+    more = tmp_path / "more"
+    more.mkdir()
+    for task, source in (("ai2d_no_mask", "ai2d"), ("mathvista_testmini_cot", "mathvista_testmini_format")):
+        (more / task).symlink_to(mirror / source)
+    settings = recipe(tmp_path / "run", more, students[0])
+    tasks = ["ai2d_no_mask", "mathvista_testmini_cot"]
+    row = evaluate(settings, tasks=tasks, checkpoints=[str(students[0])])["checkpoints"][0]
+    assert row["results"]["ai2d_no_mask"]["n"] == 12 and row["results"]["ai2d_no_mask"]["score"] is not None
+    refused = row["results"]["mathvista_testmini_cot"]
+    assert refused["score"] is None and "asks a judge" in refused["failed"]

@@ -159,3 +159,36 @@ def test_a_suite_with_judged_benchmarks_needs_a_judge(tmp_path: Path, monkeypatc
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0.7.3")
     with pytest.raises(RecipeError, match=r"judge\.base_urls.*--suite offline"):
         run_suite(Recipe(run_dir=str(tmp_path)), Console(), [], suite("paper"))
+
+
+def test_processes_share_the_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rich.console import Console
+
+    from openril.stages import suite as stage
+    from openril.stages.eval import Target
+
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.7.3")
+    targets = [Target(name, name) for name in "abcde"]
+    taken: list[str] = []
+    monkeypatch.setattr(stage, "_evaluate", lambda recipe, console, target, *_, **__: taken.append(target.name))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, expected in (("0", ["a", "c", "e"]), ("1", ["b", "d"])):
+        taken.clear()
+        monkeypatch.setenv("RANK", rank)
+        run_suite(Recipe(run_dir=str(tmp_path)), Console(quiet=True), targets, suite("offline"), offline=True)
+        assert taken == expected
+    assert (tmp_path / "eval" / "suite.md").is_file()
+
+
+def test_the_worker_gets_no_judge_of_lmms_eval_and_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    from openril.stages.suite import _environment
+
+    for name in ("OPENAI_API_URL", "MODEL_VERSION", "API_TYPE", "RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "x")
+    monkeypatch.setenv("OPENAI_API_KEY", "of the judge")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    found = _environment(download=False)
+    assert found["OPENAI_API_URL"].startswith("http://127.0.0.1:9")
+    assert not {"MODEL_VERSION", "API_TYPE", "RANK", "WORLD_SIZE"} & set(found)
+    assert (found["OPENAI_API_KEY"], found["HF_HUB_OFFLINE"]) == ("of the judge", "1")
+    assert "HF_HUB_OFFLINE" not in _environment(download=True)

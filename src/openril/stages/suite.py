@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from openril.stages.eval import Target
 
+NOWHERE = "http://127.0.0.1:9/v1"
 SECONDS_UNKNOWN = "the time is not known before the first answers"
 
 
@@ -241,7 +242,9 @@ def _environment(download: bool) -> dict[str, str]:
         *("MODEL_VERSION", "AZURE_ENDPOINT", "AZURE_API_KEY", "NUM_IMAGE"),
     }
     env = {k: v for k, v in os.environ.items() if k not in drop}
-    env.setdefault("OPENAI_API_KEY", "none")  # lmms-eval's modules want one at import; they send no request
+    # lmms-eval's modules want a key at import. Requests of their own would fail at once and not leave this machine.
+    env.setdefault("OPENAI_API_KEY", "none")
+    env |= dict.fromkeys(("OPENAI_API_URL", "OPENAI_BASE_URL"), NOWHERE)
     if not download:
         env |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     return env

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 import re
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -353,6 +354,29 @@ _SCORERS: dict[str, Callable[..., tuple[list[Scored], float]]] = {
     "mmbench_en_dev": _mm_bench,
     "mmbench_cn_dev": _mm_bench,
 }
+
+
+def refuse_judge(task: OpenTask) -> None:
+    """Raise DataError if a task outside the fourteen asks a judge, since lmms-eval scores failed verdicts as 0."""
+    names = {
+        "get_server",
+        "get_chat_response",
+        "get_eval",
+        "API_KEY",
+        "API_URL",
+        "OPENAI_API_KEY",
+        "VerificationPipeline",
+    }
+    own = dict(getattr(task.task.config.process_results, "__globals__", {}))
+    for value in list(own.values()):  # also the modules of the objects and functions that it uses
+        own |= getattr(value, "__globals__", {})
+        if type(value).__module__.startswith("lmms_eval.tasks"):
+            own |= vars(sys.modules[type(value).__module__])
+    if found := names & set(own):
+        raise DataError(
+            f"--tasks: {task.name} asks a judge (its module has {sorted(found)[0]}), which only the paper's benchmarks can "
+            "do here. Run it with lmms-eval itself."
+        )
 
 
 def answer_text(task: OpenTask, text: str) -> str:

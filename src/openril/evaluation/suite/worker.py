@@ -23,7 +23,7 @@ from openril.evaluation.suite.benchmarks import LMMS_EVAL, Benchmark
 from openril.evaluation.suite.judging import SuiteJudge
 from openril.evaluation.suite.loading import LazyQuestions, OpenTask, Source, open_tasks
 from openril.evaluation.suite.results import BenchmarkResult, Scored, summarize
-from openril.evaluation.suite.scoring import Answer, answer_text, score_task
+from openril.evaluation.suite.scoring import Answer, answer_text, refuse_judge, score_task
 from openril.evaluation.summary import TOO_LONG, Row
 from openril.recipe.schema import Recipe
 from openril.records import Question
@@ -100,6 +100,7 @@ def _one(
     source = Source(Path(recipe.eval.suite_data).expanduser() if recipe.eval.suite_data else None)
     tasks = open_tasks(benchmark, source, recipe.eval.limit)
     if not benchmark.metric:  # a task outside the fourteen: its first metric
+        refuse_judge(tasks[0])
         benchmark = Benchmark(benchmark.column, benchmark.task, str(tasks[0].task.config.metric_list[0]["metric"]))
         tasks[0].benchmark = benchmark
     started, total = time.monotonic(), sum(len(t.numbers) for t in tasks)
