@@ -58,6 +58,23 @@ class Extension:
     """Nothing to add to the worker's class: vLLM imports this module with it."""
 
 
+def transfers_on_the_cpu(patch) -> None:
+    """Use the stand-in in this process; ``patch`` sets an attribute of a module."""
+    from openril.sampling import weight_sync, weight_transfer
+
+    def make(settings, servers):
+        return weight_transfer.NcclTransfer(settings, servers, torch.device("cpu"))
+
+    patch(weight_transfer, "NcclGroup", StoreGroup)
+    patch(weight_sync, "make_transfer", make)
+
+
+if __name__ == "__main__":  # the command line of OpenRIL with the stand-in
+    from openril.cli import main
+
+    transfers_on_the_cpu(setattr)
+    sys.exit(main(sys.argv[1:]))
+
 if "vllm" in sys.modules:  # in the server's worker, not in the trainer
     from vllm import _custom_ops
     from vllm.distributed.weight_transfer import nccl_engine

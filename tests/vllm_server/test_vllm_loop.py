@@ -23,6 +23,7 @@ from openril.sampling.transformers_engine import TransformersSampler
 from openril.sampling.vllm_engine import VLLMSampler
 from openril.storage import read_jsonl
 from openril.testing.tiny_models import build_tiny_model
+from support import cpu_transfer
 from support.tiny import tiny_questions, write_questions
 
 pytestmark = pytest.mark.vllm
@@ -64,9 +65,9 @@ train:
         restore(vlm_server, vlm_checkpoint)
 
 
-@pytest.mark.parametrize("sync", ["file", "adapter"])
+@pytest.mark.parametrize("sync", ["file", "adapter", "nccl"])
 def test_two_sharded_processes_train_on_samples_of_the_server(sync, sync_server, vlm_checkpoint: Path, tmp_path: Path):
-    """Weights or adapter come from the shards. Every process samples, and checks what it gets."""
+    """Weights or adapter come from the shards. Every process samples, and checks what it gets. NCCL has a stand-in."""
     write_questions(tmp_path / "q.jsonl", tiny_questions(tmp_path / "data", 8))
     (tmp_path / "length.py").write_text(
         "def short(prompts, completions, **columns): return [-len(c) for c in completions]"
@@ -94,9 +95,10 @@ train:
 """
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command_line = [cpu_transfer.__file__] if sync == "nccl" else ["-m", "openril.cli"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
-        [*command, "-m", "openril.cli", "train", str(recipe)],
+        [*command, *command_line, "train", str(recipe)],
         env=environment,
         capture_output=True,
         text=True,

@@ -19,7 +19,7 @@ from openril.sampling import weight_transfer
 from openril.sampling.synced import SyncedSampler, WeightsFolder
 from openril.sampling.vllm_engine import VLLMSampler, policy_logprobs
 from openril.sampling.weight_sync import StaleWeightsError, folder_tensors, new_version
-from support.cpu_transfer import StoreGroup
+from support.cpu_transfer import transfers_on_the_cpu
 from support.tiny import tiny_questions
 
 pytestmark = pytest.mark.vllm
@@ -84,11 +84,7 @@ def tokens(samples) -> list[list[tuple[int, ...]]]:
 @pytest.fixture
 def trainer(sync_server, vlm_checkpoint, tmp_path, monkeypatch):
     """Makes trainers. Transfers run on the CPU, see support/cpu_transfer.py."""
-    monkeypatch.setattr(weight_transfer, "NcclGroup", StoreGroup)
-    monkeypatch.setattr(
-        "openril.sampling.weight_sync.make_transfer",
-        lambda settings, servers: weight_transfer.NcclTransfer(settings, servers, torch.device("cpu")),
-    )
+    transfers_on_the_cpu(monkeypatch.setattr)
     made = []
 
     def make(route: str, **more) -> Trainer:
