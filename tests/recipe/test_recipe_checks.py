@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.numpy import save_file
 
 from openril.errors import RecipeError
 from openril.recipe.checks import STAGES, cross_check, require
@@ -19,6 +20,7 @@ def good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
     for folder in ("model", "run/sft/student", "run/discriminator/discriminator"):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "config.json").write_text("{}")
+        save_file({}, tmp_path / folder / "model.safetensors")
     (tmp_path / "run/responses").mkdir()
     (tmp_path / "run/responses/shard-0.parquet").touch()
     for name in ("train.jsonl", "validation.jsonl"):

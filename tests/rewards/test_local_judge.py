@@ -46,6 +46,7 @@ def checkpoint(tmp_path_factory):
         tokenizer_object=words_only,
         unk_token="<unk>",
         eos_token="<|im_end|>",
+        pad_token="<unk>",  # the default of Qwen2's tokenizer would be a token beyond the embedding
         additional_special_tokens=["<|im_start|>"],
     )
     tokenizer.chat_template = WITH_SYSTEM

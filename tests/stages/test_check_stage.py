@@ -21,7 +21,8 @@ from openril.models.prompts import question_messages
 from openril.models.stage_memory import Memory, stage_memory
 from openril.recipe.schema import Recipe
 from openril.records import ImageSource, Question
-from openril.stages.check import _check_servers, _Page, run_check
+from openril.report.page import Page
+from openril.stages.check import _check_servers, run_check
 from support.misbehaving_server import MisbehavingServer, Say, Status
 
 
@@ -74,9 +75,9 @@ def test_problems_of_every_part_are_on_one_page(tmp_path: Path, tiny_qwen: Path)
         "judge: cannot reach http://127.0.0.1:9/v1",
     ):
         assert words in page, page
-    # a.png in both files, the teacher's path twice (settings, models), the judge, and a batch larger than the data; and
-    # as a warning more teacher responses than are collected.
-    assert "6 problems, 1 warning" in page
+    # a.png in both files, the teacher's path (once, although two parts find it), the judge, and a batch larger than the
+    # data; and as a warning more teacher responses than are collected.
+    assert "5 problems, 1 warning" in page
 
 
 def test_servers_are_asked_for_their_models(tmp_path: Path, tiny_qwen: Path) -> None:
@@ -93,7 +94,7 @@ def servers_part(teacher: Any = None, judge: Any = None) -> str:
     values: dict[str, Any] = {"rewards": {"answer": {"kind": "judge" if judge else "rules"}}}
     values |= {"teachers": [teacher]} if teacher else {"judge": judge}
     console = Console(file=io.StringIO(), width=200)
-    _check_servers(Recipe.model_validate(values), _Page(console))
+    _check_servers(Recipe.model_validate(values), Page(console))
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
@@ -121,7 +122,7 @@ def test_the_students_servers_are_asked_too(tmp_path: Path) -> None:
         recipe = Recipe.model_validate({"run_dir": str(tmp_path), "student": {"sampler": sampler}})
         recipe.rewards.answer.kind = "rules"
         console = Console(file=io.StringIO(), width=200)
-        page = _Page(console)
+        page = Page(console)
         _check_servers(recipe, page)
         shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert f"student.sampler: student at {server.url} answered 'red'" in shown

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from openril.errors import ModelError
 from openril.hf import AutoModel
 from openril.models.group_attention import CannotPack, enable
-from openril.models.loading import PendingWeights, load_model, load_processor
+from openril.models.loading import PendingWeights, checked, load_model, load_processor
 from openril.models.packing import Batch, run_packed
 from openril.models.vision_features import FeatureCache, VisionFeatures
 from openril.recipe.schema import StudentConfig
@@ -78,6 +78,7 @@ class DiscriminatorModel(nn.Module):
             raise ModelError(
                 f"{folder}: expected a discriminator, but {HEAD_FILE} is missing. Run `ril discriminator` first."
             )
+        checked(str(folder), "discriminator", weights=True)
         try:
             loaded: Any = AutoModel.from_pretrained(
                 folder,

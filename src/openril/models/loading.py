@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +13,48 @@ from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import nn
 
+from openril.checkpoint_files import CheckpointError, missing_fix, quantization, require_folder, sampling_defaults
 from openril.errors import ModelError
 from openril.hf import AutoConfig, AutoModelForImageTextToText, AutoProcessor, submodule, transformers_logging
+from openril.models.prompts import image_token_ids
 from openril.recipe.schema import StudentConfig
 
 # A bar for every model that is loaded would hide our own progress display.
 transformers_logging.disable_progress_bar()
 
+_HUB_SECONDS = 10.0
 
-def _checked(checkpoint: str, what: str) -> str:
+
+def checked(
+    checkpoint: str, what: str, revision: str | None = None, *, weights: bool = False, trained: bool = True
+) -> str:
+    """Return the folder or hub name to load. Raises ModelError if it cannot be used; see ``checkpoint_files``."""
     if not checkpoint:
         raise ModelError(f"{what}: expected a checkpoint folder or a hub name, got an empty string")
+    require_folder(what, checkpoint, weights=weights, trained=trained)
     path = Path(checkpoint).expanduser()
-    looks_local = checkpoint.startswith((".", "/", "~")) or checkpoint.count("/") > 1
-    if looks_local and not (path / "config.json").is_file():
-        raise ModelError(f"{what}: {checkpoint} holds no checkpoint (no config.json). Run the stage that writes it.")
-    return str(path) if path.is_dir() else checkpoint
+    if path.is_dir():
+        return str(path)
+    try:
+        _find_on_hub(checkpoint, revision)
+    except CheckpointError as e:
+        raise ModelError(f"{what}: {e}") from e
+    return checkpoint
+
+
+@lru_cache
+def _find_on_hub(name: str, revision: str | None) -> None:
+    """Raise CheckpointError if a name is not in the hub's cache on this machine, and one request does not find it."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=_HUB_SECONDS)
+    except Exception as e:  # unknown, gated, offline, no connection: of the hub's classes or of its HTTP client's
+        cause = " ".join(str(e).split())[:200]
+        reason = f"no such folder: {Path(name).resolve()}, and as a hub name it cannot be loaded ({cause})"
+        raise CheckpointError(reason, missing_fix(name)) from e
 
 
 def load_model(
@@ -39,18 +66,23 @@ def load_model(
     trust_remote_code: bool = False,
     attn_implementation: str = "sdpa",
     meta: bool = False,
+    only_check: bool = False,
 ) -> nn.Module:
     """Load an ``AutoModelForImageTextToText`` and put it into evaluation mode.
 
     Args:
         what: The model's name in errors.
-        meta: Leave the weights on the meta device; ``model.pending`` is their ``PendingWeights``.
+        meta: Leave the weights on the meta device, which checks their names and shapes within seconds; ``model.pending`` is
+            their ``PendingWeights``.
+        only_check: With ``meta``: make no ``PendingWeights``.
 
     Raises:
         ModelError: There is no checkpoint, it is not a vision-language model, its weights are not in safetensors files,
-            or weights are missing (they would be random).
+            or weights are missing or of other shapes (they would be random), or some of a layer would not be used.
     """
-    checkpoint = _checked(checkpoint, what)
+    config = load_config(checkpoint, what=what, revision=revision, trust_remote_code=trust_remote_code)
+    require_vision_language(config, checkpoint, what)
+    checkpoint = checked(checkpoint, what, revision, weights=True)
     try:
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             checkpoint,
@@ -59,6 +91,7 @@ def load_model(
             trust_remote_code=trust_remote_code,
             attn_implementation=attn_implementation,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are refused below
             output_loading_info=True,
             device_map={"": "meta"} if meta else None,
         )
@@ -67,15 +100,69 @@ def load_model(
     except (OSError, ValueError) as e:
         raise ModelError(f"{what}: {checkpoint} cannot be loaded as a vision-language model: {e}") from e
     model, info = loaded
+    require_all_weights(model, info, f"{what}: {checkpoint}")
+    if meta and not only_check:
+        model.pending = PendingWeights(model, checkpoint, revision)
+    return model.eval()
+
+
+def require_all_weights(model: Any, info: dict[str, Any], where: str) -> None:
+    """Raise ModelError if the weights of a checkpoint are not those of its config.json. info: of ``from_pretrained``."""
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ModelError(
-            f"{what}: {checkpoint} lacks {len(missing)} weights its architecture needs ({', '.join(missing[:3])}, ...);"
-            " they would be random"
+            f"{where} lacks {len(missing)} weights its architecture needs ({', '.join(missing[:3])}, ...);"
+            f" they would be random. {_SAME}"
         )
-    if meta:
-        model.pending = PendingWeights(model, checkpoint, revision)
-    return model.eval()
+    if info["mismatched_keys"]:
+        name, found, expected = sorted(info["mismatched_keys"])[0]
+        raise ModelError(
+            f"{where}: expected weights of the shapes in its config.json, got {len(info['mismatched_keys'])} others (for"
+            f" instance {name}: expected {list(expected)}, got {list(found)}). {_SAME}"
+        )
+    # Transformers leaves out weights that no module has. Those of further layers mean that config.json has too few.
+    layers = {re.sub(r"\d+", "0", name) for name, _ in model.named_parameters()}
+    if unused := sorted(name for name in info["unexpected_keys"] if re.sub(r"\d+", "0", name) in layers):
+        raise ModelError(
+            f"{where}: expected the layers that its config.json names, got {len(unused)} weights of more layers"
+            f" ({', '.join(unused[:3])}, ...), which would not be used. {_SAME}"
+        )
+
+
+_SAME = "Use the config.json and the weights of one checkpoint."
+
+
+def require_vision_language(config: Any, checkpoint: str, what: str = "student") -> None:
+    """Raise ModelError if a configuration is not that of a vision-language model that can be trained."""
+    where = f"{what}: expected a vision-language model (AutoModelForImageTextToText), got {checkpoint}"
+    if type(config) not in AutoModelForImageTextToText._model_mapping and not getattr(config, "auto_map", None):
+        raise ModelError(f"{where}, a {config.model_type} model that takes no images. Use one that does.")
+    if method := quantization(config.to_dict()):
+        raise ModelError(f"{where}, which is quantized ({method}). Give the unquantized checkpoint.")
+
+
+def require_embedded_tokens(model: Any, processor: Any, what: str, checkpoint: str) -> None:
+    """Raise ModelError if the tokenizer has tokens beyond the embedding, on which a model fails in the middle of a run."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    images = image_token_ids(model, processor)  # which some models replace before the embedding
+    vocabulary = getattr(processor, "tokenizer", processor).get_vocab()
+    beyond = sorted((i, token) for token, i in vocabulary.items() if i >= rows and i not in images)
+    if beyond:
+        shown = ", ".join(token for _, token in beyond[:5]) + ", ..." * (len(beyond) > 5)
+        raise ModelError(
+            f"{what}: expected token ids below {rows}, the rows of the embedding of {checkpoint}, got"
+            f" {len(beyond)} {'token' if len(beyond) == 1 else 'tokens'} beyond it: {shown}. Resize the embedding"
+            " (resize_token_embeddings) and save the model, or remove them from the tokenizer."
+        )
+
+
+def sampling_note(checkpoint: str) -> str:
+    """Return what a checkpoint's generation_config.json says about sampling and where it applies, or ""."""
+    found = ", ".join(f"{k} {v}" for k, v in sampling_defaults(Path(checkpoint).expanduser()).items())
+    return found and (
+        f"student: the generation_config.json of {checkpoint} sets {found}. Runs do not use it: samples follow the recipe"
+        " and evaluation is greedy. Servers apply it to requests that name no value."
+    )
 
 
 class PendingWeights:
@@ -149,11 +236,19 @@ def load_processor(
     max_pixels: int = 0,
 ) -> Any:
     """Load the checkpoint's processor; min_pixels and max_pixels limit the area of resized images (0: no limit)."""
-    checkpoint = _checked(checkpoint, what)
+    checkpoint = checked(checkpoint, what, revision)
     try:
         processor = AutoProcessor.from_pretrained(checkpoint, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError) as e:
         raise ModelError(f"{what}: the processor of {checkpoint} cannot be loaded: {e}") from e
+    template = getattr(processor, "chat_template", None) or getattr(
+        getattr(processor, "tokenizer", processor), "chat_template", None
+    )
+    if template is None:
+        raise ModelError(
+            f"{what}: expected a chat template (chat_template.jinja) in {checkpoint}, got none. Add that of the instruct"
+            " checkpoint it was made from."
+        )
     if min_pixels or max_pixels:
         image_processor = getattr(processor, "image_processor", None)
         size = dict(getattr(image_processor, "size", None) or {})
@@ -193,15 +288,23 @@ def load_student(
         max_pixels=student.max_pixels,
         trust_remote_code=remote,
     )
+    require_embedded_tokens(model, processor, "student", checkpoint)
     return model, processor
 
 
-def load_config(checkpoint: str, *, what: str = "student", trust_remote_code: bool = False) -> Any:
+def load_config(
+    checkpoint: str,
+    *,
+    what: str = "student",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    trained: bool = True,
+) -> Any:
     """Load the configuration only, for checks before anything is loaded."""
-    checkpoint = _checked(checkpoint, what)
+    checkpoint = checked(checkpoint, what, revision, trained=trained)
     try:
-        return AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as e:
+        return AutoConfig.from_pretrained(checkpoint, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as e:
         raise ModelError(f"{what}: {checkpoint} cannot be read: {e}") from e
 
 

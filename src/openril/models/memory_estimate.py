@@ -5,13 +5,12 @@ The memory of its stages is in models/stage_memory.py, and the formulas are in d
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from openril.errors import ModelError
+from openril.checkpoint_files import read_header, weight_files
 from openril.models.adapters import base_model
 from openril.models.freezing import module_group
 from openril.recipe.checks import collects_all, filters_overlong
@@ -80,46 +79,10 @@ class Work:
         return sum(self.collected.values())
 
 
-def read_header(path: Path) -> dict[str, int]:
-    """Read the number of values of each tensor from a safetensors file's header. Raises ModelError if it is damaged."""
-    try:
-        size = path.stat().st_size
-        with open(path, "rb") as f:
-            length = int.from_bytes(f.read(8), "little")
-            if not 2 <= length <= size - 8:
-                raise ModelError(
-                    f"{path}: damaged or cut off (its header claims {length} bytes of {size}). Download it again."
-                )
-            header = json.loads(f.read(length))
-        end = max((t["data_offsets"][1] for n, t in header.items() if n != "__metadata__"), default=0)
-        counts = {n: math.prod(t["shape"]) for n, t in header.items() if n != "__metadata__"}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        if isinstance(e, ModelError):
-            raise
-        raise ModelError(f"{path}: not a safetensors file ({e})") from e
-    if size != 8 + length + end:
-        raise ModelError(
-            f"{path}: damaged or cut off: expected {8 + length + end} bytes, got {size}. Download it again."
-        )
-    return counts
-
-
 def checkpoint_parameters(folder: Path) -> dict[str, int]:
     """Count a checkpoint's parameters by module group. Raises ModelError if safetensors files are missing or damaged."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        others = [p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt")]
-        found = f", only {', '.join(others[:3])}, which can run code when loaded; convert it" if others else ""
-        raise ModelError(f"{folder} holds no weights as .safetensors{found}")
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        named = set(json.loads(index.read_text())["weight_map"].values())
-        if absent := sorted(named - {f.name for f in files}):
-            raise ModelError(
-                f"{folder}: {len(absent)} of {len(named)} weight files are missing: {', '.join(absent[:3])}"
-            )
-        files = [f for f in files if f.name in named]
-    return by_group({name: n for f in files for name, n in read_header(f).items()})
+    files = weight_files(folder)
+    return by_group({name: math.prod(shape) for f in files for name, (_, shape) in read_header(f).items()})
 
 
 def by_group(tensors: dict[str, int]) -> dict[str, int]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from openril.checkpoint_files import CheckpointError, check_folder
 from openril.errors import RecipeError
 from openril.recipe.schema import EndpointConfig, ModuleGroup, OptimizerConfig, Recipe
 from openril.recipe.validation import nearest
@@ -150,17 +151,22 @@ def _data(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
         if data.selection.reference and data.selection.reference in (recipe.student.model, recipe.collected_student):
             fix = "Name a larger model, or leave it empty to use the student alone"
             yield Problem("data.selection.reference", "it is the student itself, so every score is 0", fix)
+        elif data.selection.reference:
+            yield from _checkpoint("data.selection.reference", data.selection.reference)
 
 
-def _missing_checkpoint(name: str) -> str | None:
-    """Return why ``name`` cannot be a checkpoint on this machine, or None if it can be one (or a hub name)."""
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return None if (path / "config.json").is_file() else f"{path} holds no config.json"
-    if path.is_file():
-        return f"{path} is a file, not a checkpoint folder"
-    looks_local = name.startswith(("/", "./", "../", "~")) or name.count("/") > 1 or "\\" in name
-    return f"no such folder: {path.resolve()}" if looks_local else None
+def _checkpoint(key: str, name: str, *, fix: str = "", reason: str = "", trained: bool = True) -> Iterator[Problem]:
+    """Yield why ``name`` cannot be a checkpoint on this machine, unless it can be one (or a hub name).
+
+    Args:
+        reason: Words before the cause.
+        fix: What to do where the folder does not exist.
+    """
+    try:
+        check_folder(name, trained=trained)
+    except CheckpointError as e:
+        missing = fix and not Path(name).exists()
+        yield Problem(key, reason + e.reason, fix if missing else e.fix)
 
 
 def _student(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
@@ -168,15 +174,13 @@ def _student(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
     uses = stage != "collect" or recipe.collect.student
     if uses and not student.model:
         yield Problem("student.model", "expected a model, got nothing", "Name a checkpoint folder or a hub model")
-    elif uses and (why := _missing_checkpoint(student.model)):
-        yield Problem("student.model", why, _FROM_HERE)
+    elif uses:
+        yield from _checkpoint("student.model", student.model)
     # SFT on cached text comes after the collection, which then uses the student as it is.
     after_sft = ("discriminator", "train", *(["select", "collect"] if recipe.sft.targets == "answers" else []))
     if recipe.sft.enabled and uses and stage in after_sft:
-        why = _missing_checkpoint(str(recipe.sft_student_path))
-        if why:
-            reason = f"this stage starts from the SFT student, but {why}"
-            yield Problem("sft.enabled", reason, "Run `ril sft` first, or turn it off")
+        reason, fix = "this stage starts from the SFT student, but ", "Run `ril sft` first, or turn it off"
+        yield from _checkpoint("sft.enabled", str(recipe.sft_student_path), reason=reason, fix=fix)
     name = student.attn_implementation
     if (package := _ATTENTION_PACKAGES.get(name)) and not importlib.util.find_spec(package):
         reason = f"{name} needs the package {package.replace('_', '-')}, which is not installed"
@@ -218,8 +222,8 @@ def _endpoint(endpoint: EndpointConfig, key: str, calls: bool) -> Iterator[Probl
         yield Problem(f"{key}.model", "expected a model name, got nothing", "Write the name that the servers know")
     if not endpoint.base_urls and not endpoint.model_path:
         yield Problem(key, "neither base_urls nor model_path is set", "Set base_urls and model, or model_path")
-    if endpoint.model_path and not endpoint.base_urls and (why := _missing_checkpoint(endpoint.model_path)):
-        yield Problem(f"{key}.model_path", why, _FROM_HERE)
+    if endpoint.model_path and not endpoint.base_urls:
+        yield from _checkpoint(f"{key}.model_path", endpoint.model_path, trained=key != "judge")
     if endpoint.base_urls and endpoint.api_key_env and not os.environ.get(endpoint.api_key_env):
         name = endpoint.api_key_env
         yield Problem(f"{key}.api_key_env", f"environment variable {name} is not set", f"Run export {name}=... first")
@@ -316,8 +320,8 @@ def _discriminator(recipe: Recipe, stage: str, world_size: int) -> Iterator[Prob
     if d.replay and d.mode == "fixed":
         reason = "it is set, but a fixed discriminator does not train in the loop"
         yield Problem("discriminator.replay", reason, "Set it to 0, or discriminator.mode to updated", "warning")
-    if d.init and (why := _missing_checkpoint(d.init)):
-        yield Problem("discriminator.init", why, _FROM_HERE)
+    if d.init:
+        yield from _checkpoint("discriminator.init", d.init)
     if set(d.freeze) == set(get_args(ModuleGroup)):
         reason = "it names every part, so only the head trains"
         yield Problem("discriminator.freeze", reason, "Remove a part from it", "warning")
@@ -348,8 +352,9 @@ def _discriminator(recipe: Recipe, stage: str, world_size: int) -> Iterator[Prob
         reason = "it is off, so a fixed discriminator would never be trained"
         fix = "Turn it on, or set discriminator.mode to updated"
         yield Problem("discriminator.pretraining.enabled", reason, fix)
-    if stage == "train" and enabled and (why := _missing_checkpoint(str(recipe.discriminator_path))):
-        yield Problem("discriminator.mode", f"got {d.mode}, but {why}", "Run `ril discriminator` first")
+    if stage == "train" and enabled:
+        reason, fix = f"got {d.mode}, but ", "Run `ril discriminator` first"
+        yield from _checkpoint("discriminator.mode", str(recipe.discriminator_path), reason=reason, fix=fix)
 
 
 def _rewards(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:

@@ -21,6 +21,7 @@ from openril.hf import (
     AutoTokenizer,
     GenerationConfig,
 )
+from openril.models.loading import checked, require_all_weights, require_embedded_tokens
 from openril.models.prompts import eos_token_ids
 from openril.recipe.schema import JudgeConfig
 from openril.rewards.judge_protocol import Settle, Verdict, judge_identity
@@ -45,20 +46,8 @@ class LocalJudge:
         self.name = settings.model_path + (f"@{settings.revision}" if settings.revision else "")
         self.identity = judge_identity(settings)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        where: dict[str, Any] = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
         dtype = torch.float32 if self.device.type == "cpu" else "auto"
-        try:
-            config = AutoConfig.from_pretrained(settings.model_path, **where)
-            vision = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-            loader = AutoModelForImageTextToText if vision else AutoModelForCausalLM
-            model: Any = loader.from_pretrained(settings.model_path, dtype=dtype, **where)
-            self.tokenizer = AutoTokenizer.from_pretrained(settings.model_path, **where)
-            if self.tokenizer.chat_template is None and vision:
-                self.tokenizer.chat_template = AutoProcessor.from_pretrained(settings.model_path, **where).chat_template
-        except (OSError, ValueError, ImportError) as e:
-            raise ModelError(f"judge.model_path: cannot load {settings.model_path} ({e})") from e
-        if self.tokenizer.chat_template is None:
-            raise ModelError(f"judge.model_path: {settings.model_path} has no chat template. Use an instruct model.")
+        model, self.tokenizer, vision = load_judge(settings, dtype)
         self.model = model.to(self.device).eval()
         self._special = special_tokens(self.tokenizer)
         self._decoder = self._make_decoder(vision) if settings.batch_size > 1 else None
@@ -198,3 +187,31 @@ class _Later:
     def cancel(self) -> bool:
         """Remove the verdict from the pending batch. It is computed only if its own ``result()`` is called."""
         return self._judge.forget(self)
+
+
+def load_judge(settings: JudgeConfig, dtype: torch.dtype | str, *, meta: bool = False) -> tuple[Any, Any, bool]:
+    """Return the judge's model, its tokenizer, and whether it is a vision-language model. meta: See ``load_model``.
+
+    Raises:
+        ModelError: The checkpoint cannot be used, or has no chat template.
+    """
+    key, path = "judge.model_path", settings.model_path
+    where: dict[str, Any] = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
+    checked(path, key, settings.revision, weights=True, trained=False)
+    try:
+        config = AutoConfig.from_pretrained(path, **where)
+        vision = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        loader: Any = AutoModelForImageTextToText if vision else AutoModelForCausalLM
+        options: dict[str, Any] = {"ignore_mismatched_sizes": True, "output_loading_info": True}  # refused below
+        options |= {"device_map": "meta"} if meta else {}
+        model, info = loader.from_pretrained(path, dtype=dtype, **options, **where)
+        tokenizer = AutoTokenizer.from_pretrained(path, **where)
+        if tokenizer.chat_template is None and vision:
+            tokenizer.chat_template = AutoProcessor.from_pretrained(path, **where).chat_template
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as e:
+        raise ModelError(f"{key}: cannot load {path} ({e})") from e
+    require_all_weights(model, info, f"{key}: {path}")
+    require_embedded_tokens(model, tokenizer, key, path)
+    if tokenizer.chat_template is None:
+        raise ModelError(f"{key}: {path} has no chat template. Use an instruct model.")
+    return model, tokenizer, vision

@@ -7,56 +7,26 @@ import operator
 import os
 import shutil
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from rich.markup import escape
 
 from openril.data.preflight import CountTokens, Report, preflight
 from openril.endpoints import ChatClient, Completion
-from openril.errors import EndpointError, ModelError, OpenRILError, RecipeError
+from openril.errors import EndpointError, OpenRILError, RecipeError
 from openril.models import memory_estimate as estimate
-from openril.models.loading import load_config, load_processor
-from openril.models.prompt_lengths import TokenCounter
-from openril.models.published_shapes import published_shape
 from openril.models.stage_memory import CONTEXT_BYTES, stage_memory
 from openril.recipe.checks import cross_check
 from openril.recipe.schema import EndpointConfig, JudgeConfig, Recipe, TeacherConfig
+from openril.report.page import Page
 from openril.responses.chat_requests import request_settings
 from openril.rewards.judge import judge_request_settings
 from openril.rewards.judge_prompt import Prompt, read_reply
+from openril.stages.check_models import check_discriminator, check_local, check_student
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 _PROBE_SECONDS = 60.0
 _QUESTION = "What color is a clear sky at noon? Answer in one word."
-
-
-class _Page:
-    """Print findings as they come, and count those that stop the run."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self.errors = 0
-        self.warnings = 0
-
-    def heading(self, text: str) -> None:
-        self.console.print(f"\n[bold]{escape(text)}[/bold]")
-
-    def good(self, text: str) -> None:
-        self.plain(text, "[green]ok[/green]     ")
-
-    def error(self, text: str) -> None:
-        self.errors += 1
-        self.plain(text, "[red]problem[/red]")
-
-    def warn(self, text: str) -> None:
-        self.warnings += 1
-        self.plain(text, "[yellow]warning[/yellow]")
-
-    def plain(self, text: str, label: str = "       ") -> None:
-        self.console.print(f"  {label}  {escape(text)}", highlight=False, soft_wrap=True)
 
 
 def run_check(
@@ -72,7 +42,7 @@ def run_check(
     """
     device = _device_memory(device_memory)
     world_size = int(os.environ.get("WORLD_SIZE") or 1) if world_size is None else world_size
-    page = _Page(console)
+    page = Page(console)
     page.heading("Settings")
     problems = cross_check(recipe, "run", world_size)
     for problem in problems:
@@ -81,11 +51,13 @@ def run_check(
         page.good("the settings fit together")
 
     page.heading("Models")
-    shape, count_tokens = _check_student(recipe, page)
+    shape, count_tokens = check_student(recipe, page)
+    if recipe.uses_discriminator and (start := recipe.discriminator.init):
+        check_discriminator(recipe, start, page)
     judge = 0
     for what, endpoint in _endpoints(recipe):
         if endpoint.model_path and not endpoint.base_urls:
-            size = _check_local(endpoint, what, page)
+            size = check_local(recipe, endpoint, what, page)
             judge = size if what == "judge" else 0
 
     page.heading("Data")
@@ -124,92 +96,10 @@ def _endpoints(recipe: Recipe) -> list[tuple[str, EndpointConfig]]:
     return found
 
 
-# Models
-
-
-def _check_student(recipe: Recipe, page: _Page) -> tuple[estimate.Shape | None, CountTokens | None]:
-    student = recipe.student
-    if not student.model:
-        page.error("student.model: expected a folder or hub name, got nothing. Lengths and memory cannot be estimated.")
-        return None, None
-    shape, counter = None, None
-    try:
-        config = load_config(student.model, trust_remote_code=student.trust_remote_code)
-        _require_image_text_to_text(config, student.model)
-        parameters = _parameters(student.model, student.revision)
-        if parameters is None:
-            shape = published_shape(student.model)
-            known = "they are from the list of published sizes" if shape else "so there is no memory estimate"
-            page.warn(f"student: cannot read the sizes of the weights of {student.model}; {known}")
-        else:
-            shape = estimate.shape_of(config, parameters)
-        size = f", {_count(shape.total)} parameters" if shape is not None else ""
-        page.good(f"student: {student.model} ({config.model_type}{size})")
-    except OpenRILError as e:
-        page.error(str(e))
-        shape = published_shape(student.model)
-        if shape is not None:
-            page.plain(f"student: {_count(shape.total)} parameters, from the list of published sizes")
-    try:
-        processor = load_processor(
-            student.model,
-            revision=student.revision,
-            trust_remote_code=student.trust_remote_code,
-            min_pixels=student.min_pixels,
-            max_pixels=student.max_pixels,
-        )
-        counter = TokenCounter(processor, student.system_prompt)
-        page.good(f"student: {type(processor).__name__} with a chat template")
-    except OpenRILError as e:
-        page.error(str(e))
-    return shape, counter
-
-
-def _require_image_text_to_text(config: Any, model: str) -> None:
-    from openril.hf import AutoModelForImageTextToText
-
-    if type(config) not in AutoModelForImageTextToText._model_mapping and not getattr(config, "auto_map", None):
-        raise ModelError(
-            f"student.model: expected a vision-language model (AutoModelForImageTextToText), got {model}, a "
-            f"{config.model_type} model that takes no images"
-        )
-
-
-def _parameters(model: str, revision: str | None) -> dict[str, int] | None:
-    """Return the parameters of a folder or hub model by module group, or None if the hub does not report them."""
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return estimate.checkpoint_parameters(folder)
-    from huggingface_hub import get_safetensors_metadata
-
-    try:
-        metadata = get_safetensors_metadata(model, revision=revision)
-    except Exception as e:  # offline, gated, renamed or without safetensors: all mean that nothing is known
-        import logging
-
-        logging.getLogger(__name__).info("no safetensors metadata of %s: %s", model, e)
-        return None
-    tensors = {n: t.parameter_count for f in metadata.files_metadata.values() for n, t in f.tensors.items()}
-    return estimate.by_group(tensors)
-
-
-def _check_local(endpoint: EndpointConfig, what: str, page: _Page) -> int:
-    """Check a model that runs in this process, and return the number of its parameters, or 0 if it is unknown."""
-    try:
-        config = load_config(endpoint.model_path, what=what, trust_remote_code=endpoint.trust_remote_code)
-        parameters = _parameters(endpoint.model_path, endpoint.revision)
-    except OpenRILError as e:
-        page.error(str(e))
-        return 0
-    size = f", {_count(sum(parameters.values()))} parameters" if parameters else ""
-    page.good(f"{what}: {endpoint.model_path} ({config.model_type}{size}), in this process")
-    return sum(parameters.values()) if parameters else 0
-
-
 # Data
 
 
-def _check_data(recipe: Recipe, which: Any, count_tokens: CountTokens | None, page: _Page) -> Report | None:
+def _check_data(recipe: Recipe, which: Any, count_tokens: CountTokens | None, page: Page) -> Report | None:
     if not getattr(recipe.data, which):
         if which == "validation":
             page.warn("data.validation is empty, so training has no score and `ril eval` has no questions")
@@ -243,7 +133,7 @@ def _check_data(recipe: Recipe, which: Any, count_tokens: CountTokens | None, pa
 # Servers
 
 
-def _check_servers(recipe: Recipe, page: _Page) -> None:
+def _check_servers(recipe: Recipe, page: Page) -> None:
     """Ask every server for one short completion, with the settings of the run."""
     asked = [(what, endpoint) for what, endpoint in _endpoints(recipe) if endpoint.base_urls]
     if not asked:
@@ -274,7 +164,7 @@ def _check_servers(recipe: Recipe, page: _Page) -> None:
 
 
 def _report_answer(
-    recipe: Recipe, endpoint: EndpointConfig, where: str, answer: Completion | EndpointError, page: _Page
+    recipe: Recipe, endpoint: EndpointConfig, where: str, answer: Completion | EndpointError, page: Page
 ) -> None:
     if isinstance(answer, EndpointError):
         page.error(str(answer))
@@ -305,7 +195,7 @@ def _say_needs(
     recipe: Recipe,
     train: Report | None,
     validation: Report | None,
-    page: _Page,
+    page: Page,
 ) -> None:
     if train is not None and train.num_usable:
         work = estimate.work(recipe, train.num_usable, validation.num_usable if validation else 0)
@@ -347,7 +237,7 @@ def _device_memory(given: Sequence[str]) -> tuple[float, str] | None:
     return properties.total_memory, f"this machine's {properties.name}"
 
 
-def _check_memory(recipe: Recipe, sizes: tuple[Any, ...], device: tuple[float, str] | None, page: _Page) -> None:
+def _check_memory(recipe: Recipe, sizes: tuple[Any, ...], device: tuple[float, str] | None, page: Page) -> None:
     """Say what each stage needs on the device of one process, and compare the largest with the device.
 
     sizes: the arguments of ``stage_memory`` after the recipe.
@@ -406,7 +296,7 @@ def _differs(recipe: Recipe, key: str, value: Any) -> bool:
     return now != value and (isinstance(value, bool | str) or now > value)
 
 
-def _say_change(recipe: Recipe, changes: dict[str, Any], sizes: tuple[Any, ...], page: _Page) -> None:
+def _say_change(recipe: Recipe, changes: dict[str, Any], sizes: tuple[Any, ...], page: Page) -> None:
     changed = recipe.model_copy(deep=True)
     for key, value in changes.items():
         section, _, name = key.rpartition(".")
@@ -415,7 +305,7 @@ def _say_change(recipe: Recipe, changes: dict[str, Any], sizes: tuple[Any, ...],
     page.plain(f"{_gib(need):>12}  with {', '.join(f'{k}: {str(v).lower()}' for k, v in changes.items())}")
 
 
-def _check_disk(recipe: Recipe, shape: estimate.Shape, page: _Page) -> None:
+def _check_disk(recipe: Recipe, shape: estimate.Shape, page: Page) -> None:
     checkpoints = estimate.checkpoint_bytes(recipe, shape) * (recipe.train.keep_checkpoints + 1)
     place = recipe.run_path
     while not place.exists():
@@ -427,7 +317,3 @@ def _check_disk(recipe: Recipe, shape: estimate.Shape, page: _Page) -> None:
 
 def _gib(amount: float) -> str:
     return f"{amount / estimate.GIB:,.1f} GiB" if amount >= 0.1 * estimate.GIB else f"{amount / 2**20:,.1f} MiB"
-
-
-def _count(number: int) -> str:
-    return f"{number / 1e9:.2f}B" if number >= 1e8 else f"{number / 1e6:.2f}M"

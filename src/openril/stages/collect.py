@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, TypeVar
 
+from openril.checkpoint_files import require_folder
 from openril.errors import EndpointError
 from openril.recipe.checks import filters_overlong
 from openril.recipe.schema import Recipe
@@ -53,6 +54,8 @@ def run_collect(
     names = required_sources(recipe) if sources is None else sources
     for name in names:
         teacher_of(recipe, name)  # an unknown name is refused before any work
+        if make_sampler is None:
+            _require_checkpoint(recipe, name)
     partial = sources is None and filters_overlong(recipe) and not selection_file(recipe).exists()
     if partial:
         names = [STUDENT]
@@ -94,6 +97,17 @@ def run_collect(
         judge_cached(recipe, cache, asked, console)
     if partial:
         console.print("collect: next, `ril select` leaves out overlong questions; then run `ril collect` again")
+
+
+def _require_checkpoint(recipe: Recipe, source: str) -> None:
+    """Raise ModelError if a source is a folder without a checkpoint that can be used."""
+    from openril.responses.collection import teacher_of
+
+    teacher = teacher_of(recipe, source)
+    if teacher is None:
+        require_folder("student", recipe.collected_student)
+    elif not teacher.base_urls:
+        require_folder(f"teacher {source}", teacher.model_path)
 
 
 def required_sources(recipe: Recipe) -> list[str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from openril._version import __version__
+from openril.checkpoint_files import require_folder
 from openril.errors import ModelError
 from openril.recipe.schema import Recipe
 from openril.report.progress import ProgressDisplay, say
@@ -93,6 +94,8 @@ def run_eval(
     questions = read_questions(recipe.data, "validation")
     questions = questions[: recipe.eval.limit] if recipe.eval.limit else questions
     targets = find_targets(recipe) if checkpoints is None else [named(recipe, c) for c in checkpoints]
+    for target in targets:
+        require_folder(f"eval {target.name}", target.checkpoint)
     settings = settings_of(recipe, questions)
     judge: JudgeService | None = None
     evaluations: dict[str, Evaluation] = {}
@@ -167,7 +170,9 @@ def place(name: str) -> tuple[int, str]:
 
 def settings_of(recipe: Recipe, questions: list[Question]) -> dict[str, Any]:
     """Return everything except the checkpoint that a score depends on, as plain data that is stored with the score."""
-    student, judge = recipe.student, recipe.judge
+    from openril.rewards.judge_protocol import judge_identity
+
+    student = recipe.student
     asked = recipe.eval.score != "rules"
     content = [[q.content_hash(), q.answer, list(q.choices), q.rule, *q.other_answers] for q in questions]
     return {
@@ -179,10 +184,8 @@ def settings_of(recipe: Recipe, questions: list[Question]) -> dict[str, Any]:
         "max_prompt_length": recipe.data.max_prompt_length,
         "min_pixels": student.min_pixels,
         "max_pixels": student.max_pixels,
-        "judge": {
-            k: getattr(judge, k) for k in ("model", "model_path", "revision", "temperature", "max_tokens")
-        } if asked else None,
-    }  # fmt: skip
+        "judge": judge_identity(recipe.judge) if asked else None,
+    }
 
 
 def identity_of(checkpoint: str, recipe: Recipe) -> str:

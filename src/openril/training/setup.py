@@ -15,7 +15,7 @@ from openril.discriminator.network import DiscriminatorModel, load_discriminator
 from openril.errors import ModelError
 from openril.models.adapters import add_adapters, base_model
 from openril.models.freezing import freeze, round_products
-from openril.models.loading import load_student, torch_dtype
+from openril.models.loading import load_student, require_embedded_tokens, torch_dtype
 from openril.models.packing import Policy
 from openril.models.prompts import PromptEncoder
 from openril.models.vision_features import FeatureCache, VisionFeatures
@@ -229,6 +229,7 @@ def fresh_discriminator(
         start, recipe.student, seed=recipe.seed, dtype=master_dtype(recipe), meta=sharded
     )
     processor = load_discriminator_processor(start, recipe.student)
+    require_embedded_tokens(network.backbone, processor, "discriminator", start)
     return wrap_discriminator(recipe, accelerator, network, processor, optimizer, warn, student)
 
 
