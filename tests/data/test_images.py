@@ -17,7 +17,7 @@ import pytest
 from PIL import BmpImagePlugin, Image
 
 from openril.data import images
-from openril.data.images import load_image, to_data_url
+from openril.data.images import appearance, load_image, to_data_url
 from openril.errors import DataError
 from openril.records import ImageSource
 
@@ -62,6 +62,39 @@ def test_sixteen_bit_gray_keeps_its_range() -> None:
     gray = Image.fromarray(np.array([[0, 32896, 65535]], dtype=np.uint16))
     image = load_image(encoded(gray))
     assert [image.getpixel((x, 0))[0] for x in range(3)] == [0, 128, 255]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "values", "expected"),
+    [
+        ("uint16", (0, 2048, 4095), (0, 128, 255)),  # 12 bits
+        ("uint16", (0, 512, 1023), (0, 128, 255)),  # 10 bits
+        ("int32", (0, 100, 255), (0, 100, 255)),
+        ("int32", (0, 32896, 65535), (0, 128, 255)),
+        ("int32", (0, 50_000, 100_000), (0, 128, 255)),  # the brightest is white
+        ("float32", (0, 0.5, 1), (0, 128, 255)),
+        ("float32", (0, 100, 255), (0, 100, 255)),
+    ],
+)
+def test_gray_values_of_any_depth_are_scaled(dtype: str, values: tuple[float, ...], expected: tuple[int, ...]) -> None:
+    image = load_image(encoded(Image.fromarray(np.array([values], dtype)), "TIFF"))
+    assert tuple(image.getpixel((x, 0))[0] for x in range(3)) == expected
+
+
+@pytest.mark.parametrize("values", [(-1.0, 0.5, 1.0), (0.0, float("nan"), 1.0)])
+def test_gray_values_without_a_meaning_are_refused(values: tuple[float, ...]) -> None:
+    with pytest.raises(DataError, match=r"image .*: expected gray values from 0, got values from .*Scale"):
+        load_image(encoded(Image.fromarray(np.array([values], "float32")), "TIFF"))
+
+
+def test_pictures_that_show_nothing_are_told_from_others() -> None:
+    speck = Image.new("RGB", (100, 100), (250, 250, 250))
+    speck.putpixel((5, 5), (0, 0, 0))
+    line = Image.new("RGB", (100, 100), (250, 250, 250))
+    line.paste((0, 0, 0), (0, 50, 20, 51))
+    assert "one color" in appearance(RED) and "one color" in appearance(speck) and appearance(line) == ""
+    assert "1 x 1" in appearance(Image.new("RGB", (1, 1)))
+    assert "(255, 255, 255)" in appearance(load_image(encoded(Image.new("RGBA", (4, 4), (9, 9, 9, 0)))))
 
 
 def test_animation_gives_its_first_frame() -> None:

@@ -19,7 +19,9 @@ from openril.rewards.answers import truth_problem
 
 
 def image(folder: Path, name: str, size: tuple[int, int] = (8, 6), color: int = 0) -> str:
-    Image.new("RGB", size, (color, 0, 0)).save(folder / name)
+    picture = Image.new("RGB", size, (color, 0, 0))
+    picture.putpixel((0, 0), (255, 255, 255))
+    picture.save(folder / name)
     return name
 
 
@@ -48,10 +50,10 @@ def test_every_kind_of_problem_is_found_in_one_pass(tmp_path: Path) -> None:
     report = run(
         tmp_path,
         {"question": "fine", "answer": "1", "images": [good]},
-        {"question": "q2", "answer": "1", "images": ["missing.png"]},
-        {"question": "q3", "answer": "1", "images": ["bad.png", "text.png"]},
-        {"question": "q4", "answer": "1", "images": [image(tmp_path, "huge.png", (100, 100))]},
-        {"question": "q5", "answer": "1", "images": ["https://example.org/x.png"]},
+        {"question": "q2", "answer": "2", "images": ["missing.png"]},
+        {"question": "q3", "answer": "3", "images": ["bad.png", "text.png"]},
+        {"question": "q4", "answer": "4", "images": [image(tmp_path, "huge.png", (100, 100))]},
+        {"question": "q5", "answer": "5", "images": ["https://example.org/x.png"]},
         {"question": "q6", "answer": " "},
         {"question": "q7", "answer": "1", "rule": "exakt"},
         {"question": "q8", "answer": "dog", "choices": ["cat", "cow"]},
@@ -90,7 +92,7 @@ def test_answers_that_are_not(tmp_path: Path, answer: str) -> None:
 
 def test_identical_content_is_found_through_copies_of_the_image(tmp_path: Path) -> None:
     names = image(tmp_path, "a.png"), image(tmp_path, "copy.png"), image(tmp_path, "other.png", color=9)
-    rows = [{"id": str(i), "question": "q", "answer": str(i), "images": [n]} for i, n in enumerate(names)]
+    rows = [{"id": str(i), "question": "q", "answer": f"a{i}", "images": [n]} for i, n in enumerate(names)]
     report = run(tmp_path, *rows)
     assert kinds(report) == [("2", "duplicate content", "warning")]
     assert report.problems[0].cause.endswith("q.jsonl:1 but another answer") and report.num_usable == 3
@@ -126,8 +128,8 @@ def test_each_image_file_is_opened_once(tmp_path: Path, monkeypatch: pytest.Monk
     import openril.data.preflight as module
 
     opened = []
-    original = module._open
-    monkeypatch.setattr(module, "_open", lambda source, data: opened.append(source) or original(source, data))
+    original = module.open_image
+    monkeypatch.setattr(module, "open_image", lambda source, data: opened.append(source) or original(source, data))
     name = image(tmp_path, "a.png")
     run(tmp_path, *[{"question": str(i), "answer": "1", "images": [name]} for i in range(600)])
     assert len(opened) == 1

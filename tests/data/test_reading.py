@@ -340,3 +340,17 @@ def test_the_example_rows_of_the_documentation_are_read(tmp_path: Path) -> None:
     assert [(len(q.images), q.answer) for q in questions] == [
         (1, "red"), (2, "no"), (0, "B"), (1, "red"), (1, "red"), (1, "blue"), (1, "blue")
     ]  # fmt: skip
+
+
+def test_floats_in_parquet_are_the_shortest_numbers_of_their_type(tmp_path: Path) -> None:
+    columns = {
+        "question": ["a", "b", "c"],
+        "answer": pa.array([0.1, 12.7, 3.0], pa.float32()),
+        "choices": pa.array([[0.1, 2.0], [12.7, 1.5], None], pa.list_(pa.float32())),
+        "weight": pa.array([0.1, None, 0.30000000000000004], pa.float64()),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "q.parquet")
+    questions = read_file(tmp_path / "q.parquet")
+    assert [q.answer for q in questions] == ["0.1", "12.7", "3"]
+    assert [q.choices for q in questions] == [("0.1", "2"), ("12.7", "1.5"), ()]
+    assert [q.metadata.get("weight") for q in questions] == [0.1, None, 0.30000000000000004]

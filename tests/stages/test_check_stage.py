@@ -24,10 +24,11 @@ from openril.records import ImageSource, Question
 from openril.report.page import Page
 from openril.stages.check import _check_servers, run_check
 from support.misbehaving_server import MisbehavingServer, Say, Status
+from support.tiny import draw_square
 
 
 def recipe_for(folder: Path, student: Path, **changes: Any) -> Recipe:
-    Image.new("RGB", (64, 40)).save(folder / "a.png")
+    draw_square(folder / "a.png", "red", (64, 40))
     rows = [
         {"id": "1", "question": "Which colour?", "answer": "red", "images": ["a.png"]},
         {"id": "2", "question": "How many?", "answer": "3"},

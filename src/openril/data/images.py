@@ -1,7 +1,8 @@
 """Open images from files, memory and URLs safely, and prepare them for requests to servers.
 
-Every image becomes upright 8-bit RGB: EXIF rotation is applied, transparent pixels are put on white, palettes, gray, CMYK
-and 16-bit images are converted, and of animations the first frame is used. The size is checked before decoding.
+Every image becomes upright 8-bit RGB: EXIF rotation is applied, transparent pixels are put on white, palettes, gray and
+CMYK are converted, gray values of 10 to 32 bits and floats are scaled, and of animations the first frame is used. The size
+is checked before decoding.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import math
 import re
 import struct
 import time
@@ -17,6 +19,7 @@ import warnings
 import zlib
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from openril.errors import DataError
@@ -30,6 +33,8 @@ MAX_BYTES = 64 * 2**20
 """Maximum size of a download or data URL."""
 FETCH_SECONDS = 30.0
 """Maximum duration of a whole download."""
+_ONE_COLOR, _NEARLY = 4, 0.999
+"""The largest difference, of 255, that counts as one color, and the share of pixels that makes a picture nearly that."""
 
 # Formats that Pillow decodes itself. Others start external programs (EPS) or contain arbitrary data (PDF).
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
@@ -112,6 +117,10 @@ def _decode(
                 transparent = opened.has_transparency_data
                 opened.load()
                 image = _to_rgb(ImageOps.exif_transpose(opened))
+    except DataError:
+        raise
+    except _GrayValues as e:
+        raise DataError(f"image {source.name}: {e}") from e
     except Image.DecompressionBombError as e:
         raise _bomb(source, str(e), max_pixels) from e
     except UnidentifiedImageError as e:
@@ -132,19 +141,58 @@ def _bomb(source: ImageSource, size: str, max_pixels: int) -> DataError:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in ("I;16", "I;16L", "I;16B", "I;16N"):
-        image = image.point(lambda v: v / 257).convert("L")  # 65535 -> 255; a plain conversion would clip
-    elif image.mode == "I":
-        brightest = image.getextrema()[1]
-        wide = isinstance(brightest, int | float) and brightest > 255
-        image = image.point(lambda v: v / 257).convert("L") if wide else image.convert("L")
-    elif image.mode == "F":
-        image = image.convert("L")
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = _to_8_bits(image)
     if image.has_transparency_data:
         layered = image.convert("RGBA")
         white = Image.new("RGBA", layered.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, layered).convert("RGB")
     return image.convert("RGB")
+
+
+class _GrayValues(Exception):
+    pass
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Scale gray values of more bits, or of floats, to 0-255, which Pillow would clip.
+
+    White is 1.0 for floats of at most 1, otherwise the smallest depth of 8, 10, 12, 14 and 16 bits that holds the
+    brightest pixel, and beyond them the brightest pixel. Raises _GrayValues for values below 0 and for NaN.
+    """
+    values = np.asarray(image, np.float64)
+    low, high = float(values.min()), float(values.max())
+    if not (math.isfinite(low) and math.isfinite(high)) or low < 0:
+        raise _GrayValues(
+            f"expected gray values from 0, got values from {low:g} to {high:g}. Scale them to 8 bits with the range that"
+            " you want to see"
+        )
+    whites = [1.0] * (image.mode == "F") + [2.0**bits - 1 for bits in (8, 10, 12, 14, 16)]
+    white = next((w for w in whites if high <= w), high)
+    return Image.fromarray((values * (255 / white)).round().astype(np.uint8))
+
+
+def frame_count(data: bytes) -> int:
+    """Return the number of frames of an encoded image that ``load_image`` accepts."""
+    with Image.open(io.BytesIO(data)) as opened:
+        return int(getattr(opened, "n_frames", 1))
+
+
+def appearance(image: Image.Image) -> str:
+    """Return why the picture that ``load_image`` returns shows nothing, or ""."""
+    if min(image.size) == 1:
+        return f"it is {image.width} x {image.height} pixels"
+    ranges: Any = image.getextrema()
+    if all(high - low <= _ONE_COLOR for low, high in ranges):
+        return f"all its pixels have one color, {tuple((low + high) // 2 for low, high in ranges)}"
+    pixels = image.width * image.height
+    histogram = image.histogram()
+    nearly = []
+    for channel in range(3):
+        counts = histogram[256 * channel : 256 * (channel + 1)]
+        most = max(range(256), key=counts.__getitem__)
+        nearly.append(sum(counts[max(0, most - _ONE_COLOR) : most + _ONE_COLOR + 1]) >= _NEARLY * pixels)
+    return f"more than {_NEARLY:.1%} of its pixels have one color" if all(nearly) else ""
 
 
 def read_bytes(source: ImageSource, allow_urls: bool = False) -> bytes:

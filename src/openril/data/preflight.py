@@ -6,15 +6,16 @@ import dataclasses
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from openril.data.choices import index_of
 from openril.data.formats import COMPUTED
-from openril.data.images import load_image, read_bytes
+from openril.data.images import appearance, frame_count, load_image, read_bytes
 from openril.data.reading import RowProblem, read_questions
+from openril.data.row_checks import row_warnings, set_problems
 from openril.data.unread import unread_warnings
 from openril.errors import DataError
 from openril.recipe.checks import ANSWER_RULES
@@ -27,14 +28,21 @@ if TYPE_CHECKING:
 Size = tuple[int, int]
 """(width, height) in pixels."""
 
+Opened = tuple[Size, str, str] | str
+"""Size, digest of the pixels, and why the picture may show nothing ("" if it does not); or why it cannot be used."""
+
 CountTokens = Callable[[Question, Sequence[Size]], tuple[int, int]]
 """(question, sizes of its images) -> (prompt tokens including image tokens, image tokens)."""
+
+REFUSALS = (ValueError, TypeError, RuntimeError, ZeroDivisionError)
+"""What processors raise for an image that they cannot use."""
 
 _BATCH = 256
 _SHOWN = 20
 _COLUMNS = 40
 _IMAGE_KINDS = {
     "does not exist": "missing image",
+    "gray values": "gray values",
     "bomb": "decompression bomb",
     "on the network": "image on the network",
     "cannot be fetched": "missing image",
@@ -180,7 +188,7 @@ def preflight(
     report.columns_read = dict(used)
     report.columns_kept = dict(Counter(c for q in questions for c in q.metadata if c not in COMPUTED))
     report.problems += unread_warnings(questions, data.columns)
-    opened: dict[ImageSource, tuple[Size, str] | str] = {}
+    opened: dict[ImageSource, Opened] = {}
     prompt_tokens: list[float] = []
     image_tokens: list[float] = []
     pixels: list[float] = []
@@ -189,7 +197,7 @@ def preflight(
         for start in range(0, len(questions), _BATCH):
             batch = questions[start : start + _BATCH]
             new = list(dict.fromkeys(i for q in batch for i in q.images if i not in opened))
-            results = pool.map(lambda i: _open(i, data), new)
+            results = pool.map(lambda i: open_image(i, data), new)
             opened.update(zip(new, results, strict=True))
             for q in batch:
                 found, sizes, digests = _check_question(q, opened, answers_needed, rule)
@@ -203,8 +211,8 @@ def preflight(
                 if count_tokens is not None and None not in sizes:
                     try:
                         prompt, image = count_tokens(q, [s for s in sizes if s is not None])
-                    except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as e:
-                        cause = f"the student's processor refuses it: {e}"
+                    except REFUSALS as e:
+                        cause = refusal(q, [s for s in sizes if s is not None], e)
                         found.append(RowProblem("processor", q.origin, q.id, cause))
                     else:
                         prompt_tokens.append(prompt)
@@ -231,6 +239,7 @@ def preflight(
                     del opened[image_source]
             if progress is not None:
                 progress(min(start + _BATCH, len(questions)), len(questions))
+    report.problems += set_problems(questions)
     report.answer_chars = Quantiles.of(len(q.answer) for q in questions)
     report.image_pixels = Quantiles.of(pixels)
     if count_tokens is not None:
@@ -238,29 +247,58 @@ def preflight(
     return report
 
 
-def _open(source: ImageSource, data: DataConfig) -> tuple[Size, str] | str:
-    """Return (size, digest of the content), or why the image cannot be used."""
+def refusal(q: Question, sizes: Sequence[Size], error: Exception) -> str:
+    """Return the cause of an error of the processor on a question with images of these (width, height)."""
+    images = ", ".join(f"{i.name} of {w} x {h} pixels" for i, (w, h) in zip(q.images, sizes, strict=True))
+    fix = "Crop or pad the image, or leave the row out" if images else "Leave the row out"
+    return f"the student's processor refuses {images[:300] or 'it'}: {str(error)[:200]}. {fix}"
+
+
+def open_image(source: ImageSource, data: DataConfig) -> Opened:
+    """Return (size, digest of the pixels, why the picture may show nothing or ""), or why the image cannot be used."""
     try:
         content = read_bytes(source, data.allow_urls)
-        size = load_image(ImageSource(data=content), data.max_image_pixels).size
+        image = load_image(ImageSource(data=content), data.max_image_pixels)
     except DataError as e:
         # Replace the generic name of the bytes by the name of the image.
         return re.sub(r"^image <\d+ bytes>", lambda _: f"image {source.name}", str(e))
-    return size, hashlib.sha256(content).hexdigest()[:32]
+    digest = hashlib.blake2b(image.tobytes(), digest_size=16, key=repr(image.size).encode())
+    frames = frame_count(content)
+    remark = appearance(image) or f"only the first of its {frames} frames is used" * (frames > 1)
+    return image.size, digest.hexdigest(), remark
 
 
 def _image_kind(cause: str) -> str:
     return next((kind for words, kind in _IMAGE_KINDS.items() if words in cause), "corrupt image")
 
 
+def image_problems(q: Question, opened: Mapping[ImageSource, Opened]) -> list[RowProblem]:
+    """Return an error for each image of a question that cannot be used, and a warning for each that may show nothing."""
+    found = []
+    for image in dict.fromkeys(q.images):
+        result = opened[image]
+        if isinstance(result, str):
+            found.append(RowProblem(_image_kind(result), q.origin, q.id, result))
+        elif result[2]:
+            kind = "animation" if "frames" in result[2] else "picture of one color"
+            found.append(RowProblem(kind, q.origin, q.id, f"image {image.name}: {result[2]}", "warning"))
+    return found
+
+
 def _check_question(
-    q: Question, opened: dict[ImageSource, tuple[Size, str] | str], answers_needed: bool, rule: str
+    q: Question, opened: Mapping[ImageSource, Opened], answers_needed: bool, rule: str
 ) -> tuple[list[RowProblem], list[Size | None], tuple[str | None, ...]]:
     """Return (problems, size of each image, digest of each image); None for images that cannot be used."""
     results = [opened[image] for image in q.images]
-    found = [RowProblem(_image_kind(r), q.origin, q.id, r) for r in results if isinstance(r, str)]
     sizes = [None if isinstance(r, str) else r[0] for r in results]
     digests = tuple(None if isinstance(r, str) else r[1] for r in results)
+    found = [*image_problems(q, opened), *question_problems(q, answers_needed, rule), *row_warnings(q)]
+    return found, sizes, digests
+
+
+def question_problems(q: Question, answers_needed: bool, rule: str) -> list[RowProblem]:
+    """Return the problems of a row that keep it from being used as it is meant, and of a rule that needs choices."""
+    found: list[RowProblem] = []
     if not q.answer:
         cause = "answer: expected text, got nothing, so no response can be scored"
         if others := [name for name in q.metadata if name not in COMPUTED][:8]:
@@ -276,4 +314,4 @@ def _check_question(
         cause = f"answer: expected one of the {len(q.choices)} choices or its letter, got {q.answer[:40]!r}"
         cause += '. If the columns that are read as choices are none, set data.columns: {choices: ""}'
         found.append(RowProblem("answer not among choices", q.origin, q.id, cause))
-    return found, sizes, digests
+    return found

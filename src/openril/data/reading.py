@@ -7,6 +7,7 @@ import glob
 import gzip
 import json
 import logging
+import math
 import re
 import sys
 import zlib
@@ -313,11 +314,33 @@ def _parquet_rows(name: str, path: Path) -> Iterator[Row]:
     try:
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=64):
-                for row in batch.to_pylist():
+                for row in _python_rows(batch):
                     number += 1
                     yield f"{name}:{number}", row, path.resolve().parent
     except (pa.ArrowException, OSError) as e:
         raise DataError(f"{name}: damaged, or not a Parquet file, after row {number} ({e}).") from e
+
+
+def _python_rows(table: Any) -> Iterator[dict[str, Any]]:
+    """Yield the rows of an Arrow table, with floats as the shortest numbers that they stand for in their own type.
+
+    A float of 32 bits becomes 0.1 and not 0.10000000149011612, and 3.0 becomes 3: a column of whole numbers with a gap is
+    written as floats.
+    """
+    import pyarrow as pa
+
+    def shorten(value: Any, kind: Any) -> Any:
+        if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+            return value and [shorten(v, kind.value_type) for v in value]
+        if isinstance(value, float) and math.isfinite(value):
+            value = float(str(kind.to_pandas_dtype()(value)))
+            return int(value) if value.is_integer() and abs(value) < 2**53 else value
+        return value
+
+    kinds = {f.name: f.type for f in table.schema}
+    floats = [name for name, kind in kinds.items() if pa.types.is_floating(getattr(kind, "value_type", kind))]
+    for row in table.to_pylist():
+        yield row | {name: shorten(row[name], kinds[name]) for name in floats}
 
 
 def _folder_rows(name: str, path: Path, split: str) -> Iterator[Row]:
@@ -363,7 +386,7 @@ def _dataset_rows(name: str, dataset: Any, folder: Path) -> Iterator[Row]:
     number = 0
     # In Arrow format image columns stay {"bytes", "path"} and are not decoded.
     for table in dataset.with_format("arrow").iter(batch_size=64):
-        for row in table.to_pylist():
+        for row in _python_rows(table):
             number += 1
             for column, feature in labels.items():
                 if isinstance(row.get(column), int) and row[column] >= 0:

@@ -9,9 +9,9 @@ from typing import Any
 from PIL import Image
 
 from openril.data.images import image_size
-from openril.data.preflight import Size
+from openril.data.preflight import REFUSALS, Size, refusal
 from openril.data.sanitize import special_tokens, strip_special
-from openril.errors import ModelError
+from openril.errors import DataError, ModelError
 from openril.models.loading import load_processor
 from openril.models.prompts import process, question_messages
 from openril.recipe.schema import Recipe
@@ -93,13 +93,20 @@ def fitting_questions(
             max_pixels=student.max_pixels,
         )
         count = TokenCounter(processor, student.system_prompt)
-        mine = {}
+        mine, refused = {}, []
         for q in questions[process_index % num_processes :: num_processes]:
             sizes = [image_size(i, recipe.data.max_image_pixels, recipe.data.allow_urls) for i in q.images]
             # The rule for image tokens is compared with the processor on a few sizes only, so it decides no close case.
-            tokens, _ = count(q, sizes, exact_above=limit * 9 // 10)
+            try:
+                tokens, _ = count(q, sizes, exact_above=limit * 9 // 10)
+            except REFUSALS as e:
+                refused.append(f"{q.origin} ({q.id}): {refusal(q, sizes, e)}.")
+                continue
             if tokens > limit:
                 mine[q.id] = tokens
+        if refused := [cause for part in gather([refused]) for cause in part]:
+            more = f"\n... and {len(refused) - 8} more; `ril check` lists them all" if len(refused) > 8 else ""
+            raise DataError("\n".join(refused[:8]) + more)
         too_long = {id: tokens for part in gather([mine]) for id, tokens in part.items()}
         if process_index == 0:
             write_json(path, {"key": key, "questions": len(questions), "limit": limit, "too_long": too_long})

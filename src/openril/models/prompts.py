@@ -15,9 +15,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from openril.data.images import load_image
+from openril.data.preflight import REFUSALS, refusal
 from openril.data.question_text import interleave, question_text
 from openril.data.sanitize import strip_special
-from openril.errors import ModelError, PromptTooLongError
+from openril.errors import DataError, ModelError, PromptTooLongError
 from openril.records import Question, Response
 
 _TILE_MARK = re.compile(r"<row_\d+_col_\d+>")
@@ -144,15 +145,21 @@ class PromptEncoder:
         return [load_image(s, max_pixels=self.max_image_pixels, allow_urls=self.allow_urls) for s in question.images]
 
     def _encode_question(self, question: Question) -> Prompt:
-        images = self.load_images(question)
+        name = f"question {question.id} ({question.origin})"
+        try:
+            images = self.load_images(question)
+        except DataError as e:
+            raise DataError(f"{name}: {e}") from e
         messages = question_messages(question, self.system_prompt, self.clean)
         try:
-            return self.encode(
-                messages, images, name=f"question {question.id} ({question.origin})", key=question.images
-            )
+            return self.encode(messages, images, name=name, key=question.images)
         except PromptTooLongError as e:
             e.question_id = question.id
             raise
+        except ModelError:
+            raise
+        except REFUSALS as e:
+            raise DataError(f"{name}: {refusal(question, [i.size for i in images], e)}") from e
 
     def encode(
         self,

@@ -87,6 +87,11 @@ def say(console: Console, text: str) -> None:
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
+def warn_line(console: Console, stage: str, message: str) -> None:
+    """Print a warning of a stage as it is, like ``ProgressDisplay.warn``."""
+    console.print(Text(f"{stage}: warning: {message}", style="yellow"), soft_wrap=True)
+
+
 @dataclass
 class _Bar:
     """The state of one named piece of work. marks: (seconds, done) at most once a second, the oldest first."""
@@ -236,4 +241,4 @@ def _below(details: Sequence[tuple[str, str]]) -> Text:
     return text
 
 
-__all__ = ["ProgressDisplay", "duration", "figures", "rate_text", "say", "time_parts"]
+__all__ = ["ProgressDisplay", "duration", "figures", "rate_text", "say", "time_parts", "warn_line"]

@@ -12,7 +12,6 @@ Any number of processes may collect into a folder and read it at the same time.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -290,7 +289,6 @@ class ResponseCache:
             table, texts = self._read(ids, sources, num_responses, with_token_ids)
         finally:
             lock.release()
-        _warn_of_empty(table)
         loaded = LoadedResponses(table, texts, ids, sources)
         if check_hashes:
             present = loaded.counts().sum(axis=1) > 0
@@ -313,8 +311,7 @@ class ResponseCache:
 
         def index_of(table: pa.Table) -> pa.Table:
             rows = pa.array(np.arange(len(table), dtype=np.int32))
-            blank = pc.equal(pc.binary_length(table["text"]), 0)
-            table = table.select(indexed).append_column("row", rows).append_column("blank", blank)
+            table = table.select(indexed).append_column("row", rows)
             keep = pc.and_(
                 pc.is_in(table["question_id"], value_set=value_set), pc.is_in(table["source"], pa.array(sources))
             )
@@ -363,12 +360,3 @@ class ResponseCache:
     def responses_for(self, question: Question, source: str) -> list[Response]:
         """Return a source's responses to one question. This reads the folder; use ``load`` for many questions."""
         return self.load([question], [source]).responses_for(question.id, source)
-
-
-def _warn_of_empty(table: pa.Table) -> None:
-    """Log a warning for each source most of whose responses are empty, as a reasoning model's can be."""
-    shares = table.group_by("source").aggregate([("blank", "mean")]).to_pylist()
-    for source, share in ((row["source"], row["blank_mean"]) for row in shares):
-        if share > 0.5:
-            text = "%s: %.0f %% of the cached responses are empty. `ril check RECIPE` shows what its server answers."
-            logging.getLogger(__name__).warning(text, source, 100 * share)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from openril.data.preflight import CountTokens, Report, preflight
+from openril.data.reading import read_questions
 from openril.endpoints import ChatClient, Completion
 from openril.errors import EndpointError, OpenRILError, RecipeError
 from openril.models import memory_estimate as estimate
@@ -17,10 +18,12 @@ from openril.models.stage_memory import CONTEXT_BYTES, stage_memory
 from openril.recipe.checks import cross_check
 from openril.recipe.schema import EndpointConfig, JudgeConfig, Recipe, TeacherConfig
 from openril.report.page import Page
+from openril.responses.cache import ResponseCache
 from openril.responses.chat_requests import request_settings
 from openril.rewards.judge import judge_request_settings
 from openril.rewards.judge_prompt import Prompt, read_reply
 from openril.stages.check_models import check_discriminator, check_local, check_student
+from openril.stages.data_checks import check_responses, warn_of_shared_questions
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -62,6 +65,9 @@ def run_check(
 
     page.heading("Data")
     reports = {which: _check_data(recipe, which, count_tokens, page) for which in ("train", "validation")}
+
+    warn_of_shared_questions(recipe, page.warn)
+    _check_cached_responses(recipe, page)
 
     page.heading("Servers")
     _check_servers(recipe, page)
@@ -128,6 +134,23 @@ def _check_data(recipe: Recipe, which: Any, count_tokens: CountTokens | None, pa
     if not report.num_questions and not report.errors:
         page.error(f"data.{which} has no questions")
     return report
+
+
+def _check_cached_responses(recipe: Recipe, page: Page) -> None:
+    """Look at the responses of the teachers that are complete already."""
+    names = [t.name for t in recipe.teachers]
+    if not names or not recipe.cache_path.is_dir():
+        return
+    try:
+        questions = read_questions(recipe.data, "train", [])
+        cache = ResponseCache.open(recipe.cache_path)
+        for name in names:
+            here = {q.id for q in questions} - {q.id for q, _ in cache.missing(questions, name, 1)}
+            asked = [q for q in questions if q.id in here]
+            if asked:
+                check_responses(recipe, asked, cache.load(asked, [name], check_hashes=False), page.warn)
+    except (OpenRILError, OSError) as e:
+        page.plain(f"the response cache is not looked at: {e}")
 
 
 # Servers

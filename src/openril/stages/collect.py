@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import islice
 from typing import TYPE_CHECKING, TypeVar
 
 from openril.checkpoint_files import require_folder
-from openril.errors import EndpointError
+from openril.errors import CacheError, EndpointError
 from openril.recipe.checks import filters_overlong
 from openril.recipe.schema import Recipe
 from openril.records import STUDENT, Question
-from openril.report.progress import ProgressDisplay, say
+from openril.report.progress import ProgressDisplay, say, warn_line
+from openril.stages.data_checks import check_questions, check_responses
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -60,10 +62,13 @@ def run_collect(
     if partial:
         names = [STUDENT]
     asked = {name: selected_questions(recipe, name) for name in names}
+    warn = lambda message: warn_line(console, "collect", message)  # noqa: E731
+    for questions in {tuple(q.id for q in questions): questions for questions in asked.values()}.values():
+        check_questions(recipe, "collect", questions, warn)
     if STUDENT in asked and make_sampler is None:
         from openril.models.prompt_lengths import fitting_questions  # imports torch, which servers do not need
 
-        fitting = {q.id for q in fitting_questions(recipe, asked[STUDENT], "collect", console.print)}
+        fitting = {q.id for q in fitting_questions(recipe, asked[STUDENT], "collect", warn)}
         asked = {name: [q for q in questions if q.id in fitting] for name, questions in asked.items()}
     cache = ResponseCache.create(recipe.cache_path, shard_size=recipe.collect.shard_size)
     if recollect:
@@ -91,12 +96,15 @@ def run_collect(
                 problems.append(f"{name}: {result.failed} responses are missing:\n{report}")
             elif result.causes:
                 progress.note(f"{name}: refused and kept as empty responses:\n{result.failure_report()}")
+            if name != STUDENT and not result.failed and not warning:
+                with suppress(CacheError):  # other processes may still collect
+                    check_responses(recipe, asked[name], cache.load(asked[name], [name], check_hashes=False), warn)
     if problems:
         raise EndpointError("\n".join(problems) + "\nAll others are kept. The same command collects the missing ones.")
     if recipe.collect.judge_responses and int(os.environ.get("RANK", "0")) == 0:  # processes share only the collecting
         judge_cached(recipe, cache, asked, console)
     if partial:
-        console.print("collect: next, `ril select` leaves out overlong questions; then run `ril collect` again")
+        say(console, "collect: next, `ril select` leaves out overlong questions; then run `ril collect` again")
 
 
 def _require_checkpoint(recipe: Recipe, source: str) -> None:

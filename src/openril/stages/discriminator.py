@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -11,8 +12,9 @@ from openril.recipe.checks import require
 from openril.recipe.loading import save_recipe
 from openril.recipe.schema import Recipe
 from openril.records import STUDENT
-from openril.report.progress import ProgressDisplay, say
+from openril.report.progress import ProgressDisplay, say, warn_line
 from openril.responses.cache import ResponseCache
+from openril.stages.data_checks import check_questions, check_responses
 from openril.stages.questions import training_questions
 from openril.storage import write_json
 from openril.training.checkpoint import Checkpoints, Saver, read_progress, refuse_changed_recipe
@@ -41,13 +43,16 @@ def run_discriminator(recipe: Recipe, console: Console) -> Path:
     accelerator = make_accelerator(recipe)
     shards(recipe, accelerator, lambda message: say(console, f"discriminator: {message}"))
     require(recipe, "discriminator", accelerator.num_processes)
-    questions = training_questions(recipe, "discriminator", accelerator, console.print)
+    warn = partial(warn_line, console, "discriminator")
+    questions = training_questions(recipe, "discriminator", accelerator, warn)
+    check_questions(recipe, "discriminator", questions, warn)
     responses = ResponseCache.open(recipe.cache_path).load(
         questions,
         [STUDENT, *recipe.teacher_names],
         recipe.collect.num_responses,
         check_hashes=accelerator.is_main_process,
     )
+    check_responses(recipe, questions, responses, warn)
     folder = RunFolder(target.parent)
     checkpoints = Checkpoints(folder.checkpoints_path)
     latest = checkpoints.latest()

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from openril._version import __version__
 from openril.checkpoint_files import require_folder
 from openril.errors import ModelError
 from openril.recipe.schema import Recipe
-from openril.report.progress import ProgressDisplay, say
+from openril.report.progress import ProgressDisplay, say, warn_line
 from openril.storage import read_jsonl, stable_hash, weights_fingerprint, write_json, write_text
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ def run_eval(
     from openril.recipe.checks import require
     from openril.rewards.judge import build_judge_service
     from openril.rewards.verdict_store import OUTDATED
+    from openril.stages.data_checks import check_questions
 
     require(recipe, "eval")
     questions = read_questions(recipe.data, "validation")
@@ -96,6 +98,9 @@ def run_eval(
     targets = find_targets(recipe) if checkpoints is None else [named(recipe, c) for c in checkpoints]
     for target in targets:
         require_folder(f"eval {target.name}", target.checkpoint)
+    check_questions(
+        recipe, "eval", questions, partial(warn_line, console, "eval"), "validation", processed=make_sampler is None
+    )
     settings = settings_of(recipe, questions)
     judge: JudgeService | None = None
     evaluations: dict[str, Evaluation] = {}
@@ -113,10 +118,10 @@ def run_eval(
                         recipe, target, questions, settings, identity, judge, progress.report, make_sampler
                     )
             if too_long := sum(row.finish_reason == TOO_LONG for row in done.rows):
-                console.print(
+                say(
+                    console,
                     f"eval {target.name}: {too_long} of {len(done.rows)} questions are longer than data.max_prompt_length"
                     f" and count as unknown; {recipe.run_path / 'left_out.jsonl'} lists them",
-                    highlight=False,
                 )
             evaluations[target.name] = done
     finally:

@@ -11,6 +11,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,9 @@ from openril.models.prompt_lengths import LeftOut
 from openril.recipe.checks import collects_all, filters_overlong, require
 from openril.recipe.schema import Recipe
 from openril.records import STUDENT, Question, Response
-from openril.report.progress import ProgressDisplay, say
+from openril.report.progress import ProgressDisplay, say, warn_line
 from openril.responses.cache import ResponseCache
+from openril.stages.data_checks import check_questions
 from openril.stages.questions import chosen_of, provisional_file, selection_file, selection_folder
 from openril.storage import append_jsonl, iterate_jsonl, refuse_changed, stable_hash, weights_fingerprint, write_json
 from openril.training.distributed import release_memory
@@ -66,6 +68,7 @@ def run_select(recipe: Recipe, console: Console) -> Path:
     two_parts = filters_overlong(recipe)
     if not provisional.exists():
         questions = read_questions(recipe.data, "train")
+        check_questions(recipe, "select", questions, partial(warn_line, console, "select"), processed=True)
         path = provisional if two_parts else target
         selection = _choose_by_score(recipe, questions, rank, world, console)
         if selection is None:

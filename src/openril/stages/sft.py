@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from openril.recipe.schema import Recipe
-from openril.report.progress import ProgressDisplay, say
+from openril.report.progress import ProgressDisplay, say, warn_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,6 +29,7 @@ def run_sft(recipe: Recipe, console: Console) -> Path:
     from openril.models.prompt_lengths import fitting_questions
     from openril.recipe.checks import require
     from openril.recipe.loading import save_recipe
+    from openril.stages.data_checks import check_questions, check_responses
     from openril.stages.questions import selected_questions
     from openril.training.sft import train_sft
     from openril.training.sft_examples import sft_examples
@@ -38,7 +40,9 @@ def run_sft(recipe: Recipe, console: Console) -> Path:
         questions = read_questions(recipe.data, "train")
     else:  # those that have cached responses
         questions = fitting_questions(recipe, selected_questions(recipe), "sft", process_index=rank)
-    examples = sft_examples(recipe, questions)
+    warn = partial(warn_line, console, "sft")
+    check_questions(recipe, "sft", questions, warn, processed=True)
+    examples = sft_examples(recipe, questions, lambda loaded: check_responses(recipe, questions, loaded, warn))
     if rank == 0:
         save_recipe(recipe, recipe.run_path / "recipe.yaml")
         say(console, f"sft: {len(examples)} examples ({recipe.sft.targets})")

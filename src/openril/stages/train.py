@@ -23,14 +23,16 @@ from openril.recipe.loading import save_recipe
 from openril.recipe.schema import Recipe
 from openril.records import Question, Response
 from openril.report.curves import draw_curves
-from openril.report.progress import ProgressDisplay, say
+from openril.report.progress import ProgressDisplay, say, warn_line
 from openril.responses.cache import ResponseCache
+from openril.responses.loaded import LoadedResponses
 from openril.responses.teacher_sampling import draw
 from openril.rewards.answers import score_answers
 from openril.rewards.combine import RewardSystem
 from openril.rewards.judge import JudgeService, build_judge_service
 from openril.rewards.verdict_store import OUTDATED
 from openril.sampling.protocol import gathered, sample_fitting
+from openril.stages.data_checks import check_questions, check_responses
 from openril.stages.questions import training_questions
 from openril.storage import write_json
 from openril.training.checkpoint import Checkpoints, refuse_changed_recipe
@@ -101,9 +103,14 @@ def open_trainer(recipe: Recipe, console: Console | None = None) -> Iterator[RIL
         if console is not None and accelerator.is_main_process:
             say(console, f"train: {message}")
 
+    def warn_of_data(message: str) -> None:
+        if console is not None:
+            warn_line(console, "train", message)
+
     for warning in require(recipe, "train", accelerator.num_processes):
         warn(warning)
     questions = training_questions(recipe, "train", accelerator, warn)
+    check_questions(recipe, "train", questions, warn_of_data)
     evaluates = recipe.train.eval_every > 0
     judge: JudgeService | None = None
     parts: TrainingComponents | None = None
@@ -112,7 +119,13 @@ def open_trainer(recipe: Recipe, console: Console | None = None) -> Iterator[RIL
         assert parts is not None
         return parts.policy_update.fits(response)
 
-    teacher_responses = cached_teacher_responses(recipe, questions, check=accelerator.is_main_process, fits=fits)
+    teacher_responses = cached_teacher_responses(
+        recipe,
+        questions,
+        check=accelerator.is_main_process,
+        fits=fits,
+        inspect=lambda loaded: check_responses(recipe, questions, loaded, warn_of_data),
+    )
     if recipe.answer_kind in ("judge", "rules_then_judge") or (evaluates and recipe.eval.score != "rules"):
         judge = build_judge_service(recipe, f"rank{accelerator.process_index}")
         if judge.store.outdated and console is not None and accelerator.is_main_process:
@@ -163,15 +176,21 @@ def cached_teacher_responses(
     *,
     check: bool = True,
     fits: Callable[[Response], bool] | None = None,
+    inspect: Callable[[LoadedResponses], None] = lambda loaded: None,
 ) -> TeacherResponses:
-    """Return a function that draws a question's teacher responses from the cache, those that ``fits`` accepts. check:
-    compare the cache with the questions and their images now; one process of a run is enough."""
+    """Return a function that draws a question's teacher responses from the cache, those that ``fits`` accepts.
+
+    Args:
+        check: Compare the cache with the questions and their images now; one process of a run is enough.
+        inspect: Receives all responses.
+    """
     count = recipe.teacher_responses_per_question
     if not count:
         return lambda question, epoch: []
     cache = ResponseCache.open(recipe.cache_path).load(
         questions, recipe.teacher_names, recipe.collect.num_responses, check_hashes=check
     )
+    inspect(cache)
     train = recipe.train
     each = train.num_generations if train.num_teacher_responses is None else train.num_teacher_responses
     amount = {"per_teacher": each} if train.per_teacher else {"total": count}

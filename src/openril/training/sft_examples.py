@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from openril.models.prompts import Prompt, PromptEncoder
 from openril.recipe.schema import Recipe
 from openril.records import Question, Response
 from openril.responses.cache import ResponseCache
+from openril.responses.loaded import LoadedResponses
 from openril.rewards.answers import known_answers
 
 IGNORED = -100
@@ -38,8 +39,15 @@ class Example:
     answer: Response
 
 
-def sft_examples(recipe: Recipe, questions: Sequence[Question]) -> list[Example]:
+def sft_examples(
+    recipe: Recipe,
+    questions: Sequence[Question],
+    inspect: Callable[[LoadedResponses], None] = lambda loaded: None,
+) -> list[Example]:
     """Return the examples that ``recipe.sft.targets`` names, in the order of questions, sources and indices.
+
+    Args:
+        inspect: Receives the cached responses that the examples are made of.
 
     Raises:
         DataError: No question has an answer.
@@ -53,14 +61,17 @@ def sft_examples(recipe: Recipe, questions: Sequence[Question]) -> list[Example]
                 " that holds them, or set sft.targets to teacher_responses."
             )
         return examples
-    return _cached_examples(recipe, questions)
+    return _cached_examples(recipe, questions, inspect)
 
 
-def _cached_examples(recipe: Recipe, questions: Sequence[Question]) -> list[Example]:
+def _cached_examples(
+    recipe: Recipe, questions: Sequence[Question], inspect: Callable[[LoadedResponses], None]
+) -> list[Example]:
     judged = recipe.sft.targets == "judged_responses"
     limit = recipe.sft.responses_per_question or None
     sources = recipe.sft.sources or [t.name for t in recipe.teachers]
     loaded = ResponseCache.open(recipe.cache_path).load(questions, sources)
+    inspect(loaded)
     score = known_answers(recipe) if judged else None
     examples: list[Example] = []
     asked = known = 0
