@@ -369,7 +369,7 @@ def test_check_lists_the_columns_and_what_is_not_used(tmp_path: Path) -> None:
     warned = Counter((p.kind, p.origin.rsplit(":", 1)[1]) for p in report.warnings)
     assert warned == Counter(
         [("unread column", "2"), ("unread image", "2"), ("unread image", "5"), ("unread video", "7"), ("answer is a list", "3"),
-         ("ambiguous answer", "6")]
+         ("ambiguous answer", "6"), ("picture of one color", "1")]
     )  # fmt: skip
     console = Console(file=io.StringIO(), width=200)
     report.print(console)

@@ -76,7 +76,8 @@ def check_discriminator(recipe: Recipe, start: str, page: Page) -> None:
 def _check_weights(recipe: Recipe, checkpoint: str, what: str, processor: Any) -> None:
     """Compare names and shapes of all weights of a folder, and its tokenizer, with its configuration, without loading."""
     if Path(checkpoint).expanduser().is_dir():  # weights on the hub would be downloaded
-        model = load_model(checkpoint, what=what, trust_remote_code=recipe.student.trust_remote_code, meta=True)
+        trust = recipe.student.trust_remote_code
+        model = load_model(checkpoint, what=what, trust_remote_code=trust, meta=True, only_check=True)
         require_embedded_tokens(model, processor, what, checkpoint)
 
 
