@@ -41,7 +41,7 @@ def row_warnings(q: Question) -> Iterator[RowProblem]:
         yield warning(
             "empty choice", f"choices: expected text, got nothing for {letter}, which the student reads as it is"
         )
-    if double := next((c for c, n in Counter(choices).items() if n > 1 and c), None):
+    if double := next((c for c, n in Counter(choices).items() if n > 1 and c and IMAGE_MARKER not in c), None):
         letters = " and ".join(chr(ord("A") + i % 26) for i, c in enumerate(choices) if c == double)
         yield warning("duplicate choices", f"choices: expected different texts, got {double[:40]!r} as {letters}")
     if answer in _MISSING and answer.casefold() not in choices:
