@@ -181,7 +181,9 @@ def settings_of(recipe: Recipe, questions: list[Question]) -> dict[str, Any]:
     asked = recipe.eval.score != "rules"
     content = [[q.content_hash(), q.answer, list(q.choices), q.rule, *q.other_answers] for q in questions]
     return {
-        **recipe.eval.model_dump(mode="json", exclude={"questions_per_batch", "limit", "suite_data", "suite_max_tokens"}),
+        **recipe.eval.model_dump(
+            mode="json", exclude={"questions_per_batch", "limit", "suite_data", "suite_max_tokens"}
+        ),
         "decoding": "greedy",
         "questions": len(questions),
         "questions_hash": f"{stable_hash(content):016x}",
