@@ -7,6 +7,7 @@ import json
 import random
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from openril.errors import OpenRILError
 from openril.evaluation.suite.benchmarks import PAPER, suite
 from openril.evaluation.suite.worker import Job
 from openril.recipe.schema import Recipe
@@ -42,8 +44,10 @@ def recipe(run: Path, mirror: Path, student: Path, judge: str = "", **judging: A
     )
 
 
-def evaluate(settings: Recipe, **options: Any) -> dict[str, Any]:
-    run_eval(settings, Console(quiet=True), **options)
+def evaluate(settings: Recipe, *, fails: str = "", **options: Any) -> dict[str, Any]:
+    """Run the command and return suite.json. fails: what its error must say, which comes after the table is written."""
+    with pytest.raises(OpenRILError, match=fails) if fails else nullcontext():
+        run_eval(settings, Console(quiet=True), **options)
     return json.loads((settings.run_path / "eval" / "suite.json").read_text())
 
 
@@ -158,7 +162,7 @@ def test_a_failed_judgement_is_unknown_and_a_healed_judge_is_asked_for_it_alone(
         evaluate(settings, tasks=JUDGED_TASKS, checkpoints=target)
         folder = tmp_path / "eval" / "suite" / "base"
         script_answers(folder)
-        row = evaluate(settings, tasks=JUDGED_TASKS, checkpoints=target)["checkpoints"][0]
+        row = evaluate(settings, tasks=JUDGED_TASKS, checkpoints=target, fails="MM-Vet-v2: 4 of 12")["checkpoints"][0]
         results = row["results"]
         found = {t: (r["score"], r["unparsed"], r["unknown"]) for t, r in results.items()}
         for task, (score, unparsed, unknown) in scripted.JUDGED.items():
@@ -208,7 +212,7 @@ def test_a_task_outside_the_fourteen_is_scored_by_its_first_metric_and_one_with_
         (more / task).symlink_to(mirror / source)
     settings = recipe(tmp_path / "run", more, students[0])
     tasks = ["ai2d_no_mask", "mathvista_testmini_cot"]
-    row = evaluate(settings, tasks=tasks, checkpoints=[str(students[0])])["checkpoints"][0]
+    row = evaluate(settings, tasks=tasks, checkpoints=[str(students[0])], fails="asks a judge")["checkpoints"][0]
     assert row["results"]["ai2d_no_mask"]["n"] == 12 and row["results"]["ai2d_no_mask"]["score"] is not None
     refused = row["results"]["mathvista_testmini_cot"]
     assert refused["score"] is None and "asks a judge" in refused["failed"]

@@ -22,6 +22,7 @@ from openril.evaluation.suite.table import Checkpoint, markdown, paper_rows, sui
 from openril.evaluation.suite.vlmevalkit import read_vlmevalkit
 from openril.recipe.schema import Recipe
 from openril.stages.suite import find_benchmarks, other_rows, run_suite
+from openril.storage import write_json
 
 
 def units(*scores: float | None, stratum: str = "") -> list[Scored]:
@@ -133,6 +134,8 @@ def test_scores_of_vlmevalkit_are_read_as_percent_and_marked(tmp_path: Path) -> 
 def test_options_are_checked() -> None:
     with pytest.raises(RecipeError, match=r"--suite: .*'papper'.*paper"):
         find_benchmarks("papper", [])
+    with pytest.raises(RecipeError, match=r"--suite: .*'paper offline'"):
+        find_benchmarks("paper offline", ["ai2d"])
     assert [b.task for b in find_benchmarks("paper", ["mmvet", "docvqa_val", "mmvet"])] == ["mmvet", "docvqa_val"]
     with pytest.raises(RecipeError, match=r"--beside.*'mine'"):
         other_rows(["mine"], [])
@@ -159,6 +162,20 @@ def test_a_suite_with_judged_benchmarks_needs_a_judge(tmp_path: Path, monkeypatc
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0.7.3")
     with pytest.raises(RecipeError, match=r"judge\.base_urls.*--suite offline"):
         run_suite(Recipe(run_dir=str(tmp_path)), Console(), [], suite("paper"))
+
+
+def test_results_with_other_settings_and_failed_ones_are_no_scores(tmp_path: Path) -> None:
+    from openril.stages.suite import _finished, read_checkpoint
+
+    (ai2d,) = find_benchmarks("paper", ["ai2d"])
+    place = tmp_path / "base"
+    good = summarize("ai2d", "AI2D", units(1.0, 0.0), 50.0)
+    write_json(place / "ai2d.json", {"key": "k", **good.as_dict()})
+    assert _finished(place, ai2d, "k") and not _finished(place, ai2d, "other")
+    assert read_checkpoint(tmp_path, "base", "", [ai2d], "k").results == {"ai2d": good}
+    assert read_checkpoint(tmp_path, "base", "", [ai2d], "other").results == {}
+    write_json(place / "ai2d.json", {"key": "k", **summarize("ai2d", "AI2D", units(None), 0.0).as_dict()})
+    assert not _finished(place, ai2d, "k")
 
 
 def test_processes_share_the_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

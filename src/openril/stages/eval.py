@@ -70,7 +70,7 @@ def run_eval(
     if suite or tasks or check or download or beside or import_:
         from openril.stages.suite import find_benchmarks, other_rows, run_suite
 
-        name = (suite or ["paper"])[0]
+        name = " ".join(suite or ["paper"])
         return run_suite(
             recipe,
             console,

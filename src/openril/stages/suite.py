@@ -56,6 +56,7 @@ def run_suite(
     Raises:
         RecipeError: lmms-eval is not installed, or a judge is needed and not set.
         JudgeError: The judge does not answer.
+        OpenRILError: A benchmark has no score. The table is written all the same.
     """
     folder = recipe.run_path / "eval" / "suite"
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -79,14 +80,26 @@ def run_suite(
     for target in mine:
         _evaluate(recipe, console, target, benchmarks, version, use_judge=use_judge, download=download, folder=folder)
     with Lock(folder / "table.lock"):
-        return _write(recipe, console, folder, targets, benchmarks, others)
+        read = [
+            read_checkpoint(folder, t.name, t.checkpoint, benchmarks, _keys(recipe, t, version, use_judge)[1])
+            for t in targets
+        ]
+        path = _write(recipe, console, folder, read, benchmarks, others)
+    failed = [f"{c.name}: {r.column}: {r.failed}" for c in read for r in c.results.values() if r.failed]
+    if failed:
+        raise OpenRILError(
+            f"{len(failed)} benchmarks have no score, the first is {failed[0]} ({path} lists all). The answers are kept; run "
+            "the same command again when the cause is fixed."
+        )
+    return path
 
 
 def find_benchmarks(suite: str, tasks: Sequence[str]) -> list[Benchmark]:
     """Return the benchmarks of a suite or the named lmms-eval tasks. Those outside the fourteen have no metric yet."""
+    whole = known.suite(suite)
     if tasks:
         return [known.named(task) or Benchmark(task, task, "") for task in dict.fromkeys(tasks)]
-    return list(known.suite(suite))
+    return list(whole)
 
 
 def _lmms_eval() -> str:
@@ -118,12 +131,8 @@ def _evaluate(
     folder: Path,
 ) -> None:
     from openril.evaluation.suite.worker import Job
-    from openril.stages.eval import identity_of
 
-    identity = identity_of(target.checkpoint, recipe)
-    answers = stable_hash(identity, version, *_settings(recipe).values())
-    judged = recipe.judge.model_dump(include={"model", "revision", "extra_body"}) if use_judge else None
-    key = f"{answers:016x}-{stable_hash(str(judged), recipe.eval.limit, recipe.eval.suite_data):016x}"
+    answers, key = _keys(recipe, target, version, use_judge)
     place = folder / target.name
     todo = [b for b in benchmarks if not _finished(place, b, key)]
     if not todo:
@@ -134,7 +143,7 @@ def _evaluate(
         benchmarks=[asdict(b) for b in todo],
         checkpoint=_local(target.checkpoint, recipe),
         folder=str(place),
-        key=f"{answers:016x}",
+        key=answers,
         result_key=key,
         use_judge=use_judge,
     )
@@ -148,6 +157,18 @@ def _evaluate(
                 score = event["score"]
                 shown = f"{score:.1f}" if score is not None else f"no score: {event['failed']}"
                 say(console, f"eval {target.name}: {event['column']}: {shown}")
+
+
+def _keys(recipe: Recipe, target: Target, version: str, use_judge: bool) -> tuple[str, str]:
+    """Return what a checkpoint's answers depend on, and what its scores depend on."""
+    from openril.stages.eval import identity_of
+
+    answers = f"{stable_hash(identity_of(target.checkpoint, recipe), version, *_settings(recipe).values()):016x}"
+    judged = recipe.judge.model_dump(include={"model", "revision", "extra_body"}) if use_judge else None
+    mirror = Path(recipe.eval.suite_data).expanduser() if recipe.eval.suite_data else None
+    files = sorted(mirror.rglob("*")) if mirror else []
+    state = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
+    return answers, f"{answers}-{stable_hash(str(judged), recipe.eval.limit, str(state)):016x}"
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
@@ -259,15 +280,18 @@ def _finished(place: Path, benchmark: Benchmark, key: str) -> bool:
     return saved.get("key") == key and not saved["failed"] and not saved["unknown"]
 
 
-def read_checkpoint(folder: Path, name: str, checkpoint: str, benchmarks: Sequence[Benchmark]) -> Checkpoint:
-    """Return what is on disk of a checkpoint."""
+def read_checkpoint(
+    folder: Path, name: str, checkpoint: str, benchmarks: Sequence[Benchmark], key: str | None = None
+) -> Checkpoint:
+    """Return what is on disk of a checkpoint. key: leave out results with other settings."""
     results, units = {}, {}
     for b in benchmarks:
         try:
             saved = json.loads((folder / name / f"{b.task}.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        saved.pop("key")
+        if saved.pop("key") != key and key is not None:
+            continue
         results[b.task] = BenchmarkResult(**saved)
         units[b.task] = [Scored(**row) for row in read_jsonl(folder / name / f"{b.task}.jsonl")]
     return Checkpoint(name, checkpoint, results, units)
@@ -277,11 +301,10 @@ def _write(
     recipe: Recipe,
     console: Console,
     folder: Path,
-    targets: Sequence[Target],
+    checkpoints: Sequence[Checkpoint],
     benchmarks: Sequence[Benchmark],
     others: Sequence[OtherRow],
 ) -> Path:
-    checkpoints = [read_checkpoint(folder, t.name, t.checkpoint, benchmarks) for t in targets]
     data = {"settings": _settings(recipe), **suite_data(checkpoints, benchmarks, others)}
     write_json(folder.parent / "suite.json", data)
     write_text(folder.parent / "suite.md", markdown(data, checkpoints, benchmarks))
