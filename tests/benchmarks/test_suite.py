@@ -159,7 +159,7 @@ def test_a_failed_judgement_is_unknown_and_a_healed_judge_is_asked_for_it_alone(
     with MisbehavingServer(then=judge_reply) as judge:
         settings = recipe(tmp_path, mirror, students[0], judge.url)
         target = [str(students[0])]
-        evaluate(settings, tasks=JUDGED_TASKS, checkpoints=target)
+        evaluate(settings, tasks=JUDGED_TASKS, checkpoints=target, fails="have no score")
         folder = tmp_path / "eval" / "suite" / "base"
         script_answers(folder)
         row = evaluate(settings, tasks=JUDGED_TASKS, checkpoints=target, fails="MM-Vet-v2: 4 of 12")["checkpoints"][0]
