@@ -97,6 +97,7 @@ def make_trainer(recipe: Recipe, data: Path, rewards: Any = None, count: int = 8
         rewards=rewards or SubstringRewards(),
         folder=folder,
         save=parts.saver.save,
+        offload=parts.offload,
         first_step=parts.step,
         **options,
     )

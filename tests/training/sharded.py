@@ -19,11 +19,12 @@ import openril.training.setup
 from openril.errors import DataError
 from openril.models.freezing import module_group
 from openril.models.packing import GroupTokens, pack
+from openril.models.saving import full_tensor
 from openril.records import Group
 from openril.storage import write_json
 from openril.training.distributed import leave_process_group, release_memory
 from openril.training.loop import RILTrainer, permutation
-from openril.training.sharding import decoder_layers, frozen_vision, full_tensors
+from openril.training.sharding import decoder_layers, frozen_vision
 from support.loop import SubstringRewards, make_trainer, tiny_recipe
 
 # In float32 Adam turns rounding noise into steps.
@@ -89,10 +90,10 @@ def trainer_of(folder: Path, checkpoint: Path, case: str, shard: bool, **overrid
 
 
 def weights(trainer: RILTrainer) -> dict[str, torch.Tensor]:
-    state = {f"student.{k}": v for k, v in full_tensors(trainer.policy.unwrapped)}
+    state = {f"student.{k}": full_tensor(v) for k, v in trainer.policy.unwrapped.state_dict().items()}
     if trainer.discriminator is not None:
         network = trainer.accelerator.unwrap_model(trainer.discriminator.network)
-        state |= {f"discriminator.{k}": v for k, v in full_tensors(network)}
+        state |= {f"discriminator.{k}": full_tensor(v) for k, v in network.state_dict().items()}
     return {k: v.clone() for k, v in state.items()}
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from openril.recipe.schema import OptimizerConfig
-from openril.training.checkpoint import load_optimizer, save_optimizer
 from openril.training.optimization import CompensatedAdamW, build_optimizer, join, split
+from openril.training.shard_files import load_optimizer, save_optimizer
 
 STEPS = 1000
 
@@ -82,11 +82,11 @@ def test_saved_and_restored_it_goes_on_exactly(tmp_path: Path):
     a, b = nn.Parameter(start()), nn.Parameter(start())
     first = build_optimizer([a], settings)
     train(a, first, steps=20)
-    save_optimizer(tmp_path / "optimizer.safetensors", first)
+    save_optimizer(tmp_path, "student", first)
     with torch.no_grad():
         b.copy_(a)
     second = build_optimizer([b], settings)
-    load_optimizer(tmp_path / "optimizer.safetensors", second)
+    load_optimizer(tmp_path, "student", second)
     for key, value in first.state[a].items():
         assert torch.equal(value, second.state[b][key]) and value.dtype == second.state[b][key].dtype, key
     for parameter, optimizer in ((a, first), (b, second)):

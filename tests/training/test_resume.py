@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from openril.errors import StateError
 from openril.models.loading import load_processor
+from openril.models.saving import write_model
 from openril.storage import write_json
-from openril.training.checkpoint import write_checkpoint
 from openril.training.distributed import make_accelerator
 from openril.training.loop import Interrupted
 from openril.training.setup import TrainingComponents, check_pretrained, pretraining_settings, pretraining_settings_file
@@ -224,9 +224,7 @@ def test_the_final_student_has_the_type_the_recipe_names(tiny_student: Path, tmp
 
     trainer = make_trainer(tiny_recipe(tmp_path / "run", tiny_student), tmp_path / "data")
     parts_model = trainer.policy.unwrapped.model
-    write_checkpoint(
-        parts_model, parts_model.state_dict(), trainer.policy.encoder.processor, tmp_path / "bf16", torch.bfloat16
-    )
+    write_model(parts_model, tmp_path / "bf16", trainer.policy.encoder.processor, dtype=torch.bfloat16)
     assert {v.dtype for v in load_file(tmp_path / "bf16/model.safetensors").values()} == {torch.bfloat16}
     config = json.loads((tmp_path / "bf16/config.json").read_text())
     assert config["dtype"] == config["text_config"]["dtype"] == "bfloat16"
@@ -241,8 +239,8 @@ def test_tied_weights_stay_tied(tiny_qwen: Path, tmp_path: Path):
     config.tie_word_embeddings = config.text_config.tie_word_embeddings = True
     model = AutoModelForImageTextToText.from_config(config)
     processor = load_processor(str(tiny_qwen))
-    write_checkpoint(model, model.state_dict(), processor, tmp_path / "same")
-    write_checkpoint(model, model.state_dict(), processor, tmp_path / "bf16", torch.bfloat16)
+    write_model(model, tmp_path / "same", processor)
+    write_model(model, tmp_path / "bf16", processor, dtype=torch.bfloat16)
     same, converted = (load_file(tmp_path / n / "model.safetensors") for n in ("same", "bf16"))
     assert same.keys() == converted.keys()
     assert not any("lm_head" in k for k in converted)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from openril.errors import ModelError
@@ -14,9 +14,9 @@ from openril.hf import AutoModel
 from openril.models.group_attention import CannotPack, enable
 from openril.models.loading import PendingWeights, checked, load_model, load_processor
 from openril.models.packing import Batch, run_packed
+from openril.models.saving import full_tensor, write_model
 from openril.models.vision_features import FeatureCache, VisionFeatures
 from openril.recipe.schema import StudentConfig
-from openril.storage import atomic_path
 
 HEAD_FILE = "score_head.safetensors"
 
@@ -104,15 +104,10 @@ class DiscriminatorModel(nn.Module):
         made.head.load_state_dict(head)
         return made.eval()
 
-    def save(self, folder: Path, processor: Any, state: dict[str, Tensor] | None = None) -> None:
-        """Write backbone, head and processor atomically. state: all weights, where they are sharded over processes."""
-        state = state if state is not None else self.state_dict()
-        backbone = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
-        backbone_model: Any = self.backbone
-        with atomic_path(folder) as temporary:
-            backbone_model.save_pretrained(temporary, state_dict=backbone)
-            save_file({"weight": state["head.weight"].cpu(), "bias": state["head.bias"].cpu()}, temporary / HEAD_FILE)
-            processor.save_pretrained(temporary)
+    def save(self, folder: Path, processor: Any, *, widen: bool = False, main: bool = True) -> None:
+        """Write backbone, head and processor atomically, as ``write_model`` does. Every process must call this."""
+        head = {name: full_tensor(value).cpu() for name, value in self.head.state_dict().items()}
+        write_model(self.backbone, folder, processor, widen=widen, main=main, extra={HEAD_FILE: head})
 
     def forward(self, rows: Batch) -> Tensor:
         """Return float32 [R]: the logits of student_prob, one for each response of the rows."""

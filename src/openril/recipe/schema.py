@@ -452,6 +452,9 @@ class TrainConfig(Section):
     shard: bool = False
     """Shard weights, gradients and optimizer states of student, reference and discriminator over the processes (ZeRO-3),
     in `ril sft`, `ril discriminator` and `ril train`. One process alone ignores it."""
+    offload: Literal["none", "optimizer", "swap"] = "none"
+    """What waits in host memory while it is not used: nothing; the optimizers' states; or these and the models that are
+    not in use, so that student and discriminator take turns on the device (paper). Same numbers, slower steps."""
     vision_cache_gib: NonNegative = 2.0
     """Host memory in GiB for outputs of the frozen vision part, which later passes and epochs reuse."""
     questions_per_sampling_batch: PositiveInt = 8

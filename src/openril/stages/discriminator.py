@@ -24,6 +24,7 @@ from openril.training.run_folder import RunFolder
 from openril.training.setup import (
     check_pretrained,
     fresh_discriminator,
+    make_offload,
     pretraining_settings,
     pretraining_settings_file,
     saved_discriminator,
@@ -67,6 +68,8 @@ def run_discriminator(recipe: Recipe, console: Console) -> Path:
         refuse_changed_recipe(latest, latest / "recipe.yaml", recipe, fix=f"remove {folder.path}")
         step = int(read_progress(latest)["step"])
         discriminator = saved_discriminator(recipe, accelerator, latest / "discriminator", optimizer)
+    offload = make_offload(recipe, accelerator)
+    offload.add("discriminator", discriminator.network, discriminator.optimizer)
     saver = Saver(
         checkpoints,
         accelerator,
@@ -74,6 +77,7 @@ def run_discriminator(recipe: Recipe, console: Console) -> Path:
         network=discriminator.network,
         discriminator_processor=discriminator.encoder.processor,
         optimizers={"discriminator": discriminator.optimizer},
+        offload=offload,
     )
     if latest is not None:
         saver.restore(latest)

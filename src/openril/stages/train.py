@@ -153,6 +153,7 @@ def open_trainer(recipe: Recipe, console: Console | None = None) -> Iterator[RIL
             save=parts.saver.save,
             write_student=parts.saver.write_student,
             evaluate=_evaluation(recipe, parts, judge) if evaluates else None,
+            offload=parts.offload,
             first_step=parts.step,
         )
     finally:

@@ -1,8 +1,9 @@
 """Checkpoints: everything a run needs to continue bit for bit, in files that other tools read, without pickle.
 
-A checkpoint folder holds ``student/`` and ``discriminator/`` (Hugging Face form), ``optimizer_<name>.safetensors``,
-``rng_<process>.safetensors`` with ``rng_<process>.json``, ``state.json`` and ``recipe.yaml``, and ``replay.jsonl`` where
-earlier responses are replayed. It is written under another name and then renamed, so a killed run leaves the one before.
+A checkpoint folder holds ``student/`` and ``discriminator/`` (Hugging Face form), ``optimizer_<name>.safetensors`` (in
+parts where weights are sharded, see shard_files.py), ``rng_<process>.safetensors`` with ``rng_<process>.json``,
+``state.json`` and ``recipe.yaml``, and ``replay.jsonl`` where earlier responses are replayed. It is written under another
+name and then renamed, so a killed run leaves the one before. Any number of processes continues from it.
 """
 
 from __future__ import annotations
@@ -20,21 +21,21 @@ from typing import Any
 import numpy
 import torch
 from accelerate import Accelerator
-from safetensors import safe_open
+from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from openril._version import __version__
-from openril.discriminator.network import DiscriminatorModel
 from openril.discriminator.replay import ReplayMemory
 from openril.errors import StateError
-from openril.hf import submodule
-from openril.models.adapters import base_model, is_adapted
+from openril.models.adapters import is_adapted
+from openril.models.saving import checkpoint_weights, full_tensor, write_model
 from openril.recipe.loading import load_saved_recipe, save_recipe
 from openril.recipe.schema import Recipe
 from openril.records import Question
 from openril.storage import atomic_path, refuse_changed, remove, stable_hash, weights_fingerprint, write_json
-from openril.training.sharding import full_tensor, full_tensors, shard_like
+from openril.training.offload import Offload
+from openril.training.shard_files import load_optimizer, save_optimizer
 
 _NAME = re.compile(r"^step_(\d{6,})$")
 
@@ -83,50 +84,6 @@ class Checkpoints:
         """Remove what a killed process left."""
         for path in self.folder.glob(".step_*.partial"):
             shutil.rmtree(path)
-
-
-def save_optimizer(path: Path, optimizer: Any, *, write: bool = True) -> None:
-    """Write an optimizer's state as safetensors: tensors ``<parameter number>.<key>``, groups in the metadata.
-
-    Every process must call this if the state is sharded; ``write`` is True in one of them.
-    """
-    state = optimizer.state_dict()
-    tensors: dict[str, Tensor] = {}
-    for number, entries in state["state"].items():
-        for key, value in entries.items():
-            whole = full_tensor(torch.as_tensor(value), write)
-            if write:
-                tensors[f"{number}.{key}"] = whole.cpu().contiguous()
-    if not write:
-        return
-    groups = [{k: v for k, v in g.items() if not isinstance(v, Tensor)} for g in state["param_groups"]]
-    save_file(tensors, path, metadata={"param_groups": json.dumps(groups)})
-
-
-def load_optimizer(path: Path, optimizer: Any) -> None:
-    """Restore what ``save_optimizer`` wrote. Raises StateError if the optimizer has other parameters."""
-    with safe_open(path, framework="pt") as f:
-        saved_groups = json.loads((f.metadata() or {})["param_groups"])
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in load_file(path).items():
-        number, key = name.split(".", 1)
-        state.setdefault(int(number), {})[key] = tensor
-    groups = optimizer.state_dict()["param_groups"]
-    if [len(g["params"]) for g in groups] != [len(g["params"]) for g in saved_groups]:
-        raise StateError(
-            f"{path}: the model has other trainable parameters. Continue with the recipe that the run began with."
-        )
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for i, values in state.items():
-        state[i] = {key: shard_like(value, parameters[i]) for key, value in values.items()}
-    merged = [{**now, **saved} for now, saved in zip(groups, saved_groups, strict=True)]
-    optimizer.load_state_dict({"state": state, "param_groups": merged})
-
-
-def _optimizer_file(folder: Path, name: str) -> Path:
-    """Return the file of an optimizer; checkpoints of earlier versions spell its name differently."""
-    path = folder / f"optimizer_{name}.safetensors"
-    return path if path.exists() else folder / f"optimiser_{name}.safetensors"
 
 
 def save_rng(folder: Path, process: int) -> None:
@@ -178,7 +135,8 @@ _FREE = (
     "data.validation_split", "data.allow_urls", "student.model", "student.dtype", "discriminator.pretraining",
     "discriminator.init", "discriminator.at_chance_accuracy", "discriminator.saturated_accuracy", "discriminator.health_window",
     "train.max_steps", "train.epochs", "train.save_every", "train.keep_checkpoints", "train.eval_every", "train.log_to",
-    "train.log_rollouts_every", "train.max_tokens_per_micro_batch", "train.packed", "train.shard", "train.vision_cache_gib",
+    "train.log_rollouts_every", "train.max_tokens_per_micro_batch", "train.packed", "train.shard", "train.offload",
+    "train.vision_cache_gib",
     "student.gradient_checkpointing",
     "data.max_prompt_length", "collect.student", "collect.max_completion_length", "collect.sampling", "collect.judge_responses",
     "collect.questions_per_batch", "collect.shard_size", "student.sampler.base_urls", "student.sampler.sync",
@@ -251,6 +209,7 @@ class Saver:
     """See ``run_fingerprint``; kept in state.json."""
     replay: ReplayMemory | None = None
     """The discriminator's memory, where the run has one."""
+    offload: Offload = field(default_factory=Offload)
 
     def save(self, step: int) -> None:
         """Write checkpoint ``step``. Every process must call this."""
@@ -259,14 +218,18 @@ class Saver:
             self.checkpoints.begin(step)
         accelerator.wait_for_everyone()
         folder = self.checkpoints.partial(step)
+        if not all(gather_object([folder.is_dir()])):
+            raise StateError(
+                f"run_dir: expected a folder that all machines share, but not all see {folder}. Set one on a shared disk."
+            )
         if self.policy is not None:
             self.write_student(folder / "student")
             if is_adapted(accelerator.unwrap_model(self.policy).model):
                 self.write_adapter(folder / "adapter")
+            self._write_optimizer(folder, "student")
         if self.network is not None:
             self.write_discriminator(folder / "discriminator")
-        for name, optimizer in self.optimizers.items():
-            save_optimizer(folder / f"optimizer_{name}.safetensors", optimizer, write=accelerator.is_main_process)
+            self._write_optimizer(folder, "discriminator")
         if self.replay is not None and accelerator.is_main_process:
             self.replay.save(folder / REPLAY_FILE)
         save_rng(folder, accelerator.process_index)
@@ -283,124 +246,50 @@ class Saver:
     def restore(self, folder: Path) -> None:
         """Restore optimizers, random states and replayed responses; models are built from the checkpoint already."""
         for name, optimizer in self.optimizers.items():
-            load_optimizer(_optimizer_file(folder, name), optimizer)
+            load_optimizer(folder, name, optimizer)
+            self.offload.park_states(name)
         if self.replay is not None:
             self.replay.load(folder / REPLAY_FILE)
         load_rng(folder, self.accelerator.process_index)
 
     def write_student(self, folder: Path, dtype: torch.dtype | None = None) -> None:
         """Write the student as an ordinary checkpoint with its processor, adapters merged. Every process must call this."""
+        self.offload.use("student")
         model = self.accelerator.unwrap_model(self.policy).model
-        state = self._state(self.policy)
-        if self.accelerator.is_main_process:
-            state = unrounded({k.removeprefix("model."): v for k, v in state.items()}, self.recipe)
-            write_checkpoint(model, state, self.processor, folder, dtype)
-
-    def write_adapter(self, folder: Path) -> None:
-        """Write the student's adapter alone, in peft's form. Every process must call this."""
-        adapter = self._state(self.policy, "lora_")
-        if self.accelerator.is_main_process:
-            model = self.accelerator.unwrap_model(self.policy).model
-            with atomic_path(folder) as temporary:
-                model.save_pretrained(temporary, state_dict={k.removeprefix("model."): v for k, v in adapter.items()})
+        write_model(model, folder, self.processor, dtype=dtype, **self._writing)
 
     def student_tensors(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """Yield the student's weights under the names of its checkpoint, whole, with adapters merged, tied weights once.
 
         Every process must take all of them.
         """
-        model = self.accelerator.unwrap_model(self.policy).model
-        state: dict[tuple[int, torch.Size], tuple[str, Tensor]] = {}
-        for name, value in full_tensors(model):
-            state.setdefault((value.data_ptr(), value.shape), (name, value))
-        whole = merged_state(model, dict(state.values())) if is_adapted(model) else dict(state.values())
-        convert = submodule("transformers.core_model_loading").revert_weight_conversion
-        for name, value in convert(base_model(model), whole).items():
+        self.offload.use("student")
+        for name, value in checkpoint_weights(self.accelerator.unwrap_model(self.policy).model):
             yield name, value.to(dtype) if value.is_floating_point() else value
 
-    def _state(self, wrapped: Any, part: str = "") -> dict[str, Tensor]:
-        """Return the weights by name, those whose name contains ``part``; empty tensors in other processes than the first."""
-        return dict(full_tensors(self.accelerator.unwrap_model(wrapped), self.accelerator.is_main_process, part))
+    def write_adapter(self, folder: Path) -> None:
+        """Write the student's adapter alone, in peft's form. Every process must call this."""
+        self.offload.use("student")
+        model = self.accelerator.unwrap_model(self.policy).model
+        state = {k: full_tensor(v) for k, v in model.state_dict().items() if "lora_" in k}
+        if self.accelerator.is_main_process:
+            with atomic_path(folder) as temporary:
+                model.save_pretrained(temporary, state_dict=state)
 
     def write_discriminator(self, folder: Path) -> None:
         """Write the discriminator as a checkpoint. Every process must call this."""
-        state = self._state(self.network)
-        if self.accelerator.is_main_process:
-            network: DiscriminatorModel = self.accelerator.unwrap_model(self.network)
-            network.save(folder, self.discriminator_processor, unrounded(state, self.recipe))
+        self.offload.use("discriminator")
+        network = self.accelerator.unwrap_model(self.network)
+        network.save(folder, self.discriminator_processor, **self._writing)
 
+    @property
+    def _writing(self) -> dict[str, Any]:
+        # Under bfloat16 the models may hold frozen weights in bfloat16 (``freezing.round_products``).
+        return {"widen": self.recipe.train.precision == "bfloat16", "main": self.accelerator.is_main_process}
 
-def unrounded(state: dict[str, Tensor], recipe: Recipe) -> dict[str, Tensor]:
-    """Return frozen weights that ``freezing.round_products`` stored in bfloat16 in the type that the run saves."""
-    if recipe.train.precision != "bfloat16":
-        return state
-    return {k: v.float() if v.dtype == torch.bfloat16 else v for k, v in state.items()}
-
-
-def write_checkpoint(
-    model: Any, state: dict[str, Tensor], processor: Any, folder: Path, dtype: torch.dtype | None = None
-) -> None:
-    """Write ``state`` of ``model``, adapters merged, and the processor to ``folder``, atomically.
-
-    dtype: The type that floating weights are converted to, in the file and in its configuration.
-    """
-    base = base_model(model)
-    if is_adapted(model):
-        state = merged_state(model, state)
-    # Tied weights are one tensor under two names, and must remain one tensor.
-    moved: dict[tuple[int, torch.Size], Tensor] = {}
-    for key, value in state.items():
-        place = (value.data_ptr(), value.shape)
-        if place not in moved:
-            moved[place] = value.to("cpu", dtype if dtype is not None and value.is_floating_point() else value.dtype)
-        state[key] = moved[place]
-    with atomic_path(folder) as temporary:
-        base.save_pretrained(temporary, state_dict=state)
-        if dtype is not None:
-            _set_dtype(temporary / "config.json", str(dtype).removeprefix("torch."))
-        processor.save_pretrained(temporary)
-
-
-def _set_dtype(path: Path, name: str) -> None:
-    """Write the weights' type to a configuration, because ``save_pretrained`` writes that of the weights in memory."""
-
-    def put(node: dict[str, Any]) -> None:
-        for key, value in node.items():
-            if isinstance(value, dict):
-                put(value)
-            elif key in ("dtype", "torch_dtype"):
-                node[key] = name
-
-    config = json.loads(path.read_text())
-    put(config)
-    write_json(path, config)
-
-
-def _update(layer: Any, prefix: str, state: dict[str, Tensor]) -> Tensor:
-    """Return what peft's ``get_delta_weight`` returns, from ``state``: the layer's own weights may be sharded."""
-    name = layer.active_adapters[0]
-    a, b = (state[f"{prefix}lora_{part}.{name}.weight"] for part in "AB")
-    if a.device.type == "cpu" and a.dtype in (torch.bfloat16, torch.float16):
-        return ((b.float() @ a.float()) * layer.scaling[name]).to(a.dtype)
-    return (b @ a) * layer.scaling[name]
-
-
-def merged_state(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the base's weights with the adapters' updates added, as a copy: merging in place would change the model."""
-    from peft.tuners.lora import LoraLayer
-
-    prefix = "base_model.model."
-    layers: dict[str, Any] = {
-        name.removeprefix(prefix): module for name, module in model.named_modules() if isinstance(module, LoraLayer)
-    }
-    merged = {}
-    for key, value in state.items():
-        if "lora_" in key:
-            continue
-        name = key.removeprefix(prefix).replace(".base_layer.", ".")
-        layer, _, kind = name.rpartition(".")
-        if kind == "weight" and layer in layers:
-            # One layer at a time, and the sum in CPU memory, because a second copy of the model would not fit.
-            value = (value + _update(layers[layer], key.removesuffix("base_layer.weight"), state).to(value)).cpu()
-        merged[name] = value
-    return merged
+    def _write_optimizer(self, folder: Path, name: str) -> None:
+        if name not in self.optimizers:
+            return
+        with self.offload.states(name):
+            process, processes = self.accelerator.process_index, self.accelerator.num_processes
+            save_optimizer(folder, name, self.optimizers[name], process, processes)

@@ -30,6 +30,7 @@ from openril.storage import stable_hash
 from openril.training.discriminator_update import Discriminator
 from openril.training.interrupts import Interrupted, stop_requests
 from openril.training.metrics import reward_metrics
+from openril.training.offload import Offload
 from openril.training.optimization import learning_rate, set_learning_rate
 from openril.training.policy_update import PolicyUpdate
 from openril.training.run_folder import RunFolder
@@ -72,6 +73,7 @@ class RILTrainer:
         save: Callable[[int], None],
         write_student: Callable[..., None] | None = None,
         evaluate: Callable[[], dict[str, float]] | None = None,
+        offload: Offload | None = None,
         first_step: int = 0,
         report: Callable[[int, int, dict[str, Any]], None] = lambda step, total, row: None,
         warn: Callable[[str], None] = lambda message: None,
@@ -88,6 +90,7 @@ class RILTrainer:
         self.save = save
         self._write_student = write_student
         self.evaluate = evaluate
+        self.offload = offload or Offload()
         self.step_number = first_step
         self.report = report
         self.warn = warn
@@ -102,13 +105,15 @@ class RILTrainer:
         """Train on this process's share of a batch of (question, epoch); return its groups and the metrics."""
         metrics: dict[str, float] = {}
         when = f"step {self.step_number + 1}"
-        with self.timed("sampling"):  # G responses from pi_old, G of the teachers from the cache
+        with self.timed("sampling", "student"):  # G responses from pi_old, G of the teachers from the cache
             groups = self.sample_groups(batch)
         if self.recipe.teacher_responses_per_question:
             metrics["train/teacher_too_long"] = float(sum(gather_object([self.policy.too_long])))
         self.rewards.begin(groups)
         if self.discriminator is not None:
-            with self.timed("discriminator"):  # D learns from these 2G responses first, then judges them
+            with self.timed(
+                "discriminator", "discriminator"
+            ):  # D learns from these 2G responses first, then judges them
                 if self.recipe.discriminator.mode == "updated":
                     for iteration in range(self.recipe.train.num_iterations):
                         replayed = self.replayed_groups(iteration)  # none in the paper
@@ -121,7 +126,7 @@ class RILTrainer:
         with self.timed("rewards"):  # similarity and answer, for all 2G
             metrics |= prefixed("reward", self.rewards.score(groups))
         self.set_advantages(groups)
-        with self.timed("update"):  # mu steps on Eq. 2
+        with self.timed("update", "student", "reference"):  # mu steps on Eq. 2
             metrics |= prefixed("train", self.policy.update(groups, self.step_number))
         return groups, metrics
 
@@ -214,9 +219,11 @@ class RILTrainer:
                 metrics |= reward_metrics(everyone)
                 metrics["train/learning_rate"] = rate
                 if self.evaluate is not None and train.eval_every and step % train.eval_every == 0:
-                    with self.timed("eval"):
+                    with self.timed("eval", "student"):
                         metrics |= prefixed("eval", self.evaluate())
                 self.seconds["step"] = time.perf_counter() - started
+                if self.offload.mode != "none":
+                    self.seconds["offload"], self.offload.seconds = self.offload.seconds, 0.0
                 metrics |= prefixed("time", self.seconds)
                 metrics |= memory_metrics()
                 self._log(step, everyone, metrics)
@@ -253,7 +260,10 @@ class RILTrainer:
             )
 
     @contextmanager
-    def timed(self, part: str) -> Iterator[None]:
+    def timed(self, part: str, *models: str) -> Iterator[None]:
+        """Measure a part of the step. If it names models, those are on the device inside (``train.offload``)."""
+        if models:
+            self.offload.use(*models)
         started = time.perf_counter()
         yield
         self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - started

@@ -37,6 +37,7 @@ from openril.training.checkpoint import (
 )
 from openril.training.discriminator_update import Discriminator
 from openril.training.distributed import compute_dtype, master_dtype, shards
+from openril.training.offload import Offload
 from openril.training.optimization import build_optimizer
 from openril.training.policy_update import PolicyUpdate
 from openril.training.sharding import fill, in_float32, shard, share_vision, whole
@@ -79,11 +80,15 @@ class TrainingComponents:
         if self.resumed_from is not None:
             refuse_changed(self.resumed_from, progress["fingerprint"], fingerprint, fix=_NEW_RUN)
         optimizers: dict[str, Any] = {}
+        self.offload = make_offload(recipe, accelerator)
         self._build_student()
         optimizers["student"] = self.optimizer
+        self.offload.use()  # the discriminator is built while the student is parked
         self.discriminator = self._build_discriminator() if recipe.uses_discriminator else None
-        if self.discriminator is not None and self.discriminator.optimizer is not None:
-            optimizers["discriminator"] = self.discriminator.optimizer
+        if self.discriminator is not None:
+            self.offload.add("discriminator", self.discriminator.network, self.discriminator.optimizer)
+            if self.discriminator.optimizer is not None:
+                optimizers["discriminator"] = self.discriminator.optimizer
         self.saver = Saver(
             self.checkpoints,
             accelerator,
@@ -95,6 +100,7 @@ class TrainingComponents:
             optimizers=optimizers,
             fingerprint=fingerprint,
             replay=self.discriminator.replay if self.discriminator is not None and recipe.uses_replay else None,
+            offload=self.offload,
         )
         if self.resumed_from is not None:
             self.saver.restore(self.resumed_from)
@@ -141,6 +147,9 @@ class TrainingComponents:
         self.policy, self.optimizer = policy, build_optimizer(policy.parameters(), train.optimizer)
         if not self.sharded:
             self.policy, self.optimizer = accelerator.prepare(self.policy, self.optimizer)
+        self.offload.add("student", self.policy, self.optimizer)
+        if reference is not None:
+            self.offload.add("reference", reference)
         self.policy_update = PolicyUpdate(
             self.policy, reference, self.optimizer, self.encoder, accelerator, train, warn=self.warn
         )
@@ -207,6 +216,10 @@ def place(
         if recipe.train.precision == "bfloat16":  # what is whole is only known now
             round_products(base, torch.bfloat16, lossless=True)
     root.to(device)
+
+
+def make_offload(recipe: Recipe, accelerator: Accelerator) -> Offload:
+    return Offload(recipe.train.offload, pin=accelerator.device.type == "cuda")
 
 
 def feature_store(recipe: Recipe) -> FeatureCache:

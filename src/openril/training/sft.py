@@ -28,10 +28,10 @@ from openril.models.dummy_image import dummy_image_prompt
 from openril.models.freezing import freeze, round_products
 from openril.models.loading import load_model, load_student, torch_dtype
 from openril.models.prompt_lengths import LeftOut
+from openril.models.saving import write_model
 from openril.recipe.schema import OptimizerConfig, Recipe
 from openril.recipe.validation import RENAMED_KEYS
 from openril.storage import refuse_changed, remove, stable_hash, write_json, write_text
-from openril.training.checkpoint import unrounded, write_checkpoint
 from openril.training.distributed import master_dtype, sharded_by_launcher
 from openril.training.interrupts import Interrupted, stop_requests
 from openril.training.optimization import build_optimizer, learning_rate
@@ -39,7 +39,7 @@ from openril.training.run_folder import RunFolder
 from openril.training.setup import enable_checkpointing, make_encoder, place
 from openril.training.sft_examples import Example, SFTCollator, fingerprint
 from openril.training.sharded_sft import ShardedTraining
-from openril.training.sharding import full_tensors, is_sharded
+from openril.training.sharding import is_sharded
 
 KEEP_CHECKPOINTS = 2
 _WHOLE = "whole"
@@ -136,14 +136,13 @@ def train_sft(
             warn(
                 f"{left_out} of {len(examples)} examples were too long and left out; {folder.left_out.path} lists them"
             )
-        trained = accelerator.unwrap_model(trainer.model_wrapped)
-        state = unrounded(dict(full_tensors(trained, accelerator.is_main_process)), recipe)
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            base = base_model(trained)
-            base.config, base.generation_config = trainer.configs
-            dtype = torch_dtype(recipe.student.dtype)
-            write_checkpoint(trained, state, trainer.processing_class, folder.student_path, dtype)
+        model = accelerator.unwrap_model(trainer.model_wrapped)
+        base = base_model(model)
+        base.config, base.generation_config = trainer.configs
+        dtype, main = torch_dtype(recipe.student.dtype), accelerator.is_main_process
+        widen = recipe.train.precision == "bfloat16"
+        write_model(model, folder.student_path, trainer.processing_class, dtype=dtype, widen=widen, main=main)
+        if main:
             remove(folder.checkpoints_path)
         accelerator.wait_for_everyone()
     return folder.student_path

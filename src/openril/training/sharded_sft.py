@@ -11,11 +11,10 @@ import torch
 
 from openril.models.adapters import is_adapted
 from openril.models.loading import load_model
-from openril.training.checkpoint import load_optimizer, save_optimizer
+from openril.models.saving import full_tensor, write_model
 from openril.training.distributed import master_dtype
-from openril.training.sharding import full_tensor, full_tensors, shard_like
-
-_OPTIMIZER = "optimizer.safetensors"
+from openril.training.shard_files import load_optimizer, save_optimizer
+from openril.training.sharding import shard_like
 
 
 class ShardedTraining:
@@ -35,18 +34,22 @@ class ShardedTraining:
 
     def save_model(self: Any, output_dir: str | None = None, _internal_call: bool = False) -> None:
         main = self.accelerator.is_main_process
-        state = dict(full_tensors(self.model, main, "lora_" if is_adapted(self.model) else ""))
-        if main:
-            self._save(output_dir, state_dict=state)
+        if is_adapted(self.model):
+            state = {name: full_tensor(v) for name, v in self.model.state_dict().items() if "lora_" in name}
+            if main:
+                self._save(output_dir, state_dict=state)
+        else:
+            write_model(self.model, Path(output_dir or self.args.output_dir), self.processing_class, main=main)
         self.accelerator.wait_for_everyone()  # until the folder exists
 
     def _save_optimizer_and_scheduler(self: Any, output_dir: str) -> None:
-        save_optimizer(Path(output_dir) / _OPTIMIZER, self.optimizer, write=self.accelerator.is_main_process)
+        accelerator = self.accelerator
+        save_optimizer(Path(output_dir), "sft", self.optimizer, accelerator.process_index, accelerator.num_processes)
 
     def _load_optimizer_and_scheduler(self: Any, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        load_optimizer(Path(checkpoint) / _OPTIMIZER, self.optimizer)
+        load_optimizer(Path(checkpoint), "sft", self.optimizer)
         rates = [group["lr"] for group in self.optimizer.param_groups]
         step = int(checkpoint.rpartition("-")[2])
         now = {"last_epoch": step, "_step_count": step + 1, "_last_lr": rates}

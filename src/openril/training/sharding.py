@@ -8,7 +8,6 @@ often, and what runs unequally often must not communicate.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeGuard
@@ -139,36 +138,6 @@ def in_float32(root: Any) -> Iterator[None]:
             hook.remove()
         for unit in list(before):  # the root, and a layer that raised
             narrow(unit)
-
-
-def full_tensor(value: Tensor, keep: bool = True) -> Tensor:
-    """Return a tensor whole, on the CPU if it was sharded. Every process must call this.
-
-    Args:
-        keep: If False, this process takes part, but gets an empty tensor.
-    """
-    if not isinstance(value, DTensor):
-        return value.detach()
-    gathered: Any = value.detach()
-    gathered = gathered.full_tensor()
-    return gathered.cpu() if keep else gathered.new_empty(0)
-
-
-def full_tensors(module: nn.Module, keep: bool = True, part: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield the weights of a module's state dict by name, gathered one at a time. Every process must take all of them.
-
-    Args:
-        keep: See ``full_tensor``.
-        part: Only names that contain it.
-    """
-    named = {name: value for name, value in module.state_dict(keep_vars=True).items() if part in name}
-    times = Counter(map(id, named.values()))
-    tied: dict[int, Tensor] = {}  # one tensor under several names stays one
-    for name, value in named.items():
-        found = tied[id(value)] if id(value) in tied else full_tensor(value, keep)
-        if times[id(value)] > 1:
-            tied[id(value)] = found
-        yield name, found
 
 
 def rows(parameter: DTensor) -> range:
