@@ -19,30 +19,8 @@ from openril.storage import write_json
 from openril.training.distributed import make_accelerator
 from openril.training.loop import Interrupted
 from openril.training.setup import TrainingComponents, check_pretrained, pretraining_settings, pretraining_settings_file
+from support.checkpoints import TIMES, assert_same, files
 from support.loop import make_trainer, tiny_recipe
-
-TIMES = ("time/", "memory/")
-
-
-def files(folder: Path) -> dict[str, Any]:
-    """Every tensor and every plain value a checkpoint holds."""
-    out: dict[str, Any] = {}
-    for path in sorted(folder.rglob("*.safetensors")):
-        out |= {f"{path.relative_to(folder)}:{k}": v for k, v in load_file(path).items()}
-    for name in ("rng_0.json", "state.json"):
-        out[name] = json.loads((folder / name).read_text())
-    if (folder / "replay.jsonl").exists():
-        out["replay.jsonl"] = (folder / "replay.jsonl").read_text()
-    return out
-
-
-def assert_same(a: Path, b: Path) -> None:
-    left, right = files(a), files(b)
-    assert left.keys() == right.keys()
-    assert any("optimizer_student" in k for k in left) and any(k.startswith("discriminator/") for k in left)
-    for key, value in left.items():
-        same = torch.equal(value, right[key]) if isinstance(value, torch.Tensor) else value == right[key]
-        assert same, key
 
 
 @pytest.mark.parametrize(
