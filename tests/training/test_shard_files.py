@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +16,7 @@ from openril.models.loading import load_model
 from openril.recipe.schema import OptimizerConfig
 from openril.training.optimization import build_optimizer
 from openril.training.shard_files import load_optimizer
+from support.launch import launch
 
 
 @pytest.fixture(scope="module")
@@ -26,15 +24,7 @@ def written(tiny_qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes wrote, which compared their states and swaps themselves."""
     folder = tmp_path_factory.mktemp("sharded")
     script = Path(__file__).with_name("two_sharded.py")
-    paths = [str(script.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script),
-         str(tiny_qwen), str(tied(tiny_qwen, folder / "tied_model")), str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )  # fmt: skip
+    done = launch(2, script, tiny_qwen, tied(tiny_qwen, folder / "tied_model"), folder)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
 
