@@ -21,18 +21,19 @@ def runs(tiny_qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of two steps, in the order that continuing asks for; see resumed.py for what a job says."""
     folder = tmp_path_factory.mktemp("resumed")
     for processes, jobs in (
-        (1, ["full::one:0", "lora::one:0"]),
-        (2, ["full::two:1", "full:two:two_two:1", "full:one:one_two:1", "lora::two:1", "lora:two:two_two:1"]),
-        (2, ["full:two:two_ddp:0", "full:two:killed:1:kill"]),
-        (4, ["full:two:two_four:1", "lora:two:two_four:1", "full:killed:killed:1"]),
-        (1, ["full:two:two_one:0", "lora:two:two_one:0"]),
-    ):
-        done = launch(processes, SCRIPT, folder, tiny_qwen, *jobs)
-        assert (done.returncode == 0) != any("kill" in job.split(":")[4:] for job in jobs), done.stderr[-4000:]
-        if any(job.endswith(":kill") for job in jobs):
-            left = sorted(path.name for path in folder.glob("full-killed/checkpoints/*step*"))
-            left += sorted(path.name for path in folder.glob("full-killed/checkpoints/.step*"))
-            assert ".step_000002.partial" in left and "step_000001" in left and "step_000002" not in left
+        (1, "mixed::one:0 lora::one:0"),
+        (2, "mixed::two:1 mixed:two:two_two:1 mixed:one:one_two:1 lora::two:1 lora:two:two_two:1 mixed:two:two_ddp:0"
+            " mixed:two:killed:1:kill"),
+        (4, "mixed:two:two_four:1 lora:two:two_four:1 mixed:killed:killed:1"),
+        (1, "mixed:two:two_one:0 lora:two:two_one:0"),
+    ):  # fmt: skip
+        done = launch(processes, SCRIPT, folder, tiny_qwen, *jobs.split())
+        if jobs.endswith(":kill"):
+            assert done.returncode != 0
+            left = {path.name for path in (folder / "mixed-killed/checkpoints").iterdir()}
+            assert left == {".step_000002.partial", "step_000001"}, done.stderr[-4000:]
+        else:
+            assert done.returncode == 0, done.stderr[-4000:]
     return folder
 
 
@@ -55,7 +56,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if not k.startswith(TIMES)} for row in read_jsonl(folder / "metrics.jsonl")]
 
 
-@pytest.mark.parametrize("case", ["full", "lora"])
+@pytest.mark.parametrize("case", ["mixed", "lora"])
 def test_as_many_processes_continue_bit_for_bit(case: str, runs: Path):
     whole, resumed = (runs / f"{case}-{name}" for name in ("two", "two_two"))
     a, b = contents(whole), contents(resumed)
@@ -68,7 +69,15 @@ def test_as_many_processes_continue_bit_for_bit(case: str, runs: Path):
 
 @pytest.mark.parametrize(
     "name",
-    ["full-two_ddp", "full-two_four", "full-two_one", "full-one_two", "full-killed", "lora-two_four", "lora-two_one"],
+    [
+        "mixed-two_ddp",
+        "mixed-two_four",
+        "mixed-two_one",
+        "mixed-one_two",
+        "mixed-killed",
+        "lora-two_four",
+        "lora-two_one",
+    ],
 )
 def test_another_number_of_processes_continues_within_rounding(name: str, runs: Path):
     case, _, _ = name.partition("-")
