@@ -83,12 +83,14 @@ class TrainingComponents:
         self.offload = make_offload(recipe, accelerator)
         self._build_student()
         optimizers["student"] = self.optimizer
-        self.offload.use()  # the discriminator is built while the student is parked
+        if not self.sharded:  # sharded models compare their vision sides, of which they then share one
+            self.offload.use()  # the discriminator is built while the student is parked
         self.discriminator = self._build_discriminator() if recipe.uses_discriminator else None
         if self.discriminator is not None:
             self.offload.add("discriminator", self.discriminator.network, self.discriminator.optimizer)
             if self.discriminator.optimizer is not None:
                 optimizers["discriminator"] = self.discriminator.optimizer
+        self.offload.use()
         self.saver = Saver(
             self.checkpoints,
             accelerator,
