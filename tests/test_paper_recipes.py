@@ -7,6 +7,8 @@ import pytest
 from ruamel.yaml import YAML
 
 from openril.models import memory_estimate as estimate
+from openril.models.published_shapes import published_shape
+from openril.models.stage_memory import CONTEXT_BYTES, stage_memory
 from openril.recipe.checks import cross_check
 from openril.recipe.loading import load_recipe
 from openril.stages.run import stages
@@ -75,3 +77,27 @@ def test_the_work_of_the_paper_s_run_with_two_teachers():
     assert work.steps == 1112  # 40,000 / 36, rounded up
     judged = 1112 * 36 * (4 + 4)  # the student's samples and the teachers' responses
     assert work.requests == {"teacher qwen72b": 640_000, "teacher internvl78b": 640_000, "judge": judged}
+
+
+# ---- memory, with the longest prompts and an image that fills them ------------------------------------------------------
+
+SHARDED = [path for path in PAPER if re.search(r"_[78]b_", path.stem)]
+
+
+def needs(recipe, processes: int) -> dict[str, float]:
+    """The GiB of each stage, and "most" for all."""
+    shape, prompt = published_shape(recipe.student.model), recipe.data.max_prompt_length
+    assert shape is not None
+    stages = stage_memory(recipe, shape, prompt, prompt, processes)
+    found = {memory.stage: (memory.total + CONTEXT_BYTES) / estimate.GIB for memory in stages}
+    assert set(found) == {"sft", "discriminator", "train"}
+    return found | {"most": max(found.values())}
+
+
+@pytest.mark.parametrize("path", SHARDED, ids=lambda p: p.stem)
+def test_the_largest_students_fit_six_devices_of_80_gb_with_15_percent_to_spare(path: Path):
+    recipe = load_recipe(path)
+    assert recipe.train.shard
+    assert needs(recipe, 6)["most"] < 0.85 * 80
+    recipe.train.shard = False
+    assert needs(recipe, 6)["most"] > 80  # so sharding is needed

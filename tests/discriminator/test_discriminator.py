@@ -19,7 +19,7 @@ from openril.recipe.schema import StudentConfig
 from openril.records import Group, Question, Response, Rollout
 from openril.training.distributed import make_accelerator
 from openril.training.setup import fresh_discriminator
-from support.loop import tiny_recipe
+from support.loop import make_trainer, tiny_recipe
 from support.tiny import tiny_questions
 
 
@@ -171,3 +171,20 @@ def test_a_long_response_is_no_long_prompt(tiny_qwen: Path, tmp_path: Path):
     )
     d.score([group])
     assert all(r.student_prob is not None for r in group.rollouts)
+
+
+def test_a_discriminator_of_another_family_ignores_the_limits_of_images_that_it_does_not_read(
+    tiny_qwen: Path, tiny_internvl: Path, tmp_path: Path
+):
+    """InternVL's processor has no limits of an image's area, and would refuse the student's."""
+    changes = {"student__max_pixels": 50_176, "discriminator__init": str(tiny_internvl), "train__max_steps": 1}
+    recipe = tiny_recipe(tmp_path / "run", tiny_qwen, **changes)
+    trainer = make_trainer(recipe, tmp_path / "data")
+    assert trainer.discriminator is not None
+    assert type(trainer.discriminator.network.backbone).__name__.startswith("InternVL")
+    groups, metrics = trainer.step(trainer.batch_at(0))
+    assert metrics["discriminator/grad_norm"] > 0
+    assert all(r.student_prob is not None for g in groups for r in g.rollouts)
+    recipe.discriminator.inputs = "image"
+    with pytest.raises(ModelError, match="max_pixels"):
+        make_trainer(recipe, tmp_path / "data")

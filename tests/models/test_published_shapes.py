@@ -10,8 +10,10 @@ from rich.console import Console
 
 from openril.models.freezing import freeze
 from openril.models.published_shapes import model_on_meta, published_config, published_models, published_shape
+from openril.models.stage_memory import stage_memory
 from openril.recipe.schema import Recipe
 from openril.stages.check import run_check
+from openril.training.sharding import decoder_layers, frozen_vision
 
 QWEN_7B, INTERNVL_8B = "Qwen/Qwen2.5-VL-7B-Instruct", "OpenGVLab/InternVL3-8B-hf"
 LAYERS = {
@@ -23,6 +25,7 @@ LAYERS = {
     INTERNVL_8B: 28,
     "OpenGVLab/InternVL3-78B-hf": 80,
 }
+STUDENTS = [name for name in LAYERS if "72B" not in name and "78B" not in name]
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -67,6 +70,26 @@ def test_freezing_the_tower_leaves_what_the_estimate_takes_as_trainable(name: st
         sum(trainable.values()) == shape.trainable(["vision_tower"]) == shape.total - shape.parameters["vision_tower"]
     )
     assert "vision_tower" not in trainable and trainable["projector"] == shape.parameters["projector"]
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_the_units_of_sharding_are_the_decoder_layers_and_the_rest(name: str) -> None:
+    """A pass gathers the rest and three layers, each value in two bytes; a frozen tower is in no unit."""
+    model, shape = model_on_meta(published_config(name)), published_shape(name)
+    assert shape is not None
+    layers = decoder_layers(model)
+    assert len(layers) == LAYERS[name]
+    sizes = {sum(p.numel() for p in layer.parameters()) for layer in layers}
+    [layer] = sizes
+    freeze(model, ["vision_tower"])
+    whole = frozen_vision(model)
+    assert sum(p.numel() for p in whole) == shape.parameters["vision_tower"]
+    rest = shape.total - shape.parameters["vision_tower"] - len(layers) * layer
+    memory = stage_memory(Recipe.model_validate({"train": {"shard": True}}), shape, 100, processes=6)[-1]
+    gathered = memory.phases["student update"]["student: gathered weights"]
+    assert gathered == pytest.approx(2 * (rest + 3 * layer), rel=1e-4)
+    held = memory.held["student: weights"] - 2 * shape.parameters["vision_tower"]
+    assert held == pytest.approx(4 * (rest + len(layers) * layer) / 6, rel=2e-3)
 
 
 def test_only_models_of_the_list_have_a_shape() -> None:

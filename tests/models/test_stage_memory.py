@@ -2,59 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
-from openril.models.loading import load_config, load_model, load_processor, torch_dtype
+from openril.models.loading import load_config, torch_dtype
 from openril.models.memory_estimate import Shape, Tower, checkpoint_parameters, shape_of, shape_of_model
-from openril.models.stage_memory import stage_memory
+from openril.models.stage_memory import Memory, stage_memory
 from openril.recipe.schema import Recipe
 from openril.records import Response
-from openril.testing.tiny_models import build_tiny_model
-from openril.training import discriminator_update, policy_update, sft
+from openril.training import sft
 from openril.training.sft_examples import Example
 from support.loop import make_trainer, tiny_recipe
+from support.memory import estimated, measured_step, medium_model, peak_of, states, storages
 from support.tiny import tiny_questions
-
-
-def medium_model(folder: Path, architecture: Any, dtype: torch.dtype = torch.float32) -> Path:
-    """Write a random model with about 20M parameters, nearly half of them in embeddings and LM head."""
-    small = build_tiny_model(folder / "small", architecture, hidden_size=448, num_layers=6, num_heads=8)
-    model: Any = load_model(str(small))
-    model.resize_token_embeddings(9000, mean_resizing=False)
-    model.to(dtype).save_pretrained(folder / "medium")
-    load_processor(str(small)).save_pretrained(folder / "medium")
-    return folder / "medium"
-
-
-def storages(tensors: Iterable[Any]) -> int:
-    """Return the bytes of the storages of some tensors, each once."""
-    found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if isinstance(t, Tensor)}
-    return sum(found.values())
-
-
-def states(optimizer: Any) -> int:
-    return storages(v for state in optimizer.state.values() for v in state.values())
-
-
-def peak_of(run: Any) -> int:
-    """Return the highest number of bytes that ``run`` has allocated and not freed at a time."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    now = highest = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            highest = max(highest, now)
-    return highest
-
 
 # In a phase the estimate is at least the peak, and at most this much more: it adds the accumulated gradient and the
 # activations of the largest micro-batch, and takes every response as long as it may be.
@@ -78,7 +46,6 @@ def test_a_step_of_the_loop(
     precision: str,
     changes: dict[str, Any],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     recipe = tiny_recipe(
         tmp_path / "run",
@@ -93,45 +60,16 @@ def test_a_step_of_the_loop(
         **changes,
     )
     trainer = make_trainer(recipe, tmp_path / "data", count=2)
-    policy, discriminator = trainer.policy, trainer.discriminator
-    gradients: list[int] = []
-    for module in (policy_update, discriminator_update):
-
-        def noted(
-            accelerator: Any, optimizer: Any, parameters: Any, *arguments: Any, step: Any = module.take_step
-        ) -> Any:
-            gradients.append(storages(p.grad for p in parameters))
-            return step(accelerator, optimizer, parameters, *arguments)
-
-        monkeypatch.setattr(module, "take_step", noted)
-    groups, _ = trainer.step(trainer.batch_at(0))  # afterwards the optimizers have their states
-    shape = replace(shape_of_model(policy.unwrapped.model), stored=stored)
-    [memory] = stage_memory(recipe, shape, policy.encoder.longest, 8)
-    expected = memory.held | {k: n for phase in memory.phases.values() for k, n in phase.items() if "gradients" in k}
-    found = {
-        "student: weights": storages(policy.unwrapped.parameters()),
-        "student: AdamW states": states(policy.optimizer),
-        "student: gradients": gradients[-1],
+    found, peaks = measured_step(trainer)
+    shape = replace(shape_of_model(trainer.policy.unwrapped.model), stored=stored)
+    [memory] = stage_memory(recipe, shape, trainer.policy.encoder.longest, 8)
+    expected = memory.held | {
+        k: n for phase in memory.phases.values() for k, n in phase.items() if k.endswith("gradients")
     }
-    runs = {
-        "sampling": lambda: trainer.sample_groups(trainer.batch_at(0)),
-        "student update": lambda: policy.update(groups, 1),
-    }
-    if discriminator is not None:
-        found["discriminator: weights"] = storages(discriminator.network.parameters())
-        if discriminator.optimizer is not None:
-            found["discriminator: AdamW states"] = states(discriminator.optimizer)
-            found["discriminator: gradients"] = gradients[0]
-            runs["discriminator update"] = lambda: discriminator.update(groups)
-    if policy.reference is not None:
-        found["reference: weights"] = storages(policy.reference.parameters())
     assert set(found) == set(expected)
     assert found == {k: pytest.approx(n, rel=0.05) for k, n in expected.items()}
-    for phase, run in runs.items():
-        measured = peak_of(run)
-        steps = memory.phases.get(phase.replace("update", "step"), {})
-        estimated = max(sum(memory.phases[phase].values()), sum(steps.values()))
-        assert measured <= estimated <= FACTOR * measured + 8 * 2**20, phase
+    for phase, measured in peaks.items():
+        assert measured <= estimated(memory, phase) <= FACTOR * measured + 8 * 2**20, phase
 
 
 def test_a_step_of_the_warm_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,3 +131,82 @@ def test_only_the_questions_of_a_step_are_shared_by_processes() -> None:
         assert shared.total >= alone.total
     train = one[-1]
     assert train.total == sum(train.held.values()) + max(sum(p.values()) for p in train.phases.values())
+
+
+# ---- sharded ------------------------------------------------------------------------------------------------
+
+SHARDED = Shape(
+    {"vision_tower": 60, "projector": 12, "word_embeddings": 300, "lm_head": 300, "attention": 120, "mlp_up": 480},
+    Tower(hidden=30, intermediate=40, layers=4, query=30, key_value=10),
+    vocabulary=10,
+)
+
+
+def sharded_memory(processes: int = 3, **changes: Any) -> Memory:
+    train = {"shard": True, "precision": "float32", **changes.pop("train", {})}
+    recipe = Recipe.model_validate({"teachers": [{"name": "a"}], "train": train, **changes})
+    return stage_memory(recipe, SHARDED, 15, processes=processes)[-1]
+
+
+def test_a_process_holds_its_share_and_the_frozen_vision_side() -> None:
+    memory = sharded_memory()
+    # 1,272 values, of which the tower's 60 are frozen and whole; 1,212 are divided by 3 = 404.
+    assert memory.held["student: weights"] == 4 * (404 + 60)
+    assert memory.held["student: AdamW states"] == 8 * 404
+    assert memory.phases["student update"]["student: gradients"] == 4 * 404
+    # All of the reference's vision side is frozen: 72, and 1,200 / 3.
+    assert memory.held["reference: weights"] == 4 * (400 + 72)
+    # The discriminator has no LM head and never runs its vision side: 900 / 3.
+    assert memory.held["discriminator: weights"] == 4 * (300 + 72)
+    assert memory.held["discriminator: AdamW states"] == 8 * 300
+
+
+def test_a_pass_gathers_the_root_unit_and_three_layers() -> None:
+    memory = sharded_memory()
+    # Root: embeddings, head and the projector that trains, 612. A layer: 600 / 4 = 150.
+    assert memory.phases["student update"]["student: gathered weights"] == 4 * (612 + 3 * 150)
+    # At the end of the backward pass: the root's gradient, and its copy that is reduced.
+    reduction = memory.phases["student reduction"]
+    assert (
+        reduction["student: gradients of gathered weights"]
+        == reduction["student: gradients that are reduced"]
+        == 4 * 612
+    )
+    assert memory.phases["discriminator update"]["discriminator: gathered weights"] == 4 * (300 + 3 * 150)
+    # Under bfloat16 weights are gathered in two bytes, and autocast keeps no copies.
+    mixed = sharded_memory(train={"precision": "bfloat16"}).phases["student update"]
+    assert mixed["student: gathered weights"] == 2 * (612 + 3 * 150)
+    assert not [name for name in mixed if "autocast" in name]
+    # Two layers' gradients in two bytes are on their way to four.
+    assert mixed["student: gradients that are reduced"] == 4 * 2 * 150
+    # The sampler of this process has all of them.
+    sampling = sharded_memory(student={"sampler": {"engine": "transformers"}}).phases["sampling"]
+    assert sampling["student: gathered weights"] == 4 * (2 * 612 + 600)
+
+
+def test_one_process_shards_nothing() -> None:
+    assert sharded_memory(processes=1) == sharded_memory(processes=1, train={"shard": False})
+
+
+@pytest.fixture(scope="module")
+def sharded_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sharded")
+    medium_model(folder, "qwen2_5_vl", torch.bfloat16)
+    script = Path(__file__).with_name("sharded_memory.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, folder]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+@pytest.mark.parametrize("case", ["full", "lora"])
+def test_two_sharded_processes_hold_what_is_estimated(case: str, sharded_runs: Path) -> None:
+    for rank in (0, 1):
+        row = json.loads((sharded_runs / f"{case}-{rank}.json").read_text())
+        assert set(row["found"]) == set(row["held"])
+        assert row["found"] == {k: pytest.approx(n, rel=0.05) for k, n in row["held"].items()}
+        for phase, measured in row["peaks"].items():
+            expected = row["estimated"][phase]
+            assert measured <= expected + row["of gloo"][phase], (phase, rank)
+            assert expected <= FACTOR * measured + 8 * 2**20, (phase, rank)

@@ -129,13 +129,17 @@ class DiscriminatorModel(nn.Module):
         enable(self.backbone)
 
 
-def load_discriminator_processor(folder: str | Path, student: StudentConfig) -> Any:
-    """Load the processor of a discriminator, or of the checkpoint it starts from."""
+def load_discriminator_processor(folder: str | Path, student: StudentConfig, *, images: bool) -> Any:
+    """Load the processor of a discriminator, or of the checkpoint it starts from.
+
+    images: Whether it reads images. Otherwise the student's limits of their size do not apply, which the processor of
+    another family may not support.
+    """
     return load_processor(
         str(folder),
         what="discriminator",
         revision=student.revision if str(folder) == student.model else None,
         trust_remote_code=student.trust_remote_code,
-        min_pixels=student.min_pixels,
-        max_pixels=student.max_pixels,
+        min_pixels=student.min_pixels if images else 0,
+        max_pixels=student.max_pixels if images else 0,
     )

@@ -6,6 +6,7 @@ The memory of its stages is in models/stage_memory.py, and the formulas are in d
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,10 +53,14 @@ class Shape:
     def total(self) -> int:
         return sum(self.parameters.values())
 
+    def frozen(self, groups: Sequence[str]) -> list[str]:
+        """Return the groups that do not train if these are frozen. Tied weights are frozen if either of their groups is."""
+        tied = "lm_head" not in self.parameters and "lm_head" in groups
+        return [g for g in self.parameters if g in groups or (tied and g == "word_embeddings")]
+
     def trainable(self, frozen: list[ModuleGroup]) -> int:
-        """Return the number of values that train. Tied weights are frozen if either of their groups is."""
-        tied = "lm_head" not in self.parameters and "lm_head" in frozen
-        return sum(n for g, n in self.parameters.items() if g not in frozen and not (tied and g == "word_embeddings"))
+        """Return the number of values that train if these groups are frozen."""
+        return self.total - sum(self.parameters[g] for g in self.frozen(frozen))
 
 
 @dataclass(frozen=True)

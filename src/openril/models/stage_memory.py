@@ -1,18 +1,19 @@
 """Estimate the memory that one process of each stage needs.
 
-Nothing is sharded: under data parallelism every process holds everything, so no part is divided by the number of
-processes. Parts that do not exist at the same time are not added: the phases of a stage follow each other, and the
-largest decides. The formulas are in docs/configuration.md.
+Without ``train.shard`` every process holds everything, so no part is divided by the number of processes. With it, weights,
+gradients and optimizer states are divided, and what a pass gathers is added. Parts that do not exist at the same time are
+not added: the phases of a stage follow each other, and the largest decides. The formulas are in docs/configuration.md.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from openril.models.memory_estimate import ADAMW_BYTES, GIB, Shape, Tower
 from openril.models.packing import LOGITS_BYTES
-from openril.recipe.schema import ModuleGroup, Recipe
+from openril.recipe.schema import Recipe
 
 CONTEXT_BYTES = GIB
 """An assumption: what the CUDA context, workspaces of libraries and the communication of processes take of a device."""
@@ -22,6 +23,16 @@ _LOGITS_OF_A_DRAW = 6  # float32, penalized, sorted, its indices, probabilities,
 _OPTIMIZER_CHUNK = 2**24  # values for which CompensatedAdamW has float32 copies at a time
 # Groups of linear layers, which freezing.round_products stores in the type of autocast if they are frozen.
 _PRODUCTS = ("attention", "mlp_gate", "mlp_up", "mlp_down", "lm_head", "vision_tower", "projector")
+_VISION = ("vision_tower", "projector")
+_LAYER = (
+    "attention",
+    "mlp_gate",
+    "mlp_up",
+    "mlp_down",
+    "layer_norms",
+)  # the units of sharding; the last norm is in the root
+_GATHERED_LAYERS = 3  # a layer that runs, and the next one: as it arrives and as its weights are cut from that
+_REDUCED_LAYERS = 2  # of which gradients are on their way at a time
 # Bytes that a layer saves of a token for the backward pass, for each unit of its hidden, query, key-value and intermediate
 # size: inputs of norms and matrices, rotated queries and keys, outputs of attention and gates. True: LoRA trains alone.
 _SAVED: dict[tuple[str, bool], tuple[int, int, int, int]] = {
@@ -62,22 +73,30 @@ class Memory:
 
 
 def stage_memory(
-    recipe: Recipe, shape: Shape, prompt_tokens: float, image_tokens: float = 0, processes: int = 1, judge: int = 0
+    recipe: Recipe,
+    shape: Shape,
+    prompt_tokens: float,
+    image_tokens: float = 0,
+    processes: int = 1,
+    judge: int = 0,
+    discriminator: Shape | None = None,
 ) -> list[Memory]:
     """Estimate the memory of sft, discriminator and train, as far as the recipe has these stages.
 
     Args:
         prompt_tokens: Tokens of the longest question, image tokens included.
         image_tokens: Image tokens of the question that has most.
-        processes: Their number. Each has a share of the questions of a step, and a whole copy of everything else.
+        processes: Their number. Each has a share of the questions of a step, and with train.shard of the models.
         judge: Parameters of a judge that runs in the training process.
+        discriminator: Shape of discriminator.init; by default the student's.
     """
     sizes = _Sizes(recipe, shape, int(prompt_tokens), int(image_tokens), processes)
+    other = _Sizes(recipe, discriminator or shape, int(prompt_tokens), int(image_tokens), processes)
     stages = [sizes.sft()] if recipe.sft.enabled else []
     if recipe.uses_discriminator and recipe.discriminator.pretraining.enabled:
-        held, phases = sizes.discriminator(pretraining=True)
+        held, phases = other.discriminator(pretraining=True)
         stages.append(Memory("discriminator", held, phases, sizes.vision_caches(0)))
-    return [*stages, sizes.train(judge)]
+    return [*stages, sizes.train(judge, other.discriminator() if recipe.uses_discriminator else ({}, {}))]
 
 
 class _Sizes:
@@ -87,6 +106,8 @@ class _Sizes:
         # Weights of student and discriminator, frozen ones too, are held in one type.
         self.width = 2 if self.precision == "pure_bf16" else 4
         self.compute = 4 if self.precision == "float32" else 2
+        self.sharded = recipe.train.shard and processes > 1
+        self.share = processes if self.sharded else 1
 
     def sft(self) -> Memory:
         recipe, words = self.recipe, self.shape.vocabulary
@@ -98,11 +119,11 @@ class _Sizes:
         phases["student update"] |= self._vision(recipe.student.freeze, rows * self.image, rows * self.image)
         return Memory("sft", held, phases)
 
-    def train(self, judge: int) -> Memory:
+    def train(self, judge: int, discriminator: tuple[dict[str, int], dict[str, dict[str, int]]]) -> Memory:
         recipe, train = self.recipe, self.recipe.train
         held, student = self._student()
         if train.beta and not recipe.student.lora.enabled:
-            held["reference: weights"] = self._weights(list(self.shape.parameters))
+            held["reference: weights"] = self._weights(self.shape.parameters, list(self.shape.parameters))
         if judge:
             held["judge: weights"] = 2 * judge
         groups = max(1, train.questions_per_step // self.processes)
@@ -110,9 +131,10 @@ class _Sizes:
         phases: dict[str, dict[str, int]] = {}
         if recipe.student.sampler.engine == "transformers":
             phases["sampling"] = {k: n for k, n in update.items() if k.endswith("autocast")} | self._sampling(groups)
-        if recipe.uses_discriminator:
-            d_held, d_phases = self.discriminator()
-            held, phases = held | d_held, phases | d_phases
+        elif self.sharded:  # servers get the weights one by one
+            words = self.shape.text.hidden * self.shape.vocabulary
+            phases["sampling"] = {"student: one gathered matrix": self.width * words}
+        held, phases = held | discriminator[0], phases | discriminator[1]
         members = train.num_generations
         members += recipe.teacher_responses_per_question if train.teacher_responses_in_update else 0
         length = train.max_completion_length
@@ -153,16 +175,14 @@ class _Sizes:
             max(1, groups // self.processes),
             whole=trains and d.loss == "bradley_terry",
         )
-        body = self.shape.total - parameters.get("lm_head", 0)
+        body = {g: n for g, n in parameters.items() if g != "lm_head"}
         activations = self._activations(self.shape.text, tokens, trains=trains)
         if not trains:
-            weights = self._weights([g for g in parameters if g != "lm_head"])
-            return {"discriminator: weights": weights}, {"discriminator scores": activations}
-        frozen: list[ModuleGroup] = [g for g in d.freeze if g != "lm_head"]
-        frozen += [] if d.inputs == "image" else ["vision_tower", "projector"]
-        trainable = self.shape.trainable(frozen) - parameters.get("lm_head", 0)
-        head_frozen: list[ModuleGroup] = ["lm_head"] if "lm_head" in parameters else []
-        held, phases = self._trained("discriminator", body, trainable, [*frozen, *head_frozen])
+            scores = self._gathered("discriminator", body, list(body)) | activations
+            return {"discriminator: weights": self._weights(body, list(body))}, {"discriminator scores": scores}
+        frozen: list[str] = [g for g in d.freeze if g != "lm_head"]
+        frozen += [] if d.inputs == "image" else _VISION
+        held, phases = self._trained("discriminator", body, frozen)
         phases["discriminator update"] |= activations
         phases["discriminator update"] |= self._vision(frozen, max(image, tokens * image // (head + length)), image)
         return held, phases
@@ -173,62 +193,95 @@ class _Sizes:
         return {"train.vision_cache_gib": int(caches * self.recipe.train.vision_cache_gib * GIB)} if caches else {}
 
     def _student(self) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
-        lora, text, frozen = self.recipe.student.lora, self.shape.text, self.recipe.student.freeze
+        lora, text, parameters = self.recipe.student.lora, self.shape.text, self.shape.parameters
         if not lora.enabled:
-            return self._trained("student", self.shape.total, self.shape.trainable(frozen), frozen)
+            return self._trained("student", parameters, self.shape.frozen(self.recipe.student.freeze))
         sizes = dict.fromkeys(("q_proj", "o_proj"), text.hidden + text.query)
         sizes |= dict.fromkeys(("k_proj", "v_proj"), text.hidden + text.key_value)
         size = sum(sizes.get(n, text.hidden + text.intermediate) for n in lora.target_modules)
-        return self._trained("student", self.shape.total, 0, [], adapters=text.layers * lora.r * size)
+        return self._trained("student", parameters, list(parameters), adapters=text.layers * lora.r * size)
 
     def _trained(
-        self, name: str, total: int, trainable: int, frozen: list[ModuleGroup], adapters: int = 0
+        self, name: str, groups: dict[str, int], frozen: list[str], adapters: int = 0
     ) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
         """Return what a model that trains always holds, and what its update needs before its activations.
 
-        One process drops its gradients after every step. With several, gradients are views into DDP's buckets
-        (gradient_as_bucket_view): they count once, and are never dropped. peft keeps adapters in float32.
+        Gradients are dropped after every step, except with several processes that are not sharded. There they are views
+        into DDP's buckets (gradient_as_bucket_view): they count once, and are never dropped. peft keeps adapters in float32.
+
+        Args:
+            groups: Parameters by module group. frozen: The groups that do not train.
         """
-        parameters, text = self.shape.parameters, self.shape.text
-        groups = {g: n for g, n in parameters.items() if not (name == "discriminator" and g == "lm_head")}
-        # What autocast rounds is stored rounded if it is frozen and the checkpoint's values allow it.
-        rounded: dict[str, int] = {}
-        if self.shape.stored == "bfloat16":
-            rounded = {g: n for g, n in groups.items() if self._rounds(g) and (not trainable or g in frozen)}
-        held = {f"{name}: weights": self.width * (total - sum(rounded.values())) + 2 * sum(rounded.values())}
-        held[f"{name}: weights"] += 4 * adapters
-        held[f"{name}: AdamW states"] = ADAMW_BYTES * (trainable + adapters)
-        gradients = {f"{name}: gradients": trainable * self.width + 4 * adapters}
-        words = parameters.get("word_embeddings", 0)
+        text, tied = self.shape.text, "lm_head" not in self.shape.parameters
+        trained = {g: n for g, n in groups.items() if g not in frozen}
+        trainable = sum(trained.values())
+        saved = (
+            self.shape.stored == "bfloat16"
+        )  # frozen values of other checkpoints are not rounded, because they are saved
+        held = {f"{name}: weights": self._weights(groups, frozen, rounds=saved) + 4 * adapters // self.share}
+        held[f"{name}: AdamW states"] = ADAMW_BYTES * (trainable + adapters) // self.share
+        gradients = {f"{name}: gradients": (trainable * self.width + 4 * adapters) // self.share}
         # Tied embeddings are the LM head's matrix too, except in the discriminator, which has none.
-        looked_up = words if "lm_head" in parameters or name == "discriminator" else 0
-        trained_words = words if trainable and "word_embeddings" not in frozen else 0
+        looked_up = 0 if tied and name != "discriminator" else groups.get("word_embeddings", 0)
+        trained_words = trained.get("word_embeddings", 0)
         update: dict[str, int] = {}
-        if self.precision == "bfloat16":
+        if self.precision == "bfloat16" and not self.sharded:
             # Autocast keeps copies of the matrices that train. Copies of frozen ones are saved for the backward pass, which
             # checkpointing does for one layer at a time.
             copied = trainable + adapters - min(trained_words, looked_up)
-            others = total - looked_up - trainable - sum(rounded.values())
-            others = max(0, others - (0 if "vision_tower" in rounded else parameters.get("vision_tower", 0)))
-            others //= text.layers if self.recipe.student.gradient_checkpointing else 1
+            others = sum(
+                n
+                for g, n in groups.items()
+                if g in frozen and g != "vision_tower" and not (saved and self._rounds(g))
+            ) - (looked_up if not trained_words else 0)  # fmt: skip
+            others = max(0, others) // (text.layers if self.recipe.student.gradient_checkpointing else 1)
             update[f"{name}: bfloat16 copies of autocast"] = 2 * copied
             update |= {f"{name}: bfloat16 copies of frozen weights": 2 * others} if others else {}
         # Of the largest matrix: a gradient and its next term, before they are added to what is accumulated.
-        head = parameters.get("lm_head", 0) if "lm_head" not in frozen else 0
-        largest = min(trainable, max(trained_words, head, text.hidden * text.intermediate))
+        largest = min(trainable, max(trained_words, trained.get("lm_head", 0), text.hidden * text.intermediate))
         update |= {f"{name}: largest gradient": 2 * self.width * largest} if largest else {}
-        always, then = (gradients, {}) if self.processes > 1 else ({}, gradients)
+        always, then = (gradients, {}) if self.processes > 1 and not self.sharded else ({}, gradients)
         phases = {f"{name} update": then | update}
+        if self.sharded:
+            update = self._gathered(name, groups, frozen)
+            root, layer = self._unit(trained, frozen)
+            layer += adapters // text.layers
+            reduced = 4 if self.precision == "bfloat16" else self.compute
+            phases[f"{name} update"] = then | update
+            gradients_of, moving = f"{name}: gradients of gathered weights", f"{name}: gradients that are reduced"
+            phases[f"{name} update"] |= {
+                gradients_of: self.compute * (root + largest + _REDUCED_LAYERS * layer),
+                moving: reduced * _REDUCED_LAYERS * layer,
+            }
+            # The root unit's weights are freed before its gradients are copied, reduced, and become this process's part.
+            part = max(self.compute * root, reduced * root // self.share)
+            phases[f"{name} reduction"] = {**then, gradients_of: part, moving: reduced * root}
         if self.precision == "pure_bf16":
             phases[f"{name} step"] = then | {"float32 copies": 28 * min(largest, _OPTIMIZER_CHUNK)}
         return held | always, phases
 
+    def _unit(self, groups: dict[str, int], frozen: list[str]) -> tuple[int, int]:
+        """Return the parameters of the root unit and of a layer. A frozen vision side is in none."""
+        layers = sum(n for g, n in groups.items() if g in _LAYER)
+        vision = sum(n for g, n in groups.items() if g in _VISION and g in frozen)
+        return sum(groups.values()) - layers - vision, layers // self.shape.text.layers
+
+    def _gathered(self, name: str, groups: dict[str, int], frozen: list[str]) -> dict[str, int]:
+        """Return the weights that a pass gathers at a time: the root unit and a few layers."""
+        root, layer = self._unit(groups, frozen)
+        size = self.compute * (root + _GATHERED_LAYERS * layer)
+        return {f"{name}: gathered weights": size} if self.sharded else {}
+
     def _rounds(self, group: str) -> bool:
         return self.precision == "bfloat16" and group in _PRODUCTS
 
-    def _weights(self, groups: list[str]) -> int:
-        """Return the bytes of groups of which nothing trains and nothing is saved."""
-        return sum(self.shape.parameters[g] * (2 if self._rounds(g) else self.width) for g in groups)
+    def _weights(self, groups: dict[str, int], frozen: list[str], *, rounds: bool = True) -> int:
+        """Return the bytes of a model's weights in one process. rounds: Whether autocast's products are stored rounded."""
+        total = 0
+        for group, n in groups.items():
+            size = n * (2 if rounds and group in frozen and self._rounds(group) else self.width)
+            total += size if group in frozen and group in _VISION else size // self.share
+        return total
 
     def _sampling(self, groups: int) -> dict[str, int]:
         train, text = self.recipe.train, self.shape.text
@@ -237,12 +290,19 @@ class _Sizes:
         own = max(own, self.recipe.eval.max_completion_length if train.eval_every else 0)
         kept = questions * (self.prompt + own)
         matrix = 0  # that is not stored rounded; without gradients autocast does not keep its copy
-        if self.precision == "bfloat16":
+        gathered = {}
+        if self.sharded:  # whole during sampling, and the root unit once more as it arrives
+            parameters = self.shape.parameters
+            frozen = list(parameters) if self.recipe.student.lora.enabled else self.recipe.student.freeze
+            root, layer = self._unit(parameters, [*frozen])
+            gathered = {"student: gathered weights": self.compute * (2 * root + text.layers * layer)}
+        elif self.precision == "bfloat16":
             rounded = self.recipe.student.lora.enabled and self.shape.stored == "bfloat16"
             tied = "lm_head" not in self.shape.parameters
             vocabulary = self.shape.vocabulary if tied or not rounded else 0
             matrix = text.hidden * max(vocabulary, 0 if rounded else text.intermediate)
         return {
+            **gathered,
             "bfloat16 copy of one matrix": 2 * matrix,
             "KV cache": kept * 2 * text.key_value * text.layers * self.compute,
             **self._activations(text, questions * self.prompt, trains=False),
@@ -271,7 +331,7 @@ class _Sizes:
         inside = 20 * tower.hidden + 12 * tower.query + 12 * tower.intermediate
         return {"activations": tokens * (saved + inside)}
 
-    def _vision(self, frozen: list[ModuleGroup], tokens: int, at_once: int) -> dict[str, int]:
+    def _vision(self, frozen: Sequence[str], tokens: int, at_once: int) -> dict[str, int]:
         """Return the part of the vision tower. tokens: image tokens of a micro-batch; at_once: those of one pass."""
         tower = self.shape.vision
         if tower is None or not tokens:

@@ -14,6 +14,7 @@ from openril.data.reading import read_questions
 from openril.endpoints import ChatClient, Completion
 from openril.errors import EndpointError, OpenRILError, RecipeError
 from openril.models import memory_estimate as estimate
+from openril.models.published_shapes import published_shape
 from openril.models.stage_memory import CONTEXT_BYTES, stage_memory
 from openril.recipe.checks import cross_check
 from openril.recipe.schema import EndpointConfig, JudgeConfig, Recipe, TeacherConfig
@@ -57,6 +58,7 @@ def run_check(
     shape, count_tokens = check_student(recipe, page)
     if recipe.uses_discriminator and (start := recipe.discriminator.init):
         check_discriminator(recipe, start, page)
+    d_shape = published_shape(recipe.discriminator.init)
     judge = 0
     for what, endpoint in _endpoints(recipe):
         if endpoint.model_path and not endpoint.base_urls:
@@ -81,7 +83,7 @@ def run_check(
         prompt = min(prompt or math.inf, recipe.data.max_prompt_length)  # longer ones never run
         # Without a processor nothing was counted, and an image may fill the prompt.
         image = max((r.image_tokens.largest for r in lengths if r.image_tokens), default=0) if count_tokens else prompt
-        _check_memory(recipe, (shape, prompt, min(image, prompt), world_size, judge), device, page)
+        _check_memory(recipe, (shape, prompt, min(image, prompt), world_size, judge, d_shape), device, page)
         _check_disk(recipe, shape, page)
 
     if page.errors:
@@ -268,7 +270,8 @@ def _check_memory(recipe: Recipe, sizes: tuple[Any, ...], device: tuple[float, s
     stages = stage_memory(recipe, *sizes)
     most = max(stages, key=lambda m: m.total)
     processes = sizes[3]
-    each = f"each of {processes} processes, which all hold everything" if processes > 1 else "the process"
+    models = "share the models (train.shard)" if recipe.train.shard else "all hold everything"
+    each = f"each of {processes} processes, which {models}" if processes > 1 else "the process"
     page.plain(f"device memory of {each}, at the peak of a stage:")
     for memory in stages:
         page.plain(f"{_gib(memory.total + CONTEXT_BYTES):>12}  ril {memory.stage} ({memory.phase})")
@@ -294,6 +297,8 @@ def _check_memory(recipe: Recipe, sizes: tuple[Any, ...], device: tuple[float, s
     together: dict[str, Any] = {}
     for changes in _SMALLER:
         changes = {key: value for key, value in changes.items() if _differs(recipe, key, value)}
+        if processes == 1:
+            changes.pop("train.shard", None)
         together |= changes
         if changes:
             _say_change(recipe, changes, sizes, page)
@@ -303,6 +308,7 @@ def _check_memory(recipe: Recipe, sizes: tuple[Any, ...], device: tuple[float, s
 
 # Settings that lower the memory, those that belong together in one entry.
 _SMALLER: list[dict[str, Any]] = [
+    {"train.shard": True},
     {"student.lora.enabled": True},
     {"train.precision": "pure_bf16"},
     {"student.gradient_checkpointing": True},

@@ -67,7 +67,12 @@ def check_student(recipe: Recipe, page: Page) -> tuple[estimate.Shape | None, Co
 
 def check_discriminator(recipe: Recipe, start: str, page: Page) -> None:
     try:
-        _check_weights(recipe, start, "discriminator.init", load_discriminator_processor(start, recipe.student))
+        _check_weights(
+            recipe,
+            start,
+            "discriminator.init",
+            load_discriminator_processor(start, recipe.student, images=recipe.discriminator.inputs == "image"),
+        )
         page.good(f"discriminator.init: {start}")
     except OpenRILError as e:
         page.error(str(e))

@@ -86,7 +86,10 @@ def _memory(recipe: Recipe, trainer: RILTrainer, measured: int | None) -> dict[s
     """
     shape = shape_of_model(trainer.policy.unwrapped.model)
     longest, processes = trainer.policy.encoder.longest, trainer.accelerator.num_processes
-    memory = stage_memory(recipe, shape, longest, processes=processes)[-1]
+    other = trainer.discriminator if recipe.discriminator.init else None
+    network = trainer.accelerator.unwrap_model(other.network) if other is not None else None
+    d_shape = shape_of_model(network.backbone) if network is not None else None
+    memory = stage_memory(recipe, shape, longest, processes=processes, discriminator=d_shape)[-1]
     found = {"predicted": memory.total / GIB}
     return found if measured is None else found | {"measured": measured / GIB}
 

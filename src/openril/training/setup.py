@@ -243,7 +243,7 @@ def fresh_discriminator(
     network = DiscriminatorModel.from_student(
         start, recipe.student, seed=recipe.seed, dtype=master_dtype(recipe), meta=sharded
     )
-    processor = load_discriminator_processor(start, recipe.student)
+    processor = load_discriminator_processor(start, recipe.student, images=recipe.discriminator.inputs == "image")
     require_embedded_tokens(network.backbone, processor, "discriminator", start)
     return wrap_discriminator(recipe, accelerator, network, processor, optimizer, warn, student)
 
@@ -260,7 +260,7 @@ def saved_discriminator(
     network = DiscriminatorModel.from_checkpoint(
         folder, recipe.student, dtype=master_dtype(recipe), meta=shards(recipe, accelerator)
     )
-    processor = load_discriminator_processor(folder, recipe.student)
+    processor = load_discriminator_processor(folder, recipe.student, images=recipe.discriminator.inputs == "image")
     return wrap_discriminator(recipe, accelerator, network, processor, optimizer, warn, student)
 
 
