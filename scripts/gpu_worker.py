@@ -29,12 +29,18 @@ SIZES = {  # questions of a step, G, image tokens, tokens of a response, tokens 
 }
 LORA = {"student.lora.enabled": True}
 CHECKPOINTING = {"student.gradient_checkpointing": True}
+SWAP = {"train.offload": "swap"}
+PART = {"discriminator.freeze": ["vision_tower", "projector", "word_embeddings", "mlp_gate", "mlp_up"]}
 VARIANTS: dict[str, dict[str, Any]] = {
     "all weights, with a discriminator": {},
     "all weights, with a discriminator, gradient checkpointing": CHECKPOINTING,
-    "LoRA, with a discriminator": LORA,
-    "LoRA, with a discriminator, gradient checkpointing": LORA | CHECKPOINTING,
-    "LoRA, without a discriminator": LORA | CHECKPOINTING | {"train.algorithm": "dr_grpo"},
+    "all weights, with a discriminator, gradient checkpointing, swap": CHECKPOINTING | SWAP,
+    "LoRA, with a discriminator, gradient checkpointing, swap": LORA | CHECKPOINTING | SWAP,
+    "LoRA, with a discriminator of which a part trains, gradient checkpointing, swap": LORA
+    | CHECKPOINTING
+    | SWAP
+    | PART,
+    "LoRA, without a discriminator": LORA | CHECKPOINTING | SWAP | {"train.algorithm": "dr_grpo"},
 }
 """Ways to train, from the one that takes most memory to the one that takes least. The first that fits is used."""
 
@@ -209,7 +215,7 @@ def choose(flags: argparse.Namespace, checkpoint: Path, data: Path, report: Repo
         need = stage_memory(recipe, shape, image_tokens + 64, image_tokens)[-1].total + CONTEXT_BYTES
         estimates[name] = need / 2**30
         say(f"estimate: {need / 2**30:.2f} GiB for {name}")
-        if there is None or need < 0.9 * there:
+        if (flags.variant is None and (there is None or need < 0.9 * there)) or flags.variant == name:
             report.put(variant=name, estimates_gib=estimates)
             return recipe, shape
     raise SystemExit(f"no variant fits: the device has {there / 2**30:.1f} GiB")  # type: ignore[operator]
@@ -315,7 +321,7 @@ def compared(recipe: Any, shape: Any, trainer: Any, peaks: Peaks) -> dict[str, d
     from openril.models.stage_memory import stage_memory
 
     longest = trainer.policy.encoder.longest
-    memory = stage_memory(recipe, shape, longest, min(longest, recipe.data.max_prompt_length))[-1]
+    memory = stage_memory(recipe, shape, longest, longest)[-1]
     held = sum(memory.held.values())
     found: dict[str, dict[str, float | None]] = {}
     for phase in ("sampling", "discriminator update", "student update"):
@@ -333,23 +339,28 @@ def profiles(trainer: Any, groups: Sequence[Any], cuda: bool) -> dict[str, list[
     from torch.profiler import ProfilerActivity, profile
 
     train = trainer.recipe.train
-    parts: dict[str, Callable[[], Any]] = {
-        "student update": lambda: trainer.policy.update(groups, trainer.step_number),
-        "sampling of 8 tokens": lambda: trainer.sampler.sample(
+
+    def sample() -> None:
+        trainer.sampler.sample(
             [g.question for g in groups],
             train.num_generations,
             settings=train.sampling,
             max_completion_length=min(8, train.max_completion_length),
             seed=1,
-        ),
+        )
+
+    parts: dict[str, tuple[Callable[[], Any], Sequence[str]]] = {
+        "student update": (lambda: trainer.policy.update(groups, trainer.step_number), ("student", "reference")),
+        "sampling of 8 tokens": (sample, ("student",)),
     }
     if trainer.discriminator is not None:
-        parts["discriminator update"] = lambda: trainer.discriminator.update(groups)
+        parts["discriminator update"] = (lambda: trainer.discriminator.update(groups), ("discriminator",))
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     key = "self_device_time_total" if cuda else "self_cpu_time_total"
     found = {}
-    for name, run in parts.items():
+    for name, (run, models) in parts.items():
         say(f"profile of {name}")
+        trainer.offload.use(*models)
         with profile(activities=activities) as profiler, trainer.accelerator.autocast():
             run()
         events = sorted(profiler.key_averages(), key=lambda e: -getattr(e, key))[:15]
@@ -365,6 +376,7 @@ def main() -> None:
     parser.add_argument("--model", choices=tuple(SIZES), default="qwen2_5_vl_3b")
     parser.add_argument("--work", type=Path, required=True, help="scratch folder for checkpoint, questions and runs")
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--variant", choices=tuple(VARIANTS), help="the way to train; default: the first that fits")
     parser.add_argument("--plain", action="store_true", help="train.packed: false, for comparison")
     flags = parser.parse_args()
     flags.work.mkdir(parents=True, exist_ok=True)

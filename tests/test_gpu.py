@@ -18,6 +18,7 @@ from openril.models.packing_probe import trial_group
 from openril.models.prompts import PromptEncoder
 from openril.recipe.schema import OptimizerConfig
 from openril.records import Response
+from openril.training.offload import Offload
 from openril.training.optimization import CompensatedAdamW, build_optimizer, join
 from support.tiny import tiny_questions
 
@@ -111,3 +112,37 @@ def test_packing_of_bfloat16_weights(device: str, tiny_student: Path, tmp_path: 
     policy = Policy(model)
     policy.enable_packing()
     assert packing_difference(policy, groups, encoder.pad_token_id, torch.device(device)) < 0.05
+
+
+@DEVICES
+def test_models_take_turns_through_host_memory(device: str) -> None:
+    """Parked weights and optimizer states leave the device, come back unchanged, and training goes on as without."""
+    results, parked = [], []
+    for mode in ("none", "swap"):
+        torch.manual_seed(0)
+        models = {name: nn.Linear(1024, 1024).to(device) for name in ("student", "discriminator")}
+        optimizers = {
+            n: build_optimizer(m.parameters(), OptimizerConfig(learning_rate=1e-3)) for n, m in models.items()
+        }
+        offload = Offload(mode, pin=device == "cuda")
+        for name, model in models.items():
+            offload.add(name, model, optimizers[name])
+        for name in ("student", "discriminator", "student"):
+            offload.use(name)
+            models[name](torch.ones(8, 1024, device=device)).square().mean().backward()
+            optimizers[name].step()
+            optimizers[name].zero_grad(set_to_none=True)
+        tensors = [*models["discriminator"].parameters()]
+        tensors += [
+            v for optimizer in optimizers.values() for s in optimizer.state.values() for v in s.values() if v.dim()
+        ]
+        parked.append(sum(t.untyped_storage().size() for t in tensors))
+        if device == "cuda":
+            torch.cuda.synchronize()
+            held = sum(p.nbytes for p in models["student"].parameters())
+            assert mode == "none" or torch.cuda.memory_allocated() < held + parked[0] // 4
+        offload.use("student", "discriminator")
+        results.append([p.detach().cpu() for model in models.values() for p in model.parameters()])
+        del models, optimizers, offload, tensors, model
+    assert parked[0] == 4 * 5 * (1024 * 1024 + 1024) and parked[1] == 0
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

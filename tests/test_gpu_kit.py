@@ -48,6 +48,19 @@ def test_the_whole_flow(tmp_path: Path) -> None:
     assert "failed" not in page
 
 
+def test_the_way_to_train_of_a_small_gpu(tmp_path: Path) -> None:
+    """On a CPU the first way always fits. This one swaps, also while it is profiled."""
+    variant = "LoRA, with a discriminator of which a part trains, gradient checkpointing, swap"
+    where = ["--json", str(tmp_path / "train.json"), "--work", str(tmp_path / "work"), "--device", "cpu"]
+    command = [sys.executable, str(gpu_kit.WORKER), "train", *where, "--model", "micro", "--steps", "1"]
+    done = subprocess.run([*command, "--variant", variant], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    report = json.loads((tmp_path / "train.json").read_text())
+    assert report["variant"] == variant and report["steps"][0]["time/offload"] > 0
+    assert report["summary"]["trainable"] < report["summary"]["parameters"] / 2
+    assert len(report["profile"]) == 3
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_machine_without_a_gpu_is_refused(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, str(KIT), "--out", str(tmp_path)], capture_output=True, text=True)
@@ -71,9 +84,9 @@ def test_a_part_that_hangs_is_ended_with_what_it_started(tmp_path: Path, monkeyp
         "time.sleep(600)"
     )
     started = time.monotonic()
-    found = run(code, tmp_path, monkeypatch, limit=2.0)
+    found = run(code, tmp_path, monkeypatch, limit=8.0)
     assert found["status"] == "out of time" and found["result"] == {"steps": [1]}
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 40
     child = Path(f"/proc/{found['last_lines'][0]}/stat")
     assert not child.exists() or child.read_text().split()[2] == "Z"
 

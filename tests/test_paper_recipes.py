@@ -12,6 +12,7 @@ from openril.models.stage_memory import CONTEXT_BYTES, stage_memory
 from openril.recipe.checks import cross_check
 from openril.recipe.loading import load_recipe
 from openril.stages.run import stages
+from scripts import memory_table
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 PAPER = sorted((RECIPES / "paper").glob("*teacher*.yaml"))
@@ -81,7 +82,8 @@ def test_the_work_of_the_paper_s_run_with_two_teachers():
 
 # ---- memory, with the longest prompts and an image that fills them ------------------------------------------------------
 
-SHARDED = [path for path in PAPER if re.search(r"_[78]b_", path.stem)]
+SHARDED = [path for path in PAPER if re.search(r"_[378]b_", path.stem)]
+ONE_GPU = RECIPES / "one_gpu" / "qwen2_5_vl_3b_24gb.yaml"
 
 
 def needs(recipe, processes: int) -> dict[str, float]:
@@ -94,10 +96,77 @@ def needs(recipe, processes: int) -> dict[str, float]:
     return found | {"most": max(found.values())}
 
 
+@pytest.mark.parametrize("path", [p for p in PAPER if p not in SHARDED], ids=lambda p: p.stem)
+def test_the_smallest_students_fit_whole(path: Path):
+    recipe = load_recipe(path)
+    assert not recipe.train.shard and needs(recipe, 6)["most"] < 0.85 * 80
+
+
 @pytest.mark.parametrize("path", SHARDED, ids=lambda p: p.stem)
 def test_the_largest_students_fit_six_devices_of_80_gb_with_15_percent_to_spare(path: Path):
     recipe = load_recipe(path)
     assert recipe.train.shard
     assert needs(recipe, 6)["most"] < 0.85 * 80
-    recipe.train.shard = False
+    recipe.train.offload = "swap"
+    assert needs(recipe, 6)["most"] < 0.85 * 80
+    recipe.train.shard, recipe.train.offload = False, "none"
     assert needs(recipe, 6)["most"] > 80  # so sharding is needed
+
+
+def test_a_student_of_3b_fits_one_device_of_24_gb_with_15_percent_to_spare():
+    recipe = load_recipe(ONE_GPU)
+    assert recipe.student.lora.enabled and recipe.train.offload == "swap"
+    found = needs(recipe, 1)
+    assert found["most"] < 0.85 * 24
+    [named] = re.findall(r"The largest need is\n# ([\d.]+) GiB, in `ril (\w+)`", ONE_GPU.read_text())
+    assert (float(named[0]), named[1]) == (round(found["most"], 1), "discriminator")
+    recipe.train.offload = "none"
+    assert needs(recipe, 1)["most"] > 24
+
+
+def test_the_choices_of_a_discriminator_on_24_gb_need_what_the_page_says():
+    frozen = ["vision_tower", "projector", "word_embeddings", "mlp_gate", "mlp_up"]
+    small = "OpenGVLab/InternVL3-1B-hf"
+    found = []
+    for init, freeze, algorithm in [
+        ("", ["vision_tower"], "ril"),
+        ("", frozen, "ril"),
+        ("", [*frozen, "mlp_down"], "ril"),
+        (small, ["vision_tower"], "ril"),
+        ("", frozen, "dr_grpo"),
+    ]:
+        recipe = load_recipe(ONE_GPU)
+        recipe.discriminator.init, recipe.discriminator.freeze, recipe.train.algorithm = init, freeze, algorithm
+        shape, prompt = published_shape(recipe.student.model), recipe.data.max_prompt_length
+        stages_ = stage_memory(recipe, shape, prompt, prompt, discriminator=published_shape(init))
+        found.append(round((max(m.total for m in stages_) + CONTEXT_BYTES) / estimate.GIB, 1))
+    page = (RECIPES.parent / "docs" / "sharding.md").read_text()
+    section = page[page.index("| discriminator | GiB |") :]
+    assert found == [float(n) for n in re.findall(r"^\| .* \| ([\d.]+)[^|]*\|$", section, re.M)]
+    assert f"takes {found[0]:.0f} GiB" in " ".join(ONE_GPU.read_text().replace("#", " ").split())
+    assert [float(n) for n in re.findall(r"([\d.]+) GiB[, ]", ONE_GPU.read_text().split("Other choices")[1])] == found[
+        2:
+    ]
+
+
+def test_the_table_of_memory_is_current(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    page = RECIPES.parent / "docs" / "sharding.md"
+    assert memory_table.main([str(page), "--check"]) == 0, "run python scripts/memory_table.py"
+    old = tmp_path / "page.md"
+    old.write_text(f"before {memory_table.BEGIN} old {memory_table.END} after")
+    assert memory_table.main([str(old), "--check"]) == 1 and "page.md" in capsys.readouterr().err
+    assert old.read_text().endswith("old <!-- end --> after")
+
+
+def test_the_recipe_of_one_device_names_its_stages_and_programs_in_their_order():
+    recipe, text = load_recipe(ONE_GPU), ONE_GPU.read_text()
+    commands = re.findall(r"^#   ril (\w+) RECIPE", text, re.M)
+    assert commands == ["check", *(title for title, _, _ in stages(recipe))]
+    for stage in DIVIDED:
+        assert not {problem.key for problem in cross_check(recipe, stage, 1)} & set(DIVIDED.values())
+    [(model, port)] = re.findall(r"vllm serve (\S+) .*--port (\d+)", text)
+    [teacher] = recipe.teachers
+    assert model == teacher.model and teacher.base_urls == [f"http://127.0.0.1:{port}/v1"]
+    assert f'"longest_edge": {recipe.student.max_pixels}' in text
+    # Nothing else asks a server.
+    assert recipe.student.sampler.engine == "transformers" and recipe.answer_kind == recipe.eval.score == "rules"

@@ -133,7 +133,7 @@ def test_only_the_questions_of_a_step_are_shared_by_processes() -> None:
     assert train.total == sum(train.held.values()) + max(sum(p.values()) for p in train.phases.values())
 
 
-# ---- sharded ------------------------------------------------------------------------------------------------
+# ---- sharded and parked ------------------------------------------------------------------------------------------------
 
 SHARDED = Shape(
     {"vision_tower": 60, "projector": 12, "word_embeddings": 300, "lm_head": 300, "attention": 120, "mlp_up": 480},
@@ -186,6 +186,71 @@ def test_a_pass_gathers_the_root_unit_and_three_layers() -> None:
 
 def test_one_process_shards_nothing() -> None:
     assert sharded_memory(processes=1) == sharded_memory(processes=1, train={"shard": False})
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_parked_parts_are_on_the_device_where_they_are_used(lora: bool) -> None:
+    student = {"lora": {"enabled": lora}}
+    none, optimizer, swap = (
+        sharded_memory(student=student, train={"offload": mode}) for mode in ("none", "optimizer", "swap")
+    )
+    states = {name for name in none.held if name.endswith("AdamW states")}
+    assert set(none.held) - set(optimizer.held) == states == set(optimizer.parked) and len(states) == 2
+    assert optimizer.phases["student step"]["student: AdamW states"] == none.held["student: AdamW states"]
+    assert not states & set(optimizer.phases["student update"])
+    # With swap, nothing is held, and each phase has the models that it uses.
+    assert swap.held == {} and set(swap.parked) == set(none.held)
+    users = {"student update": {"student", "reference"}, "discriminator update": {"discriminator"}}
+    for phase, models in users.items():
+        weights = {name.split(":")[0] for name in swap.phases[phase] if name.endswith(": weights")}
+        assert weights == models - ({"reference"} if lora else set())
+    assert swap.host["parked by train.offload"] == sum(none.held.values())
+    assert swap.total <= optimizer.total <= none.total
+
+
+def test_without_sharding_parked_gradient_buckets_leave_the_device_too() -> None:
+    memory = sharded_memory(train={"shard": False, "offload": "swap"})
+    assert "student: gradients" not in memory.phases["discriminator update"] and not memory.held
+    assert memory.phases["student update"]["student: gradients"] == 4 * 1212
+
+
+def test_what_is_on_the_device_in_each_phase_of_a_run_that_swaps(tiny_qwen: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path / "run", tiny_qwen, train__offload="swap", train__max_steps=2)
+    trainer = make_trainer(recipe, tmp_path / "data")
+    policy, discriminator = trainer.policy, trainer.discriminator
+    assert discriminator is not None and policy.reference is not None
+    [memory] = stage_memory(recipe, shape_of_model(policy.unwrapped.model), policy.encoder.longest, 8)
+    seen: dict[str, dict[str, int]] = {}
+
+    def look(phase: str) -> None:
+        assert policy.reference is not None
+        seen[phase] = {
+            "student: weights": storages(policy.unwrapped.parameters()),
+            "reference: weights": storages(policy.reference.parameters()),
+            "discriminator: weights": storages(discriminator.network.parameters()),
+            "student: AdamW states": states(policy.optimizer),
+            "discriminator: AdamW states": states(discriminator.optimizer),
+        }
+
+    def watch(phase: str, owner: Any, method: str) -> None:
+        inner = getattr(owner, method)
+
+        def watched(*arguments: Any, **settings: Any) -> Any:
+            look(phase)
+            return inner(*arguments, **settings)
+
+        setattr(owner, method, watched)
+
+    watch("sampling", trainer.sampler, "sample")
+    watch("discriminator update", discriminator, "update")
+    watch("student update", policy, "update")
+    for name, optimizer in (("student", policy.optimizer), ("discriminator", discriminator.optimizer)):
+        optimizer.optimizer.register_step_pre_hook(lambda *_, phase=f"{name} step": look(phase))
+    trainer.train()
+    assert len(seen) == 5
+    for phase, found in seen.items():  # those of the second step
+        expected = {name: memory.held.get(name, 0) + memory.phases[phase].get(name, 0) for name in found}
+        assert found == {name: pytest.approx(size, rel=0.05, abs=200) for name, size in expected.items()}, phase
 
 
 @pytest.fixture(scope="module")

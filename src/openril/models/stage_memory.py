@@ -2,7 +2,8 @@
 
 Without ``train.shard`` every process holds everything, so no part is divided by the number of processes. With it, weights,
 gradients and optimizer states are divided, and what a pass gathers is added. Parts that do not exist at the same time are
-not added: the phases of a stage follow each other, and the largest decides. The formulas are in docs/configuration.md.
+not added: the phases of a stage follow each other, and the largest decides. What ``train.offload`` parks is on the device
+in those phases alone that use it. The formulas are in docs/configuration.md and docs/sharding.md.
 """
 
 from __future__ import annotations
@@ -33,6 +34,12 @@ _LAYER = (
 )  # the units of sharding; the last norm is in the root
 _GATHERED_LAYERS = 3  # a layer that runs, and the next one: as it arrives and as its weights are cut from that
 _REDUCED_LAYERS = 2  # of which gradients are on their way at a time
+_USERS = {
+    "student": ("sampling", "student update", "student reduction", "student step"),
+    "reference": ("student update", "student reduction", "student step"),
+    "discriminator": ("discriminator update", "discriminator reduction", "discriminator step", "discriminator scores"),
+}
+"""The phases in which a model is on the device with ``train.offload: swap``."""
 # Bytes that a layer saves of a token for the backward pass, for each unit of its hidden, query, key-value and intermediate
 # size: inputs of norms and matrices, rotated queries and keys, outputs of attention and gates. True: LoRA trains alone.
 _SAVED: dict[tuple[str, bool], tuple[int, int, int, int]] = {
@@ -56,6 +63,8 @@ class Memory:
     """On the device in addition, by phase."""
     host: dict[str, int] = field(default_factory=dict)
     """In main memory at most, wherever the models are."""
+    parked: tuple[str, ...] = ()
+    """Parts that wait in main memory in other phases."""
 
     @property
     def phase(self) -> str:
@@ -95,7 +104,7 @@ def stage_memory(
     stages = [sizes.sft()] if recipe.sft.enabled else []
     if recipe.uses_discriminator and recipe.discriminator.pretraining.enabled:
         held, phases = other.discriminator(pretraining=True)
-        stages.append(Memory("discriminator", held, phases, sizes.vision_caches(0)))
+        stages.append(sizes.offloaded("discriminator", held, phases, sizes.vision_caches(0)))
     return [*stages, sizes.train(judge, other.discriminator() if recipe.uses_discriminator else ({}, {}))]
 
 
@@ -109,6 +118,27 @@ class _Sizes:
         self.sharded = recipe.train.shard and processes > 1
         self.share = processes if self.sharded else 1
 
+    def offloaded(
+        self, stage: str, held: dict[str, int], phases: dict[str, dict[str, int]], host: dict[str, int]
+    ) -> Memory:
+        """Move what ``train.offload`` parks from what is always held to the phases that use it."""
+        mode = self.recipe.train.offload
+        parked = {}
+        for name, size in held.items():
+            model, _, part = name.partition(": ")
+            if mode != "none" and part == "AdamW states":
+                users: tuple[str, ...] = (f"{model} step",)
+            elif mode == "swap" and stage == "train" and model in _USERS:
+                users = _USERS[model]
+            else:
+                continue
+            parked[name] = size
+            for user in users:
+                if user in phases:
+                    phases[user][name] = size
+        host |= {"parked by train.offload": sum(parked.values())} if parked else {}
+        return Memory(stage, {k: n for k, n in held.items() if k not in parked}, phases, host, tuple(parked))
+
     def sft(self) -> Memory:
         recipe, words = self.recipe, self.shape.vocabulary
         held, phases = self._student()
@@ -117,7 +147,7 @@ class _Sizes:
         phases["student update"] |= self._activations(self.shape.text, tokens, lora=recipe.student.lora.enabled)
         phases["student update"]["logits"] = 3 * 4 * min(tokens, _SFT_TILE[0]) * min(words, _SFT_TILE[1])
         phases["student update"] |= self._vision(recipe.student.freeze, rows * self.image, rows * self.image)
-        return Memory("sft", held, phases)
+        return Memory("sft", held, phases)  # which train.offload does not change
 
     def train(self, judge: int, discriminator: tuple[dict[str, int], dict[str, dict[str, int]]]) -> Memory:
         recipe, train = self.recipe, self.recipe.train
@@ -148,7 +178,7 @@ class _Sizes:
         images = tokens * self.image // (self.prompt + (members if train.packed else 1) * length)
         update |= self._vision(recipe.student.freeze, max(images, self.image), self.image)
         # The reference has a separate cache if the student's tower trains, and then the student has none.
-        return Memory("train", held, phases | student, self.vision_caches(1))
+        return self.offloaded("train", held, phases | student, self.vision_caches(1))
 
     def discriminator(self, pretraining: bool = False) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
         """Return what the discriminator holds, and its phases. It is the student without its LM head."""
@@ -256,8 +286,9 @@ class _Sizes:
             # The root unit's weights are freed before its gradients are copied, reduced, and become this process's part.
             part = max(self.compute * root, reduced * root // self.share)
             phases[f"{name} reduction"] = {**then, gradients_of: part, moving: reduced * root}
-        if self.precision == "pure_bf16":
-            phases[f"{name} step"] = then | {"float32 copies": 28 * min(largest, _OPTIMIZER_CHUNK)}
+        if self.precision == "pure_bf16" or self.recipe.train.offload != "none":
+            copies = 28 * min(largest, _OPTIMIZER_CHUNK) if self.precision == "pure_bf16" else 0
+            phases[f"{name} step"] = then | ({"float32 copies": copies} if copies else {})
         return held | always, phases
 
     def _unit(self, groups: dict[str, int], frozen: list[str]) -> tuple[int, int]:

@@ -278,6 +278,9 @@ def _check_memory(recipe: Recipe, sizes: tuple[Any, ...], device: tuple[float, s
     page.plain(f"parts of ril {most.stage}:")
     for name, amount in {**most.parts, "CUDA context and libraries (assumed)": CONTEXT_BYTES}.items():
         page.plain(f"{_gib(amount):>12}  {name}")
+    for name in most.parked:
+        if name not in most.parts:
+            page.plain(f"{'parked':>12}  {name}")
     for name, amount in most.host.items():
         page.plain(f"{_gib(amount):>12}  in main memory: {name}")
     need = most.total + CONTEXT_BYTES
@@ -309,6 +312,7 @@ def _check_memory(recipe: Recipe, sizes: tuple[Any, ...], device: tuple[float, s
 # Settings that lower the memory, those that belong together in one entry.
 _SMALLER: list[dict[str, Any]] = [
     {"train.shard": True},
+    {"train.offload": "swap"},
     {"student.lora.enabled": True},
     {"train.precision": "pure_bf16"},
     {"student.gradient_checkpointing": True},
