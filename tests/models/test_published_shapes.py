@@ -108,4 +108,4 @@ def test_check_plans_with_a_model_that_is_not_downloaded(monkeypatch: pytest.Mon
     recipe = Recipe.model_validate({"student": {"model": QWEN_7B}, "rewards": {"answer": {"kind": "rules"}}})
     assert run_check(recipe, console, 1, ["80"]) == 2
     page = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "cannot reach the hub" in page and "8.29B parameters" in page and "student: weights" in page
+    assert "problem  student: " in page and "8.29B parameters" in page and "student: weights" in page
