@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from openril.errors import ModelError
 from openril.hf import AutoModel
+from openril.models import loading
 from openril.models.adapters import add_adapters
 from openril.models.freezing import round_products
 from openril.models.loading import PendingWeights, load_model, load_processor
@@ -113,3 +116,25 @@ def test_adapters_on_the_meta_device_start_with_the_same_values(tiny_qwen: Path)
     assert all(torch.equal(p, empty[name]) for name, p in plain.items() if "lora_" in name)
     assert {name for name, p in empty.items() if not p.is_meta} == {name for name in plain if "lora_" in name}
     assert {name for name, p in empty.items() if p.requires_grad} == {name for name in plain if "lora_" in name}
+
+
+def test_threads_load_one_after_the_other(tiny_qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' switch for tied weights is global, and loading in two threads at once could leave it off."""
+    inside: list[int] = []
+    most = 0
+    load = loading.AutoModelForImageTextToText.from_pretrained
+
+    def watched(*arguments: Any, **settings: Any) -> Any:
+        nonlocal most
+        inside.append(1)
+        most = max(most, len(inside))
+        time.sleep(0.05)
+        try:
+            return load(*arguments, **settings)
+        finally:
+            inside.pop()
+
+    monkeypatch.setattr(loading.AutoModelForImageTextToText, "from_pretrained", watched)
+    with ThreadPoolExecutor(3) as pool:
+        models = list(pool.map(load_model, [str(tiny_qwen)] * 3))
+    assert len(models) == 3 and most == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
@@ -23,6 +24,9 @@ from openril.recipe.schema import StudentConfig
 transformers_logging.disable_progress_bar()
 
 _HUB_SECONDS = 10.0
+# transformers switches the tying of weights off for all models while it loads one: two threads that load at the same time
+# could leave it off.
+_ONE_AT_A_TIME = threading.Lock()
 
 
 def checked(
@@ -84,17 +88,18 @@ def load_model(
     require_vision_language(config, checkpoint, what)
     checkpoint = checked(checkpoint, what, revision, weights=True)
     try:
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            checkpoint,
-            dtype=dtype,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            attn_implementation=attn_implementation,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # they are refused below
-            output_loading_info=True,
-            device_map={"": "meta"} if meta else None,
-        )
+        with _ONE_AT_A_TIME:
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(
+                checkpoint,
+                dtype=dtype,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+                attn_implementation=attn_implementation,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # they are refused below
+                output_loading_info=True,
+                device_map={"": "meta"} if meta else None,
+            )
     except ImportError as e:  # the package of another attention is missing
         raise ModelError(f"student.attn_implementation: {attn_implementation!r} cannot be used: {e}") from e
     except (OSError, ValueError) as e:
