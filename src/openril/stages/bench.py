@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = p.add_argument
-    add("--quick", action="store_true", help="only the headline figures, in about six minutes on two cores")
+    add("--quick", action="store_true", help="only the headline figures, in about five minutes on two cores")
     add("--json", metavar="PATH", type=Path, help="write every figure to this file, after each shape")
     add("--device", choices=("cpu", "cuda"), help="cuda measures the 3B model; default: cuda if there is a GPU")
     add("--shape", metavar="NAME", nargs="+", default=[], help="measure only these shapes, with all their parts")
