@@ -100,6 +100,14 @@ def test_what_a_finished_stage_leaves(unbroken, tiny_qwen):
     load_model(str(folder / "student"))
 
 
+def test_settings_that_do_nothing_here_are_named(tiny_qwen, data, tmp_path, capsys):
+    recipe = make_recipe(tmp_path / "run", tiny_qwen, data, max_steps=1)
+    recipe.train.offload, recipe.train.shard = "swap", True
+    run_sft(recipe, Console(width=200))
+    out = capsys.readouterr().out
+    assert "train.offload" in out and "train.shard" in out and recipe.sft_student_path.is_dir()
+
+
 def test_metrics_have_one_row_a_step_and_the_recipe_s_learning_rate(unbroken):
     rows = SFTFolder(unbroken).metrics()
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]  # 12 examples x 2 epochs / 4

@@ -41,6 +41,12 @@ def run_sft(recipe: Recipe, console: Console) -> Path:
     else:  # those that have cached responses
         questions = fitting_questions(recipe, selected_questions(recipe), "sft", process_index=rank)
     warn = partial(warn_line, console, "sft")
+    if recipe.train.offload != "none":
+        warn(
+            f"train.offload: {recipe.train.offload} applies to ril discriminator and ril train; the warm start parks nothing."
+        )
+    if recipe.train.shard and processes == 1:
+        warn("train.shard: there is one process, so nothing is sharded. Launch several with torchrun.")
     check_questions(recipe, "sft", questions, warn, processed=True)
     examples = sft_examples(recipe, questions, lambda loaded: check_responses(recipe, questions, loaded, warn))
     if rank == 0:
