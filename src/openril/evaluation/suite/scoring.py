@@ -25,7 +25,7 @@ from openril.storage import stable_hash
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 TOLERANCE = 0.02
-"""Largest difference in percentage points between lmms-eval's figure, which it may round, and that of its own scores."""
+"""Largest difference in percentage points between lmms-eval's figure, which it may round, and that of its per-question scores."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def score_task(task: OpenTask, answers: Sequence[Answer], judge: SuiteJudge | No
         judge: Required by benchmarks that always ask it; without one MMBench's letters are read by rules alone.
 
     Raises:
-        DataError: If lmms-eval's figure is not the mean of its own scores, so that a version is in use that scores
+        DataError: If lmms-eval's figure is not the mean of its per-question scores, so that a version is in use that scores
             differently.
     """
     benchmark = task.benchmark

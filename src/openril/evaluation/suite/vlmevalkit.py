@@ -1,4 +1,4 @@
-"""Read the scores that VLMEvalKit wrote, so that they stand in the same table, marked."""
+"""Read the scores that VLMEvalKit wrote, so that they appear in the same table, marked."""
 
 from __future__ import annotations
 

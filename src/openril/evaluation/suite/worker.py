@@ -1,6 +1,6 @@
 """The process that evaluates one checkpoint on benchmarks: ``python -m openril.evaluation.suite.worker JOB.json``.
 
-A process of its own, because lmms-eval's modules read environment variables at import, seed random numbers and replace
+A separate process, because lmms-eval's modules read environment variables at import, seed random numbers and replace
 library functions. Nothing of that reaches the process that started it. Progress goes to standard output as JSON lines.
 """
 
@@ -194,7 +194,7 @@ class _Student:
 
 
 def _counted_later(question: Question, tokens: int) -> None:
-    """A question that is too long has a row of its own, and its score is unknown."""
+    """A question that is too long has its own row, and its score is unknown."""
 
 
 @contextmanager
