@@ -25,7 +25,7 @@ from openril.storage import stable_hash
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 TOLERANCE = 0.02
-"""Largest difference in percentage points between lmms-eval's figure, which it may round, and that of its per-question scores."""
+"""Largest difference in points between lmms-eval's figure, which it may round, and that of its per-question scores."""
 
 
 @dataclass(frozen=True)
