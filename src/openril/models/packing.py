@@ -242,7 +242,7 @@ def token_logprobs(
     weight: Any = getattr(head, "weight", None)
     device, product = states.device.type, head
     if type(head) is nn.Linear and head.bias is None and weight.requires_grad and torch.is_autocast_enabled(device):
-        # Autocast would cast the matrix again for each part, because the backward pass enters it anew each time.
+        # Autocast would cast the matrix again for each part, because the backward pass enters it again each time.
         cast = weight.detach().to(torch.get_autocast_dtype(device))
 
         def product(picked: Tensor) -> Tensor:
