@@ -73,6 +73,12 @@ COMMANDS: dict[str, Command] = {
             ("import_", "vlmevalkit FOLDER", "with --suite: show VLMEvalKit's scores in the table"),
         ),
     ),
+    "export": Command(
+        "write a checkpoint for another runtime, and check that it answers the same there (no recipe needed)",
+        "export",
+        "run_export",
+        takes_recipe=False,
+    ),
     "run": Command("run all stages that are not done yet, in order", "run", "run_all"),
     "bench": Command(
         "measure the speed and memory of a step next to TRL's GRPOTrainer (no recipe)",

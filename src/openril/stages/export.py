@@ -1,0 +1,142 @@
+"""`ril export`: write a student in the format of another runtime, and check that it still answers the same there."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from openril.export.request import FORMATS, RECORD, ExportError, ExportRequest, format_module
+from openril.report.progress import say
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from openril.recipe.schema import Recipe
+
+EPILOG = """\
+The check compares the export with the checkpoint on data.validation of the recipe. Without --recipe this is the recipe
+that the run saved next to its checkpoint. Settings of a recipe can be given as well, for instance
+--data.validation questions.jsonl.
+
+  ril export runs/mine/student --to gguf --type f16 q8_0 q4_0
+  ril export --check runs/mine/export/gguf
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Build the parser of the command's flags."""
+    p = argparse.ArgumentParser(
+        "ril export",
+        description="Write a checkpoint in the format of another runtime, and check that it answers the same there.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = p.add_argument
+    add("checkpoint", metavar="CHECKPOINT", nargs="?", default="", help="the folder of the student")
+    add("--to", metavar="FORMAT", default="", help=f"the format: {', '.join(FORMATS)}")
+    add("--type", metavar="TYPE", nargs="+", default=[], help="types of the weights; default: the format's first")
+    add("--out", metavar="FOLDER", default="", help="where to write; default: export/FORMAT next to the checkpoint")
+    add("--recipe", metavar="RECIPE", default="", help="the recipe with the questions of the check")
+    add("--questions", metavar="N", type=_positive, default=100, help="questions of the check; default: 100")
+    add("--max-kl", metavar="X", type=float, help="the largest mean KL that passes; default: the type's own limit")
+    add("--threads", metavar="N", type=_positive, default=0, help="CPU threads of the runtime; default: the cores here")
+    add("--python", metavar="PATH", default="", help="the interpreter with the format's tools, where it needs one")
+    add("--no-check", action="store_true", help="only write the files")
+    add(
+        "--check", metavar="FOLDER", default="", help="check an export that was written earlier, and write nothing else"
+    )
+    return p
+
+
+def run_export(arguments: Sequence[str], console: Console) -> int:
+    """Export or check as the flags say. Returns 0, or 1 if the export does not answer like the checkpoint."""
+    flags, settings = parser().parse_known_args(list(arguments))
+    request = _check_request(flags, settings) if flags.check else _export_request(flags, settings)
+    request = ExportRequest(**{**vars(request), "say": partial(say, console)})
+    module = format_module(request.to)
+    return 0 if (module.check if flags.check else module.export)(request) else 1
+
+
+def _export_request(flags: argparse.Namespace, settings: list[str]) -> ExportRequest:
+    if not flags.checkpoint:
+        raise ExportError("CHECKPOINT: expected a folder, got nothing. Write: ril export CHECKPOINT --to gguf")
+    if not flags.to:
+        raise ExportError(f"--to: expected {' or '.join(FORMATS)}, got nothing.")
+    known = format_module(flags.to).TYPES
+    types = tuple(dict.fromkeys(flags.type or known[:1]))
+    if unknown := [t for t in types if t not in known]:
+        raise ExportError(f"--type: expected {', '.join(known)}, got {unknown[0]!r}.")
+    recipe, path = None, ""
+    if not flags.no_check:
+        recipe, path = find_recipe(flags.recipe, flags.checkpoint, settings)
+    elif settings or flags.recipe:
+        raise ExportError(
+            f"--no-check: got {flags.recipe or settings[0]} too, which only the check uses. Leave one out."
+        )
+    out = Path(flags.out or Path(flags.checkpoint).expanduser().resolve().parent / "export" / flags.to).expanduser()
+    return ExportRequest(
+        flags.to, flags.checkpoint, out, types, recipe, path, not flags.no_check, **_check_settings(flags)
+    )
+
+
+def _check_request(flags: argparse.Namespace, settings: list[str]) -> ExportRequest:
+    """Read what to check from the record in the export's folder."""
+    given = [name for name in ("checkpoint", "to", "type", "out", "no_check") if getattr(flags, name)]
+    if given:
+        raise ExportError(f"--check: got {given[0]} too, which the export's own {RECORD} names. Leave it out.")
+    folder = Path(flags.check).expanduser()
+    try:
+        record: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        to, checkpoint, types = record["to"], record["checkpoint"], tuple(record["types"])
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise ExportError(f"--check: expected a folder that ril export wrote, got {folder} ({e!r}).") from e
+    recipe, path = find_recipe(flags.recipe or record.get("recipe", ""), checkpoint, settings)
+    return ExportRequest(to, checkpoint, folder, types, recipe, path, **_check_settings(flags))
+
+
+def _check_settings(flags: argparse.Namespace) -> dict[str, Any]:
+    threads = flags.threads or len(os.sched_getaffinity(0))
+    return {"questions": flags.questions, "max_kl": flags.max_kl, "threads": threads, "python": flags.python}
+
+
+def find_recipe(given: str, checkpoint: str, settings: list[str]) -> tuple[Recipe, str]:
+    """Return the recipe with the questions of the check, and its path.
+
+    Args:
+        given: The path of a recipe, or "" for the one that the run saved in a folder above the checkpoint.
+        settings: Overrides of the command line.
+
+    Raises:
+        ExportError: There are no questions.
+    """
+    from openril.recipe.loading import load_recipe, load_saved_recipe
+    from openril.recipe.overrides import override
+    from openril.recipe.schema import Recipe
+
+    above = Path(checkpoint).expanduser().resolve().parents
+    saved = next((p for folder in list(above)[:4] if (p := folder / "recipe.yaml").is_file()), None)
+    if given:
+        recipe, path = load_recipe(given, settings), given
+    else:
+        recipe, path = (load_saved_recipe(saved), str(saved)) if saved else (Recipe(), "")
+        recipe = override(recipe, settings, "ril export") if settings else recipe
+    if not recipe.data.validation:
+        where = f"{path} names none" if path else f"no recipe.yaml was found above {checkpoint}"
+        raise ExportError(
+            f"data.validation: expected the questions of the check, got none ({where}). Give --recipe RECIPE or"
+            " --data.validation FILE, or skip the check with --no-check."
+        )
+    return recipe, path
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
+    return value
