@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from PIL import Image
@@ -11,7 +11,7 @@ from openril.data.question_text import choice_letter
 from openril.storage import write_text
 from playground.world.questions import SkillQuestion
 from playground.world.scenes import PIXELS, render
-from playground.world.skills import DIFFICULTIES, SKILLS, make_questions
+from playground.world.skills import ALL_SKILLS, DIFFICULTIES, HEADROOM, SKILLS, Skill, make_questions
 
 SHOWN_DIFFICULTY = 2
 ENLARGED = 3
@@ -66,16 +66,28 @@ A recipe names the column that a model learns, for example `data: {{columns: {{a
 Things and steps are means over {COUNTED} questions for each difficulty (1, 2, 3).
 """
 
+_HEADROOM = """\
+## Skills with headroom
+
+In these four, a student can pass its teachers. They represent no benchmark and are not in the default world; name them
+with `--skills`.
+
+```
+python -m playground.world --out runs/headroom --skills rest measure form route --difficulty 1
+```
+"""
+
 
 def shown() -> dict[str, SkillQuestion]:
     """Return the question that the gallery shows of each skill."""
     found: dict[str, SkillQuestion] = {}
-    for question in make_questions("train", 8 * len(SKILLS), seed=3, difficulty=SHOWN_DIFFICULTY):
+    skills = list(ALL_SKILLS)
+    for question in make_questions("train", 8 * len(skills), seed=3, difficulty=SHOWN_DIFFICULTY, skills=skills):
         known = found.get(question.skill)
         # Prefer a long derivation. A red light, for example, needs only one step.
         if known is None or question.num_steps > known.num_steps:
             found[question.skill] = question
-    return {skill: found[skill] for skill in SKILLS}
+    return {skill: found[skill] for skill in ALL_SKILLS}
 
 
 def picture(question: SkillQuestion) -> Image.Image:
@@ -90,11 +102,11 @@ def picture(question: SkillQuestion) -> Image.Image:
 
 def page_text() -> str:
     """Return the page in Markdown."""
-    parts = [_INTRO, "\n".join(_table()) + "\n"]
+    parts = [_INTRO, "\n".join(_table(SKILLS)) + "\n", _HEADROOM, "\n".join(_table(HEADROOM)) + "\n"]
     for skill, question in shown().items():
-        entry = SKILLS[skill]
+        entry = ALL_SKILLS[skill]
         parts.append(f"## {skill}\n")
-        parts.append(f"{entry.benchmark}: {entry.task}.\n")
+        parts.append(f"{entry.benchmark}: {entry.task}.\n" if entry.benchmark else f"{entry.task.capitalize()}.\n")
         parts.append(f"![{skill}]({(IMAGES / skill).as_posix()}.png)\n")
         asked = [question.question, *(f"{choice_letter(i)}. {c}" for i, c in enumerate(question.choices))]
         parts.append(f"```\n{'   '.join(asked)}\n```\n")
@@ -107,16 +119,17 @@ def page_text() -> str:
     return "\n".join(parts)
 
 
-def _table() -> Iterable[str]:
+def _table(skills: Mapping[str, Skill]) -> Iterable[str]:
     yield "| skill | benchmark | task | rule | things | steps |"
     yield "|---|---|---|---|---:|---:|"
-    made = {d: make_questions("train", COUNTED * len(SKILLS), seed=5, difficulty=d) for d in DIFFICULTIES}
-    for skill, entry in SKILLS.items():
+    number = COUNTED * len(skills)
+    made = {d: make_questions("train", number, seed=5, difficulty=d, skills=list(skills)) for d in DIFFICULTIES}
+    for skill, entry in skills.items():
         of_skill = [[q for q in made[d] if q.skill == skill] for d in DIFFICULTIES]
         things = ", ".join(f"{sum(q.num_things for q in level) / len(level):.1f}" for level in of_skill)
         steps = ", ".join(f"{sum(q.num_steps for q in level) / len(level):.1f}" for level in of_skill)
         rule = of_skill[0][0].rule
-        yield f"| [{skill}](#{skill}) | {entry.benchmark} | {entry.task} | {rule} | {things} | {steps} |"
+        yield f"| [{skill}](#{skill}) | {entry.benchmark or '-'} | {entry.task} | {rule} | {things} | {steps} |"
 
 
 def write_page(path: Path) -> None:

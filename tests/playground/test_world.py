@@ -19,7 +19,7 @@ from playground.world.__main__ import Settings, run
 from playground.world.bitmap_font import GLYPHS, glyph
 from playground.world.gallery import IMAGES, page_text, picture, shown
 from playground.world.scenes import CELL, COLORS, NAMES, PIXELS, Scene, Thing, describe, render
-from playground.world.skills import SPLITS, split_of
+from playground.world.skills import ALL_SKILLS, SPLITS, split_of
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = {
@@ -257,7 +257,7 @@ def test_a_skill_without_enough_questions_is_an_error(monkeypatch):
     import dataclasses
 
     (only,) = make_questions("train", 1, skills=["charts"])
-    monkeypatch.setitem(SKILLS, "charts", dataclasses.replace(SKILLS["charts"], make=lambda rng, difficulty: only))
+    monkeypatch.setitem(ALL_SKILLS, "charts", dataclasses.replace(SKILLS["charts"], make=lambda rng, difficulty: only))
     with pytest.raises(DataError, match=r"charts.* 1 .*train.*difficulty 1"):
         make_questions("train", 2, skills=["charts"])
 
