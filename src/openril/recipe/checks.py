@@ -10,13 +10,14 @@ import importlib.util
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 from openril.checkpoint_files import CheckpointError, check_folder
 from openril.errors import RecipeError
-from openril.recipe.schema import EndpointConfig, ModuleGroup, OptimizerConfig, Recipe
+from openril.recipe.loop_checks import check_groups, check_loop, check_schedule
+from openril.recipe.problems import Problem, has_responses, in_loop
+from openril.recipe.schema import EndpointConfig, ModuleGroup, Recipe
 from openril.recipe.validation import nearest
 from openril.records import STUDENT
 
@@ -33,24 +34,7 @@ QUESTION_FIELDS = ("id", "images", "question", "answer", "choices", "rule", "ans
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".gz")
 
 _ATTENTION_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
-_TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
 _FROM_HERE = "Correct the path; relative paths start at the current directory"
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A setting that does not work. An error stops the stage; a warning is only printed.
-
-    key: dotted name of the setting. fix: what to change, as a sentence without a full stop.
-    """
-
-    key: str
-    reason: str
-    fix: str
-    level: Literal["error", "warning"] = "error"
-
-    def __str__(self) -> str:
-        return f"{self.key}: {self.reason}. {self.fix}."
 
 
 def cross_check(recipe: Recipe, stage: str, world_size: int = 1) -> list[Problem]:
@@ -66,7 +50,19 @@ def cross_check(recipe: Recipe, stage: str, world_size: int = 1) -> list[Problem
     """
     if stage not in STAGES:
         raise RecipeError(f"stage: expected one of {', '.join(STAGES)}, got {stage!r}.")
-    checks = (_folders, _data, _student, _teachers, _judge, _sft, _collection, _discriminator, _rewards, _groups, _loop)
+    checks = (
+        _folders,
+        _data,
+        _student,
+        _teachers,
+        _judge,
+        _sft,
+        _collection,
+        _discriminator,
+        _rewards,
+        check_groups,
+        check_loop,
+    )
     return [problem for check in checks for problem in check(recipe, stage, world_size)]
 
 
@@ -77,10 +73,6 @@ def require(recipe: Recipe, stage: str, world_size: int = 1) -> list[Problem]:
     if errors:
         raise RecipeError("\n".join(errors))
     return problems
-
-
-def _loop_in(stage: str) -> bool:
-    return stage in ("train", "run")
 
 
 def collects_all(recipe: Recipe) -> bool:
@@ -137,7 +129,7 @@ def _data(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
     for field in data.columns:
         if field not in QUESTION_FIELDS:
             yield _unknown(f"data.columns.{field}", "a field of a question", field, QUESTION_FIELDS)
-    if (data.selection.enabled and _loop_in(stage)) or stage == "select":
+    if (data.selection.enabled and in_loop(stage)) or stage == "select":
         key = "data.selection.drop_overlong"
         if data.selection.drop_overlong and not recipe.collect.student:
             reason = "it needs cached student responses, and collect.student is off"
@@ -254,7 +246,7 @@ def _teachers(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
 
 def _judge(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
     needed_by = ""
-    if _loop_in(stage) and recipe.answer_kind in ("judge", "rules_then_judge"):
+    if in_loop(stage) and recipe.answer_kind in ("judge", "rules_then_judge"):
         needed_by = f"rewards.answer.kind is {recipe.answer_kind}"
     elif stage in ("eval", "run") and recipe.data.validation and recipe.eval.score in ("judge", "rules_then_judge"):
         needed_by = f"eval.score is {recipe.eval.score}"
@@ -267,10 +259,6 @@ def _judge(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
         yield from _endpoint(recipe.judge, "judge", calls=bool(needed_by))
 
 
-def _cached(recipe: Recipe) -> bool:
-    return next(recipe.cache_path.rglob("*.parquet"), None) is not None if recipe.cache_path.is_dir() else False
-
-
 def _sft(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
     sft = recipe.sft
     if not (stage == "sft" or (stage == "run" and sft.enabled)):
@@ -279,7 +267,7 @@ def _sft(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
         if not recipe.teachers and STUDENT not in sft.sources:
             reason = f"got {sft.targets}, but the recipe has no teachers"
             yield Problem("sft.targets", reason, "Add teachers, or set sft.targets to answers")
-        if stage == "sft" and not _cached(recipe):
+        if stage == "sft" and not has_responses(recipe):
             reason = f"got {sft.targets}, but {recipe.cache_path} holds no responses"
             yield Problem("sft.targets", reason, "Run `ril collect` first")
         if sft.targets == "judged_responses" and recipe.rewards.answer.kind == "none":
@@ -289,13 +277,7 @@ def _sft(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
     if rest or share % min(sft.micro_batch_size, share):
         reason = f"expected a multiple of micro_batch_size ({sft.micro_batch_size}) x processes ({world_size}), "
         yield Problem("sft.batch_size", f"{reason}got {sft.batch_size}", "Change one of them")
-    yield from _schedule(sft.optimizer, "sft.optimizer")
-
-
-def _schedule(optimizer: OptimizerConfig, key: str) -> Iterator[Problem]:
-    if optimizer.schedule != "constant" and optimizer.final_learning_rate > optimizer.learning_rate:
-        reason = "it is larger than learning_rate, so the rate would rise"
-        yield Problem(f"{key}.final_learning_rate", reason, "Lower it", "warning")
+    yield from check_schedule(sft.optimizer, "sft.optimizer")
 
 
 def _collection(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
@@ -307,7 +289,7 @@ def _collection(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem
 def _discriminator(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
     enabled = recipe.discriminator.pretraining.enabled
     pretrains = stage == "discriminator" or (stage == "run" and recipe.uses_discriminator and enabled)
-    needed = pretrains or (_loop_in(stage) and recipe.uses_discriminator)
+    needed = pretrains or (in_loop(stage) and recipe.uses_discriminator)
     if not needed:
         return
     d = recipe.discriminator
@@ -329,7 +311,7 @@ def _discriminator(recipe: Recipe, stage: str, world_size: int) -> Iterator[Prob
         n = recipe.collect.num_responses
         if not recipe.collect.student:
             reason = "it is off, but pre-training of the discriminator needs student responses"
-            usable = stage == "discriminator" and _cached(recipe)
+            usable = stage == "discriminator" and has_responses(recipe)
             yield Problem("collect.student", reason, "Turn it on", "warning" if usable else "error")
         if d.pretraining.responses_per_question > n:
             reason = f"expected at most collect.num_responses ({n}), got {d.pretraining.responses_per_question}"
@@ -345,10 +327,10 @@ def _discriminator(recipe: Recipe, stage: str, world_size: int) -> Iterator[Prob
             key = "discriminator.pretraining.questions_per_step"
             reason = f"expected a multiple of the {world_size} processes, got {d.pretraining.questions_per_step}"
             yield Problem(key, reason, f"Use a multiple of {world_size}")
-        yield from _schedule(d.pretraining.optimizer, "discriminator.pretraining.optimizer")
-    if stage == "discriminator" and not _cached(recipe):
+        yield from check_schedule(d.pretraining.optimizer, "discriminator.pretraining.optimizer")
+    if stage == "discriminator" and not has_responses(recipe):
         yield Problem("cache_dir", f"{recipe.cache_path} holds no responses", "Run `ril collect` first")
-    if _loop_in(stage) and not enabled and d.mode == "fixed":
+    if in_loop(stage) and not enabled and d.mode == "fixed":
         reason = "it is off, so a fixed discriminator would never be trained"
         fix = "Turn it on, or set discriminator.mode to updated"
         yield Problem("discriminator.pretraining.enabled", reason, fix)
@@ -363,7 +345,7 @@ def _rewards(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
     for key, rule in rules:
         if rule not in ANSWER_RULES:
             yield _unknown(key, "an answer rule", rule, ANSWER_RULES)
-    if not _loop_in(stage):
+    if not in_loop(stage):
         return
     rewards, algorithm = recipe.rewards, recipe.train.algorithm
     needs_similarity = algorithm in ("ril", "gail") and rewards.similarity.weight != 0
@@ -384,62 +366,3 @@ def _rewards(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
             yield Problem(key, f"expected the location of a function, got {f.function!r}", fix)
         elif place.endswith(".py") and not Path(place).expanduser().is_file():
             yield Problem(key, f"no such file: {Path(place).resolve()}", _FROM_HERE)
-
-
-def _groups(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
-    """Check that every group can be filled and has responses to compare."""
-    if not _loop_in(stage):
-        return
-    train, names = recipe.train, recipe.teacher_names
-    if train.num_teacher_responses is not None and train.num_teacher_responses < 0:
-        reason = f"expected a number >= 0, got {train.num_teacher_responses}"
-        yield Problem("train.num_teacher_responses", reason, "Leave it out to use train.num_generations")
-        return
-    count = recipe.teacher_responses_per_question
-    if train.algorithm == "ril" and not names and not recipe.uses_discriminator:
-        fix = "Add teachers, or set train.algorithm to dr_grpo or grpo"
-        yield Problem("teachers", "ril puts teacher responses into every group, but there are no teachers", fix)
-    if recipe.uses_discriminator and names and count == 0:
-        fix = "Raise it, or use the algorithm dr_grpo or grpo"
-        yield Problem("train.num_teacher_responses", "got 0, so the discriminator has nothing to compare with", fix)
-    if names and count:
-        each = -(-count // len(names))  # shares differ by at most one, so the largest is rounded up
-        if each > recipe.collect.num_responses:
-            reason = (
-                f"a group needs up to {each} responses of one teacher, but collect.num_responses is "
-                f"{recipe.collect.num_responses}, so some are used more than once"
-            )
-            fix = "Lower it, or raise collect.num_responses and collect more"
-            yield Problem("train.num_teacher_responses", reason, fix, "warning")
-        if train.num_teacher_responses is not None and not train.per_teacher and count < len(names):
-            reason = f"got {count} for {len(names)} teachers, so some are absent from every group"
-            yield Problem("train.num_teacher_responses", reason, "Raise it, or turn on train.per_teacher", "warning")
-        if stage == "train" and not _cached(recipe):
-            reason = f"the loop needs teacher responses, but {recipe.cache_path} holds none"
-            yield Problem("cache_dir", reason, "Run `ril collect` first")
-    size = train.num_generations + (count if train.teacher_responses_in_update else 0)
-    if size < 2:
-        std = " (and a standard deviation of 0)" if train.algorithm == "grpo" else ""
-        reason = f"a group of one response has advantage 0{std}"
-        yield Problem("train.num_generations", reason, "Use at least 2")
-
-
-def _loop(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
-    if not _loop_in(stage):
-        return
-    train = recipe.train
-    if train.questions_per_step % world_size:
-        lower = train.questions_per_step // world_size * world_size
-        near = " or ".join(str(n) for n in (lower, lower + world_size) if n)
-        reason = f"expected a multiple of the {world_size} processes, got {train.questions_per_step}"
-        yield Problem("train.questions_per_step", reason, f"Use for instance {near}")
-    for tracker in train.log_to:
-        if not any(importlib.util.find_spec(package) for package in _TRACKERS[tracker]):
-            yield Problem("train.log_to", f"{tracker} is not installed", f'Run pip install "openril[{tracker}]"')
-    if train.eval_every and not recipe.data.validation:
-        reason = "it is set, but data.validation is empty"
-        yield Problem("train.eval_every", reason, "List questions in data.validation, or set it to 0")
-    if train.beta == 0 and train.algorithm in ("ril", "gail"):
-        reason = "got 0, so no KL term keeps the student near its start (the paper's runs collapse, Table 5)"
-        yield Problem("train.beta", reason, "The paper uses 0.01", "warning")
-    yield from _schedule(train.optimizer, "train.optimizer")

@@ -1,0 +1,76 @@
+"""Checks of the loop's settings: groups, rewards of a group, steps, and switches that do not go together."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+
+from openril.recipe.problems import Problem, has_responses, in_loop
+from openril.recipe.schema import OptimizerConfig, Recipe
+
+_TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
+
+
+def check_groups(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
+    """Check that every group can be filled and has responses to compare."""
+    if not in_loop(stage):
+        return
+    train, names = recipe.train, recipe.teacher_names
+    if train.num_teacher_responses is not None and train.num_teacher_responses < 0:
+        reason = f"expected a number >= 0, got {train.num_teacher_responses}"
+        yield Problem("train.num_teacher_responses", reason, "Leave it out to use train.num_generations")
+        return
+    count = recipe.teacher_responses_per_question
+    if train.algorithm == "ril" and not names and not recipe.uses_discriminator:
+        fix = "Add teachers, or set train.algorithm to dr_grpo or grpo"
+        yield Problem("teachers", "ril puts teacher responses into every group, but there are no teachers", fix)
+    if recipe.uses_discriminator and names and count == 0:
+        fix = "Raise it, or use the algorithm dr_grpo or grpo"
+        yield Problem("train.num_teacher_responses", "got 0, so the discriminator has nothing to compare with", fix)
+    if names and count:
+        each = -(-count // len(names))  # shares differ by at most one, so the largest is rounded up
+        if each > recipe.collect.num_responses:
+            reason = (
+                f"a group needs up to {each} responses of one teacher, but collect.num_responses is "
+                f"{recipe.collect.num_responses}, so some are used more than once"
+            )
+            fix = "Lower it, or raise collect.num_responses and collect more"
+            yield Problem("train.num_teacher_responses", reason, fix, "warning")
+        if train.num_teacher_responses is not None and not train.per_teacher and count < len(names):
+            reason = f"got {count} for {len(names)} teachers, so some are absent from every group"
+            yield Problem("train.num_teacher_responses", reason, "Raise it, or turn on train.per_teacher", "warning")
+        if stage == "train" and not has_responses(recipe):
+            reason = f"the loop needs teacher responses, but {recipe.cache_path} holds none"
+            yield Problem("cache_dir", reason, "Run `ril collect` first")
+    size = train.num_generations + (count if train.teacher_responses_in_update else 0)
+    if size < 2:
+        std = " (and a standard deviation of 0)" if train.algorithm == "grpo" else ""
+        reason = f"a group of one response has advantage 0{std}"
+        yield Problem("train.num_generations", reason, "Use at least 2")
+
+
+def check_loop(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
+    if not in_loop(stage):
+        return
+    train = recipe.train
+    if train.questions_per_step % world_size:
+        lower = train.questions_per_step // world_size * world_size
+        near = " or ".join(str(n) for n in (lower, lower + world_size) if n)
+        reason = f"expected a multiple of the {world_size} processes, got {train.questions_per_step}"
+        yield Problem("train.questions_per_step", reason, f"Use for instance {near}")
+    for tracker in train.log_to:
+        if not any(importlib.util.find_spec(package) for package in _TRACKERS[tracker]):
+            yield Problem("train.log_to", f"{tracker} is not installed", f'Run pip install "openril[{tracker}]"')
+    if train.eval_every and not recipe.data.validation:
+        reason = "it is set, but data.validation is empty"
+        yield Problem("train.eval_every", reason, "List questions in data.validation, or set it to 0")
+    if train.beta == 0 and train.algorithm in ("ril", "gail"):
+        reason = "got 0, so no KL term keeps the student near its start (the paper's runs collapse, Table 5)"
+        yield Problem("train.beta", reason, "The paper uses 0.01", "warning")
+    yield from check_schedule(train.optimizer, "train.optimizer")
+
+
+def check_schedule(optimizer: OptimizerConfig, key: str) -> Iterator[Problem]:
+    if optimizer.schedule != "constant" and optimizer.final_learning_rate > optimizer.learning_rate:
+        reason = "it is larger than learning_rate, so the rate would rise"
+        yield Problem(f"{key}.final_learning_rate", reason, "Lower it", "warning")
