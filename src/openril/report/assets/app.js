@@ -1,0 +1,156 @@
+// The page itself: tabs, address, keyboard, theme.
+
+const TABS = [
+  ["overview", "Overview", overviewTab],
+  ["groups", "Groups", groupsTab],
+  ["discriminator", "Discriminator", discriminatorTab],
+  ["audit", "Judge audit", auditTab],
+  ["teachers", "Teachers", teachersTab],
+];
+
+const KEYS_HELP = [
+  ["1 \u2013 5", "Go to a tab"],
+  ["j / k", "Next or previous group, or verdict"],
+  ["/", "Search in the groups"],
+  ["y / n / u", "In the audit: the verdict is right, is wrong, clear"],
+  ["\u2190 / \u2192", "On a curve: the values of the step; in a picture: the next one"],
+  ["Esc", "Close a picture or this help"],
+  ["?", "This help"],
+];
+
+const state = { report: null, store: null, view: parseView("") };
+
+function tabOf(view) {
+  return TABS.find(([name]) => name === view.tab) ?? TABS[0];
+}
+
+/**
+ * Change the view and the address. replace: leave no entry in the browser's history. quiet: draw nothing, since the
+ * caller has changed the page.
+ */
+function navigate(change, { replace = false, quiet = false } = {}) {
+  const before = state.view;
+  state.view = { ...before, ...change };
+  const hash = formatView(state.view);
+  if (hash !== formatView(before)) history[replace || quiet ? "replaceState" : "pushState"](null, "", hash);
+  if (!quiet) render();
+}
+
+/** Draw the tab of the view, and keep focus, cursor and place where they were. */
+function render() {
+  const { report, store, view } = state;
+  const [tab, , build] = tabOf(view);
+  const main = document.getElementById("main");
+  const focused = document.activeElement?.id;
+  const cursor = document.activeElement?.selectionStart;
+  document.querySelectorAll("#tabs a").forEach((link) => (link.dataset.tab === tab ? link.setAttribute("aria-current", "page") : link.removeAttribute("aria-current")));
+  const parts = build(report, view, store).flat(Infinity).filter(Boolean);
+  main.replaceChildren(el("h1", { class: "unseen" }, tabOf(view)[1]), ...parts);
+  main.dataset.tab = tab;
+  if (focused && focused !== "main") {
+    const again = document.getElementById(focused);
+    again?.focus({ preventScroll: true });
+    if (typeof cursor === "number" && again?.setSelectionRange && again.type === "search") again.setSelectionRange(cursor, cursor);
+  }
+}
+
+function openTab(name) {
+  const kept = name === "groups" && state.view.tab === "groups";
+  if (kept) return;
+  navigate({ tab: name === "overview" ? "" : name });
+  window.scrollTo(0, 0);
+}
+
+function drawFrame() {
+  const { report } = state;
+  document.getElementById("runs").replaceChildren(...report.runs.map((run, i) =>
+    el("span", { class: "run-name", vars: { "--run": lineColor(i) } }, inline(run.name, 40), el("small", {}, ` ${count(run.steps, "step")}`))));
+  document.getElementById("tabs").replaceChildren(...TABS.map(([name, text]) =>
+    el("a", { href: `#tab=${name}`, "data-tab": name, onclick: (event) => { if (event.ctrlKey || event.metaKey) return; event.preventDefault(); openTab(name); } }, text)));
+  document.getElementById("foot").replaceChildren(`OpenRIL ${visible(report.openril).slice(0, 30)}`, report.made ? `, made ${visible(report.made).slice(0, 40)}` : "", `, ${visible(report.schema).slice(0, 40)}. This page loads nothing from the network.`);
+}
+
+function setTheme(theme) {
+  if (theme) document.documentElement.dataset.theme = theme;
+  else delete document.documentElement.dataset.theme;
+}
+
+function switchTheme() {
+  const dark = getComputedStyle(document.documentElement).colorScheme.includes("light dark") ? matchMedia("(prefers-color-scheme: dark)").matches : document.documentElement.dataset.theme === "dark";
+  setTheme(dark ? "light" : "dark");
+  try {
+    localStorage.setItem("openril.theme", dark ? "light" : "dark");
+  } catch { /* a file that is opened from disk may have no storage */ }
+}
+
+function openHelp() {
+  const help = document.getElementById("help");
+  help.replaceChildren(el("h2", { id: "help-title" }, "Keyboard"), el("dl", {}, KEYS_HELP.map(([keys, text]) => el("div", {}, el("dt", {}, el("kbd", {}, keys)), el("dd", {}, text)))), el("button", { type: "button", autofocus: true, onclick: () => help.close() }, "Close"));
+  if (!help.open) help.showModal();
+}
+
+function onKey(event) {
+  if (event.ctrlKey || event.metaKey || event.altKey || document.querySelector("dialog[open]")) return;
+  if (event.target.closest("input, select, textarea")) {
+    if (event.key === "Escape") event.target.blur();
+    return;
+  }
+  const tab = tabOf(state.view)[0];
+  const actions = { "?": openHelp, "/": searchGroups };
+  TABS.forEach(([name], i) => { actions[i + 1] = () => openTab(name); });
+  if (tab === "groups") Object.assign(actions, { j: () => moveCard(1), k: () => moveCard(-1) });
+  if (tab === "audit") {
+    Object.assign(actions, { y: () => tickItem("right"), n: () => tickItem("wrong"), u: () => tickItem("clear") });
+    Object.assign(actions, { j: () => document.getElementById("audit-next")?.click(), k: () => document.getElementById("audit-back")?.click() });
+  }
+  if (!Object.hasOwn(actions, event.key)) return;
+  event.preventDefault();
+  actions[event.key]();
+}
+
+function searchGroups() {
+  openTab("groups");
+  const filters = document.querySelector(".filters");
+  if (filters) filters.open = true;
+  document.getElementById("search")?.focus();
+}
+
+/** Show what a running training has written since. What is being read is not replaced under the reader. */
+async function onNewSteps(steps) {
+  const { store } = state;
+  state.report = await store.report();
+  nameSources(state.report.runs);
+  drawFrame();
+  announce(`The run has reached step ${steps}.`);
+  if (!["groups", "audit"].includes(tabOf(state.view)[0])) render();
+}
+
+async function start() {
+  try {
+    setTheme(localStorage.getItem("openril.theme"));
+  } catch { /* as above */ }
+  const embedded = document.getElementById("document");
+  const main = document.getElementById("main");
+  try {
+    state.store = embedded ? new EmbeddedStore(embedded.textContent) : new ServedStore();
+    state.report = await state.store.report();
+  } catch (problem) {
+    main.replaceChildren(empty(`The report cannot be read: ${visible(problem.message)}`));
+    return;
+  }
+  state.view = parseView(location.hash);
+  nameSources(state.report.runs);
+  drawFrame();
+  document.querySelector(".skip").addEventListener("click", (event) => { event.preventDefault(); main.focus(); });
+  document.getElementById("download").addEventListener("click", () => state.store.download());
+  document.getElementById("theme").addEventListener("click", switchTheme);
+  document.getElementById("help-open").addEventListener("click", openHelp);
+  document.addEventListener("keydown", onKey);
+  for (const dialog of document.querySelectorAll("dialog")) dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); });
+  const moved = () => { state.view = parseView(location.hash); render(); };
+  addEventListener("hashchange", moved);
+  render();
+  state.store.watch(onNewSteps);
+}
+
+start();

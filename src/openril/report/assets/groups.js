@@ -1,0 +1,131 @@
+// The tab "Groups": filters, search, order, and the cards.
+
+const PAGE = 20;
+const NO_FILTERS = { run: "", skill: "", source: "", flags: [], q: "", question: "", step_min: null, step_max: null, side: null, shown: null };
+let listing = { node: null, ask: 0 };
+
+/** Keep what was typed from asking for groups at every letter. */
+function later(call, milliseconds = 200) {
+  let timer;
+  return (...values) => {
+    clearTimeout(timer);
+    timer = setTimeout(() => call(...values), milliseconds);
+  };
+}
+
+const typed = later((q) => navigate({ q, shown: null, group: "" }, { replace: true }));
+
+function filterPanel(report, view) {
+  const { runs } = report;
+  const set = (change) => navigate({ ...change, shown: null, group: "" });
+  const names = (key) => [...new Set(runs.flatMap((run) => run[key] ?? []))];
+  const step = (label, key) => el("label", { class: "field small" }, el("span", {}, label),
+    el("input", { id: `f-${key}`, type: "number", min: 0, value: view[key] ?? "", onchange: (event) => set({ [key]: event.target.value === "" ? null : Math.max(0, Math.round(Number(event.target.value))) }) }));
+  const active = formatView({ ...view, tab: "", sort: "", group: "", shown: null, from: null, to: null, smooth: null, metric: "", item: null }) !== "#";
+  const skills = names("skills");
+  const wide = matchMedia("(min-width: 900px)").matches;
+  return el("details", { class: "filters", open: wide || filterPanel.open, ontoggle: (event) => { filterPanel.open = event.target.open; } },
+    el("summary", {}, "Filters and order"),
+    el("div", { class: "filter-body" },
+      el("label", { class: "field" }, el("span", {}, "Search ", el("kbd", {}, "/")),
+        el("input", { id: "search", type: "search", value: view.q, placeholder: "Question or response", autocomplete: "off", spellcheck: "false", oninput: (event) => typed(event.target.value) })),
+      choiceWithId("f-sort", "Order", Object.entries(SORTS), view.sort || "step", (sort) => set({ sort: sort === "step" ? "" : sort })),
+      runs.length > 1 ? choiceWithId("f-run", "Run", [["", "All runs"], ...runs.map((run, i) => [String(i), run.name])], view.run, (run) => set({ run })) : null,
+      el("div", { class: "pair" }, step("From step", "step_min"), step("To step", "step_max")),
+      skills.length ? choiceWithId("f-skill", "Skill or benchmark", [["", "All"], ...skills.map((s) => [s, s])], view.skill, (skill) => set({ skill })) : null,
+      choiceWithId("f-source", "Source", [["", "All"], ...names("sources").map((s) => [s, s])], view.source, (source) => set({ source })),
+      el("fieldset", { class: "flags" }, el("legend", {}, "Only groups with"),
+        Object.entries(FLAGS).map(([flag, text]) => {
+          const on = view.flags.includes(flag);
+          return el("button", { id: `f-${flag}`, type: "button", class: "chip", "aria-pressed": String(on), onclick: () => set({ flags: on ? view.flags.filter((f) => f !== flag) : [...view.flags, flag] }) }, text);
+        })),
+      view.question ? el("p", { class: "pinned" }, el("span", {}, "Question ", inline(view.question, 40)), el("button", { type: "button", class: "quiet", onclick: () => set({ question: "", side: null }) }, "All questions")) : null,
+      active ? el("button", { type: "button", id: "f-reset", onclick: () => navigate({ ...NO_FILTERS, group: "" }) }, "Reset filters") : null));
+}
+
+function choiceWithId(id, ...rest) {
+  const field = choice(...rest);
+  field.querySelector("select").id = id;
+  return field;
+}
+
+function groupsTab(report, view, store) {
+  const list = listing.node ?? el("div", { class: "list" });
+  listing.node = list;
+  list.setAttribute("aria-busy", "true");
+  fillList(report, view, store, list);
+  return [el("div", { class: "browse" }, filterPanel(report, view), list)];
+}
+
+async function fillList(report, view, store, list) {
+  const ask = ++listing.ask;
+  const query = groupQuery(view);
+  const wanted = Math.max(PAGE, view.shown ?? 0);
+  const groups = [];
+  let total = 0;
+  try {
+    while (groups.length < wanted) {
+      const page = await store.groups(query, groups.length, Math.min(LIMIT, wanted - groups.length));
+      if (ask !== listing.ask) return;
+      total = page.total;
+      groups.push(...page.groups);
+      if (!page.groups.length || groups.length >= total) break;
+    }
+    const linked = view.group && !groups.some((group) => group.id === view.group) ? await groupsById(store, [view.group]) : [];
+    if (ask !== listing.ask) return;
+    showList(report, view, store, list, { groups, total, linked });
+  } catch (problem) {
+    if (ask === listing.ask) list.replaceChildren(empty(visible(problem.message)));
+  } finally {
+    list.removeAttribute("aria-busy");
+  }
+}
+
+function showList(report, view, store, list, { groups, total, linked }) {
+  const held = report.groups ? report.shown : report.total;
+  const line = el("p", { class: "found", role: "status" }, el("b", {}, total.toLocaleString("en")), total === 1 ? " group" : " groups",
+    groups.length < total ? `, ${groups.length} of them shown` : "",
+    held < report.total ? el("span", { class: "note" }, ` This file holds ${held.toLocaleString("en")} of the ${report.total.toLocaleString("en")} groups. ril report --all holds all; ril view shows all.`) : null);
+  const card = (group) => groupCard(report, store, group, view);
+  const side = view.side && view.question && report.runs.length > 1;
+  const parts = [line];
+  if (linked.length) parts.push(el("section", { class: "linked", "aria-label": "Group of the link" }, el("p", { class: "note" }, "The group of the link, which is not in the list below:"), linked.map(card)));
+  if (!groups.length && !linked.length) parts.push(empty(report.total ? "No group meets these conditions." : "There are no groups yet."));
+  if (side) {
+    parts.push(el("div", { class: "sides", vars: { "--columns": String(report.runs.length) } }, report.runs.map((run, r) => {
+      const own = groups.filter((group) => group.run === r);
+      return el("section", { "aria-label": `Run ${r + 1}` }, el("h2", { class: "side-name", vars: { "--run": lineColor(r) } }, inline(run.name, 40)), own.length ? own.map(card) : empty("This question is not among the groups of this run."));
+    })));
+  } else parts.push(...groups.map(card));
+  if (groups.length < total) {
+    parts.push(el("button", { type: "button", class: "more", onclick: () => navigate({ shown: groups.length + PAGE }, { replace: true }) }, `Show ${Math.min(PAGE, total - groups.length)} more`));
+  }
+  list.replaceChildren(...parts);
+  if (view.group) selectCard(view.group, { scroll: listing.arrived !== view.group });
+}
+
+/** Make a card the current one. */
+function selectCard(id, { scroll = true, focus = false } = {}) {
+  document.querySelectorAll(".card.current").forEach((card) => card.classList.remove("current"));
+  const card = [...document.querySelectorAll(".card")].find((c) => c.dataset.group === id);
+  if (!card) return;
+  card.classList.add("current");
+  listing.arrived = id;
+  if (scroll) card.scrollIntoView({ block: "start" });
+  if (focus) card.focus({ preventScroll: true });
+}
+
+/** Move to the next or the previous card; past the last one, ask for more. */
+function moveCard(by) {
+  const cards = [...document.querySelectorAll(".card")];
+  if (!cards.length) return;
+  const at = cards.findIndex((card) => card.classList.contains("current"));
+  const next = at < 0 ? 0 : at + by;
+  if (next >= cards.length) {
+    document.querySelector(".more")?.click();
+    return;
+  }
+  const id = cards[Math.max(0, next)].dataset.group;
+  navigate({ group: id }, { quiet: true });
+  selectCard(id, { focus: true });
+}
