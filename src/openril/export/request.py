@@ -18,7 +18,10 @@ from typing import Any
 from openril.errors import OpenRILError
 from openril.recipe.schema import Recipe
 
-FORMATS = {"gguf": "openril.export.gguf_format"}
+FORMATS = {
+    "gguf": "openril.export.gguf_format",
+    "internvl-original": "openril.export.internvl_original",
+}
 """Value of ``--to`` -> its module."""
 
 RECORD = "export.json"

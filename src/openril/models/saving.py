@@ -117,7 +117,7 @@ def write_model(
         if temporary is None:
             return
         _write_part(base, temporary, files + 1, held)
-        _name_parts(temporary, files + 1, {"total_parameters": values, "total_size": size})
+        name_parts(temporary, files + 1, {"total_parameters": values, "total_size": size})
         for file, tensors in (extra or {}).items():
             save_file(tensors, temporary / file)
         if dtype is not None:
@@ -151,7 +151,7 @@ def _write_part(base: Any, folder: Path, number: int, held: dict[str, Tensor]) -
     held.clear()
 
 
-def _name_parts(folder: Path, count: int, totals: dict[str, int]) -> None:
+def name_parts(folder: Path, count: int, totals: dict[str, int]) -> None:
     """Give the written parts the names that ``from_pretrained`` expects, and write the index of several last."""
     if count == 1:
         os.replace(folder / "part1", folder / _WEIGHTS)
