@@ -115,6 +115,10 @@ class Rollout:
     discriminator. similarity: the similarity reward; None without a discriminator. verdict: the answer reward of judge or
     rules; None when unknown or not requested. rewards: every reward by name, None where unknown. reward: their weighted
     sum; None when any reward with a weight is unknown. advantage: 0.0 where the reward is unknown.
+
+    judged: whether the judge decides the verdict. explanation: the judge's own words. cause: why the verdict is unknown, or
+    why it is 0 without a comparison. learned: tokens that entered the student's update, 0 for a response outside it; None
+    before the update.
     """
 
     response: Response
@@ -124,6 +128,10 @@ class Rollout:
     rewards: dict[str, float | None] = field(default_factory=dict)
     reward: float | None = None
     advantage: float = 0.0
+    judged: bool = False
+    explanation: str = ""
+    cause: str = ""
+    learned: int | None = None
 
 
 @dataclass

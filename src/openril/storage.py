@@ -70,9 +70,9 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
 
 
-def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write rows atomically, one line each, without holding them all in memory."""
-    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as f:
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]], errors: str = "strict") -> None:
+    """Write rows atomically, one line each, without holding them all in memory. errors: "replace" for lone surrogates."""
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", errors=errors) as f:
         f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         f.flush()
         os.fsync(f.fileno())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,9 @@ def test_a_step_changes_the_student_and_reports_everything(tiny_student: Path, t
     assert row["train/sampling/sampling_logp_difference/max"] < 1e-4
     rollouts = (trainer.folder.rollouts_path / "step_000001.jsonl").read_text().splitlines()
     assert len(rollouts) == 4 * (2 + 2)
+    for rollout in map(json.loads, rollouts):  # all of them are in the update, which re-tokenizes the teachers' texts
+        assert rollout["schema"] == 2 and 0 < rollout["learned"] == (rollout["tokens"] or rollout["learned"])
+        assert len(rollout["image_hashes"]) == len(rollout["images"]) and None not in rollout["image_hashes"]
 
 
 def test_discriminator_learns_before_it_rewards(tiny_qwen: Path, tmp_path: Path):

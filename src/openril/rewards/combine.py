@@ -136,6 +136,8 @@ class RewardSystem:
                 rollout.similarity = rollout.rewards["similarity"] = self._similarity(rollout)
             if "answer" in weights:
                 rollout.verdict = rollout.rewards["answer"] = score.score
+                rollout.judged, rollout.cause = score.asked_judge, score.cause
+                rollout.explanation = score.verdict.explanation if score.verdict else ""
             for name, values in function_rewards.items():
                 rollout.rewards[name] = values[i]
             rollout.reward = weighted_sum(rollout.rewards, weights)

@@ -154,6 +154,23 @@ def find_answers(text: str) -> list[Found]:
     return found
 
 
+def extracted_answer(text: str) -> str | None:
+    """Return the final answer that a response states, or None: the last of the most reliable kind of candidates."""
+    found = find_answers(shortened(text))
+    return found[0].candidates[-1] if found else None
+
+
+LONGEST_RESPONSE = 20_000
+"""The rules read only the first and last halves of this many characters of a longer response."""
+
+
+def shortened(text: str) -> str:
+    """Return both ends of a long response: the answer is near an end, and runaway text must not stall a step."""
+    if len(text) <= LONGEST_RESPONSE:
+        return text
+    return f"{text[: LONGEST_RESPONSE // 2]}\n{text[-LONGEST_RESPONSE // 2 :]}"
+
+
 @lru_cache(4096)
 def read_truth(answer: str) -> str:
     """Return the answer that a ground truth states, which may be tagged, boxed, or the end of a worked solution."""

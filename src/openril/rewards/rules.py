@@ -26,6 +26,7 @@ from openril.rewards.extraction import (
     numbers,
     plain,
     read_truth,
+    shortened,
     whole_number,
     whole_words,
     without_thoughts,
@@ -37,9 +38,6 @@ RULES = ("auto", "exact", "choice", "number", "relaxed_number", "boolean", "cont
 
 RELAXED_TOLERANCE = Fraction(5, 100)
 """ChartQA's relaxed accuracy: a numeric answer may be off by 5 % of the truth."""
-
-LONGEST_RESPONSE = 20_000
-"""The rules read only the first and last halves of this many characters of a longer response."""
 
 T = TypeVar("T")
 
@@ -58,8 +56,7 @@ def score(rule: str, question: Question, response_text: str) -> float | None:
         raise DataError(f"{where}: expected an answer, got none. Add it, or set rewards.answer.kind: none.")
     if not plain(response_text):
         return 0.0
-    if len(response_text) > LONGEST_RESPONSE:  # the answer is near an end, and runaway text must not stall a step
-        response_text = f"{response_text[: LONGEST_RESPONSE // 2]}\n{response_text[-LONGEST_RESPONSE // 2 :]}"
+    response_text = shortened(response_text)
     if question.other_answers:
         verdicts = [score(rule, replace(question, answer=a, other_answers=()), response_text) for a in question.answers]
         return 1.0 if 1.0 in verdicts else None if None in verdicts else 0.0

@@ -80,6 +80,7 @@ class RILTrainer:
     ) -> None:
         self.recipe = recipe
         self.questions = list(questions)
+        self.by_id = {q.id: q for q in self.questions}
         self.accelerator = accelerator
         self.sampler = sampler
         self.policy = policy
@@ -245,7 +246,7 @@ class RILTrainer:
         row: dict[str, Any] = {"step": step, **metrics}
         self.folder.log_metrics(row)
         if step % self.recipe.train.log_rollouts_every == 0:
-            self.folder.log_rollouts(step, groups)
+            self.folder.log_rollouts(step, groups, self.by_id, self.recipe.rewards.answer.rule)
         if self.accelerator.trackers:
             self.accelerator.log(metrics, step=step)
         self.report(step, self.total_steps, row)

@@ -85,6 +85,11 @@ class PolicyUpdate:
         Raises StateError, naming ``step``, if a gradient is not finite; the weights are as before that optimizer step.
         """
         grouped = [self._tokens(g) for g in groups]
+        for group, tokens in zip(groups, grouped, strict=True):
+            for rollout in group.rollouts:
+                rollout.learned = 0
+            for rollout, ids in zip(self.members(group), tokens.completions, strict=True):
+                rollout.learned = len(ids)
         if self.packing.due(has_images([t.prompt for t in grouped])):
             self._try_packing(grouped)
         batches = self._micro_batches(grouped)
