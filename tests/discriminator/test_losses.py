@@ -71,3 +71,16 @@ def test_centered_puts_zero_half_way_between_the_sides():
     logits = torch.tensor([4.0, 6.0, 1.0])
     assert centered(logits, torch.tensor([True, True, False])).tolist() == [1.0, 3.0, -2.0]
     assert centered(logits, torch.tensor([True, True, True])).tolist() == [4.0, 6.0, 1.0]  # one side only
+
+
+def test_smoothed_labels_give_a_share_of_the_loss_to_the_other_label():
+    # D(student) = 0.8 and D(teacher) = 0.2, both 0.8 right: each term is -(0.9 log 0.8 + 0.1 log 0.2).
+    logits, student = torch.tensor([logit(0.8), logit(0.2)]), torch.tensor([True, False])
+    expected = -(0.9 * math.log(0.8) + 0.1 * math.log(0.2))
+    assert bce_terms(logits, student, 0.1).tolist() == pytest.approx([expected, expected], rel=1e-6)
+    # The least loss is where the prediction is 0.9, so that sure predictions cost more.
+    steps = [float(bce_terms(torch.tensor([logit(p)]), torch.tensor([True]), 0.1)) for p in (0.85, 0.9, 0.95)]
+    assert min(steps) == steps[1]
+    # A pair with the difference log(0.8 / 0.2) has the same terms.
+    pair = bradley_terry_loss(torch.tensor([logit(0.8)]), torch.tensor([0.0]), smoothing=0.1)
+    assert float(pair) == pytest.approx(expected, rel=1e-6)

@@ -143,6 +143,41 @@ CASES: list[tuple[str, dict[str, Any], str, str]] = [
     ("run", {"student__min_pixels": 9, "student__max_pixels": 4}, "student.min_pixels", "(4), got 9"),
     ("run", {"run_dir": "train.jsonl"}, "run_dir", "is a file"),
     ("run", {"discriminator__at_chance_accuracy": 0.99}, "discriminator.at_chance_accuracy", "(0.98), got 0.99"),
+    ("train", {"train__retry__questions_per_step": 4}, "train.retry.questions_per_step", "discriminator"),
+    *(
+        (stage, {"train__retry__questions_per_step": 4, "train__algorithm": "dr_grpo", **other}, key, word)
+        for stage, other, key, word in (
+            ("train", {"rewards__answer__weight": 0}, "train.retry.questions_per_step", "answer reward"),
+            ("train", {"teachers": []}, "train.retry.forms", "no teachers"),
+            ("train", {"cache_dir": "elsewhere"}, "cache_dir", "ril collect"),
+            ("run", {}, "collect.judge_responses", "verdicts"),
+        )
+    ),
+    (
+        "train",
+        {"rewards__similarity__gate__open_above": 0.5},
+        "rewards.similarity.gate.closed_below",
+        "(0.5), got 0.55",
+    ),
+    *(
+        ("train", {"discriminator__gradient_penalty": 1, **other}, "discriminator.gradient_penalty", word)
+        for other, word in (
+            ({"student__gradient_checkpointing": True}, "checkpointed"),
+            ({"student__attn_implementation": "flash_attention_2"}, "flash_attention_2"),
+        )
+    ),
+    (
+        "run",
+        {"collect__student_after_sft": True, "sft__targets": "teacher_responses", "sft__sources": ["student"]},
+        "collect.student_after_sft",
+        "sft.sources",
+    ),
+    (
+        "run",
+        {"collect__student_after_sft": True, "sft__targets": "teacher_responses", "data__selection__enabled": True},
+        "collect.student_after_sft",
+        "data.selection",
+    ),
 ]
 
 
@@ -168,7 +203,18 @@ WARNINGS: list[tuple[str, dict[str, Any], str, str]] = [
         "train.num_teacher_responses",
         "more than once",
     ),
-    ("train", {"discriminator__replay": 0.5, "discriminator__mode": "fixed"}, "discriminator.replay", "fixed"),
+    *(
+        ("train", {f"discriminator__{name}": value, "discriminator__mode": "fixed"}, f"discriminator.{name}", "fixed")
+        for name, value in (("replay", 0.5), ("num_iterations", 1), ("update_below", 0.9), ("ema_decay", 0.9))
+    ),
+    (
+        "train",
+        {"rewards__similarity__gate__enabled": True, "rewards__similarity__weight": 0},
+        "rewards.similarity.gate.enabled",
+        "weight",
+    ),
+    ("run", {"collect__student_after_sft": True}, "collect.student_after_sft", "cached text"),
+    ("train", {"train__retry__max_tries": 3}, "train.retry.questions_per_step", "change nothing"),
     (
         "run",
         {"train__num_generations": 20, "train__num_teacher_responses": 4},

@@ -19,8 +19,9 @@ def files(folder: Path) -> dict[str, Any]:
         out |= {f"{path.relative_to(folder)}:{k}": v for k, v in load_file(path).items()}
     for name in ("rng_0.json", "state.json"):
         out[name] = json.loads((folder / name).read_text())
-    if (folder / "replay.jsonl").exists():
-        out["replay.jsonl"] = (folder / "replay.jsonl").read_text()
+    for name in ("replay.jsonl", "gate.json", "retry.jsonl"):
+        if (folder / name).exists():
+            out[name] = (folder / name).read_text()
     return out
 
 

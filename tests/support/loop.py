@@ -98,6 +98,8 @@ def make_trainer(recipe: Recipe, data: Path, rewards: Any = None, count: int = 8
         folder=folder,
         save=parts.saver.save,
         offload=parts.offload,
+        gate=parts.gate,
+        retry=parts.retry,
         first_step=parts.step,
         **options,
     )

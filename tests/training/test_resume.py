@@ -30,8 +30,15 @@ from support.loop import make_trainer, tiny_recipe
         {"student__lora": {"enabled": True, "r": 2, "dropout": 0.2}, "train__num_iterations": 2},
         # Four steps of 4 on 8 questions, two of which are remembered: the memory is lived out, and questions come again.
         {"discriminator__replay": 0.5, "discriminator__replay_steps": 2, "train__num_iterations": 2},
+        {
+            "discriminator__ema_decay": 0.9,
+            "discriminator__gradient_penalty": 0.1,
+            "discriminator__label_smoothing": 0.1,
+            "discriminator__update_below": 0.95,
+            "rewards__similarity__gate": {"enabled": True},
+        },
     ],
-    ids=["full", "lora", "replay"],
+    ids=["full", "lora", "replay", "regularized"],
 )
 def test_continuing_equals_never_stopping(overrides: dict[str, Any], tiny_student: Path, tmp_path: Path):
     def recipe(name: str) -> Any:

@@ -25,7 +25,17 @@ overrides = {
     "mixed": {"student__freeze": ["vision_tower"]},
     "all": {"student__freeze": [], "discriminator__inputs": "image", "discriminator__freeze": []},
     # 4 x 0.4 / 0.6 = 3 earlier groups: two for one process and one for the other.
-    "replay": {"discriminator__inputs": "question", "discriminator__replay": 0.4},
+    # With everything else that regularizes the discriminator.
+    "replay": {
+        "discriminator__inputs": "question",
+        "discriminator__replay": 0.4,
+        "discriminator__ema_decay": 0.5,
+        "discriminator__gradient_penalty": 0.1,
+        "discriminator__label_smoothing": 0.1,
+        "rewards__similarity__gate": {"enabled": True, "closed_below": 0.0, "open_above": 1.0},
+    },
+    # Two questions are asked again, one by each of two processes.
+    "retry": {"train__algorithm": "dr_grpo", "train__retry": {"questions_per_step": 2}},
 }[kind]
 recipe = tiny_recipe(
     Path(run),
@@ -43,6 +53,9 @@ images = [q for q in trainer.questions if q.images]
 arranged = [*text[:2], *images[:2], text[2], *images[2:4], text[3]]
 order = permutation(len(arranged), recipe.seed, 0)
 trainer.questions = [arranged[order.index(i)] for i in range(len(arranged))]
+if trainer.retry is not None:
+    trainer.retry.questions = {q.id: q for q in trainer.questions}
+    trainer.retry.right = lambda question: [f"The answer is {question.answer}."]
 first = [q for q, _ in trainer.batch_at(0)]
 assert trainer.accelerator.num_processes == 1 or len({bool(q.images) for q in first}) == 1
 trainer.train()

@@ -19,13 +19,19 @@ def bce_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     return -sum((logsigmoid(side).mean() if side.numel() else side.sum() for side in sides), torch.zeros(()))
 
 
-def bce_terms(logits: Tensor, labels_student_is_one: Tensor) -> Tensor:
+def bce_terms(logits: Tensor, labels_student_is_one: Tensor, smoothing: float = 0.0) -> Tensor:
     """Return the terms of ``bce_loss``: -log D for a student response, -log(1 - D) for a teacher response.
 
     Logits: [N]; labels: bool [N]; terms: [N] in nats. Their sum with weights 1/S and 1/T is ``bce_loss``, however the
-    responses are batched.
+    responses are batched. smoothing: The share of each term with the other label.
     """
-    return -logsigmoid(torch.where(labels_student_is_one, logits, -logits))
+    return _smoothed(torch.where(labels_student_is_one, logits, -logits), smoothing)
+
+
+def _smoothed(signed: Tensor, smoothing: float) -> Tensor:
+    """Return -(1 - s) log sigmoid(z) - s log sigmoid(-z), which is least where z = log((1 - s) / s)."""
+    right = -logsigmoid(signed)
+    return right if smoothing == 0.0 else (1 - smoothing) * right - smoothing * logsigmoid(-signed)
 
 
 def chance_loss(loss: str, has_student: bool, has_teacher: bool) -> float:
@@ -49,15 +55,17 @@ def centered(logits: Tensor, labels_student_is_one: Tensor) -> Tensor:
     return logits - (logits[labels].mean() + logits[~labels].mean()) / 2
 
 
-def bradley_terry_loss(student_logits: Tensor, teacher_logits: Tensor, weights: Tensor | None = None) -> Tensor:
+def bradley_terry_loss(
+    student_logits: Tensor, teacher_logits: Tensor, weights: Tensor | None = None, smoothing: float = 0.0
+) -> Tensor:
     """Return -log sigmoid(z_student - z_teacher), averaged over the pairs of one question (GAD, arXiv 2511.10643).
 
-    Logits: [S], [T]; weights: [S, T] with sum 1, where not all pairs count alike. The scalar is in nats, log 2 at chance,
-    0 if one side is empty.
+    Logits: [S], [T]; weights: [S, T] with sum 1, where not all pairs count alike. smoothing: The share of each pair with
+    its sides exchanged. The scalar is in nats, log 2 at chance, 0 if one side is empty.
     """
     if not student_logits.numel() or not teacher_logits.numel():
         return student_logits.sum() * 0.0 + teacher_logits.sum() * 0.0
-    terms = -logsigmoid(student_logits[:, None] - teacher_logits[None, :])
+    terms = _smoothed(student_logits[:, None] - teacher_logits[None, :], smoothing)
     return terms.mean() if weights is None else (weights * terms).sum()
 
 

@@ -17,7 +17,7 @@ from openril.checkpoint_files import CheckpointError, check_folder
 from openril.errors import RecipeError
 from openril.recipe.loop_checks import check_groups, check_loop, check_schedule
 from openril.recipe.problems import Problem, has_responses, in_loop
-from openril.recipe.schema import EndpointConfig, ModuleGroup, Recipe
+from openril.recipe.schema import DiscriminatorConfig, EndpointConfig, ModuleGroup, Recipe, RetryConfig
 from openril.recipe.validation import nearest
 from openril.records import STUDENT
 
@@ -60,6 +60,7 @@ def cross_check(recipe: Recipe, stage: str, world_size: int = 1) -> list[Problem
         _collection,
         _discriminator,
         _rewards,
+        _retries,
         check_groups,
         check_loop,
     )
@@ -79,12 +80,19 @@ def collects_all(recipe: Recipe) -> bool:
     """Return whether ``ril run`` needs responses of every source in the cache."""
     pretrains = recipe.uses_discriminator and recipe.discriminator.pretraining.enabled
     trains_on_text = recipe.sft.enabled and recipe.sft.targets != "answers"
-    return bool(recipe.teacher_responses_per_question) or pretrains or trains_on_text
+    shown = bool(recipe.teacher_responses_per_question) or recipe.shows_teacher_answers
+    return shown or pretrains or trains_on_text
 
 
 def filters_overlong(recipe: Recipe) -> bool:
     """Return whether questions are selected by the student's responses, so that the selection has two parts."""
     return recipe.data.selection.enabled and recipe.data.selection.drop_overlong
+
+
+def collects_student_last(recipe: Recipe) -> bool:
+    """Return whether the student's responses are collected after a warm start on those of the teachers."""
+    warmed = recipe.sft.enabled and recipe.sft.targets != "answers"
+    return recipe.collect.student_after_sft and recipe.collect.student and warmed
 
 
 def _unknown(key: str, what: str, word: str, choices: Sequence[str]) -> Problem:
@@ -284,6 +292,17 @@ def _collection(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem
     if stage == "collect" and not recipe.teachers and not recipe.collect.student:
         reason = "there are no teachers and collect.student is off"
         yield Problem("collect", reason, "Add teachers, or turn collect.student on")
+    if not recipe.collect.student_after_sft or stage == "eval":
+        return
+    key = "collect.student_after_sft"
+    if not collects_student_last(recipe):
+        reason = "it needs collect.student and a warm start on cached text, so that nothing changes"
+        yield Problem(key, reason, "Turn it off, or set sft.targets to teacher_responses", "warning")
+    elif STUDENT in recipe.sft.sources:
+        yield Problem(key, "sft.sources names the student, whose responses come after", "Name teachers alone")
+    elif recipe.data.selection.enabled:
+        reason = "data.selection is enabled, and selects by the student before the warm start"
+        yield Problem(key, reason, "Turn one of them off")
 
 
 def _discriminator(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
@@ -299,9 +318,21 @@ def _discriminator(recipe: Recipe, stage: str, world_size: int) -> Iterator[Prob
     if d.at_chance_accuracy >= d.saturated_accuracy:
         reason = f"expected less than saturated_accuracy ({d.saturated_accuracy:g}), got {d.at_chance_accuracy:g}"
         yield Problem("discriminator.at_chance_accuracy", reason, "Use for instance 0.55 and 0.98")
-    if d.replay and d.mode == "fixed":
-        reason = "it is set, but a fixed discriminator does not train in the loop"
-        yield Problem("discriminator.replay", reason, "Set it to 0, or discriminator.mode to updated", "warning")
+    if d.mode == "fixed":
+        names = ("replay", "num_iterations", "update_below", "ema_decay")
+        for name in (n for n in names if getattr(d, n) != DiscriminatorConfig.model_fields[n].default):
+            reason = "it is set, but a fixed discriminator does not train in the loop"
+            yield Problem(f"discriminator.{name}", reason, "Remove it, or set discriminator.mode to updated", "warning")
+    if d.gradient_penalty:
+        key, one = "discriminator.gradient_penalty", "it needs second derivatives, which "
+        if recipe.train.shard and world_size > 1:
+            yield Problem(key, f"{one}sharded weights do not have", "Set it to 0, or train.shard to false")
+        if recipe.student.gradient_checkpointing:
+            fix = "Set it to 0, or student.gradient_checkpointing to false"
+            yield Problem(key, f"{one}checkpointed layers do not have", fix)
+        if recipe.student.attn_implementation not in ("sdpa", "eager"):
+            reason = f"{one}{recipe.student.attn_implementation} does not have"
+            yield Problem(key, reason, "Set it to 0, or student.attn_implementation to sdpa")
     if d.init:
         yield from _checkpoint("discriminator.init", d.init)
     if set(d.freeze) == set(get_args(ModuleGroup)):
@@ -339,6 +370,38 @@ def _discriminator(recipe: Recipe, stage: str, world_size: int) -> Iterator[Prob
         yield from _checkpoint("discriminator.mode", str(recipe.discriminator_path), reason=reason, fix=fix)
 
 
+def _retries(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
+    """Check the questions about answers that the student failed."""
+    retry, key = recipe.train.retry, "train.retry.questions_per_step"
+    if not in_loop(stage):
+        return
+    if not retry.questions_per_step:
+        if retry != RetryConfig():
+            reason = "it is 0, so that the other settings of train.retry change nothing"
+            yield Problem(key, reason, "Set for instance 4, or remove them", "warning")
+        return
+    if retry.questions_per_step % world_size:
+        reason = f"expected a multiple of the {world_size} processes, got {retry.questions_per_step}"
+        yield Problem(key, reason, f"Use a multiple of {world_size}")
+    if recipe.uses_discriminator:
+        reason = "groups that are asked again have no teacher responses, which the discriminator needs"
+        yield Problem(key, reason, "Set it to 0, or discriminator.mode to none and rewards.similarity.weight to 0")
+    if recipe.answer_kind == "none" or recipe.rewards.answer.weight == 0:
+        reason = "it asks again what was answered wrong, but no answer reward is in use"
+        yield Problem(key, reason, "Set it to 0, or give rewards.answer a kind and a weight")
+    if not recipe.shows_teacher_answers:
+        return
+    if not recipe.teacher_names:
+        reason = "compare shows right answers of teachers, but there are no teachers"
+        yield Problem("train.retry.forms", reason, "Add teachers, or use the forms again and plain alone")
+    elif stage == "train" and not has_responses(recipe):
+        reason = f"train.retry shows teacher responses, but {recipe.cache_path} holds none"
+        yield Problem("cache_dir", reason, "Run `ril collect` first")
+    if stage == "run" and recipe.rewards.answer.kind != "rules" and not recipe.collect.judge_responses:
+        reason = "it is off, but the form compare of train.retry needs verdicts of cached responses"
+        yield Problem("collect.judge_responses", reason, "Turn it on, or use rewards.answer.kind: rules")
+
+
 def _rewards(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
     rules = [("eval.rule", recipe.eval.rule)] if stage in ("eval", "run") else []
     rules += [("rewards.answer.rule", recipe.rewards.answer.rule)] if stage != "eval" else []
@@ -355,6 +418,13 @@ def _rewards(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
     weighted = [recipe.uses_discriminator and rewards.similarity.weight != 0]
     weighted += [recipe.answer_kind != "none" and rewards.answer.weight != 0]
     weighted += [f.weight != 0 for f in rewards.functions]
+    gate = rewards.similarity.gate
+    if gate.closed_below >= gate.open_above:
+        reason = f"expected less than open_above ({gate.open_above:g}), got {gate.closed_below:g}"
+        yield Problem("rewards.similarity.gate.closed_below", reason, "Use for instance 0.55 and 0.7")
+    if gate.enabled and not weighted[0]:
+        reason = "it is on, but there is no similarity reward with a weight"
+        yield Problem("rewards.similarity.gate.enabled", reason, "Turn it off, or give the reward a weight", "warning")
     if not any(weighted) and not (needs_similarity and recipe.discriminator.mode == "none"):
         reason = "no reward in use has a weight other than 0, so there is nothing to learn"
         yield Problem("rewards", reason, "Give one a weight")

@@ -255,6 +255,9 @@ class CollectConfig(Section):
     """N, the number of responses per question and source. If the cache holds more, the first N are used."""
     student: bool = True
     """Collect from the student too: pre-training of the discriminator needs its responses."""
+    student_after_sft: bool = False
+    """With a warm start on cached text (`sft.targets`): collect the student's responses after it, from the student that it
+    trained, so that the discriminator learns to tell that one. Off collects them before, from `student.model`."""
     max_completion_length: PositiveInt = 512
     """Maximum length of a response in tokens."""
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
@@ -359,6 +362,18 @@ class DiscriminatorConfig(Section):
     of the current step are all kept, so a share of 0.5 doubles the cost of the update. The paper has no replay (0)."""
     replay_steps: PositiveInt = 50
     """Number of earlier steps that `replay` samples from. Their responses are kept in memory and in checkpoints."""
+    num_iterations: Annotated[int | None, Field(ge=1)] = None
+    """Updates per batch of questions in the loop; unset means `train.num_iterations` (paper)."""
+    update_below: Annotated[float | None, Field(gt=0.5, le=1.0)] = None
+    """Update it in the loop only while its balanced accuracy on the new groups, measured before, is below this value;
+    unset always updates (paper). It costs one more pass a step."""
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0
+    """Share of the loss that has the labels exchanged, so that logits stay bounded."""
+    gradient_penalty: NonNegative = 0.0
+    """Weight of the penalty on the gradient of the logit by the embeddings of the response (half its squared norm)."""
+    ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Score with an exponential moving average of the weights of the loop's updates, which keeps this share of itself at
+    each; 0 scores with the weights themselves (paper)."""
     match_length: bool = False
     """Compare beginnings of equal length: student and teacher responses are paired by length and cut to the same number
     of tokens, in training and in scoring, so that their length carries no information."""
@@ -370,15 +385,31 @@ class DiscriminatorConfig(Section):
     """Number of steps over which the accuracy is averaged for these warnings."""
 
 
+class GateConfig(Section):
+    """Weight of the similarity reward by the discriminator's balanced accuracy on new groups, before it learns from them."""
+
+    enabled: bool = False
+    """Multiply the weight by a factor between 0 and 1; off keeps the weight (paper)."""
+    closed_below: Share = 0.55
+    """The factor is 0 up to this accuracy, and rises linearly above it."""
+    open_above: Share = 0.7
+    """The factor is 1 from this accuracy on."""
+    smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.8
+    """The accuracy is a moving average over steps, which keeps this share of itself at each."""
+
+
 class SimilarityConfig(Section):
     """Similarity reward from the discriminator."""
 
-    kind: Literal["binary", "continuous", "levels"] = "binary"
-    """1 if student_prob < 0.5, else 0 (paper); 1 - student_prob; or the latter rounded to `levels` values (Fig. 6)."""
+    kind: Literal["binary", "continuous", "levels", "raw"] = "binary"
+    """1 if student_prob < 0.5, else 0 (paper); 1 - student_prob; the latter rounded to `levels` values (Fig. 6); or the
+    logit of 1 - student_prob, which is the discriminator's raw score (GAD, arXiv 2511.10643)."""
     levels: Annotated[int, Field(ge=2)] = 11
     """Number of values of the kind `levels`, 0 and 1 included."""
     weight: float = 1.0
     """Factor in the sum of rewards; 0 only logs the reward."""
+    gate: GateConfig = Field(default_factory=GateConfig)
+    """Lower the weight while the discriminator tells student and teachers apart badly."""
 
 
 class AnswerRewardConfig(Section):
@@ -413,6 +444,29 @@ class RewardsConfig(Section):
     """Answer reward from the judge or from rules."""
     functions: list[RewardFunctionConfig] = Field(default_factory=list)
     """Your own reward functions."""
+
+
+RetryForm = Literal["compare", "again", "plain"]
+
+
+class RetryConfig(Section):
+    """Questions about answers: what the student is asked after its samples failed a question (ZPPO, arXiv 2606.18216)."""
+
+    questions_per_step: NonNegativeInt = 0
+    """Number of such questions in each step, over all processes, in addition to those of the data; 0 asks none (paper)."""
+    forms: Annotated[list[RetryForm], Field(min_length=1)] = ["compare", "again", "plain"]
+    """Forms in which a question comes again, in turn. compare: a right answer of a teacher and a wrong one of the student,
+    without names and in seeded order: which is right, and why? again: the student's wrong answers, and the request to solve
+    the question in another way. plain: the question itself. compare is left out where no teacher is right."""
+    failed_below: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    """A question is remembered if a smaller share of its samples is right. It leaves as solved when a group that was not
+    shown a right answer reaches the share."""
+    max_tries: PositiveInt = 9
+    """A question leaves as given up after it was asked again this many times."""
+    buffer_size: PositiveInt = 256
+    """Number of questions that are remembered; the oldest makes way for a new one."""
+    max_answers: PositiveInt = 4
+    """Number of wrong answers that are remembered of a question, the newest first."""
 
 
 class TrainConfig(Section):
@@ -482,6 +536,8 @@ class TrainConfig(Section):
     """Trackers to log to, in addition to the files in the run folder."""
     log_rollouts_every: PositiveInt = 1
     """Steps between files with every response in `rollouts/`."""
+    retry: RetryConfig = Field(default_factory=RetryConfig)
+    """Questions about answers to questions that the student failed."""
 
 
 class EvaluationConfig(Section):
@@ -556,8 +612,9 @@ class Recipe(Section):
     @property
     def collected_student(self) -> str:
         """Checkpoint that selects questions and whose responses are collected: the SFT student, unless SFT itself trains
-        on the cache."""
-        return self.student.model if self.sft.targets != "answers" else self.start_student
+        on the cache and does not come first (`collect.student_after_sft`)."""
+        after = self.sft.targets == "answers" or self.collect.student_after_sft
+        return self.start_student if after else self.student.model
 
     @property
     def discriminator_path(self) -> Path:
@@ -578,6 +635,16 @@ class Recipe(Section):
     def uses_replay(self) -> bool:
         """Whether the discriminator is also trained on groups of earlier steps."""
         return self.uses_discriminator and self.discriminator.mode == "updated" and self.discriminator.replay > 0
+
+    @property
+    def shows_teacher_answers(self) -> bool:
+        """Whether prompts of the loop show right answers of the teachers."""
+        return self.train.retry.questions_per_step > 0 and "compare" in self.train.retry.forms
+
+    @property
+    def uses_gate(self) -> bool:
+        """Whether the weight of the similarity reward follows the discriminator's accuracy."""
+        return self.uses_discriminator and self.rewards.similarity.gate.enabled
 
     @property
     def teacher_responses_per_question(self) -> int:

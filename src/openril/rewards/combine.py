@@ -92,12 +92,13 @@ class RewardSystem:
         self.gather = gather
         self.stats = RewardStats()
         self._begun: tuple[list[Group], AnswersHandle] | None = None
+        self.gate = 1.0  # factor of the similarity reward's weight; the loop sets it (rewards.similarity.gate)
 
     @property
     def weights(self) -> dict[str, float]:
         """Weight of every active reward, by its name in ``Rollout.rewards``."""
         rewards = self.recipe.rewards
-        weights = {"similarity": rewards.similarity.weight} if self.recipe.uses_discriminator else {}
+        weights = {"similarity": self.gate * rewards.similarity.weight} if self.recipe.uses_discriminator else {}
         if self.kind != "none":
             weights["answer"] = rewards.answer.weight
         return weights | {f.name: f.weight for f in self.functions.functions}

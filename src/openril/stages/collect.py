@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from openril.checkpoint_files import require_folder
 from openril.errors import CacheError, EndpointError
-from openril.recipe.checks import filters_overlong
+from openril.recipe.checks import collects_student_last, filters_overlong
 from openril.recipe.schema import Recipe
 from openril.records import STUDENT, Question
 from openril.report.progress import ProgressDisplay, say, warn_line
@@ -54,13 +54,16 @@ def run_collect(
     from openril.stages.questions import selected_questions, selection_file
 
     names = required_sources(recipe) if sources is None else sources
+    partial = sources is None and filters_overlong(recipe) and not selection_file(recipe).exists()
+    if partial:
+        names = [STUDENT]
+    early = sources is None and collects_student_last(recipe) and not recipe.sft_student_path.exists()
+    if early:
+        names = [name for name in names if name != STUDENT]
     for name in names:
         teacher_of(recipe, name)  # an unknown name is refused before any work
         if make_sampler is None:
             _require_checkpoint(recipe, name)
-    partial = sources is None and filters_overlong(recipe) and not selection_file(recipe).exists()
-    if partial:
-        names = [STUDENT]
     asked = {name: selected_questions(recipe, name) for name in names}
     warn = lambda message: warn_line(console, "collect", message)  # noqa: E731
     for questions in {tuple(q.id for q in questions): questions for questions in asked.values()}.values():
@@ -103,6 +106,8 @@ def run_collect(
         raise EndpointError("\n".join(problems) + "\nAll others are kept. The same command collects the missing ones.")
     if recipe.collect.judge_responses and int(os.environ.get("RANK", "0")) == 0:  # processes share only the collecting
         judge_cached(recipe, cache, asked, console)
+    if early:
+        say(console, "collect: next, `ril sft` warms the student up; then run `ril collect` again for its responses")
     if partial:
         say(console, "collect: next, `ril select` leaves out overlong questions; then run `ril collect` again")
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from rich.console import Console
 
-from openril.recipe.checks import collects_all, filters_overlong, require
+from openril.recipe.checks import collects_all, collects_student_last, filters_overlong, require
 from openril.recipe.schema import Recipe
 from openril.report.progress import say
 from openril.training.distributed import one_process, release_memory
@@ -18,7 +18,7 @@ def stages(recipe: Recipe) -> list[tuple[str, str, str]]:
 
     The overlong filter needs the student's responses, so the selection and the collection have two parts each: teachers
     are asked the final choice alone. SFT on cached responses comes after them, which then use the student without the
-    warm start.
+    warm start; with `collect.student_after_sft` a second collection from the student follows.
     """
     needs_discriminator = recipe.uses_discriminator and recipe.discriminator.pretraining.enabled
     collect, select = ("collect", "collect", "run_collect"), ("select", "select", "run_select")
@@ -26,6 +26,8 @@ def stages(recipe: Recipe) -> list[tuple[str, str, str]]:
     choose = [select, collect, select] if filters_overlong(recipe) else [select] * recipe.data.selection.enabled
     responses = [*choose, *[collect] * collects_all(recipe)]
     first = [*responses, *sft] if recipe.sft.targets != "answers" else [*sft, *responses]
+    if collects_student_last(recipe):
+        first.append(collect)
     pretrain = [("discriminator", "discriminator", "run_discriminator")] if needs_discriminator else []
     evaluate = [("eval", "eval", "run_eval")] if recipe.data.validation else []
     return [*first, *pretrain, ("train", "train", "run_train"), *evaluate]

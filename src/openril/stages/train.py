@@ -27,7 +27,7 @@ from openril.report.progress import ProgressDisplay, say, warn_line
 from openril.responses.cache import ResponseCache
 from openril.responses.loaded import LoadedResponses
 from openril.responses.teacher_sampling import draw
-from openril.rewards.answers import score_answers
+from openril.rewards.answers import known_answers, score_answers
 from openril.rewards.combine import RewardSystem
 from openril.rewards.judge import JudgeService, build_judge_service
 from openril.rewards.verdict_store import OUTDATED
@@ -138,6 +138,8 @@ def open_trainer(recipe: Recipe, console: Console | None = None) -> Iterator[RIL
         folder = RunFolder(recipe.run_path)
 
         parts = TrainingComponents(recipe, accelerator, folder.checkpoints_path, questions, probes(questions), warn)
+        if parts.retry is not None and recipe.shows_teacher_answers:
+            parts.retry.right = right_answers(recipe, questions, check=accelerator.is_main_process)
         if accelerator.is_main_process:
             save_recipe(recipe, recipe.run_path / "recipe.yaml")
             folder.cut_after(parts.step)
@@ -157,6 +159,8 @@ def open_trainer(recipe: Recipe, console: Console | None = None) -> Iterator[RIL
             write_student=parts.saver.write_student,
             evaluate=_evaluation(recipe, parts, judge) if evaluates else None,
             offload=parts.offload,
+            gate=parts.gate,
+            retry=parts.retry,
             first_step=parts.step,
         )
     finally:
@@ -203,6 +207,20 @@ def cached_teacher_responses(
         return draw(cache, question.id, recipe.teacher_names, seed=recipe.seed, epoch=epoch, fits=fits, **amount)
 
     return responses
+
+
+def right_answers(recipe: Recipe, questions: list[Question], *, check: bool = True) -> Callable[[Question], list[str]]:
+    """Return a function that returns the texts of a question's cached teacher responses that are known to be right."""
+    names, number = recipe.teacher_names, recipe.collect.num_responses
+    cache = ResponseCache.open(recipe.cache_path).load(questions, names, number, check_hashes=check)
+    score = known_answers(recipe)
+
+    def right(question: Question) -> list[str]:
+        texts = [r.text for name in names for r in cache.responses_for(question.id, name)]
+        scores = score([(question, text) for text in texts])
+        return [text for text, s in zip(texts, scores, strict=True) if s.score is not None and s.score >= 1]
+
+    return right
 
 
 def _finished(recipe: Recipe, folder: RunFolder) -> bool:

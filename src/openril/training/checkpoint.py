@@ -2,8 +2,9 @@
 
 A checkpoint folder holds ``student/`` and ``discriminator/`` (Hugging Face form), ``optimizer_<name>.safetensors`` (in
 parts where weights are sharded, see shard_files.py), ``rng_<process>.safetensors`` with ``rng_<process>.json``,
-``state.json`` and ``recipe.yaml``, and ``replay.jsonl`` where earlier responses are replayed. It is written under another
-name and then renamed, so a killed run leaves the one before. Any number of processes continues from it.
+``state.json`` and ``recipe.yaml``, and one file for each memory that the run has (``replay.jsonl``: responses that are
+replayed). It is written under another name and then renamed, so a killed run leaves the one before. Any number of
+processes continues from it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy
 import torch
@@ -26,7 +27,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from openril._version import __version__
-from openril.discriminator.replay import ReplayMemory
 from openril.errors import StateError
 from openril.models.adapters import is_adapted
 from openril.models.saving import checkpoint_weights, full_tensor, write_model
@@ -126,8 +126,6 @@ def read_progress(folder: Path) -> dict[str, Any]:
         raise StateError(f"{folder}: expected a checkpoint ({e}). Remove it to continue from the one before it.") from e
 
 
-REPLAY_FILE = "replay.jsonl"
-
 # Settings that may change when a run is continued, because what is learned does not depend on them.
 _FREE = (
     "run_dir", "cache_dir", "teachers", "sft", "eval", "judge.base_urls", "judge.concurrency", "judge.timeout",
@@ -191,9 +189,17 @@ def run_fingerprint(recipe: Recipe, questions: Sequence[Question]) -> dict[str, 
     }
 
 
+class Memory(Protocol):
+    """What a run remembers of earlier steps, equal in all processes."""
+
+    def save(self, path: Path) -> None: ...
+
+    def load(self, path: Path) -> None: ...
+
+
 @dataclass
 class Saver:
-    """Saves and restores the student, the discriminator, their optimizers, random states and replayed responses."""
+    """Saves and restores the student, the discriminator, their optimizers, random states and memories."""
 
     checkpoints: Checkpoints
     accelerator: Accelerator
@@ -207,8 +213,8 @@ class Saver:
     optimizers: dict[str, Any] = field(default_factory=dict)
     fingerprint: dict[str, str] = field(default_factory=dict)
     """See ``run_fingerprint``; kept in state.json."""
-    replay: ReplayMemory | None = None
-    """The discriminator's memory, where the run has one."""
+    memories: dict[str, Memory] = field(default_factory=dict)
+    """What the run remembers, by the name of its file."""
     offload: Offload = field(default_factory=Offload)
 
     def save(self, step: int) -> None:
@@ -230,8 +236,9 @@ class Saver:
         if self.network is not None:
             self.write_discriminator(folder / "discriminator")
             self._write_optimizer(folder, "discriminator")
-        if self.replay is not None and accelerator.is_main_process:
-            self.replay.save(folder / REPLAY_FILE)
+        if accelerator.is_main_process:
+            for name, memory in self.memories.items():
+                memory.save(folder / name)
         save_rng(folder, accelerator.process_index)
         if accelerator.is_main_process:
             save_recipe(self.recipe, folder / "recipe.yaml")
@@ -244,12 +251,12 @@ class Saver:
         accelerator.wait_for_everyone()
 
     def restore(self, folder: Path) -> None:
-        """Restore optimizers, random states and replayed responses; models are built from the checkpoint already."""
+        """Restore optimizers, random states and memories; models are built from the checkpoint already."""
         for name, optimizer in self.optimizers.items():
             load_optimizer(folder, name, optimizer)
             self.offload.park_states(name)
-        if self.replay is not None:
-            self.replay.load(folder / REPLAY_FILE)
+        for name, memory in self.memories.items():
+            memory.load(folder / name)
         load_rng(folder, self.accelerator.process_index)
 
     def write_student(self, folder: Path, dtype: torch.dtype | None = None) -> None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor
+from torch import Tensor, nn
 
+from openril.discriminator.gradient_penalty import logits_and_slopes
 from openril.discriminator.health import Scored, health
 from openril.discriminator.losses import bce_terms, bradley_terry_loss, centered, chance_loss
 from openril.discriminator.matching import matched_pairs, shown_tokens
@@ -38,8 +39,10 @@ class Discriminator:
     ``replay`` holds the student's responses of earlier steps; the loop fills it and draws from it.
 
     network: The ``DiscriminatorModel``, possibly wrapped. optimizer: None for a fixed discriminator. max_grad_norm: 0
-    does not clip. packed: Run the part of the prompt that responses share once. store: Keeps the outputs of the frozen
-    vision side. warn: Receives a message if the packed pass cannot be used.
+    does not clip. packed: Run the part of the prompt that responses share once; not with a gradient penalty. store: Keeps
+    the outputs of the frozen vision side. ema_decay: See the recipe; the averages are in the optimizer's state, whose
+    checkpoints and sharding they share. states: A context in which that state is on the device (``Offload.states``).
+    warn: Receives a message if the packed pass cannot be used.
     """
 
     network: Any
@@ -51,6 +54,8 @@ class Discriminator:
     max_grad_norm: float = 0.0
     packed: bool = True
     store: FeatureCache | None = None
+    ema_decay: float = 0.0
+    states: Callable[[], AbstractContextManager[object]] = nullcontext
     warn: Callable[[str], None] = lambda message: None
 
     def __post_init__(self) -> None:
@@ -60,7 +65,7 @@ class Discriminator:
         )
         self.replay = ReplayMemory(settings.replay, settings.replay_steps)
         self.packing = PackingProbe(
-            self.packed,
+            self.packed and not settings.gradient_penalty,
             "discriminator",
             lambda message: self.warn(message),
             gather=gather_object,
@@ -83,11 +88,12 @@ class Discriminator:
         self.network.eval()
         views = [self._views(g) for g in groups]
         logits: list[list[Tensor]] = [[] for _ in groups]
-        for batch in self._micro_batches(groups, views, whole=False):
-            for piece, part in zip(batch, self._logits(batch), strict=True):
-                if not piece.idle:
-                    logits[piece.group].append(part)
-        reshard(self.network)
+        with self._averaged():
+            for batch in self._micro_batches(groups, views, whole=False):
+                for piece, part in zip(batch, self._logits(batch)[0], strict=True):
+                    if not piece.idle:
+                        logits[piece.group].append(part)
+            reshard(self.network)
         self._refuse_not_finite(groups, logits, when)
         for group, parts, shown in zip(groups, logits, views, strict=True):
             for rollout, z in zip(
@@ -114,17 +120,24 @@ class Discriminator:
         old = count / (share * self.accelerator.num_processes) if count else 1.0
         divisors = [len(groups) / (1 - share)] * len(groups) + [old] * len(replayed)
         logits: list[list[Tensor]] = [[] for _ in everything]
-        total, of_new = 0.0, torch.zeros((), device=self.accelerator.device)
+        total, slope = 0.0, 0.0
+        of_new = torch.zeros((), device=self.accelerator.device)
         batches = self._micro_batches(everything, views, whole=self.settings.loss == "bradley_terry")
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
             with nullcontext() if last or is_sharded(self.network) else self.accelerator.no_sync(self.network):
                 loss = torch.zeros((), device=self.accelerator.device)
-                for piece, z in zip(batch, self._logits(batch), strict=True):
+                parts, slopes = self._logits(batch)
+                for place, (piece, z) in enumerate(zip(batch, parts, strict=True)):
                     if piece.idle:
                         loss = loss + 0.0 * z.sum()
                         continue
                     shown = views[piece.group][piece.part.start : piece.part.stop]
+                    if slopes is not None:
+                        weights = torch.tensor([v.weight for v in shown], device=z.device)
+                        of_slopes = (weights * slopes[place]).sum() / divisors[piece.group]
+                        loss = loss + self.settings.gradient_penalty / 2 * of_slopes
+                        slope += float(of_slopes.detach())
                     of_group = self._loss(z, everything[piece.group], shown)
                     loss = loss + of_group / divisors[piece.group]
                     of_new += of_group.detach() if piece.group < len(groups) else 0.0
@@ -132,7 +145,7 @@ class Discriminator:
                 self.accelerator.backward(loss)
                 total += float(loss.detach())
         self._refuse_not_finite(everything, logits, when)
-        norm = take_step(self.accelerator, self.optimizer, self.trainable, self.max_grad_norm, f"discriminator, {when}")
+        norm = self._take_step(when)
         scored = [
             [
                 Scored(r.response.source, z, len(r.response.text))
@@ -141,9 +154,11 @@ class Discriminator:
             for g, parts, shown in zip(everything, logits, views, strict=True)
         ]
         chance = sum(chance_loss(self.settings.loss, bool(g.students), bool(g.teachers)) for g in groups)
-        sums = gather_object([(total, (float(of_new) - chance) / len(groups))])
-        loss_mean, over_chance = (sum(values) / len(sums) for values in zip(*sums, strict=True))
+        sums = gather_object([(total, (float(of_new) - chance) / len(groups), slope)])
+        loss_mean, over_chance, slope = (sum(values) / len(sums) for values in zip(*sums, strict=True))
         out = {"loss": loss_mean, "loss_minus_chance": over_chance, "grad_norm": norm}
+        if self.settings.gradient_penalty:
+            out["embedding_gradient"] = slope
         if count:
             old_ones = [s for part in scored[len(groups) :] for s in part if s.source == STUDENT]
             right = gather_object([s.logit >= 0 for s in old_ones])
@@ -154,10 +169,47 @@ class Discriminator:
         """Return what these views add to their group's loss; Bradley-Terry needs all views of the group."""
         students = self._sides(group, z.device)[[v.member for v in shown]]
         weights = torch.tensor([v.weight for v in shown], device=z.device)
+        smoothing = self.settings.label_smoothing
         if self.settings.loss == "bce":  # the means of Eq. 1 over each side as weights, so that a group can be split
-            return (weights * bce_terms(z, students)).sum()
+            return (weights * bce_terms(z, students, smoothing)).sum()
         pairs = torch.diag(weights[students]) if self.settings.match_length else None
-        return bradley_terry_loss(z[students], z[~students], pairs)
+        return bradley_terry_loss(z[students], z[~students], pairs, smoothing)
+
+    def _averages(self) -> dict[nn.Parameter, Tensor]:
+        """Return the averaged weights of the parameters that were updated before; the others are their own average."""
+        if not self.ema_decay or self.optimizer is None:
+            return {}
+        states = {p: self.optimizer.state.get(p, {}) for p in self.trainable}
+        return {p: state["average"] for p, state in states.items() if "average" in state}
+
+    @torch.no_grad()
+    def _take_step(self, when: str) -> float:
+        """Take an optimizer step, move the averages to the new weights, and return the norm of the gradient."""
+        known = self._averages()
+        before = {p: p.detach().clone() for p in self.trainable if self.ema_decay and p not in known}
+        norm = take_step(self.accelerator, self.optimizer, self.trainable, self.max_grad_norm, f"discriminator, {when}")
+        for p, value in before.items():
+            if state := self.optimizer.state.get(p):  # it had a gradient
+                state["average"] = value.float()  # bfloat16 would lose most of what an update changes
+        with self.states():
+            for p, average in self._averages().items():
+                average.mul_(self.ema_decay).add_(p.to(average), alpha=1 - self.ema_decay)
+        return norm
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Hold the averaged weights in the network inside."""
+        averages = self._averages()
+        live = {p: p.detach().clone() for p in averages}
+        if averages:
+            with self.states():
+                for p, average in averages.items():
+                    p.copy_(average)
+        try:
+            yield
+        finally:
+            for p, value in live.items():
+                p.copy_(value)
 
     def measure(self, groups: Sequence[Group]) -> dict[str, float]:
         """Return the health on the groups of all processes, which must be scored already, without an update."""
@@ -257,12 +309,16 @@ class Discriminator:
         idle = replace(min(pieces, key=lambda p: p.tokens), idle=True)
         return [[idle]] * missing + [[pieces[i] for i in batch] for batch in batches]
 
-    def _logits(self, batch: list[_Piece]) -> list[Tensor]:
-        """Return the logits of student_prob, one float32 vector for each piece."""
+    def _logits(self, batch: list[_Piece]) -> tuple[list[Tensor], list[Tensor] | None]:
+        """Return the logits of student_prob, one float32 vector for each piece.
+
+        With a gradient penalty, a pass that learns also returns the squared norms of their gradients by the embeddings.
+        """
         groups = _joined([p.members for p in batch]) if self.packing.on else [p.members for p in batch]
-        logits = self._run(self._with_images(groups), packed=bool(self.packing.on))
+        logits, slopes = self._run(self._with_images(groups), packed=bool(self.packing.on))
         sizes = [len(p.part) for p in batch]
-        return list(logits[: sum(sizes)].split(sizes))
+        of_slopes = None if slopes is None else list(slopes[: sum(sizes)].split(sizes))
+        return list(logits[: sum(sizes)].split(sizes)), of_slopes
 
     def _with_images(self, groups: Sequence[GroupTokens]) -> Sequence[GroupTokens]:
         """Return the groups and, if they have no image but those of another process may, the dummy image after them."""
@@ -270,11 +326,14 @@ class Discriminator:
             return groups
         return [*groups, GroupTokens(self._dummy, [torch.tensor([self.encoder.eos_token_ids[0]])])]
 
-    def _run(self, groups: Sequence[GroupTokens], *, packed: bool) -> Tensor:
+    def _run(self, groups: Sequence[GroupTokens], *, packed: bool) -> tuple[Tensor, Tensor | None]:
         pad = self.encoder.pad_token_id
         rows = pack(groups, pad, whole=True) if packed else pad_rows(groups, pad)
+        rows = rows.to(self.accelerator.device)
         with self.accelerator.autocast():
-            return self.network(rows.to(self.accelerator.device))
+            if self.settings.gradient_penalty and torch.is_grad_enabled():
+                return logits_and_slopes(self.network, self.accelerator.unwrap_model(self.network).backbone, rows)
+            return self.network(rows), None
 
     def _try_packing(self, groups: Sequence[Group]) -> None:
         """Find out on one group whether packed rows give this network's own logits, on all processes alike."""

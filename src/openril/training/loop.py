@@ -23,8 +23,10 @@ from accelerate.utils import gather_object
 
 from openril.algorithm.advantages import group_advantages
 from openril.discriminator.health import HealthWatch
+from openril.errors import PromptTooLongError
 from openril.recipe.schema import Recipe
 from openril.records import Group, ImageSource, Question, Response, Rollout
+from openril.rewards.similarity import SimilarityGate
 from openril.sampling.protocol import Sampler, gathered
 from openril.storage import stable_hash
 from openril.training.discriminator_update import Discriminator
@@ -33,6 +35,7 @@ from openril.training.metrics import reward_metrics
 from openril.training.offload import Offload
 from openril.training.optimization import learning_rate, set_learning_rate
 from openril.training.policy_update import PolicyUpdate
+from openril.training.retries import Retry, RetryMemory, guard_against_copies
 from openril.training.run_folder import RunFolder
 
 TeacherResponses = Callable[[Question, int], list[Response]]
@@ -41,6 +44,9 @@ TeacherResponses = Callable[[Question, int], list[Response]]
 
 class RewardModel(Protocol):
     """What gives the rollouts their rewards."""
+
+    gate: float
+    """Factor of the similarity reward's weight."""
 
     def begin(self, groups: Sequence[Group]) -> None:
         """Start what does not need the discriminator: the judge's requests run while the discriminator trains."""
@@ -74,6 +80,8 @@ class RILTrainer:
         write_student: Callable[..., None] | None = None,
         evaluate: Callable[[], dict[str, float]] | None = None,
         offload: Offload | None = None,
+        gate: SimilarityGate | None = None,
+        retry: RetryMemory | None = None,
         first_step: int = 0,
         report: Callable[[int, int, dict[str, Any]], None] = lambda step, total, row: None,
         warn: Callable[[str], None] = lambda message: None,
@@ -92,6 +100,10 @@ class RILTrainer:
         self._write_student = write_student
         self.evaluate = evaluate
         self.offload = offload or Offload()
+        self.gate = gate
+        self.retry = retry
+        if retry is not None:
+            retry.questions = {q.id: q for q in self.questions}
         self.step_number = first_step
         self.report = report
         self.warn = warn
@@ -108,50 +120,95 @@ class RILTrainer:
         when = f"step {self.step_number + 1}"
         with self.timed("sampling", "student"):  # G responses from pi_old, G of the teachers from the cache
             groups = self.sample_groups(batch)
+            self.retries = self.sample_retries()  # none in the paper
         if self.recipe.teacher_responses_per_question:
             metrics["train/teacher_too_long"] = float(sum(gather_object([self.policy.too_long])))
-        self.rewards.begin(groups)
+        judged = [*groups, *(r.scored for r in self.retries)]
+        self.rewards.begin(judged)
         if self.discriminator is not None:
             with self.timed(
                 "discriminator", "discriminator"
             ):  # D learns from these 2G responses first, then judges them
-                if self.recipe.discriminator.mode == "updated":
-                    for iteration in range(self.recipe.train.num_iterations):
-                        replayed = self.replayed_groups(iteration)  # none in the paper
-                        updated = self.discriminator.update(groups, replayed, when)
-                        if iteration == 0:  # its health is that of predictions on groups it has not learned from
-                            metrics |= prefixed("discriminator", updated)
-                self.discriminator.score(groups, when)
-                if self.recipe.discriminator.mode == "fixed":
-                    metrics |= prefixed("discriminator", self.discriminator.measure(groups))
+                metrics |= self.discriminate(self.discriminator, groups, when)
         with self.timed("rewards"):  # similarity and answer, for all 2G
-            metrics |= prefixed("reward", self.rewards.score(groups))
-        self.set_advantages(groups)
+            metrics |= prefixed("reward", self.rewards.score(judged))
+            guard_against_copies(self.retries, self.recipe.rewards.answer.weight)
+        self.set_advantages(judged)
         with self.timed("update", "student", "reference"):  # mu steps on Eq. 2
-            metrics |= prefixed("train", self.policy.update(groups, self.step_number))
+            learned = [*groups, *(r.learned for r in self.retries)]
+            metrics |= prefixed("train", self.policy.update(learned, self.step_number))
         return groups, metrics
 
     def sample_groups(self, batch: Sequence[tuple[Question, int]]) -> list[Group]:
         """Return the groups of the batch: the student's samples first, then the teachers' cached responses."""
-        train = self.recipe.train
         self.policy.too_long = 0
         samples: dict[tuple[str, int], list[Response]] = {}
         # Where one epoch ends and the next begins, a question may come up twice; it is then sampled twice.
         with self.accelerator.autocast(), gathered(self.sampler):
             for epoch in sorted({epoch for _, epoch in batch}):
                 questions = [q for q, v in batch if v == epoch]
-                drawn = self.sampler.sample(
-                    questions,
-                    train.num_generations,
-                    settings=train.sampling,
-                    max_completion_length=train.max_completion_length,
-                    seed=stable_hash(self.recipe.seed, "sample", self.step_number, epoch),
-                )
+                drawn = self._sample(questions, "sample", self.step_number, epoch)
                 samples |= {(q.id, epoch): mine for q, mine in zip(questions, drawn, strict=True)}
         return [
             Group(q, [Rollout(r) for r in [*samples[q.id, epoch], *self.teacher_responses(q, epoch)]])
             for q, epoch in batch
         ]
+
+    def sample_retries(self) -> list[Retry]:
+        """Return this process's share of the questions about answers, with the student's samples."""
+        if self.retry is None:
+            return []
+        drawn = self.retry.draw(self.recipe.train.retry.questions_per_step, self._prompt_fits)
+        share = len(drawn) // self.accelerator.num_processes  # equally many for each, so that groups weigh the same
+        mine = drawn[share * self.accelerator.process_index :][:share]
+        if mine:
+            with self.accelerator.autocast(), gathered(self.sampler):
+                sampled = self._sample([r.asked for r in mine], "retry", self.step_number)
+            for retry, responses in zip(mine, sampled, strict=True):
+                retry.rollouts = [Rollout(response) for response in responses]
+        return mine
+
+    def _sample(self, questions: Sequence[Question], *what: str | int) -> list[list[Response]]:
+        train = self.recipe.train
+        return self.sampler.sample(
+            questions,
+            train.num_generations,
+            settings=train.sampling,
+            max_completion_length=train.max_completion_length,
+            seed=stable_hash(self.recipe.seed, *what),
+        )
+
+    def _prompt_fits(self, question: Question) -> bool:
+        try:
+            self.policy.encoder(question)
+        except PromptTooLongError:
+            return False
+        return True
+
+    def discriminate(self, discriminator: Discriminator, groups: Sequence[Group], when: str) -> dict[str, float]:
+        """Update D as often as the recipe says, then score the groups. Return its health on them before it learned."""
+        d, health = self.recipe.discriminator, {}
+        learns = d.mode == "updated"
+        # An update returns the health of the predictions it starts from; those of averaged weights are others.
+        if not learns or d.update_below is not None or (self.gate is not None and d.ema_decay):
+            discriminator.score(groups, when)
+            health = discriminator.measure(groups)
+        if d.update_below is not None:
+            learns &= health.get("balanced_accuracy", 0.0) < d.update_below
+            health["updated"] = float(learns)
+        if learns:
+            for iteration in range(d.num_iterations or self.recipe.train.num_iterations):
+                replayed = self.replayed_groups(iteration)  # none in the paper
+                updated = discriminator.update(groups, replayed, when)
+                if iteration == 0:  # its health is that of predictions on groups it has not learned from
+                    health = updated | health
+            discriminator.score(groups, when)
+        metrics = prefixed("discriminator", health)
+        if self.gate is not None:
+            self.gate.see(health.get("balanced_accuracy"))
+            self.rewards.gate = self.gate.factor
+            metrics["reward/similarity_gate"] = self.gate.factor
+        return metrics
 
     def replayed_groups(self, iteration: int) -> list[Group]:
         """Return this process's share of the earlier groups that the discriminator's update repeats."""
@@ -218,6 +275,9 @@ class RILTrainer:
                 if self.discriminator is not None and self.recipe.uses_replay:
                     self.discriminator.replay.keep((step - 1) * train.questions_per_step, everyone)
                 metrics |= reward_metrics(everyone)
+                retries = gather_object([replace(r, asked=without_images(r.asked)) for r in self.retries])
+                if self.retry is not None:
+                    metrics |= prefixed("retry", self.retry.remember(everyone, retries))
                 metrics["train/learning_rate"] = rate
                 if self.evaluate is not None and train.eval_every and step % train.eval_every == 0:
                     with self.timed("eval", "student"):
@@ -227,7 +287,7 @@ class RILTrainer:
                     self.seconds["offload"], self.offload.seconds = self.offload.seconds, 0.0
                 metrics |= prefixed("time", self.seconds)
                 metrics |= memory_metrics()
-                self._log(step, everyone, metrics)
+                self._log(step, [*everyone, *(r.learned for r in retries)], metrics)
                 stopping = any(gather_object([bool(stop)]))
                 if stopping or step == self.total_steps or (train.save_every and step % train.save_every == 0):
                     self.save(step)

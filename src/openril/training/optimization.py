@@ -86,7 +86,12 @@ class CompensatedAdamW(torch.optim.Optimizer):
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         parameters = [p for group in self.param_groups for p in group["params"]]
         for number, p in zip(numbers, parameters, strict=True):
-            kinds = {"exp_avg": p.dtype, "exp_avg_sq": torch.float32, "remainder": torch.int16}
+            kinds = {
+                "exp_avg": p.dtype,
+                "exp_avg_sq": torch.float32,
+                "remainder": torch.int16,
+                "average": torch.float32,
+            }
             for key, value in state_dict["state"].get(number, {}).items():
                 if key in kinds:
                     self.state[p][key] = value.to(p.device, kinds[key], copy=True)

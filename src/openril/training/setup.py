@@ -22,6 +22,7 @@ from openril.models.vision_features import FeatureCache, VisionFeatures
 from openril.recipe.schema import OptimizerConfig, Recipe
 from openril.recipe.validation import RENAMED_KEYS
 from openril.records import Question
+from openril.rewards.similarity import SimilarityGate
 from openril.sampling.checkpoint_sampler import local_folder
 from openril.sampling.synced import SyncedSampler, WeightsFolder
 from openril.sampling.transformers_engine import TransformersSampler
@@ -29,6 +30,7 @@ from openril.sampling.vllm_engine import VLLMSampler
 from openril.storage import refuse_changed, weights_fingerprint
 from openril.training.checkpoint import (
     Checkpoints,
+    Memory,
     Saver,
     read_progress,
     refuse_changed_length,
@@ -40,6 +42,7 @@ from openril.training.distributed import compute_dtype, master_dtype, shards
 from openril.training.offload import Offload
 from openril.training.optimization import build_optimizer
 from openril.training.policy_update import PolicyUpdate
+from openril.training.retries import RetryMemory
 from openril.training.sharding import fill, in_float32, shard, share_vision, whole
 
 _NEW_RUN = "set another run_dir for a new run"
@@ -86,10 +89,22 @@ class TrainingComponents:
         if not self.sharded:  # sharded models compare their vision sides, of which they then share one
             self.offload.use()  # the discriminator is built while the student is parked
         self.discriminator = self._build_discriminator() if recipe.uses_discriminator else None
+        memories: dict[str, Memory] = {}
         if self.discriminator is not None:
             self.offload.add("discriminator", self.discriminator.network, self.discriminator.optimizer)
             if self.discriminator.optimizer is not None:
                 optimizers["discriminator"] = self.discriminator.optimizer
+                self.discriminator.ema_decay = recipe.discriminator.ema_decay  # not in pre-training
+                self.discriminator.states = lambda: self.offload.states("discriminator")
+            if recipe.uses_replay:
+                memories["replay.jsonl"] = self.discriminator.replay
+        self.gate = SimilarityGate(recipe.rewards.similarity.gate) if recipe.uses_gate else None
+        if self.gate is not None:
+            memories["gate.json"] = self.gate
+        retries = recipe.train.retry.questions_per_step > 0
+        self.retry = RetryMemory(recipe.train.retry, recipe.seed) if retries else None
+        if self.retry is not None:
+            memories["retry.jsonl"] = self.retry
         self.offload.use()
         self.saver = Saver(
             self.checkpoints,
@@ -101,7 +116,7 @@ class TrainingComponents:
             discriminator_processor=self.discriminator.encoder.processor if self.discriminator else None,
             optimizers=optimizers,
             fingerprint=fingerprint,
-            replay=self.discriminator.replay if self.discriminator is not None and recipe.uses_replay else None,
+            memories=memories,
             offload=self.offload,
         )
         if self.resumed_from is not None:
