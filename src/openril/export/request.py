@@ -50,9 +50,11 @@ class ExportRequest:
     questions: int = 100
     """The number of questions of the check."""
     max_kl: float | None = None
-    """The largest mean KL that passes, in nats; None for the type's own limit."""
+    """The largest mean KL, in nats, of types without a limit of ours; None only reports it."""
     threads: int = 1
     """CPU threads of the runtime."""
+    resize: bool = False
+    """Send pictures in the sizes that the model's processor gives them, as the application then must too."""
     python: str = ""
     """The interpreter that writes the export, for formats whose tools need another environment."""
     say: Callable[[str], None] = print

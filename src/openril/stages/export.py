@@ -44,7 +44,8 @@ def parser() -> argparse.ArgumentParser:
     add("--out", metavar="FOLDER", default="", help="where to write; default: export/FORMAT next to the checkpoint")
     add("--recipe", metavar="RECIPE", default="", help="the recipe with the questions of the check")
     add("--questions", metavar="N", type=_positive, default=100, help="questions of the check; default: 100")
-    add("--max-kl", metavar="X", type=float, help="the largest mean KL that passes; default: the type's own limit")
+    add("--max-kl", metavar="X", type=float, help="the largest mean KL of types without a limit of ours, such as q4_0")
+    add("--resize-images", action="store_true", help="send pictures in the sizes of the model's own grid")
     add("--threads", metavar="N", type=_positive, default=0, help="CPU threads of the runtime; default: the cores here")
     add("--python", metavar="PATH", default="", help="the interpreter with the format's tools, where it needs one")
     add("--no-check", action="store_true", help="only write the files")
@@ -56,7 +57,8 @@ def parser() -> argparse.ArgumentParser:
 
 def run_export(arguments: Sequence[str], console: Console) -> int:
     """Export or check as the flags say. Returns 0, or 1 if the export does not answer like the checkpoint."""
-    flags, settings = parser().parse_known_args(list(arguments))
+    own, settings = _split(arguments)
+    flags = parser().parse_args(own)
     request = _check_request(flags, settings) if flags.check else _export_request(flags, settings)
     request = ExportRequest(**{**vars(request), "say": partial(say, console)})
     module = format_module(request.to)
@@ -87,7 +89,7 @@ def _export_request(flags: argparse.Namespace, settings: list[str]) -> ExportReq
 
 def _check_request(flags: argparse.Namespace, settings: list[str]) -> ExportRequest:
     """Read what to check from the record in the export's folder."""
-    given = [name for name in ("checkpoint", "to", "type", "out", "no_check") if getattr(flags, name)]
+    given = [name for name in ("checkpoint", "to", "type", "out", "no_check", "resize_images") if getattr(flags, name)]
     if given:
         raise ExportError(f"--check: got {given[0]} too, which the export's own {RECORD} names. Leave it out.")
     folder = Path(flags.check).expanduser()
@@ -102,7 +104,13 @@ def _check_request(flags: argparse.Namespace, settings: list[str]) -> ExportRequ
 
 def _check_settings(flags: argparse.Namespace) -> dict[str, Any]:
     threads = flags.threads or len(os.sched_getaffinity(0))
-    return {"questions": flags.questions, "max_kl": flags.max_kl, "threads": threads, "python": flags.python}
+    return {
+        "questions": flags.questions,
+        "max_kl": flags.max_kl,
+        "threads": threads,
+        "resize": flags.resize_images,
+        "python": flags.python,
+    }
 
 
 def find_recipe(given: str, checkpoint: str, settings: list[str]) -> tuple[Recipe, str]:
@@ -133,6 +141,19 @@ def find_recipe(given: str, checkpoint: str, settings: list[str]) -> tuple[Recip
             " --data.validation FILE, or skip the check with --no-check."
         )
     return recipe, path
+
+
+def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Separate the command's own arguments from settings of the recipe, each with the values up to the next flag."""
+    known = parser()._option_string_actions
+    own: list[str] = []
+    settings: list[str] = []
+    target = own
+    for argument in arguments:
+        if argument.startswith("-"):
+            target = own if argument.partition("=")[0] in known else settings
+        target.append(argument)
+    return own, settings
 
 
 def _positive(text: str) -> int:
