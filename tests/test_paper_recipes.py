@@ -16,7 +16,7 @@ from scripts import memory_table
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 PAPER = sorted((RECIPES / "paper").glob("*teacher*.yaml"))
-BASELINES = sorted((RECIPES / "baselines").glob("*.yaml"))
+BASELINES = sorted((RECIPES / "methods").glob("*.yaml"))
 LAUNCHER = RECIPES / "accelerate" / "ddp.yaml"
 PROCESSES = (1, 2, 3, 4, 6)
 DIVIDED = {

@@ -1,6 +1,6 @@
 """List what the study runs: every cell, and the few settings in which it differs from recipes/study/base.yaml.
 
-The settings of the methods that have a recipe in recipes/baselines are read from there.
+The settings of the methods that have a recipe in recipes/methods are read from there.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Method:
     overrides: Mapping[str, Any] = field(default_factory=dict)
     """Dotted settings."""
     baseline: str = ""
-    """Recipe in recipes/baselines that makes the method."""
+    """Recipe in recipes/methods that makes the method."""
     start: Start = "sft"
     """The student's checkpoint that it starts from."""
     cost: float = 1.5
@@ -98,14 +98,14 @@ METHODS: dict[str, Method] = {
     "base": Method("base student", "as_is", start="base"),
     "sft": Method("SFT student", "as_is"),
     "dr_grpo": Method("Dr.GRPO", baseline="dr_grpo", cost=1.0),
-    "ril_both": Method("RIL, both teachers"),
+    "ril_both": Method("RIL, both teachers", baseline="ril"),
     "ril_a": Method("RIL, teacher A", overrides={"train.teachers": ["teacher_a"]}),
     "ril_b": Method("RIL, teacher B", overrides={"train.teachers": ["teacher_b"]}),
     "sft_teacher_text": Method("SFT on teacher text", "sft", baseline="sft_teacher_text", cost=0.5),
     "rejection_sampling": Method("rejection sampling", "sft", baseline="rejection_sampling", cost=0.5),
     "grpo": Method("GRPO", baseline="grpo", cost=1.0),
     "gail": Method("GAIL", baseline="gail"),
-    "gad_like": Method("GAD-like", baseline="gad_like"),
+    "gad_like": Method("GAD-like", baseline="gad", overrides={"rewards.similarity.kind": "continuous"}),
 }
 """In the order of the tables' rows. All start from the same SFT student, with the same questions and number of steps."""
 
@@ -182,7 +182,7 @@ ABLATIONS: dict[str, tuple[str, dict[str, Method]]] = {
     }),
     "loss": ("D's loss (BCE)", {"bradley_terry": Method("Bradley-Terry", overrides={"discriminator.loss": "bradley_terry"})}),
     "replay": ("Replay of older student responses to D (none)", {
-        "replay": Method("half of D's student responses", overrides={"discriminator.replay": 0.5}),
+        "replay": Method("half of D's student responses", baseline="persistent"),
     }),
     "length": ("Lengths D learns from (as they come)", {
         "match_length": Method("matched", overrides={"discriminator.match_length": True}),

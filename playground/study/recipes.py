@@ -38,8 +38,8 @@ def shipped_recipe(name: str, overrides: Sequence[str] = (), folders: Mapping[st
 
 @cache
 def baseline_settings(name: str) -> dict[str, Any]:
-    """Return the dotted settings in which ``recipes/baselines/NAME.yaml`` differs from the recipe it is based on."""
-    base, method = (shipped_recipe(n).model_dump() for n in ("paper/base.yaml", f"baselines/{name}.yaml"))
+    """Return the dotted settings in which ``recipes/methods/NAME.yaml`` differs from the recipe it is based on."""
+    base, method = (shipped_recipe(n).model_dump() for n in ("paper/base.yaml", f"methods/{name}.yaml"))
     return {key: new for key, (_, new) in changed_keys(base, method).items() if key != "run_dir"}
 
 

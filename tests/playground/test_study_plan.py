@@ -14,7 +14,7 @@ from openril.storage import changed_keys, write_json
 from playground.study.command import check, prepare
 from playground.study.jobs import Plan
 from playground.study.plan import ABLATIONS, CELLS, COMPUTE, MAIN, METHODS, REFERENCE, Settings
-from playground.study.recipes import RECIPES, Place, Recipes, baseline_settings, put
+from playground.study.recipes import RECIPES, Place, Recipes, baseline_settings, method_settings, put
 from support.finished_study import write_cell
 
 TRAINED = [(g, n) for g in ("contenders", "ablations") for n, c in CELLS[g].items() if c.how != "as_is"]
@@ -186,17 +186,17 @@ def test_a_folder_of_other_settings_is_refused(tmp_path):
 def test_settings_of_a_method_come_from_its_baseline_recipe(tmp_path):
     made = recipes(tmp_path)
     reference = made.cell(Place("student_qwen", "contenders", REFERENCE, 0)).model_dump()
-    named = {name for name, method in METHODS.items() if method.baseline}
-    assert named == {path.stem for path in (RECIPES / "baselines").glob("*.yaml")}
+    named = {name: method.baseline for name, method in METHODS.items() if method.baseline}
+    assert len(named) >= 7 and set(named.values()) <= {path.stem for path in (RECIPES / "methods").glob("*.yaml")}
     for name in named:
-        settings = baseline_settings(METHODS[name].baseline)
+        settings = method_settings(METHODS[name])
         cell = made.cell(Place("student_qwen", "contenders", name, 0)).model_dump()
         changed = {key: new for key, (_, new) in changed_keys(reference, cell).items()}
         of_every_cell = {"collect.judge_responses", "run_dir", "sft.enabled", "sft.max_steps", "sft.batch_size"}
         assert {k: v for k, v in changed.items() if k not in of_every_cell} == {
             k: v for k, v in settings.items() if k not in of_every_cell
         }
-        assert METHODS[name].baseline == name and not METHODS[name].overrides
+    assert {name for name in named if METHODS[name].overrides} == {"gad_like"}
 
 
 def test_the_method_settings_are_few():
@@ -207,10 +207,15 @@ def test_the_method_settings_are_few():
     assert baseline_settings("rejection_sampling") == {
         "sft.targets": "judged_responses", "collect.judge_responses": True,
     }  # fmt: skip
-    assert baseline_settings("gad_like") == {
+    assert baseline_settings("ril") == {}
+    assert baseline_settings("persistent") == {"discriminator.replay": 0.5}
+    gad = {
         "train.algorithm": "gail", "train.teacher_responses_in_update": False, "discriminator.loss": "bradley_terry",
-        "discriminator.inputs": "question", "rewards.similarity.kind": "continuous",
+        "discriminator.inputs": "question", "rewards.similarity.kind": "raw",
     }  # fmt: skip
+    assert baseline_settings("gad") == gad
+    # The cells of the study keep the reward that they were run with.
+    assert method_settings(METHODS["gad_like"]) == gad | {"rewards.similarity.kind": "continuous"}
 
 
 def test_a_finished_cell_with_earlier_setting_names_and_moved_models_is_recognized(tmp_path):
