@@ -579,6 +579,8 @@ class ExportConfig(Section):
     """Largest mean KL that passes, in nats, for types that have no limit; null only reports it."""
     threads: NonNegativeInt = 0
     """CPU threads of the runtime in the comparison; 0 uses all cores."""
+    resize_images: bool = False
+    """gguf: compare on pictures in the sizes of the model's own grid, which applications must then send too."""
     python: str = ""
     """compressed-tensors: interpreter of an environment with llm-compressor."""
 
