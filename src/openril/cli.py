@@ -80,6 +80,12 @@ COMMANDS: dict[str, Command] = {
         takes_recipe=False,
     ),
     "run": Command("run all stages that are not done yet, in order", "run", "run_all"),
+    "report": Command(
+        "write one page that shows a run: curves, groups, discriminator, judge (RUN_DIR ..., no recipe)",
+        "report",
+        "run_report",
+        takes_recipe=False,
+    ),
     "bench": Command(
         "measure the speed and memory of a step next to TRL's GRPOTrainer (no recipe)",
         "bench",

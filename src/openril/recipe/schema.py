@@ -538,6 +538,8 @@ class TrainConfig(Section):
     """Steps between files with every response in `rollouts/`."""
     retry: RetryConfig = Field(default_factory=RetryConfig)
     """Questions about answers to questions that the student failed."""
+    report_every: NonNegativeInt = 0
+    """Steps between rewrites of `report.html` during training; 0 writes it at the end only."""
 
 
 class EvaluationConfig(Section):

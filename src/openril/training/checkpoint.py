@@ -134,7 +134,7 @@ _FREE = (
     "discriminator.init", "discriminator.at_chance_accuracy", "discriminator.saturated_accuracy", "discriminator.health_window",
     "train.max_steps", "train.epochs", "train.save_every", "train.keep_checkpoints", "train.eval_every", "train.log_to",
     "train.log_rollouts_every", "train.max_tokens_per_micro_batch", "train.packed", "train.shard", "train.offload",
-    "train.vision_cache_gib",
+    "train.vision_cache_gib", "train.report_every",
     "student.gradient_checkpointing",
     "data.max_prompt_length", "collect.student", "collect.max_completion_length", "collect.sampling", "collect.judge_responses",
     "collect.questions_per_batch", "collect.shard_size", "student.sampler.base_urls", "student.sampler.sync",
