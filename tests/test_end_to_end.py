@@ -132,6 +132,7 @@ def everything(run_dir: Path, questions: list[Question]) -> dict[str, Any]:
         out[name] = without_times(read_jsonl(run_dir / name))
     for path in sorted(run_dir.glob("rollouts/*.jsonl")):
         out[path.name] = path.read_text()
+    out["pictures"] = sorted(path.name for path in (run_dir / "pictures").iterdir())
     cache = ResponseCache.open(run_dir / "responses")
     loaded = cache.load(questions, ["a", "b", "student"], 2, with_token_ids=True)
     out["responses"] = {q.id: [(r.source, r.index, r.text, r.token_ids) for r in loaded[q.id]] for q in questions}
@@ -197,6 +198,10 @@ def test_five_kills_change_nothing(architecture: str, world: str, tmp_path: Path
     before = load_file(tmp_path / "whole/sft/student/model.safetensors")
     after = load_file(tmp_path / "whole/student/model.safetensors")
     assert any(not torch.equal(v, after[k]) for k, v in before.items())
+    assert '"openril.report/1"' in (tmp_path / "whole/report.html").read_text()  # written at the end of training
+    assert json.loads((tmp_path / "killed/environment.json").read_text())["processes"] == 1
+    warnings = [(row["step"], row["text"]) for row in read_jsonl(tmp_path / "killed/warnings.jsonl")]
+    assert len(set(warnings)) == len(warnings)  # each start warns of the same things
     # A finished run returns at once.
     assert "already" in run("run", killed)
 

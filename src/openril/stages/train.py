@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from rich.console import Console
 
+from openril._version import __version__
 from openril.benchmarking.measuring import PeakMemory
 from openril.data.reading import read_questions
 from openril.evaluation.evaluate import GREEDY
@@ -34,6 +38,7 @@ from openril.rewards.verdict_store import OUTDATED
 from openril.sampling.protocol import gathered, sample_fitting
 from openril.stages.data_checks import check_questions, check_responses
 from openril.stages.questions import training_questions
+from openril.stages.report import TrainingReport
 from openril.storage import write_json
 from openril.training.checkpoint import Checkpoints, refuse_changed_recipe
 from openril.training.distributed import make_accelerator, start_trackers
@@ -59,12 +64,22 @@ def run_train(recipe: Recipe, console: Console) -> Path:
         if trainer.step_number and trainer.accelerator.is_main_process:
             say(console, f"train: continuing after step {trainer.step_number}")
         with ProgressDisplay(console, "train") as progress:
-            trainer.report, trainer.warn = progress.report, progress.warn
+            page = TrainingReport(recipe.run_path, recipe.train.report_every, progress.warn)
+            trainer.warn = recorded(progress.warn, trainer)
+
+            def report(step: int, total: int, row: dict[str, Any]) -> None:
+                progress.report(step, total, row)
+                page.step(step)
+
+            trainer.report = report
             try:
                 trainer.train()
             finally:
                 if trainer.accelerator.is_main_process and folder.metrics_path.exists():
                     draw_curves(recipe.run_path)
+                    trainer.folder.pictures.wait()
+                    if line := page.write():
+                        say(console, line)
         trainer.write_student(folder.student_path, torch_dtype(recipe.student.dtype))
         if trainer.accelerator.is_main_process:
             memory = _memory(recipe, trainer, peak.peak())
@@ -94,6 +109,28 @@ def _memory(recipe: Recipe, trainer: RILTrainer, measured: int | None) -> dict[s
     return found if measured is None else found | {"measured": measured / GIB}
 
 
+def recorded(warn: Callable[[str], None], trainer: RILTrainer) -> Callable[[str], None]:
+    """Return a function that prints a warning and records it in the run folder with the last step."""
+
+    def both(message: str) -> None:
+        warn(message)
+        if trainer.accelerator.is_main_process:
+            trainer.folder.log_warning(message, trainer.step_number)
+
+    return both
+
+
+def environment(device: torch.device, processes: int) -> dict[str, Any]:
+    """Return the versions of the packages that compute, the device, and the number of processes."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"
+    versions = {"openril": __version__, "python": platform.python_version()}
+    return {
+        "versions": versions | {package: version(package) for package in ("torch", "transformers", "accelerate")},
+        "device": name if processes == 1 else f"{processes} x {name}",
+        "processes": processes,
+    }
+
+
 @contextmanager
 def open_trainer(recipe: Recipe, console: Console | None = None) -> Iterator[RILTrainer]:
     """Build the ``RILTrainer`` of a recipe, and continue from the last checkpoint of the run folder if there is one.
@@ -101,14 +138,27 @@ def open_trainer(recipe: Recipe, console: Console | None = None) -> Iterator[RIL
     ``with open_trainer(recipe) as trainer: trainer.train()``. The end of the block closes judge and trackers.
     """
     accelerator = make_accelerator(recipe)
+    folder = RunFolder(recipe.run_path)
+    trainer: RILTrainer | None = None
+    early: list[str] = []  # warnings from before the run folder may be written to
+
+    def record(message: str) -> None:
+        if trainer is None:
+            early.append(message)
+        elif accelerator.is_main_process:
+            folder.log_warning(message, trainer.step_number)
 
     def warn(message: object) -> None:
+        record(str(message))
         if console is not None and accelerator.is_main_process:
             say(console, f"train: {message}")
 
     def warn_of_data(message: str) -> None:
+        record(message)
         if console is not None:
             warn_line(console, "train", message)
+
+    folder.pictures.warn = warn
 
     for warning in require(recipe, "train", accelerator.num_processes):
         warn(warning)
@@ -131,21 +181,22 @@ def open_trainer(recipe: Recipe, console: Console | None = None) -> Iterator[RIL
     )
     if recipe.answer_kind in ("judge", "rules_then_judge") or (evaluates and recipe.eval.score != "rules"):
         judge = build_judge_service(recipe, f"rank{accelerator.process_index}")
-        if judge.store.outdated and console is not None and accelerator.is_main_process:
-            say(console, f"train: {OUTDATED}")
+        if judge.store.outdated:
+            warn(OUTDATED)
     try:
         rewards = RewardSystem(recipe, judge, gather=gather_object if accelerator.num_processes > 1 else None)
-        folder = RunFolder(recipe.run_path)
-
         parts = TrainingComponents(recipe, accelerator, folder.checkpoints_path, questions, probes(questions), warn)
         if parts.retry is not None and recipe.shows_teacher_answers:
             parts.retry.right = right_answers(recipe, questions, check=accelerator.is_main_process)
         if accelerator.is_main_process:
             save_recipe(recipe, recipe.run_path / "recipe.yaml")
             folder.cut_after(parts.step)
+            folder.log_environment(**environment(accelerator.device, accelerator.num_processes))
+            for message in early:
+                folder.log_warning(message)
         start_trackers(accelerator, recipe)
         accelerator.wait_for_everyone()
-        yield RILTrainer(
+        trainer = RILTrainer(
             recipe,
             questions,
             accelerator=accelerator,
@@ -163,6 +214,7 @@ def open_trainer(recipe: Recipe, console: Console | None = None) -> Iterator[RIL
             retry=parts.retry,
             first_step=parts.step,
         )
+        yield trainer
     finally:
         if judge is not None:
             judge.close()

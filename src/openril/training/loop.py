@@ -10,6 +10,7 @@ Its main departures from the text of the paper (docs/algorithm.md lists all):
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -122,7 +123,9 @@ class RILTrainer:
             groups = self.sample_groups(batch)
             self.retries = self.sample_retries()  # none in the paper
         if self.recipe.teacher_responses_per_question:
-            metrics["train/teacher_too_long"] = float(sum(gather_object([self.policy.too_long])))
+            counts = sum(map(Counter, gather_object([dict(self.policy.too_long)])), Counter[str]())
+            metrics["train/teacher_too_long"] = float(counts.total())
+            metrics |= {f"train/teacher_too_long_{name}": float(count) for name, count in sorted(counts.items())}
         judged = [*groups, *(r.scored for r in self.retries)]
         self.rewards.begin(judged)
         if self.discriminator is not None:
@@ -141,7 +144,7 @@ class RILTrainer:
 
     def sample_groups(self, batch: Sequence[tuple[Question, int]]) -> list[Group]:
         """Return the groups of the batch: the student's samples first, then the teachers' cached responses."""
-        self.policy.too_long = 0
+        self.policy.too_long.clear()
         samples: dict[tuple[str, int], list[Response]] = {}
         # Where one epoch ends and the next begins, a question may come up twice; it is then sampled twice.
         with self.accelerator.autocast(), gathered(self.sampler):

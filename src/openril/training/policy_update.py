@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import astuple, dataclass, field
@@ -53,7 +54,7 @@ class PolicyUpdate:
         self.unwrapped: Policy = self.accelerator.unwrap_model(self.policy)
         self.trainable = [p for p in self.unwrapped.parameters() if p.requires_grad]
         self.updates = 0  # optimizer steps of this object, which tell samplers elsewhere that the weights have changed
-        self.too_long = 0  # teacher responses that did not fit, since the loop last set this to 0
+        self.too_long = Counter[str]()  # teacher responses that did not fit, by source, since the loop last cleared it
         self._dummy = dummy_image_prompt(self.encoder, self.unwrapped, self.accelerator.num_processes)
         self.packing = PackingProbe(
             self.settings.packed,
@@ -73,7 +74,7 @@ class PolicyUpdate:
             return True
         limit = self.settings.max_completion_length
         fits = len(self.encoder.completion_ids(response, limit + 1)) <= limit
-        self.too_long += not fits
+        self.too_long[response.source] += not fits
         return fits
 
     def update(self, groups: Sequence[Group], step: int) -> dict[str, float]:
