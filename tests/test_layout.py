@@ -17,7 +17,7 @@ PACKAGE = ROOT / "src" / "openril"
 PUBLIC_API = Path(__file__).parent / "public_api.txt"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-MOST_LINES = 31_000
+MOST_LINES = 33_500
 MOST_LINES_OF_A_FILE = 450
 LONGER_FILES = {"recipe/schema.py"}
 
