@@ -1,8 +1,16 @@
-"""Score kept answers with lmms-eval's own ``simple_evaluate``: reference.py ANSWERS MIRROR OUT."""
+"""Score kept answers with lmms-eval's own ``simple_evaluate``: reference.py ANSWERS MIRROR OUT.
+
+It also records what ``simple_evaluate`` does to the process, and how timeouts are scored.
+"""
 
 import json
+import random
 import sys
+import time
 from pathlib import Path
+
+import numpy
+import torch
 
 from openril import hf  # noqa: F401  (declares torchvision's missing operators first)
 
@@ -11,7 +19,8 @@ from lmms_eval.api.model import lmms  # isort: skip
 from lmms_eval import evaluator  # isort: skip
 
 from openril.evaluation.suite.benchmarks import PAPER
-from openril.evaluation.suite.loading import find_mirror, read_mirror, strip_thinking
+from openril.evaluation.suite.loading import Source, find_mirror, open_tasks, read_mirror, strip_thinking
+from openril.evaluation.suite.scoring import Answer, score_task
 from openril.storage import read_jsonl
 
 TASKS = ["ai2d", "chartqa", "mmbench_en_dev_static", "mmstar", "blink", "seedbench", "seedbench_2_plus", "realworldqa"]
@@ -23,6 +32,7 @@ class Replay(lmms):
     def __init__(self, answers: dict[str, str]) -> None:
         super().__init__()
         self.answers = answers
+        self._model = torch.nn.Linear(1, 1)
 
     def generate_until(self, requests):  # type: ignore[no-untyped-def]
         out = []
@@ -35,6 +45,39 @@ class Replay(lmms):
         raise NotImplementedError
 
     generate_until_multi_round = loglikelihood
+
+
+class TimeoutException(BaseException):
+    """What newer versions of math-verify raise."""
+
+
+def timeouts(mirror: str) -> dict[str, object]:
+    """Score AI2D's questions when two of them take too long, and two answers are wrong."""
+    from math_verify.utils import timeout
+
+    (task,) = open_tasks(next(b for b in PAPER if b.task == "ai2d"), Source(Path(mirror)))
+    process, asked = task.task.process_results, []
+
+    def slow(doc, results):  # type: ignore[no-untyped-def]
+        asked.append(doc)
+        if len(asked) == 11:
+            raise TimeoutException("too long")
+        if len(asked) == 12:
+            timeout(1)(time.sleep)(20)
+        return process(doc, results)
+
+    task.task.process_results = slow
+    right = [Answer(n, "ABCD"[n % 4] if n not in (3, 5) else "ABCD"[(n + 1) % 4]) for n in range(12)]
+    scored, figure = score_task(task, right, None)
+    return {"scores": [s.score for s in scored], "causes": [s.cause for s in scored], "figure": figure}
+
+
+def states() -> dict[str, object]:
+    return {
+        "random": random.getstate(),
+        "numpy": numpy.random.get_state()[1].tolist(),
+        "torch": torch.get_rng_state().tolist(),
+    }
 
 
 def main(answers: str, mirror: str, out: str) -> None:
@@ -54,8 +97,15 @@ def main(answers: str, mirror: str, out: str) -> None:
     rows = read_jsonl(Path(answers))[1:]
     model = Replay({row["question_id"]: row["text"] for row in rows})
     evaluator._enable_reentrant_filelocks = lambda: None  # it patches a module that newer versions of filelock lack
+    before = states()
     found = evaluator.simple_evaluate(model, tasks=TASKS, bootstrap_iters=0, process_docs_parallel=1)["results"]
-    figures = {}
+    after = states()
+    traps = {name: before[name] != after[name] for name in before}
+    datasets.load_dataset = load
+    figures: dict[str, object] = {
+        "traps": {**traps, "module deleted": not hasattr(model, "_model")},
+        "timeouts": timeouts(mirror),
+    }
     for task in TASKS:
         name = task.removesuffix("_static")
         benchmark = next(b for b in PAPER if b.task == name)

@@ -57,8 +57,8 @@ JUDGED: dict[str, tuple[float | None, int, int]] = {
 """Score, unparsed and unknown with the judge of ``judge_reply``."""
 
 MATHVISTA = ["A", "1", "2.5", "yellowish", "4 squares", "5.5", "FAIL", "REFUSE", "9.5", "(B)", "10", ""]
-MMVET = ["good"] * 8 + ["bad", "words", "HANG", "five"]
-MMVETV2 = ["good"] * 8 + ["words", "FAIL", "five", "words"]
+MMVET = ["good"] * 7 + ["slowly"] + ["bad", "words", "HANG", "five"]
+MMVETV2 = ["good"] * 8 + ["words", "FAIL", "five", "DRIBBLE"]
 
 
 def mmbench_answer(row: int, judged: bool) -> str:

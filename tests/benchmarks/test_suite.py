@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import random
 import subprocess
 import sys
-from contextlib import nullcontext
+import threading
+import time
+from contextlib import nullcontext, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import numpy
+import psutil
 import pytest
 import torch
 from rich.console import Console
 
 from openril.errors import OpenRILError
 from openril.evaluation.suite.benchmarks import PAPER, suite
+from openril.evaluation.suite.process import run_worker
 from openril.evaluation.suite.worker import Job
 from openril.recipe.schema import Recipe
 from openril.stages.eval import run_eval
-from openril.stages.suite import run_worker
 from openril.storage import read_jsonl, write_jsonl
-from support.misbehaving_server import Act, Hang, MisbehavingServer, Refuse, Request, Say, Status
+from support.benchmark_data import write_hub_cache
+from support.launch import launch
+from support.misbehaving_server import Act, Dribble, Hang, MisbehavingServer, Refuse, Request, Say, Status
 
 sys.path.insert(0, str(Path(__file__).parent))
 import scripted
@@ -78,6 +85,14 @@ def offline(mirror: Path, students: list[Path], tmp_path_factory: pytest.TempPat
         assert row["mean"] is not None
     assert second["difference"]["mean"] is not None
     assert len(data["elsewhere"]) == 15
+    sizes = [row["results"]["ai2d"]["details"]["image_limits"] for row in data["checkpoints"]]
+    assert sizes == [
+        {"longest_edge": 12544, "shortest_edge": 784},
+        {"min_patches": 1, "max_patches": 4, "crop_to_patches": True, "height": 56, "width": 56},
+    ]
+    table = (settings.run_path / "eval" / "suite.md").read_text()
+    assert "longest_edge 12544, shortest_edge 784" in table and "max_patches 4" in table
+    (settings.run_path / "first.json").write_text(json.dumps(data))
     return settings
 
 
@@ -104,6 +119,13 @@ def test_the_figure_is_the_one_of_simple_evaluate(offline: Recipe, mirror: Path,
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     reference = json.loads(out.read_text())
+    # Why it runs in a process of its own: it reseeds, and deletes the modules of the model that it evaluated.
+    assert reference.pop("traps") == {"random": True, "numpy": True, "torch": True, "module deleted": True}
+    # A timeout is no wrong answer, whichever class it is of, and math-verify's alarm needs the main thread.
+    timeouts = reference.pop("timeouts")
+    assert timeouts["scores"] == [1.0, 1.0, 1.0, 0.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0, None, None]
+    assert [cause.split(":")[0] for cause in timeouts["causes"][-2:]] == ["TimeoutException", "TimeoutError"]
+    assert timeouts["figure"] == pytest.approx(80.0)
     assert {"ai2d", "chartqa", "mmstar", "blink", "seedbench", "mmbench_en_dev_static"} <= set(reference)
     for task, figure in reference.items():
         assert results[task.removesuffix("_static")]["lmms_eval_score"] == pytest.approx(figure, abs=1e-3), task
@@ -145,8 +167,15 @@ def judge_reply(request: Request) -> Act:
         replies = {"it looks nice": "E", "none of them": "E"}
         if said.startswith("pick "):
             replies[said] = said[-1].upper()
-    if said in ("FAIL", "HANG", "REFUSE"):
-        return {"FAIL": Status(500), "HANG": Hang(30), "REFUSE": Refuse()}[said]
+    broken: dict[str, Act] = {
+        "FAIL": Status(500),
+        "HANG": Hang(30),
+        "REFUSE": Refuse(),
+        "DRIBBLE": Dribble("0.8", pause=0.2),  # some 60 s for all of it, each byte in time
+        "slowly": Dribble("0.8", pause=0.002),  # under a second
+    }
+    if said in broken:
+        return broken[said]
     return Say(replies.get(said, said))
 
 
@@ -187,13 +216,18 @@ def test_a_failed_judgement_is_unknown_and_a_healed_judge_is_asked_for_it_alone(
 
 
 def test_check_says_what_is_missing_and_downloads_nothing(
-    mirror: Path, students: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    mirror: Path,
+    students: list[Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     part = tmp_path / "part"
     part.mkdir()
     (part / "ai2d").symlink_to(mirror / "ai2d")
     with MisbehavingServer(Status(500), Status(500), then=Say("1")) as judge:
-        settings = recipe(tmp_path / "run", part, students[0], judge.url)
+        settings = recipe(tmp_path / "run", Path("part"), students[0], judge.url)
         console = Console(width=300)
         run_eval(settings, console, tasks=["ai2d", "mmvet"], check=True, checkpoints=[str(students[0])])
     said = capsys.readouterr().out
@@ -203,16 +237,90 @@ def test_check_says_what_is_missing_and_downloads_nothing(
     assert not (tmp_path / "run" / "eval" / "suite.json").exists()
 
 
-def test_a_task_outside_the_fourteen_is_scored_by_its_first_metric_and_one_with_a_judge_is_refused(
-    mirror: Path, students: list[Path], tmp_path: Path
+def test_the_hub_is_asked_only_when_a_download_is_allowed(
+    students: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_error(404)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    asked: list[str] = []
+    hub = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=hub.serve_forever, daemon=True).start()
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_CACHE", "HF_DATASETS_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{hub.server_address[1]}")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    write_hub_cache(tmp_path / "home")
+    settings = recipe(tmp_path / "run", tmp_path, students[0])
+    settings.eval.suite_data = ""
+    options: dict[str, Any] = {"suite": ["offline"], "check": True, "checkpoints": [str(students[0])]}
+    run_eval(settings, Console(width=300), tasks=["ai2d", "realworldqa"], **options)
+    said = capsys.readouterr().out
+    assert "here     AI2D: 12 questions" in said
+    assert "missing  RealWorldQA" in said and "--download" in said and "eval.suite_data" in said
+    assert asked == []
+    run_eval(settings, Console(width=300), tasks=["realworldqa"], download=True, **options)
+    assert any("RealWorldQA" in path for path in asked)
+    hub.shutdown()
+
+
+def test_processes_share_questions_and_go_on_after_all_were_killed(
+    offline: Recipe, mirror: Path, students: list[Path], tmp_path: Path
+) -> None:
+    settings = recipe(tmp_path / "run", mirror, students[0])
+    settings.eval.questions_per_batch = 1
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(settings.model_dump(mode="json")))
+    arguments = ["-m", "openril.cli", "eval", path, "--suite", "offline", "--tasks", "mmbench_en_dev", "ai2d"]
+    arguments += ["--checkpoints", *students]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    first = subprocess.Popen([*launcher, *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    files = [settings.run_path / "eval" / "suite" / "base" / name for name in ("answers.jsonl", "answers.1.jsonl")]
+    deadline = time.monotonic() + 300
+    while not all(len(read_jsonl(file)) > 1 for file in files):
+        assert time.monotonic() < deadline and first.poll() is None
+        time.sleep(0.05)
+    family = [*psutil.Process(first.pid).children(recursive=True), psutil.Process(first.pid)]
+    for process in family:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(family)
+    first.wait()
+    kept = [read_jsonl(file) for file in files]
+    done = launch(2, *arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    data = json.loads((settings.run_path / "eval" / "suite.json").read_text())
+    reference = json.loads((offline.run_path / "first.json").read_text())
+    for row, other in zip(data["checkpoints"], reference["checkpoints"], strict=True):
+        place = settings.run_path / "eval" / "suite" / row["name"]
+        rows = [read_jsonl(place / file.name)[1:] for file in files]
+        numbers = [[int(r["question_id"].split("/")[1]) % 2 for r in part] for part in rows]
+        assert set(numbers[0]) == {0} and set(numbers[1]) == {1}
+        assert len(rows[0]) + len(rows[1]) == 46 + 12
+        for task in ("ai2d", "mmbench_en_dev"):
+            assert row["results"][task]["score"] == other["results"][task]["score"]
+        if row["name"] == "base":
+            assert [part[: len(k) - 1] for part, k in zip(rows, kept, strict=True)] == [k[1:] for k in kept]
+
+
+def test_a_task_outside_the_fourteen_is_scored_by_its_first_metric_and_one_with_a_judge_is_refused(
+    mirror: Path, students: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # relative paths are those of the command, and the worker runs elsewhere
     more = tmp_path / "more"
     more.mkdir()
     for task, source in (("ai2d_no_mask", "ai2d"), ("mathvista_testmini_cot", "mathvista_testmini_format")):
         (more / task).symlink_to(mirror / source)
-    settings = recipe(tmp_path / "run", more, students[0])
-    tasks = ["ai2d_no_mask", "mathvista_testmini_cot"]
-    row = evaluate(settings, tasks=tasks, checkpoints=[str(students[0])], fails="asks a judge")["checkpoints"][0]
+    settings = recipe(Path("run"), Path("more"), students[0])
+    tasks, student = ["ai2d_no_mask", "mathvista_testmini_cot"], os.path.relpath(students[0])
+    row = evaluate(settings, tasks=tasks, checkpoints=[student], fails="asks a judge")["checkpoints"][0]
     assert row["results"]["ai2d_no_mask"]["n"] == 12 and row["results"]["ai2d_no_mask"]["score"] is not None
     refused = row["results"]["mathvista_testmini_cot"]
     assert refused["score"] is None and "asks a judge" in refused["failed"]

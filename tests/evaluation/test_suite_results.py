@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 
@@ -18,9 +19,10 @@ from openril.evaluation.suite.results import (
     stratified,
     summarize,
 )
-from openril.evaluation.suite.table import Checkpoint, markdown, paper_rows, suite_data
+from openril.evaluation.suite.table import Checkpoint, markdown, paper_rows, rich_table, suite_data
 from openril.evaluation.suite.vlmevalkit import read_vlmevalkit
-from openril.recipe.schema import Recipe
+from openril.recipe.loop_checks import JUDGED_BENCHMARKS
+from openril.recipe.schema import BenchmarkName, Recipe
 from openril.stages.suite import find_benchmarks, other_rows, run_suite
 from openril.storage import write_json
 
@@ -48,6 +50,8 @@ def test_unknown_scores_are_left_out_and_counted_and_too_many_leave_no_score() -
     many = summarize("ai2d", "AI2D", units(1.0, None, None, 1.0), 50.0, max_unknown_share=0.25)
     assert many.score is None and many.standard_error is None
     assert "2 of 4" in many.failed and "down" in many.failed
+    none = summarize("ai2d", "AI2D", units(None, None), 0.0, max_unknown_share=1.0)
+    assert none.score is None and "2 of 2" in none.failed
 
 
 def test_a_difference_is_taken_on_the_units_known_in_both() -> None:
@@ -88,6 +92,26 @@ def test_the_table_shows_failed_benchmarks_no_mean_and_the_papers_rows_with_thei
     assert "measured elsewhere: arXiv 2510.19307" in text
     row = next(line for line in text.splitlines() if line.startswith("| Qwen2.5-VL-7B, RIL"))
     assert "95.6" in row and "76.2" in row
+    base = next(line for line in text.splitlines() if line.startswith("| Qwen2.5-VL-7B, base"))
+    assert base.split("|")[2].strip() == "n/a" and "n/a: this project has no record of the figure." in text
+
+
+@pytest.mark.parametrize(("width", "cell"), [(80, "50.0 ± 50.0 (1 unparsed)"), (50, "50.0 ± 50.0"), (38, "50.0")])
+def test_a_narrow_terminal_shows_every_score(width: int, cell: str) -> None:
+    from rich.console import Console
+
+    scored = [Scored("q0", 0.0, 0.0, parsed=False), Scored("q1", 1.0, 1.0)]
+    pair = [b for b in PAPER if b.task in ("ai2d", "chartqa")]
+    results = {b.task: summarize(b.task, b.column, scored, 50.0) for b in pair}
+    checkpoints = [Checkpoint(name, name, results) for name in ("base", "step_000100")]
+    console = Console(width=width, record=True, quiet=True)
+    console.quiet = False
+    with console.capture() as captured:
+        console.print(rich_table(suite_data(checkpoints, pair), checkpoints, pair, width))
+    text = captured.get()
+    row = next(line for line in text.splitlines() if "AI2D" in line)
+    assert [part.strip() for part in row.strip("│┃ ").split("│")] == ["AI2D", cell, cell]
+    assert "step_000100" in text
 
 
 def test_the_papers_figures_belong_to_columns_of_the_table() -> None:
@@ -95,6 +119,8 @@ def test_the_papers_figures_belong_to_columns_of_the_table() -> None:
     assert len(columns) == len(PAPER) == 14
     assert set(PAPER_SCORES) <= set(PAPER_MEANS)
     assert all(set(scores) <= columns for scores in PAPER_SCORES.values())
+    assert tuple(b.task for b in PAPER) == get_args(BenchmarkName)
+    assert tuple(b.task for b in PAPER if b.judge == "always") == JUDGED_BENCHMARKS
     assert [b.column for b in suite("offline")] == [
         b.column for b in PAPER if b.column not in ("MathVista", "MM-Vet", "MM-Vet-v2")
     ]
@@ -162,6 +188,9 @@ def test_a_suite_with_judged_benchmarks_needs_a_judge(tmp_path: Path, monkeypatc
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0.7.3")
     with pytest.raises(RecipeError, match=r"judge\.base_urls.*--suite offline"):
         run_suite(Recipe(run_dir=str(tmp_path)), Console(), [], suite("paper"))
+    local = Recipe.model_validate({"run_dir": str(tmp_path), "judge": {"model_path": "models/judge"}})
+    with pytest.raises(RecipeError, match=r"judge\.model_path: .*MM-Vet.*models/judge.*judge\.base_urls"):
+        run_suite(local, Console(), [], suite("paper"))
 
 
 def test_results_with_other_settings_and_failed_ones_are_no_scores(tmp_path: Path) -> None:
@@ -178,27 +207,35 @@ def test_results_with_other_settings_and_failed_ones_are_no_scores(tmp_path: Pat
     assert not _finished(place, ai2d, "k")
 
 
-def test_processes_share_the_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("engine", "expected"), [("transformers", [[("a", 0, 2), ("b", 0, 2)], [("a", 1, 2), ("b", 1, 2)]]),
+                             ("vllm", [[("a", 0, 1), ("b", 0, 1)], []])]
+)  # fmt: skip
+def test_processes_share_each_checkpoint_but_one_keeps_servers_busy(
+    engine: str, expected: list[list[tuple[str, int, int]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from rich.console import Console
 
     from openril.stages import suite as stage
     from openril.stages.eval import Target
 
+    def take(*arguments: Any, **_: Any) -> None:
+        taken.append((arguments[2].name, *arguments[6]))
+
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0.7.3")
-    targets = [Target(name, name) for name in "abcde"]
-    taken: list[str] = []
-    monkeypatch.setattr(stage, "_evaluate", lambda recipe, console, target, *_, **__: taken.append(target.name))
+    monkeypatch.setattr(stage, "_evaluate", take)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank, expected in (("0", ["a", "c", "e"]), ("1", ["b", "d"])):
-        taken.clear()
-        monkeypatch.setenv("RANK", rank)
-        run_suite(Recipe(run_dir=str(tmp_path)), Console(quiet=True), targets, suite("offline"), offline=True)
-        assert taken == expected
-    assert (tmp_path / "eval" / "suite.md").is_file()
+    recipe = Recipe.model_validate({"run_dir": str(tmp_path), "student": {"sampler": {"engine": engine}}})
+    for rank in (1, 0):
+        taken: list[tuple[str, int, int]] = []
+        monkeypatch.setenv("RANK", str(rank))
+        run_suite(recipe, Console(quiet=True), [Target(n, n) for n in "ab"], suite("offline"), offline=True)
+        assert taken == expected[rank]
+        assert (tmp_path / "eval" / "suite.md").is_file() == (rank == 0)  # the first process alone writes the table
 
 
 def test_the_worker_gets_no_judge_of_lmms_eval_and_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    from openril.stages.suite import _environment
+    from openril.evaluation.suite.process import _environment
 
     for name in ("OPENAI_API_URL", "MODEL_VERSION", "API_TYPE", "RANK", "WORLD_SIZE"):
         monkeypatch.setenv(name, "x")

@@ -73,6 +73,11 @@ def test_many_groups_are_left_out_on_the_terminal_but_not_in_the_file():
 def test_groups_have_columns_only_where_the_terminal_is_wide_enough():
     groups = [{"skill": f"a long skill {i}"} for i in range(6)]
     e = evaluation(*[1.0] * 6, groups=groups)
-    wide, narrow = rich_table([e], 200), rich_table([e], 80)
+    wide, narrow = rich_table([e], 200), rich_table([e], 100)
     assert len(wide.columns) == len(narrow.columns) + 6
     assert wide.caption is None and "table.md" in str(narrow.caption)
+    # checkpoint, score, gain over NAME, unknown, mean over skills: 10 + 11 + 14 + 7 + 16 characters, 3 more each, and 1
+    narrower = rich_table([e], 74)
+    names = [str(column.header) for column in narrower.columns]
+    assert names == ["checkpoint", "score", f"gain over {e.name}", "unknown", "mean over skills"]
+    assert "table.md" in str(narrower.caption)

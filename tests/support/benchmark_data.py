@@ -262,6 +262,21 @@ def write_benchmarks(folder: Path) -> Path:
     return folder
 
 
+def write_hub_cache(home: Path) -> None:
+    """Write AI2D as `datasets` keeps it in HF_HOME after a download."""
+    from datasets import DatasetInfo, SplitDict, SplitInfo
+    from datasets.arrow_writer import ArrowWriter
+
+    folder = home / "datasets" / "lmms-lab-encoder___ai2d" / "default" / "0.0.0" / ("0" * 40)
+    folder.mkdir(parents=True)
+    data = _dataset(_rows(ai2d))
+    with ArrowWriter(path=str(folder / "ai2d-test.arrow"), features=data.features) as writer:
+        writer.write_table(data.data.table)
+    splits = SplitDict({"test": SplitInfo("test", num_examples=len(data), dataset_name="ai2d")})
+    names = {"builder_name": "parquet", "dataset_name": "ai2d", "config_name": "default", "version": "0.0.0"}
+    DatasetInfo(features=data.features, splits=splits, **names).write_to_directory(str(folder))
+
+
 def _dataset(rows: list[dict[str, Any]]) -> Any:
     from datasets import Dataset, List
     from datasets import Image as ImageColumn

@@ -75,6 +75,14 @@ class Hang:
 
 
 @dataclass(frozen=True)
+class Dribble:
+    """A valid completion of which one byte arrives every ``pause`` seconds."""
+
+    text: str = "ok"
+    pause: float = 0.1
+
+
+@dataclass(frozen=True)
 class Drop:
     """Close the connection without an answer."""
 
@@ -92,7 +100,7 @@ class Refuse:
     finish_reason: str = "stop"
 
 
-Act = Say | Status | Garbage | Hang | Drop | EmptyChoices | Refuse
+Act = Say | Status | Garbage | Hang | Dribble | Drop | EmptyChoices | Refuse
 Chooser = Callable[[Request], Act]
 
 
@@ -164,10 +172,12 @@ class MisbehavingServer:
                     case Hang(seconds):
                         server._closing.wait(seconds)
                         self.close_connection = True
+                    case Dribble(text, pause):
+                        self.complete([choice({"role": "assistant", "content": text}, "stop")], pause)
                     case Drop():
                         self.close_connection = True
 
-            def complete(self, choices: list[dict[str, Any]]) -> None:
+            def complete(self, choices: list[dict[str, Any]], pause: float = 0.0) -> None:
                 self.send(
                     200,
                     {
@@ -178,17 +188,23 @@ class MisbehavingServer:
                         "choices": choices,
                         "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2},
                     },
+                    pause=pause,
                 )
 
-            def send(self, code: int, value: Any, headers: dict[str, str] | None = None) -> None:
-                self.send_bytes(code, json.dumps(value).encode(), "application/json", headers or {})
+            def send(self, code: int, value: Any, headers: dict[str, str] | None = None, pause: float = 0.0) -> None:
+                self.send_bytes(code, json.dumps(value).encode(), "application/json", headers or {}, pause)
 
-            def send_bytes(self, code: int, body: bytes, content_type: str, headers: dict[str, str]) -> None:
+            def send_bytes(
+                self, code: int, body: bytes, content_type: str, headers: dict[str, str], pause: float = 0.0
+            ) -> None:
                 self.send_response(code)
                 for name, value in {**headers, "Content-Type": content_type, "Content-Length": str(len(body))}.items():
                     self.send_header(name, value)
                 self.end_headers()
-                self.wfile.write(body)
+                for part in [body[i : i + 1] for i in range(len(body))] if pause else [body]:
+                    self.wfile.write(part)
+                    if pause and server._closing.wait(pause):
+                        break
 
             def log_message(self, format: str, *args: Any) -> None:
                 pass

@@ -67,15 +67,26 @@ def rich_table(evaluations: Sequence[Evaluation], width: int = 120) -> Table:
 
     header, rows = cells(evaluations, MANY_GROUPS)
     table = Table(title="evaluation (percent, ± standard error)")
-    if sum(max(len(row[i]) for row in [header, *rows]) + 3 for i in range(len(header))) + 1 > width:
+    if _width(header, rows) > width:
         narrow, rows = cells(evaluations, 0)
         if len(narrow) < len(header):
             header, table.caption = narrow, "each group's score is in eval/table.md"
+    droppable = [name for name in ("cut", "n", "unparsed", "unknown") if name in header] + header[:6:-1]
+    for name in droppable:
+        if _width(header, rows) <= width:
+            break
+        at = header.index(name)
+        header, rows = header[:at] + header[at + 1 :], [row[:at] + row[at + 1 :] for row in rows]
+        table.caption = "eval/table.md has the columns that do not fit here"
     for number, name in enumerate(header):
         table.add_column(escape(name), justify="left" if number == 0 else "right", no_wrap=number < 3)
     for row in rows:
         table.add_row(*map(escape, row))
     return table
+
+
+def _width(header: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
+    return sum(max(map(len, column)) + 3 for column in zip(header, *rows, strict=True)) + 1
 
 
 def markdown_table(evaluations: Sequence[Evaluation]) -> str:

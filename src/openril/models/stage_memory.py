@@ -319,6 +319,7 @@ class _Sizes:
         questions = min(train.questions_per_sampling_batch, groups)
         own = train.num_generations * train.max_completion_length
         own = max(own, self.recipe.eval.max_completion_length if train.eval_every else 0)
+        own = max(own, self.recipe.eval.suite_max_tokens if train.eval_suite else 0)
         kept = questions * (self.prompt + own)
         matrix = 0  # that is not stored rounded; without gradients autocast does not keep its copy
         gathered = {}

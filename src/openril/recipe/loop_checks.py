@@ -9,6 +9,7 @@ from openril.recipe.problems import Problem, has_responses, in_loop
 from openril.recipe.schema import OptimizerConfig, Recipe
 
 _TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
+JUDGED_BENCHMARKS = ("mathvista_testmini_format", "mmvet", "mmvetv2")
 
 
 def check_groups(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
@@ -61,13 +62,31 @@ def check_loop(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]
     for tracker in train.log_to:
         if not any(importlib.util.find_spec(package) for package in _TRACKERS[tracker]):
             yield Problem("train.log_to", f"{tracker} is not installed", f'Run pip install "openril[{tracker}]"')
-    if train.eval_every and not recipe.data.validation:
+    if train.eval_every and not recipe.data.validation and not train.eval_suite:
         reason = "it is set, but data.validation is empty"
         yield Problem("train.eval_every", reason, "List questions in data.validation, or set it to 0")
+    if train.eval_suite:
+        yield from _eval_suite(recipe)
     if train.beta == 0 and train.algorithm in ("ril", "gail"):
         reason = "got 0, so no KL term keeps the student near its start (the paper's runs collapse, Table 5)"
         yield Problem("train.beta", reason, "The paper uses 0.01", "warning")
     yield from check_schedule(train.optimizer, "train.optimizer")
+
+
+def _eval_suite(recipe: Recipe) -> Iterator[Problem]:
+    key, asked = "train.eval_suite", recipe.train.eval_suite
+    if not recipe.train.eval_every:
+        yield Problem("train.eval_every", f"expected a number of steps for {key}, got 0", "Set it, or empty the list")
+    if not recipe.eval.suite_max_tokens:
+        reason = f"expected the most tokens of an answer for {key}, got 0 (some tasks allow 16384)"
+        yield Problem("eval.suite_max_tokens", reason, "Set it, for instance to 256")
+    if importlib.util.find_spec("lmms_eval") is None:
+        yield Problem(key, "lmms-eval is not installed", 'Run pip install "openril[benchmarks]"')
+    judged = [name for name in asked if name in JUDGED_BENCHMARKS]
+    if judged and not recipe.judge.base_urls:
+        local = ", and judge.model_path is not used here" if recipe.judge.model_path else ""
+        reason = f"{', '.join(judged)} need a judge's server, and judge.base_urls is empty{local}"
+        yield Problem(key, reason, "Set judge.base_urls, or leave them out")
 
 
 def check_schedule(optimizer: OptimizerConfig, key: str) -> Iterator[Problem]:

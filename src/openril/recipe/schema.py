@@ -17,6 +17,12 @@ ModuleGroup = Literal[
 ]  # fmt: skip
 """Parts of a vision-language model that can be frozen (the paper's Table 5c lists those of the language model)."""
 
+BenchmarkName = Literal[
+    "ai2d", "chartqa", "mathvista_testmini_format", "mmbench_en_dev", "mmbench_cn_dev", "mmvet", "mmvetv2", "mmmu_val",
+    "mmmu_pro", "mmstar", "blink", "seedbench", "seedbench_2_plus", "realworldqa",
+]  # fmt: skip
+"""The paper's fourteen benchmarks, as lmms-eval names them."""
+
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -532,6 +538,9 @@ class TrainConfig(Section):
     """Number of checkpoints to keep; older ones are removed."""
     eval_every: NonNegativeInt = 0
     """Steps between evaluations on `data.validation`; 0 turns them off."""
+    eval_suite: list[BenchmarkName] = Field(default_factory=list)
+    """Benchmarks, by the names of lmms-eval's tasks, that are evaluated every `eval_every` steps too. `eval.limit` and
+    `eval.suite_max_tokens` keep this short."""
     log_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
     """Trackers to log to, in addition to the files in the run folder."""
     log_rollouts_every: PositiveInt = 1
@@ -559,32 +568,6 @@ class EvaluationConfig(Section):
     """Folder with a copy of the benchmarks' data sets, one folder each; "" uses the hub's cache."""
     suite_max_tokens: NonNegativeInt = 0
     """Maximum length of a benchmark's answer in tokens; 0 keeps the limit of each lmms-eval task."""
-
-
-ExportFormat = Literal["", "gguf", "internvl-original", "compressed-tensors"]
-
-
-class ExportConfig(Section):
-    """`ril run` exports the trained student as its last stage if `to` is set. `ril export` has flags of the same names."""
-
-    to: ExportFormat = ""
-    """Format of the runtime that will run the student; "" exports nothing."""
-    type: list[str] = Field(default_factory=list)
-    """Types of the weights; [] takes the format's default. gguf writes several; the other formats write one."""
-    out: str = ""
-    """Folder that is written; "" means `export/` and the name of the format inside run_dir."""
-    check: bool = True
-    """Compare the export with the student on `data.validation`. A run whose export fails the comparison fails."""
-    questions: PositiveInt = 100
-    """Number of questions of the comparison."""
-    max_kl: Positive | None = None
-    """Largest mean KL that passes, in nats, for types that have no limit; null only reports it."""
-    threads: NonNegativeInt = 0
-    """CPU threads of the runtime in the comparison; 0 uses all cores."""
-    resize_images: bool = False
-    """gguf: compare on pictures in the sizes of the model's own grid, which applications must then send too."""
-    python: str = ""
-    """compressed-tensors: interpreter of an environment with llm-compressor."""
 
 
 class Recipe(Section):
@@ -616,8 +599,6 @@ class Recipe(Section):
     """The RIL loop."""
     eval: EvaluationConfig = Field(default_factory=EvaluationConfig)
     """Evaluation."""
-    export: ExportConfig = Field(default_factory=ExportConfig)
-    """Export to another runtime."""
 
     # Values that follow from several settings are defined here, so that all packages agree on them.
 

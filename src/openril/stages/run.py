@@ -30,8 +30,7 @@ def stages(recipe: Recipe) -> list[tuple[str, str, str]]:
         first.append(collect)
     pretrain = [("discriminator", "discriminator", "run_discriminator")] if needs_discriminator else []
     evaluate = [("eval", "eval", "run_eval")] if recipe.data.validation else []
-    export = [("export", "export", "run_recipe")] if recipe.export.to else []
-    return [*first, *pretrain, ("train", "train", "run_train"), *evaluate, *export]
+    return [*first, *pretrain, ("train", "train", "run_train"), *evaluate]
 
 
 def run_all(recipe: Recipe, console: Console) -> int:

@@ -5,10 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,19 +13,19 @@ from typing import TYPE_CHECKING, Any
 from openril.errors import EndpointError, JudgeError, ModelError, OpenRILError, RecipeError
 from openril.evaluation.suite import benchmarks as known
 from openril.evaluation.suite.benchmarks import Benchmark
+from openril.evaluation.suite.process import run_worker, worker_recipe
 from openril.evaluation.suite.results import BenchmarkResult, Scored, mean_score
 from openril.evaluation.suite.table import Checkpoint, OtherRow, markdown, paper_rows, rich_table, suite_data
 from openril.evaluation.suite.vlmevalkit import read_vlmevalkit
 from openril.recipe.schema import Recipe
 from openril.report.progress import ProgressDisplay, say
-from openril.storage import Lock, read_jsonl, stable_hash, write_json, write_text
+from openril.storage import read_jsonl, stable_hash, write_json, write_text
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from openril.stages.eval import Target
 
-NOWHERE = "http://127.0.0.1:9/v1"
 SECONDS_UNKNOWN = "the time is not known before the first answers"
 
 
@@ -45,7 +42,7 @@ def run_suite(
 ) -> Path:
     """Evaluate checkpoints on benchmarks, and return the path of the Markdown table.
 
-    Under a launcher, each process takes every n-th checkpoint, and the one that ends last writes the whole table.
+    Under a launcher, the processes share the questions of each checkpoint, and the first one scores and writes the table.
 
     Args:
         offline: Ask no judge.
@@ -63,28 +60,27 @@ def run_suite(
     version = _lmms_eval()
     use_judge = not offline and any(b.judge != "never" for b in benchmarks)
     if use_judge and not recipe.judge.base_urls:
-        raise RecipeError(
-            "judge.base_urls: expected the judge's server for MathVista, MM-Vet, MM-Vet-v2 and MMBench, got none. Set it, "
-            "or use --suite offline."
-        )
+        raise RecipeError(_no_judge(recipe, benchmarks))
     if check:
         if rank == 0:
             _check(recipe, console, targets, benchmarks, use_judge=use_judge, download=download, folder=folder)
         return folder.parent / "suite.md"
-    if use_judge:
+    if recipe.student.sampler.engine == "vllm":  # one process keeps its servers busy
+        world = 1
+    if rank >= world:
+        return folder.parent / "suite.md"
+    if use_judge and rank == 0:
         _probe(recipe, folder)
-    if recipe.student.sampler.engine == "vllm":  # its servers hold one checkpoint at a time
-        rank, world, mine = rank, 1, list(targets) if rank == 0 else []
-    else:
-        mine = list(targets)[rank::world]
-    for target in mine:
-        _evaluate(recipe, console, target, benchmarks, version, use_judge=use_judge, download=download, folder=folder)
-    with Lock(folder / "table.lock"):
-        read = [
-            read_checkpoint(folder, t.name, t.checkpoint, benchmarks, _keys(recipe, t, version, use_judge)[1])
-            for t in targets
-        ]
-        path = _write(recipe, console, folder, read, benchmarks, others)
+    share = rank, world
+    for target in targets:
+        _evaluate(recipe, console, target, benchmarks, version, folder, share, use_judge=use_judge, download=download)
+    if rank:
+        return folder.parent / "suite.md"
+    read = [
+        read_checkpoint(folder, t.name, t.checkpoint, benchmarks, _keys(recipe, t, version, use_judge)[1])
+        for t in targets
+    ]
+    path = _write(recipe, console, folder, read, benchmarks, others)
     failed = [f"{c.name}: {r.column}: {r.failed}" for c in read for r in c.results.values() if r.failed]
     if failed:
         raise OpenRILError(
@@ -100,6 +96,16 @@ def find_benchmarks(suite: str, tasks: Sequence[str]) -> list[Benchmark]:
     if tasks:
         return [known.named(task) or Benchmark(task, task, "") for task in dict.fromkeys(tasks)]
     return list(whole)
+
+
+def _no_judge(recipe: Recipe, benchmarks: Sequence[Benchmark]) -> str:
+    asking = ", ".join(b.column for b in benchmarks if b.judge != "never")
+    if path := recipe.judge.model_path:
+        key, found = "judge.model_path", f"the checkpoint {path}, which is not used here"
+        fix = f"Serve it (vllm serve {path}) and set judge.base_urls instead"
+    else:
+        key, found, fix = "judge.base_urls", "none", "Set it"
+    return f"{key}: expected the server of a judge for {asking}, got {found}. {fix}, or use --suite offline."
 
 
 def _lmms_eval() -> str:
@@ -125,10 +131,11 @@ def _evaluate(
     target: Target,
     benchmarks: Sequence[Benchmark],
     version: str,
+    folder: Path,
+    share: tuple[int, int],
     *,
     use_judge: bool,
     download: bool,
-    folder: Path,
 ) -> None:
     from openril.evaluation.suite.worker import Job
 
@@ -139,13 +146,15 @@ def _evaluate(
         return
     job = Job(
         action="evaluate",
-        recipe=recipe.model_dump(mode="json"),
+        recipe=worker_recipe(recipe),
         benchmarks=[asdict(b) for b in todo],
-        checkpoint=_local(target.checkpoint, recipe),
+        checkpoint=local_checkpoint(target.checkpoint, recipe),
         folder=str(place),
         key=answers,
         result_key=key,
         use_judge=use_judge,
+        rank=share[0],
+        world=share[1],
     )
     with ProgressDisplay(console, f"eval {target.name}") as progress:
         done: dict[str, int] = {}
@@ -185,11 +194,11 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _local(checkpoint: str, recipe: Recipe) -> str:
+def local_checkpoint(checkpoint: str, recipe: Recipe) -> str:
     """Return the folder of a checkpoint, which the worker opens without the hub."""
     path = Path(checkpoint).expanduser()
     if path.is_dir():
-        return str(path)
+        return str(path.resolve())
     from huggingface_hub import snapshot_download
 
     revision = recipe.student.revision if checkpoint == recipe.student.model else None
@@ -197,78 +206,6 @@ def _local(checkpoint: str, recipe: Recipe) -> str:
         return snapshot_download(checkpoint, revision=revision)
     except Exception as e:
         raise ModelError(f"{checkpoint}: expected a checkpoint folder or hub name; the hub gave: {str(e)[:200]}") from e
-
-
-def run_worker(job: Any, folder: Path, *, download: bool = False) -> Iterator[dict[str, Any]]:
-    """Run a job in another process and yield its events. Its log is ``worker.log`` in ``folder``.
-
-    Raises:
-        OpenRILError: The error that the worker reports.
-        ModelError: The worker died.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    path, log = folder / "job.json", folder / "worker.log"
-    job.write(path)
-    with open(log, "a", encoding="utf-8") as errors:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "openril.evaluation.suite.worker", str(path)],
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            encoding="utf-8",
-            env=_environment(download),
-            cwd=folder,  # some tasks write files where they run
-        )
-    error: OpenRILError | None = None
-    with _ended(process):
-        assert process.stdout is not None
-        for line in process.stdout:
-            try:
-                event = json.loads(line)
-            except ValueError:
-                continue  # lmms-eval prints
-            if not isinstance(event, dict) or "event" not in event:
-                continue
-            if event["event"] == "error":
-                kinds = {"JudgeError": JudgeError, "EndpointError": EndpointError}
-                error = kinds.get(event["kind"], OpenRILError)(event["message"])
-            else:
-                yield event
-    if error is not None:
-        raise error
-    if process.returncode:
-        tail = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-        raise ModelError(
-            f"the evaluation's process ended with exit code {process.returncode} ({''.join(tail)[:200]}). {log} has its "
-            "output. The answers so far are kept; run the same command again."
-        )
-
-
-@contextmanager
-def _ended(process: subprocess.Popen[str]) -> Iterator[None]:
-    """Let no worker outlive this process's interest in it."""
-    try:
-        yield
-    finally:
-        if sys.exc_info()[0] is not None:
-            process.terminate()
-        process.wait()
-
-
-def _environment(download: bool) -> dict[str, str]:
-    """Return the worker's environment: without the variables by which lmms-eval chooses judges, since two families of its
-    tasks read OPENAI_API_URL differently, and without a launcher's, since the worker is alone."""
-    drop = {
-        *("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OPENAI_API_URL", "OPENAI_BASE_URL", "API_TYPE"),
-        *("MODEL_VERSION", "AZURE_ENDPOINT", "AZURE_API_KEY", "NUM_IMAGE"),
-    }
-    env = {k: v for k, v in os.environ.items() if k not in drop}
-    # lmms-eval's modules want a key at import. Requests of their own would fail at once and not leave this machine.
-    env.setdefault("OPENAI_API_KEY", "none")
-    env |= dict.fromkeys(("OPENAI_API_URL", "OPENAI_BASE_URL"), NOWHERE)
-    if not download:
-        env |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    return env
 
 
 def _finished(place: Path, benchmark: Benchmark, key: str) -> bool:
@@ -308,7 +245,7 @@ def _write(
     data = {"settings": _settings(recipe), **suite_data(checkpoints, benchmarks, others)}
     write_json(folder.parent / "suite.json", data)
     write_text(folder.parent / "suite.md", markdown(data, checkpoints, benchmarks))
-    console.print(rich_table(data, checkpoints, benchmarks))
+    console.print(rich_table(data, checkpoints, benchmarks, console.width))
     for c in checkpoints:
         if mean_score(c.results, [b.task for b in benchmarks]) is None:
             missing = [b.column for b in benchmarks if (r := c.results.get(b.task)) is None or r.score is None]
@@ -328,7 +265,7 @@ def _check(
 ) -> None:
     from openril.evaluation.suite.worker import Job
 
-    job = Job(action="check", recipe=recipe.model_dump(mode="json"), benchmarks=[asdict(b) for b in benchmarks])
+    job = Job(action="check", recipe=worker_recipe(recipe), benchmarks=[asdict(b) for b in benchmarks])
     columns = {b.task: b.column for b in benchmarks}
     questions, size, missing = 0, 0, 0
     for event in run_worker(job, folder, download=download):

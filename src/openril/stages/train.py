@@ -164,7 +164,7 @@ def open_trainer(recipe: Recipe, console: Console | None = None) -> Iterator[RIL
         warn(warning)
     questions = training_questions(recipe, "train", accelerator, warn)
     check_questions(recipe, "train", questions, warn_of_data)
-    evaluates = recipe.train.eval_every > 0
+    evaluates = recipe.train.eval_every > 0 and bool(recipe.data.validation)
     judge: JudgeService | None = None
     parts: TrainingComponents | None = None
 
@@ -208,7 +208,7 @@ def open_trainer(recipe: Recipe, console: Console | None = None) -> Iterator[RIL
             folder=folder,
             save=parts.saver.save,
             write_student=parts.saver.write_student,
-            evaluate=_evaluation(recipe, parts, judge) if evaluates else None,
+            evaluate=_evaluations(recipe, parts, judge if evaluates else None, warn),
             offload=parts.offload,
             gate=parts.gate,
             retry=parts.retry,
@@ -287,15 +287,31 @@ def _finished(recipe: Recipe, folder: RunFolder) -> bool:
     return int(json.loads(marker.read_text())["step"]) >= steps
 
 
+def _evaluations(
+    recipe: Recipe, parts: TrainingComponents, judge: JudgeService | None, warn: Callable[[object], None]
+) -> Callable[[int], dict[str, float]] | None:
+    """Return a function that evaluates the student after a step as the recipe says, or None if it says nothing."""
+    if not recipe.train.eval_every:
+        return None
+    found: list[Callable[[int], dict[str, float]]] = []
+    if recipe.data.validation:
+        found.append(_evaluation(recipe, parts, judge))
+    if recipe.train.eval_suite:
+        from openril.stages.suite_in_training import suite_evaluation
+
+        found.append(suite_evaluation(recipe, parts, warn))
+    return lambda step: {name: value for evaluate in found for name, value in evaluate(step).items()}
+
+
 def _evaluation(
     recipe: Recipe, parts: TrainingComponents, judge: JudgeService | None
-) -> Callable[[], dict[str, float]]:
+) -> Callable[[int], dict[str, float]]:
     """Return a function that scores the current student's greedy answers, with the questions split over processes."""
     questions = read_questions(recipe.data, "validation")
     questions = questions[: recipe.eval.limit] if recipe.eval.limit else questions
     accelerator, left_out = parts.accelerator, LeftOut(recipe, "eval")
 
-    def evaluate() -> dict[str, float]:
+    def evaluate(step: int) -> dict[str, float]:
         mine = questions[accelerator.process_index :: accelerator.num_processes]
         # Also without questions, because all processes sync the servers, or gather the weights, together.
         with accelerator.autocast(), gathered(parts.sampler):

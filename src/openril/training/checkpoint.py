@@ -128,11 +128,12 @@ def read_progress(folder: Path) -> dict[str, Any]:
 
 # Settings that may change when a run is continued, because what is learned does not depend on them.
 _FREE = (
-    "run_dir", "cache_dir", "teachers", "sft", "eval", "export", "judge.base_urls", "judge.concurrency", "judge.timeout",
+    "run_dir", "cache_dir", "teachers", "sft", "eval", "judge.base_urls", "judge.concurrency", "judge.timeout",
     "judge.max_retries", "judge.api_key_env", "judge.max_unknown_share", "data.train", "data.validation",
     "data.validation_split", "data.allow_urls", "student.model", "student.dtype", "discriminator.pretraining",
     "discriminator.init", "discriminator.at_chance_accuracy", "discriminator.saturated_accuracy", "discriminator.health_window",
     "train.max_steps", "train.epochs", "train.save_every", "train.keep_checkpoints", "train.eval_every", "train.log_to",
+    "train.eval_suite",
     "train.log_rollouts_every", "train.max_tokens_per_micro_batch", "train.packed", "train.shard", "train.offload",
     "train.vision_cache_gib", "train.report_every",
     "student.gradient_checkpointing",

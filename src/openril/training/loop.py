@@ -79,7 +79,7 @@ class RILTrainer:
         folder: RunFolder,
         save: Callable[[int], None],
         write_student: Callable[..., None] | None = None,
-        evaluate: Callable[[], dict[str, float]] | None = None,
+        evaluate: Callable[[int], dict[str, float]] | None = None,
         offload: Offload | None = None,
         gate: SimilarityGate | None = None,
         retry: RetryMemory | None = None,
@@ -284,7 +284,7 @@ class RILTrainer:
                 metrics["train/learning_rate"] = rate
                 if self.evaluate is not None and train.eval_every and step % train.eval_every == 0:
                     with self.timed("eval", "student"):
-                        metrics |= prefixed("eval", self.evaluate())
+                        metrics |= prefixed("eval", self.evaluate(step))
                 self.seconds["step"] = time.perf_counter() - started
                 if self.offload.mode != "none":
                     self.seconds["offload"], self.offload.seconds = self.offload.seconds, 0.0

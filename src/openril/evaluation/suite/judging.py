@@ -38,7 +38,8 @@ class SuiteJudge:
         answers = self.client.loop_thread.run(self.client.probe(messages, max_tokens=8, temperature=0.0))
         failed = [f"{url}: {answer}" for url, answer in answers if isinstance(answer, EndpointError)]
         if len(failed) == len(answers):
-            raise JudgeError(f"judge: expected an answer to a test question, got none ({failed[0]})")
+            fix = "Start the server, or use --suite offline."
+            raise JudgeError(f"judge.base_urls: expected an answer to a test question, got none ({failed[0]}). {fix}")
 
     def ask(self, prompt: str, max_tokens: int, readable: Callable[[str], bool] = bool) -> str | None:
         """Return a readable reply, or None after all retries; ``cause`` then says why.

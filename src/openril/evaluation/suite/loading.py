@@ -14,6 +14,7 @@ from typing import Any, overload
 
 from openril.errors import DataError
 from openril.evaluation.suite.benchmarks import Benchmark
+from openril.recipe.validation import nearest
 from openril.records import IMAGE_MARKER, ImageSource, Question
 
 MODEL_NAME = "openril"
@@ -120,10 +121,10 @@ def open_tasks(benchmark: Benchmark, source: Source, limit: int = 0) -> list[Ope
     for name in benchmark.tasks:
         if name not in manager.all_subtasks:
             groups = ", ".join(n for n in manager.all_tasks if n.startswith(name) and n != name)
-            raise DataError(
-                f"--tasks: expected the name of an lmms-eval task, got {name!r}. "
-                + (f"Name tasks, not groups: {groups[:300]}." if groups else "`lmms-eval tasks list` lists them.")
-            )
+            near = nearest(name, manager.all_subtasks)
+            hint = f"Did you mean {near}?" if near else "`lmms-eval tasks list` lists them."
+            hint = f"Name tasks, not groups: {groups[:300]}." if groups else hint
+            raise DataError(f"--tasks: expected the name of an lmms-eval task, got {name!r}. {hint}")
         with _data_from(source, benchmark, name):
             task = manager.load_task_or_group([name], "chat")[name]
         task.set_config(key="num_fewshot", value=0)
@@ -199,7 +200,7 @@ class _data_from:
 def find_mirror(mirror: Path, benchmark: Benchmark, repository: str, configuration: str | None) -> Path:
     """Return the folder of a data set in a mirror: named after the task or after its repository, with a folder inside for
     a configuration if there are several."""
-    names = [benchmark.task, repository.rsplit("/", 1)[-1]]
+    names = list(dict.fromkeys([benchmark.task, repository.rsplit("/", 1)[-1]]))
     for name in names:
         folder = mirror / name
         if configuration and (folder / configuration).is_dir():
@@ -207,8 +208,8 @@ def find_mirror(mirror: Path, benchmark: Benchmark, repository: str, configurati
         if folder.is_dir():
             return folder
     raise DataError(
-        f"eval.suite_data: expected the data of {benchmark.task} in {mirror / names[0]} or {mirror / names[1]}, found "
-        "neither. Copy it there, as written by save_to_disk or as Parquet files."
+        f"eval.suite_data: expected the data of {benchmark.task} in {' or '.join(str(mirror / n) for n in names)}, got no "
+        "such folder. Copy it there, as written by save_to_disk or as Parquet files."
     )
 
 

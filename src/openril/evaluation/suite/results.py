@@ -87,7 +87,9 @@ def summarize(
     """Return the result of a benchmark. It has no score if more than ``max_unknown_share`` of it is unknown."""
     unknown = [s for s in scored if s.score is None]
     failed = ""
-    if len(unknown) > max_unknown_share * len(scored):
+    if not scored:
+        failed = "there are no questions"
+    elif len(unknown) > max_unknown_share * len(scored) or len(unknown) == len(scored):
         failed = f"{len(unknown)} of {len(scored)} scores are unknown; the first: {unknown[0].cause}"
     mean, error = stratified((s.stratum, s.score) for s in scored if s.score is not None)
     return BenchmarkResult(

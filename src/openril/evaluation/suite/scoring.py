@@ -51,19 +51,31 @@ def score_task(task: OpenTask, answers: Sequence[Answer], judge: SuiteJudge | No
     if benchmark.task in _SCORERS:
         return _SCORERS[benchmark.task](task, docs, answers, judge)
     filtered = _filter(task, docs, [a.text or "" for a in answers])
-    scored, values = [], []
+    scored, values, lost = [], [], []
     for answer, response in zip(answers, filtered, strict=True):
         doc = docs[answer.number]
+        stratum = task.name if benchmark.strata == "task" else str(doc.get(benchmark.strata, ""))
         with _Draws(f"{task.name}/{answer.number}") as draws:
-            value = task.task.process_results(doc, [response])[benchmark.metric]
+            try:
+                value = task.task.process_results(doc, [response])[benchmark.metric]
+            except BaseException as e:
+                if not _timed_out(e):
+                    raise
+                lost.append(_scored(task, answer, None, 0.0, stratum=stratum, cause=f"{type(e).__name__}: {e}"))
+                continue
         values.append(value)
         theirs = _share(task, value)
         parsed = not draws.drawn and _reads(task, doc, answer.text or "", response, value)
-        stratum = task.name if benchmark.strata == "task" else str(doc.get(benchmark.strata, ""))
         scored.append(_scored(task, answer, theirs if parsed else 0.0, theirs, parsed=parsed, stratum=stratum))
     figure = _figure(task, values)
     _agree(task, figure, scored)
-    return scored, figure
+    return scored + lost, figure
+
+
+def _timed_out(error: BaseException) -> bool:
+    """math-verify raises TimeoutError, and newer versions a class that is no Exception."""
+    stops = KeyboardInterrupt, SystemExit, GeneratorExit
+    return isinstance(error, TimeoutError) or not isinstance(error, (Exception, *stops))
 
 
 def _filter(task: OpenTask, docs: Any, texts: list[str]) -> list[Any]:

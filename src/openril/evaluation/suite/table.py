@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 ELSEWHERE = "measured elsewhere"
+MISSING = "n/a"
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ def paper_rows() -> list[OtherRow]:
     rows = []
     for model, means in PAPER_MEANS.items():
         for n, method in enumerate(PAPER_METHODS):
-            scores = {column: values[n] for column, values in PAPER_SCORES.get(model, {}).items()}
+            known = PAPER_SCORES.get(model, {}).items()
+            scores = {column: value for column, values in known if (value := values[n]) is not None}
             rows.append(OtherRow(f"{model}, {method}", PAPER_SOURCE, scores, means[n]))
     return rows
 
@@ -119,10 +121,12 @@ def markdown(data: Mapping[str, Any], checkpoints: Sequence[Checkpoint], benchma
         cells = [figure(c.results.get(b.task)) for b in benchmarks]
         scores.append([c.name, *cells, "-" if row["mean"] is None else f"{row['mean']:.1f}"])
     for other in data["elsewhere"]:
-        cells = [f"{other['scores'][c]:.1f}" if c in other["scores"] else "" for c in columns]
-        overall = "" if other["mean"] is None else f"{other['mean']:.1f}"
+        cells = [f"{other['scores'][c]:.1f}" if c in other["scores"] else MISSING for c in columns]
+        overall = MISSING if other["mean"] is None else f"{other['mean']:.1f}"
         scores.append([f"{other['name']} ({ELSEWHERE}: {other['source']})", *cells, overall])
     lines += _rows(scores)
+    if data["elsewhere"]:
+        lines += ["", f"{MISSING}: this project has no record of the figure."]
     changes = [["checkpoint", *columns, mean]]
     for row in data["checkpoints"][1:]:
         found = row["difference"]
@@ -131,13 +135,14 @@ def markdown(data: Mapping[str, Any], checkpoints: Sequence[Checkpoint], benchma
         first = data["checkpoints"][0]["name"]
         lines += ["", f"Paired differences to {first} with 95% intervals:", "", *_rows(changes)]
     header = "checkpoint/benchmark/n/score/as lmms-eval scores/unparsed/unknown/cut/judge/lmms-eval/task version/prompt"
-    how = [f"{header}/max new tokens/note".split("/")]
+    how = [f"{header}/max new tokens/image size limits/note".split("/")]
     for c in checkpoints:
         for b in benchmarks:
             if (r := c.results.get(b.task)) is not None:
                 d, theirs = r.details, r.lmms_eval_score
                 method = d.get("judge") or d.get("eval_method") or ""
                 rest = [d.get(k, "") for k in ("lmms_eval", "task_version", "prompt_variant", "max_new_tokens")]
+                rest.append(", ".join(f"{k} {v}" for k, v in d.get("image_limits", {}).items()))
                 shown = "-" if theirs is None else f"{theirs:.1f}"
                 counts = [r.unparsed, r.unknown, r.cut]
                 how.append([c.name, b.column, *map(str, (r.n, figure(r), shown, *counts, method, *rest, r.failed))])
@@ -145,25 +150,36 @@ def markdown(data: Mapping[str, Any], checkpoints: Sequence[Checkpoint], benchma
     return "\n".join(lines) + "\n"
 
 
-def rich_table(data: Mapping[str, Any], checkpoints: Sequence[Checkpoint], benchmarks: Sequence[Benchmark]) -> Table:
-    """Return a table for the terminal with one row a benchmark and one column a checkpoint."""
+def rich_table(
+    data: Mapping[str, Any], checkpoints: Sequence[Checkpoint], benchmarks: Sequence[Benchmark], width: int = 120
+) -> Table:
+    """Return a table for a terminal of ``width`` characters, with one row a benchmark and one column a checkpoint.
+
+    Counts and then errors are left out of it if they do not fit.
+    """
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title="benchmarks (percent, ± standard error)", caption="suite.md has every figure")
-    table.add_column("benchmark")
-    for c in checkpoints:
-        table.add_column(escape(c.name), justify="right")
-    for b in benchmarks:
-        cells = []
-        for c in checkpoints:
-            r = c.results.get(b.task)
-            notes = [f"{n} {what}" for what in ("unparsed", "unknown") if r and (n := getattr(r, what))]
-            cells.append(figure(r) + (f" ({', '.join(notes)})" if notes else ""))
-        table.add_row(b.column, *cells)
-    means = [_percent(row["mean"]) for row in data["checkpoints"]]
-    table.add_row(f"mean of {len(benchmarks)}", *means)
+    for counts, error in ((True, True), (False, True), (False, False)):
+        rows = [["benchmark", *(c.name for c in checkpoints)]]
+        for b in benchmarks:
+            found = [c.results.get(b.task) for c in checkpoints]
+            rows.append([b.column, *(figure(r, error) + (_counts(r) if counts else "") for r in found)])
+        rows.append([f"mean of {len(benchmarks)}", *(_percent(row["mean"]) for row in data["checkpoints"])])
+        if sum(max(map(len, column)) + 3 for column in zip(*rows, strict=True)) < width:
+            break
+    left_out = "" if counts else ", also the counts" + ("" if error else " and errors") + " that do not fit here"
+    table = Table(title="benchmarks (percent, ± standard error)", caption=f"suite.md has every figure{left_out}")
+    for number, name in enumerate(rows[0]):
+        table.add_column(escape(name), justify="right" if number else "left", overflow="fold")
+    for row in rows[1:]:
+        table.add_row(*map(escape, row))
     return table
+
+
+def _counts(result: BenchmarkResult | None) -> str:
+    notes = [f"{n} {what}" for what in ("unparsed", "unknown") if result and (n := getattr(result, what))]
+    return f" ({', '.join(notes)})" if notes else ""
 
 
 def _percent(value: float | None) -> str:
