@@ -8,7 +8,9 @@ import pytest
 
 from openril.cli import main
 from openril.recipe.loading import load_recipe
-from openril.storage import read_jsonl
+from openril.responses.cache import ResponseCache
+from openril.stages.run import stages
+from openril.storage import read_jsonl, weights_fingerprint
 from support.playground_models import tiny_playground
 from support.tiny import tiny_questions, write_questions
 
@@ -75,3 +77,19 @@ def test_two_steps_of_a_method(path: Path, prepared: Path, tmp_path: Path, capsy
     sources = {row["source"] for row in responses}
     assert (sources > {"student"}) == bool(recipe.teacher_responses_per_question)
     assert rows[1].get("retry/groups", 0) == (2 if recipe.train.retry.questions_per_step else 0)
+
+
+def test_the_student_is_collected_after_a_warm_start_on_teacher_text(prepared: Path, tmp_path: Path):
+    mine = recipe_of(prepared, tmp_path / "after", "methods/ril.yaml")
+    cache = tmp_path / "responses"
+    options = ["--cache_dir", str(cache), "--sft.targets", "teacher_responses", "--collect.student_after_sft", "True"]
+    options += ["--train.max_steps", "1", "--collect.judge_responses", "False"]
+    recipe = load_recipe(mine, options)
+    titles = [title for title, _, _ in stages(recipe)]
+    assert titles == ["collect", "sft", "collect", "discriminator", "train"]
+    assert main(["collect", str(mine), *options]) == 0
+    assert list(ResponseCache.open(cache).manifest()["sources"]) == ["a", "b"]
+    assert main(["run", str(mine), *options]) == 0
+    sources = ResponseCache.open(cache).manifest()["sources"]
+    assert sources["student"]["revision"] == weights_fingerprint(recipe.sft_student_path)
+    assert len(read_jsonl(recipe.run_path / "metrics.jsonl")) == 1

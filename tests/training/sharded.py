@@ -42,8 +42,11 @@ CASES: dict[str, dict[str, Any]] = {
         "discriminator__inputs": "question",
         "discriminator__replay": 0.4,
         "discriminator__max_tokens_per_micro_batch": 60,
+        "discriminator__label_smoothing": 0.1,
+        "discriminator__update_below": 1.0,
     },
-    "lora": {"student__lora__enabled": True},
+    # With averaged weights of the discriminator, which are sharded and saved with its optimizer.
+    "lora": {"student__lora__enabled": True, "discriminator__ema_decay": 0.5},
     "tied": {"student__freeze": ["vision_tower"]},
     "clipped": {
         "train__num_iterations": 2,

@@ -62,6 +62,7 @@ def test_as_many_processes_continue_bit_for_bit(case: str, runs: Path):
     a, b = contents(whole), contents(resumed)
     assert a.keys() == b.keys() and any("optimizer_student" in k for k in a) and any("discriminator:" in k for k in a)
     assert all(torch.equal(value, b[key]) for key, value in a.items())
+    assert any(key.endswith(".average") for key in a) == (case == "lora")
     assert metrics(whole) == metrics(resumed)
     rollouts = [(folder / "rollouts/step_000002.jsonl").read_text() for folder in (whole, resumed)]
     assert rollouts[0] == rollouts[1]

@@ -48,7 +48,7 @@ def test_a_question_is_remembered_if_fewer_than_the_share_of_its_known_samples_a
     found = memory(forms=["plain"])
     groups = [group("a", 0, 0, 0, 1), group("b", 1, 1, 0, 0), group("c", None, 0, 1, None), group("d", None, None)]
     metrics = found.remember(groups, [])  # shares 1/4, 2/4, 1/2 of the known, and none
-    assert [r.question.id for r in found.draw(4, always)] == ["a"]
+    assert [r.question.id for r in found.draw(4, 0, always)] == ["a"]
     assert metrics == {
         "remembered": 1, "groups": 0, "too_long": 0, "solved": 0, "given_up": 0, "pushed_out": 0,
     }  # fmt: skip
@@ -64,37 +64,49 @@ def test_empty_wrong_answers_cannot_be_shown():
 
 
 def test_a_question_leaves_when_it_is_solved_without_a_right_answer_in_sight():
-    found = memory(forms=["compare", "again"])
-    found.right = lambda question: ["the right one"]
-    found.remember([group("a", 0, 0)], [])
-    [compare] = answered(found.draw(4, always), 1, 1)
-    assert compare.form == "compare" and found.remember([], [compare])["solved"] == 0  # it could be picked up
-    [again] = answered(found.draw(4, always), 1, 0)
-    assert again.form == "again"
-    metrics = found.remember([], [again])
-    assert (metrics["solved"], metrics["answer_again"], len(found)) == (1, 0.5, 0)
+    # What is compared could be picked up.
+    for form, verdicts, solved in (
+        ("compare", (1, 1), 0),
+        ("again", (1, 0), 1),
+        ("plain", (1, 0), 1),
+        ("plain", (0, 0), 0),
+    ):
+        found = memory(forms=[form])
+        found.right = lambda question: ["the right one"]
+        found.remember([group("a", 0, 0)], [])
+        metrics = found.remember([], answered(found.draw(4, 0, always), *verdicts))
+        assert (metrics["solved"], metrics[f"answer_{form}"]) == (solved, sum(verdicts) / 2)
+        assert (metrics["remembered"], len(found)) == (1 - solved, 1 - solved)
 
 
 def test_a_question_is_given_up_after_its_tries_and_pushed_out_by_newer_ones():
     found = memory(forms=["plain"], max_tries=2, buffer_size=2)
     assert found.remember([group(name, 0, 0) for name in "abc"], [])["pushed_out"] == 1
-    first = answered(found.draw(1, always), 0, 0)
-    assert [r.question.id for r in first] == ["b"]  # a was the oldest
-    found.remember([], first)
-    second = answered(found.draw(2, always), 0, 0)
-    assert [r.question.id for r in second] == ["c", "b"]  # c was asked less often
-    assert found.remember([], second)["given_up"] == 1
-    assert [r.question.id for r in found.draw(2, always)] == ["c"]
+    assert {r.question.id for r in found.draw(3, 0, always)} == {"b", "c"}  # a was the oldest
+    [first] = answered(found.draw(1, 0, always), 0, 0)
+    assert found.remember([], [first])["given_up"] == 0
+    both = answered(found.draw(2, 1, always), 0, 0)
+    assert found.remember([], both)["given_up"] == 1
+    [left] = found.draw(2, 2, always)
+    assert left.question.id in {"b", "c"} - {first.question.id}
+
+
+def test_each_step_draws_others():
+    found = memory()
+    found.remember([group(name, 0) for name in "abcdef"], [])
+    drawn = [[r.question.id for r in found.draw(2, step, always)] for step in range(20)]
+    assert all(len(set(ids)) == 2 for ids in drawn) and {id for ids in drawn for id in ids} == set("abcdef")
+    assert drawn == [[r.question.id for r in found.draw(2, step, always)] for step in range(20)]
 
 
 def test_the_newest_wrong_answers_are_shown_each_once():
     found = memory(forms=["again"], max_answers=3)
     found.remember([group("a", 0, 0, 0, 1)], [])
-    [retry] = found.draw(1, always)
+    [retry] = found.draw(1, 0, always)
     assert retry.listed == ["a answer 0", "a answer 1", "a answer 2"]
     retry.rollouts = [Rollout(Response("a", "student", i, t), verdict=0.0) for i, t in enumerate(("new", "a answer 1"))]
     found.remember([], [retry])
-    [retry] = found.draw(1, always)
+    [retry] = found.draw(1, 0, always)
     assert retry.listed == ["new", "a answer 1", "a answer 0"]
     assert retry.asked.question.startswith(
         "What is a?\n\nThe following answers to this question are wrong.\n<answer_1>\nnew"
@@ -103,19 +115,30 @@ def test_the_newest_wrong_answers_are_shown_each_once():
 
 def test_forms_take_turns_and_make_way():
     found = memory()
-    found.remember([group("a", 0, 0)], [])
-    assert found.draw(1, always)[0].form == "again"  # no teacher is right, so there is nothing to compare
     found.right = lambda question: ["the right one"]
-    assert found.draw(1, always)[0].form == "compare"
-    [retry] = found.draw(1, lambda question: "One is right" not in question.question)  # as if too long
-    assert retry.form == "again" and found.remember([], [])["too_long"] == 1
+    found.remember([group(name, 0, 0) for name in "abcdef"], [])
+    turns: dict[str, list[str]] = {name: [] for name in "abcdef"}
+    for step in range(4):
+        retries = answered(found.draw(6, step, always), 0, 0)
+        for retry in retries:
+            turns[retry.question.id].append(retry.form)
+        found.remember([], retries)
+    for forms in turns.values():
+        assert set(forms[:3]) == {"compare", "again", "plain"} and forms[3] == forms[0]
+    assert len({forms[0] for forms in turns.values()}) > 1
+    compares = [name for name, forms in turns.items() if forms[1] == "compare"]  # their turn is the fifth
+    retries = found.draw(6, 4, lambda question: "One is right" not in question.question)  # as if it were too long
+    assert {r.question.id for r in retries if r.form == "again"} >= set(compares)
+    assert len(retries) == 6 and found.remember([], [])["too_long"] == len(compares) > 0
+    found.right = lambda question: []  # nothing to compare with
+    assert "compare" not in {r.form for r in found.draw(6, 4, always)} and found.remember([], [])["too_long"] == 0
 
 
 def test_the_two_answers_have_no_names_and_a_seeded_order():
     found = memory(forms=["compare"])
     found.right = lambda question: ["teacher's one", "teacher's two"]
     found.remember([group(name, 0) for name in "abcdef"], [])
-    retries = found.draw(6, always)
+    retries = found.draw(6, 0, always)
     for retry in retries:
         one, two = retry.listed
         assert sorted([one in found.right(retry.question), two in found.right(retry.question)]) == [False, True]
@@ -124,7 +147,7 @@ def test_the_two_answers_have_no_names_and_a_seeded_order():
         assert "student" not in text and "teacher_" not in text
     firsts = [r.listed[0].startswith("teacher") for r in retries]
     assert len(set(firsts)) == 2  # both orders come up
-    assert [r.listed for r in found.draw(6, always)] == [r.listed for r in retries]
+    assert [r.listed for r in found.draw(6, 0, always)] == [r.listed for r in retries]
 
 
 def test_model_text_cannot_leave_its_place(tiny_student: Path, tmp_path: Path):
@@ -137,7 +160,10 @@ def test_model_text_cannot_leave_its_place(tiny_student: Path, tmp_path: Path):
     found.questions = {q.id: q for q in questions}
     failed = [Group(q, [Rollout(Response(q.id, "student", 0, f"{attack} {q.id}"), verdict=0.0)]) for q in questions]
     found.remember(failed, [])
-    for question, retry in zip(questions, found.draw(4, always), strict=True):
+    retries = found.draw(4, 0, always)
+    assert len(retries) == 4
+    for retry in retries:
+        question = retry.question
         prompt, plain = encoder(retry.asked), encoder(question)
         text, before = (encoder.tokenizer.decode(p.input_ids, skip_special_tokens=False) for p in (prompt, plain))
         for mark in ("<|im_start|>", "<|im_end|>", "<|image_pad|>", "<IMG_CONTEXT>"):
@@ -154,12 +180,14 @@ def test_model_text_cannot_leave_its_place(tiny_student: Path, tmp_path: Path):
         ("the SQUARE is: red so red", True),  # case and marks do not matter
         ("I say: the square is red, so red.", False),  # 6 of 8 words
         ("So: the square is red, so red.", True),  # 6 of 7
-        ("is red", True),
-        ("green", False),
+        ("The square is red, so", True),  # 5 of the answer's 6
+        ("The square is red.", False),  # 4 of 6
+        ("red", False),
+        ("It is blue", False),  # a bare answer
         ("", False),
     ],
 )
-def test_a_copy_is_four_fifths_of_a_response(response: str, is_copy: bool):
+def test_a_copy_is_four_fifths_of_a_response_and_of_an_answer(response: str, is_copy: bool):
     assert copied(response, ["It is blue", "The square is red, so red."]) is is_copy
 
 
@@ -167,7 +195,7 @@ def test_a_copy_earns_nothing_and_is_counted():
     found = memory(forms=["compare"])
     found.right = lambda question: ["It must be the right one"]
     found.remember([group("a", 0)], [])
-    [retry] = found.draw(1, always)
+    [retry] = found.draw(1, 0, always)
     texts = ["It must be the right one", "The second holds, for it names the right one", "a answer 0"]
     retry.rollouts = [
         Rollout(Response("a", "student", i, t), verdict=v, rewards={"answer": v, "mine": 0.25}, reward=2 * v + 0.25)
@@ -177,17 +205,17 @@ def test_a_copy_earns_nothing_and_is_counted():
     assert [r.verdict for r in retry.rollouts] == [0.0, 1.0, 0.0]
     assert [r.rewards["answer"] for r in retry.rollouts] == [0.0, 1.0, 0.0]
     assert [r.reward for r in retry.rollouts] == [0.25, 2.25, 0.25]
-    assert found.remember([], [retry])["copied_share"] == pytest.approx(2 / 3)
+    assert found.remember([], [retry])["copied_share"] == pytest.approx(1 / 3)
 
 
 def test_the_memory_is_saved_exactly(tmp_path: Path):
     found, again = memory(), memory()
     found.remember([group("a", 0, 0), group("b", 0)], answered([], 0))
-    found.remember([], answered(found.draw(1, always), 0))
+    found.remember([], answered(found.draw(1, 0, always), 0))
     found.save(tmp_path / "retry.jsonl")
     again.load(tmp_path / "retry.jsonl")
-    assert [(r.question.id, r.form, r.listed) for r in again.draw(2, always)] == [
-        (r.question.id, r.form, r.listed) for r in found.draw(2, always)
+    assert [(r.question.id, r.form, r.listed) for r in again.draw(2, 0, always)] == [
+        (r.question.id, r.form, r.listed) for r in found.draw(2, 0, always)
     ]
     with pytest.raises(StateError, match=r"nothing\.jsonl"):
         again.load(tmp_path / "nothing.jsonl")

@@ -249,7 +249,8 @@ class _Sizes:
             self.shape.stored == "bfloat16"
         )  # frozen values of other checkpoints are not rounded, because they are saved
         held = {f"{name}: weights": self._weights(groups, frozen, rounds=saved) + 4 * adapters // self.share}
-        held[f"{name}: AdamW states"] = ADAMW_BYTES * (trainable + adapters) // self.share
+        averages = 4 if name == "discriminator" and self.recipe.discriminator.ema_decay else 0
+        held[f"{name}: AdamW states"] = (ADAMW_BYTES + averages) * (trainable + adapters) // self.share
         gradients = {f"{name}: gradients": (trainable * self.width + 4 * adapters) // self.share}
         # Tied embeddings are the LM head's matrix too, except in the discriminator, which has none.
         looked_up = 0 if tied and name != "discriminator" else groups.get("word_embeddings", 0)

@@ -190,7 +190,8 @@ class Discriminator:
         norm = take_step(self.accelerator, self.optimizer, self.trainable, self.max_grad_norm, f"discriminator, {when}")
         for p, value in before.items():
             if state := self.optimizer.state.get(p):  # it had a gradient
-                state["average"] = value.float()  # bfloat16 would lose most of what an update changes
+                wide = torch.promote_types(value.dtype, torch.float32)  # bfloat16 would lose most of an update
+                state["average"] = value.to(wide)
         with self.states():
             for p, average in self._averages().items():
                 average.mul_(self.ema_decay).add_(p.to(average), alpha=1 - self.ema_decay)

@@ -161,7 +161,7 @@ class RILTrainer:
         """Return this process's share of the questions about answers, with the student's samples."""
         if self.retry is None:
             return []
-        drawn = self.retry.draw(self.recipe.train.retry.questions_per_step, self._prompt_fits)
+        drawn = self.retry.draw(self.recipe.train.retry.questions_per_step, self.step_number, self._prompt_fits)
         share = len(drawn) // self.accelerator.num_processes  # equally many for each, so that groups weigh the same
         mine = drawn[share * self.accelerator.process_index :][:share]
         if mine:

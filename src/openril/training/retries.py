@@ -89,18 +89,21 @@ class RetryMemory:
     def __len__(self) -> int:
         return len(self._failed)
 
-    def draw(self, count: int, fits: Callable[[Question], bool]) -> list[Retry]:
-        """Return up to ``count`` questions to ask, those that were asked least often first, each in its next form.
+    def draw(self, count: int, step: int, fits: Callable[[Question], bool]) -> list[Retry]:
+        """Return up to ``count`` questions to ask, drawn for ``step`` uniformly, each in its next form.
 
         fits: Whether a prompt is short enough. A form that is not makes way for the next, and is counted.
         """
         self._too_long = 0
         drawn: list[Retry] = []
-        for failed in sorted(self._failed.values(), key=lambda f: f.tries):
+        everything, forms = list(self._failed.values()), self.settings.forms
+        for failed in random.Random(stable_hash(self.seed, "retry", step)).sample(everything, len(everything)):
             if len(drawn) == count:
                 break
-            forms = self.settings.forms
-            turns = (forms[(failed.tries + i) % len(forms)] for i in range(len(forms)))
+            first = (
+                stable_hash(self.seed, "retry", failed.question_id) + failed.tries
+            )  # questions begin with other forms
+            turns = (forms[(first + i) % len(forms)] for i in range(len(forms)))
             for form in turns:
                 retry = self._retry(self.questions[failed.question_id], failed, form)
                 if retry is not None and fits(retry.asked):
@@ -183,20 +186,18 @@ def escaped(answer: str) -> str:
     return strip_disguised_tags(answer, {"answer"})
 
 
-COPIED = 0.8
+COPIED, BARE = 0.8, 5
+"""Share of words that makes a copy; a listed answer of fewer words cannot be said in other ones."""
 
 
 def copied(response: str, listed: Sequence[str]) -> bool:
-    """Return whether one run of words that a listed answer has too makes up 80 % of a response or more."""
-    words = _words(response)
-    if not words:
-        return False
-    matchers = (SequenceMatcher(None, words, _words(answer), autojunk=False) for answer in listed)
-    return max((m.find_longest_match().size for m in matchers), default=0) >= COPIED * len(words)
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.casefold())
+    """Return whether a response repeats a listed answer of at least 5 words: one run of words is 80 % of both."""
+    words, *others = (re.findall(r"\w+", text.casefold()) for text in (response, *listed))
+    for other in (o for o in others if len(o) >= BARE):
+        run = SequenceMatcher(None, words, other, autojunk=False).find_longest_match().size
+        if run >= COPIED * max(len(words), len(other)):
+            return True
+    return False
 
 
 def guard_against_copies(retries: Sequence[Retry], weight: float) -> None:
