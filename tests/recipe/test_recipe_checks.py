@@ -311,6 +311,13 @@ def test_a_tracker_that_is_not_installed_prints_its_install_line(
     assert f'pip install "openril[{tracker}]"' in found(change(good, train__log_to=[tracker]), "train")["train.log_to"]
 
 
+def test_tables_of_groups_need_a_tracker(good: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert "train.log_to" in found(change(good, train__log_groups_every=5), "train")["train.log_groups_every"]
+    both = change(good, train__log_groups_every=5, train__log_to=["trackio"])
+    assert "train.log_groups_every" not in found(both, "train")
+
+
 def test_require_raises_with_every_error(good: Recipe) -> None:
     with pytest.raises(RecipeError) as caught:
         require(change(good, train__teachers=["x"], data__train=[]), "train")

@@ -62,6 +62,9 @@ def check_loop(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]
     for tracker in train.log_to:
         if not any(importlib.util.find_spec(package) for package in _TRACKERS[tracker]):
             yield Problem("train.log_to", f"{tracker} is not installed", f'Run pip install "openril[{tracker}]"')
+    if train.log_groups_every and not train.log_to:
+        reason = f"got {train.log_groups_every}, but train.log_to names no tracker to log groups to"
+        yield Problem("train.log_groups_every", reason, "Name one in train.log_to, or set it to 0")
     if train.eval_every and not recipe.data.validation and not train.eval_suite:
         reason = "it is set, but data.validation is empty"
         yield Problem("train.eval_every", reason, "List questions in data.validation, or set it to 0")

@@ -543,6 +543,8 @@ class TrainConfig(Section):
     `eval.suite_max_tokens` keep this short."""
     log_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
     """Trackers to log to, in addition to the files in the run folder."""
+    log_groups_every: NonNegativeInt = 0
+    """Steps between tables of the first four groups of a step, with their pictures, in the trackers; 0 turns them off."""
     log_rollouts_every: PositiveInt = 1
     """Steps between files with every response in `rollouts/`."""
     retry: RetryConfig = Field(default_factory=RetryConfig)

@@ -133,7 +133,7 @@ _FREE = (
     "data.validation_split", "data.allow_urls", "student.model", "student.dtype", "discriminator.pretraining",
     "discriminator.init", "discriminator.at_chance_accuracy", "discriminator.saturated_accuracy", "discriminator.health_window",
     "train.max_steps", "train.epochs", "train.save_every", "train.keep_checkpoints", "train.eval_every", "train.log_to",
-    "train.eval_suite",
+    "train.eval_suite", "train.log_groups_every",
     "train.log_rollouts_every", "train.max_tokens_per_micro_batch", "train.packed", "train.shard", "train.offload",
     "train.vision_cache_gib", "train.report_every",
     "student.gradient_checkpointing",

@@ -31,6 +31,7 @@ from openril.rewards.similarity import SimilarityGate
 from openril.sampling.protocol import Sampler, gathered
 from openril.storage import stable_hash
 from openril.training.discriminator_update import Discriminator
+from openril.training.group_tables import log_groups
 from openril.training.interrupts import Interrupted, stop_requests
 from openril.training.metrics import reward_metrics
 from openril.training.offload import Offload
@@ -312,6 +313,8 @@ class RILTrainer:
             self.folder.log_rollouts(step, groups, self.by_id, self.recipe.rewards.answer.rule)
         if self.accelerator.trackers:
             self.accelerator.log(metrics, step=step)
+        if (every := self.recipe.train.log_groups_every) and step % every == 0:
+            log_groups(self.accelerator.trackers, step, groups, self.by_id)
         self.report(step, self.total_steps, row)
         if message := self.watch.see(metrics.get("discriminator/balanced_accuracy")):
             self.warn(message)
