@@ -94,8 +94,9 @@ def test_wheel_is_small_and_holds_the_library_alone(wheel: Path):
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"openril"}
     assert [name for name in names if "playground" in name or name.endswith(WEIGHTS)] == []
     packed = {name for name in names if name.startswith("openril/")}
-    files = {p for p in (ROOT / "src" / "openril").rglob("*") if p.suffix in (".py", ".pyi", ".jinja", ".typed")}
-    assert {str(p.relative_to(ROOT / "src")) for p in files} <= packed and len({p.suffix for p in files}) == 4
+    kinds = (".py", ".pyi", ".jinja", ".html", ".css", ".js")
+    files = {p for p in (ROOT / "src" / "openril").rglob("*") if p.suffix in kinds or p.name == "py.typed"}
+    assert {str(p.relative_to(ROOT / "src")) for p in files} <= packed and len({p.suffix for p in files}) == 7
 
 
 @pytest.mark.slow

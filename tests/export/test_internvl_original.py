@@ -22,7 +22,7 @@ from openril.hf import AutoProcessor, AutoTokenizer, transformers
 from openril.models.loading import load_model
 from openril.recipe.overrides import override
 from openril.recipe.schema import Recipe
-from openril.stages.export import run_export
+from openril.stages.export import run_export, run_recipe
 from openril.testing.tiny_models import build_tiny_model
 
 SIDE = 56
@@ -191,7 +191,8 @@ def questions(folder: Path) -> Recipe:
     Image.new("RGB", (90, 40), "red").save(folder / "red.png")
     row = {"id": "q", "question": "Which colour?", "answer": "red", "images": ["red.png"]}
     (folder / "questions.jsonl").write_text(json.dumps(row) + "\n")
-    return override(Recipe(), ["--data.validation", str(folder / "questions.jsonl")], "test")
+    settings = ["--data.validation", str(folder / "questions.jsonl"), "--eval.max_completion_length", "6"]
+    return override(Recipe(), settings, "test")
 
 
 def test_the_check_loads_the_export_back_and_finds_a_changed_weight_and_another_template(tiny_internvl, tmp_path):
@@ -318,3 +319,18 @@ def test_another_type_is_written_and_one_that_cannot_hold_a_weight_is_refused(ti
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(OpenRILError, match=r"--type.*infinite.*lm_head"):
         internvl_original.export(ask(folder, tmp_path / "half", "float16"))
+
+
+def test_a_run_exports_its_student_last_and_fails_if_the_export_answers_otherwise(tiny_internvl, tmp_path, monkeypatch):
+    shutil.copytree(tiny_internvl, tmp_path / "run" / "student")
+    recipe = questions(tmp_path)
+    recipe.run_dir, recipe.export.to, recipe.export.questions = str(tmp_path / "run"), "internvl-original", 1
+    recipe.eval.max_completion_length = 4
+    run_recipe(recipe, Console())
+    out = tmp_path / "run" / "export" / "internvl-original"
+    assert json.loads((out / RECORD).read_text())["check"]["passed"]
+    written = (out / "model.safetensors").stat().st_mtime_ns
+    monkeypatch.setitem(internvl_original.LIMITS, "stored", -1.0)
+    with pytest.raises(OpenRILError, match=r"export\.to.*export\.json"):
+        run_recipe(recipe, Console())
+    assert (out / "model.safetensors").stat().st_mtime_ns == written

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from safetensors.numpy import save_file
 
 from openril.errors import RecipeError
+from openril.export.request import FORMATS, format_module
+from openril.recipe import export_checks
 from openril.recipe.checks import STAGES, cross_check, require
-from openril.recipe.schema import Recipe
+from openril.recipe.schema import ExportFormat, Recipe
 
 
 @pytest.fixture
@@ -186,6 +188,12 @@ CASES: list[tuple[str, dict[str, Any], str, str]] = [
         "collect.student_after_sft",
         "data.selection",
     ),
+    ("run", {"export__to": "gguf", "export__type": ["q9"]}, "export.type", "'q9'"),
+    ("run", {"export__to": "compressed-tensors", "export__type": ["fp8", "w4a16"]}, "export.type", "got 2"),
+    ("run", {"export__to": "compressed-tensors"}, "export.python", "nothing"),
+    ("run", {"export__to": "compressed-tensors", "export__python": "./no-python"}, "export.python", "'./no-python'"),
+    ("run", {"export__to": "gguf", "export__out": "train.jsonl"}, "export.out", "train.jsonl"),
+    ("run", {"export__to": "gguf", "data__validation": []}, "export.check", "data.validation"),
 ]
 
 
@@ -236,6 +244,7 @@ WARNINGS: list[tuple[str, dict[str, Any], str, str]] = [
         "data.selection.drop_overlong",
         "9",
     ),
+    ("run", {"export__python": "python3"}, "export.to", "python has no effect"),
 ]
 
 
@@ -352,3 +361,20 @@ def test_a_sync_of_adapters_needs_adapters_in_each_stage_that_trains_them(good: 
 def test_collecting_from_teachers_alone_needs_no_server_of_the_student(good: Recipe) -> None:
     recipe = change(good, student__sampler__engine="vllm", collect__student=False)
     assert not found(recipe, "collect")
+
+
+def test_an_export_names_the_package_or_the_model_that_it_lacks(good: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    gguf = change(good, export__to="gguf")
+    monkeypatch.setattr(export_checks, "find_spec", lambda name: None)
+    assert "gguf and xllamacpp" in found(gguf, "run")["export.to"]
+    assert "xllamacpp" not in found(change(gguf, export__check=False), "run")["export.to"]
+    assert found(gguf, "train") == {}, "the export is a stage of ril run"
+    Path("model/config.json").write_text('{"model_type": "qwen2_5_vl"}')
+    assert "qwen2_5_vl" in found(change(good, export__to="internvl-original"), "run")["export.to"]
+    Path("model/config.json").write_text('{"model_type": "internvl"}')
+    assert found(change(good, export__to="internvl-original"), "run") == {}
+
+
+def test_the_types_of_an_export_are_those_of_its_module() -> None:
+    assert {name: format_module(name).TYPES for name in FORMATS} == export_checks.EXPORT_TYPES
+    assert set(get_args(ExportFormat)) == {"", *FORMATS}

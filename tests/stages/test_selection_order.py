@@ -138,6 +138,9 @@ def test_the_order_of_the_stages(make_recipe: Callable[..., Recipe]) -> None:
     # No teacher is asked where no response of theirs is used.
     alone = {"algorithm": "dr_grpo"}
     assert order(make_recipe("x", train=alone)) == "sft select collect select train eval"
+    recipe = make_recipe("x", selection={"enabled": False})
+    recipe.export.to = "internvl-original"
+    assert order(recipe) == f"sft collect {rest} export"
     assert order(make_recipe("x", train=alone, selection={"drop_overlong": False})) == "sft select train eval"
 
 

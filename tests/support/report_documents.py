@@ -14,13 +14,11 @@ SOURCES = ("student", "teacher_a", "teacher_b")
 
 HOSTILE = {
     "script": "</script><script>window.hacked = 1</script><!--<script>",
-    "attribute": "\"'><img src=x onerror=\"window.hacked = 1\" autofocus onfocus='window.hacked = 1'>",
-    "svg": "<svg onload=\"window.hacked = 1\"><animate onbegin='window.hacked = 1'/></svg>",
-    "link": 'javascript:window.hacked=1//<a href="javascript:window.hacked=1">x</a>',
-    "reversed": "\u202egnihton si siht\u2066 \u05d0\u05d1\u05d2 \u0627\u0644\u0639\u0631\u0628\u064a\u0629",
-    "nul": "a\x00b\x1b[31m\x07\x7f\r\n",
-    "surrogate": "half \ud83d and \udc00 of a pair, \u2028\u2029\ufeff\ufffd",
-    "template": "{{ 7 * 7 }} {% raw %} ${window.hacked = 1} `",
+    "markup": "javascript:window.hacked=1//\"'><img src=x onerror=\"window.hacked = 1\" autofocus onfocus='window.hacked = 1'>"
+    "<svg onload=\"window.hacked = 1\"><animate onbegin='window.hacked = 1'/></svg>"
+    '<a href="javascript:window.hacked=1">x</a>{{ 7 * 7 }} {% raw %} ${window.hacked = 1} `',
+    "characters": "\u202egnihton si siht\u2066 \u05d0\u05d1\u05d2 \u0627\u0644\u0639\u0631\u0628\u064a\u0629"
+    " a\x00b\x1b[31m\x07\x7f\r\n half \ud83d and \udc00 of a pair, \u2028\u2029\ufeff\ufffd",
     "unbroken": "W" * 3000,
     "prototype": "__proto__",
 }
@@ -41,7 +39,7 @@ def member(source: str, index: int, rng: random.Random) -> dict[str, Any]:
         "extracted": str(rng.randrange(9)), "student_prob": round(rng.random(), 3), "similarity": similarity,
         "verdict": right, "explanation": "The response names the right number." if right else None,
         "rewards": {"similarity": similarity, "answer": right}, "reward": similarity + right, "advantage": 0.0,
-        "tokens": rng.randrange(4, 60), "finish_reason": "stop", "learnt": True,
+        "tokens": rng.randrange(4, 60), "finish_reason": "stop", "learned": 20,
     }  # fmt: skip
 
 
@@ -89,11 +87,11 @@ def make_run(name: str, groups: list[dict[str, Any]], steps: int, rng: random.Ra
                        for g in groups for m in g["members"]],
             "over_time": {"step": list(each), "balanced_accuracy": curve, "length_only_accuracy": [0.6] * steps,
                           "accuracy_teacher_a": curve},
-            "confident_and_wrong": [f"{ids[0]}/0", f"{ids[1]}/2"],
+            "confident_and_wrong": [f"{ids[0]}/0", f"{ids[-1]}/2"],
         },
         "audit": {
             "seed": 0, "sample": [f"{i}/{k}" for k, i in enumerate(ids[:4])],
-            "disagreements": [{"member": f"{ids[4]}/1", "judge": 1.0, "rule": 0.0, "rule_name": "number"}], "ticks": None,
+            "disagreements": [{"member": f"{ids[-1]}/1", "judge": 1.0, "rule": 0.0, "rule_name": "number"}], "ticks": None,
         },
         "teachers": [{"source": s, "responses": 100, "right": 0.6, "wins": 0.3, "positive_advantage": 0.4, "too_long": 3,
                       "skills": skills} for s in SOURCES],
@@ -142,7 +140,7 @@ def poison(value: Any, text: str, key: str = "") -> Any:
 
 def hostile_document(kind: str) -> dict[str, Any]:
     """A document of two runs in which every text is the hostile one of this kind."""
-    document = make_document(runs=2, steps=6)
+    document = make_document(runs=2, steps=3)
     made = poison(document, HOSTILE[kind])
     for group in made["groups"]:
         group["missing_images"] = [HOSTILE[kind]]

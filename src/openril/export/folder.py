@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,13 @@ def identity(request: ExportRequest) -> dict[str, Any]:
         "settings": digest.hexdigest()[:32],
         "openril": __version__,
     }
+
+
+def only_type(request: ExportRequest, known: Sequence[str]) -> str:
+    """Return the type of a format that writes one at a time. Raises ExportError if several are asked for."""
+    if len(request.types) != 1:
+        raise ExportError(f"--type: expected one of {', '.join(known)}, got {len(request.types)} types. Name one.")
+    return request.types[0]
 
 
 def is_written(request: ExportRequest) -> bool:

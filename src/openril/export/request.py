@@ -21,6 +21,7 @@ from openril.recipe.schema import Recipe
 FORMATS = {
     "gguf": "openril.export.gguf_format",
     "internvl-original": "openril.export.internvl_original",
+    "compressed-tensors": "openril.export.compressed_tensors",
 }
 """Value of ``--to`` -> its module."""
 

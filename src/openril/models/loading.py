@@ -191,7 +191,7 @@ class PendingWeights:
             places.setdefault(id(tensor), []).append((model.get_submodule(path), leaf))
         self.places: dict[str, list[tuple[nn.Module, str]]] = {}
         """(module, name of its parameter or buffer) by the name in the files."""
-        name_of = _names_in_model(model, state)
+        name_of = names_in_model(model, state)
         for file in self.files:
             with safe_open(file, framework="pt") as opened:
                 for key in opened.keys():  # noqa: SIM118 (it is no dictionary)
@@ -210,7 +210,7 @@ def _weight_files(checkpoint: str, revision: str | None) -> list[str]:
     return submodule("transformers.utils.hub").get_checkpoint_shard_files(checkpoint, index, revision=revision)[0]
 
 
-def _names_in_model(model: Any, state: dict[str, Any]) -> Callable[[str], str]:
+def names_in_model(model: Any, state: dict[str, Any]) -> Callable[[str], str]:
     """Return a function that translates names of a checkpoint as ``from_pretrained`` does."""
     rules = submodule("transformers.conversion_mapping").get_model_conversion_mapping(model)
     core: Any = submodule("transformers.core_model_loading")

@@ -15,6 +15,7 @@ from typing import Literal, get_args
 
 from openril.checkpoint_files import CheckpointError, check_folder
 from openril.errors import RecipeError
+from openril.recipe.export_checks import check_export
 from openril.recipe.loop_checks import check_groups, check_loop, check_schedule
 from openril.recipe.problems import Problem, has_responses, in_loop
 from openril.recipe.schema import DiscriminatorConfig, EndpointConfig, ModuleGroup, Recipe, RetryConfig
@@ -63,6 +64,7 @@ def cross_check(recipe: Recipe, stage: str, world_size: int = 1) -> list[Problem
         _retries,
         check_groups,
         check_loop,
+        check_export,
     )
     return [problem for check in checks for problem in check(recipe, stage, world_size)]
 

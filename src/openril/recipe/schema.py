@@ -572,6 +572,32 @@ class EvaluationConfig(Section):
     """Maximum length of a benchmark's answer in tokens; 0 keeps the limit of each lmms-eval task."""
 
 
+ExportFormat = Literal["", "gguf", "internvl-original", "compressed-tensors"]
+
+
+class ExportConfig(Section):
+    """`ril run` exports the trained student as its last stage if `to` is set. `ril export` has flags of the same names."""
+
+    to: ExportFormat = ""
+    """Format of the runtime that will run the student; "" exports nothing."""
+    type: list[str] = Field(default_factory=list)
+    """Types of the weights; [] takes the format's default. gguf writes several; the other formats write one."""
+    out: str = ""
+    """Folder that is written; "" means `export/` and the name of the format inside run_dir."""
+    check: bool = True
+    """Compare the export with the student on `data.validation`. A run whose export fails the comparison fails."""
+    questions: PositiveInt = 100
+    """Number of questions of the comparison."""
+    max_kl: Positive | None = None
+    """Largest mean KL that passes, in nats, for types that have no limit; null only reports it."""
+    threads: NonNegativeInt = 0
+    """CPU threads of the runtime in the comparison; 0 uses all cores."""
+    resize_images: bool = False
+    """gguf: compare on pictures in the sizes of the model's own grid, which applications must then send too."""
+    python: str = ""
+    """compressed-tensors: interpreter of an environment with llm-compressor."""
+
+
 class Recipe(Section):
     """All settings of a run. One recipe file serves every command."""
 
@@ -601,6 +627,8 @@ class Recipe(Section):
     """The RIL loop."""
     eval: EvaluationConfig = Field(default_factory=EvaluationConfig)
     """Evaluation."""
+    export: ExportConfig = Field(default_factory=ExportConfig)
+    """Export to another runtime."""
 
     # Values that follow from several settings are defined here, so that all packages agree on them.
 

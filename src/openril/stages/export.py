@@ -65,6 +65,36 @@ def run_export(arguments: Sequence[str], console: Console) -> int:
     return 0 if (module.check if flags.check else module.export)(request) else 1
 
 
+def run_recipe(recipe: Recipe, console: Console) -> None:
+    """Export the trained student as the recipe's ``export`` says, the last stage of ``ril run``.
+
+    Raises:
+        ExportError: It cannot be exported, or the export does not answer like the student.
+    """
+    e = recipe.export
+    module = format_module(e.to)
+    request = ExportRequest(
+        e.to,
+        str(recipe.run_path / "student"),
+        Path(e.out).expanduser() if e.out else recipe.run_path / "export" / e.to,
+        tuple(dict.fromkeys(e.type or module.TYPES[:1])),
+        recipe,
+        str(recipe.run_path / "recipe.yaml"),
+        check=e.check,
+        say=partial(say, console),
+        questions=e.questions,
+        max_kl=e.max_kl,
+        resize=e.resize_images,
+        threads=e.threads or len(os.sched_getaffinity(0)),
+        python=e.python,
+    )
+    if not module.export(request):
+        raise ExportError(
+            f"export.to: expected {request.out} to answer like the student, got other answers ({RECORD} has the figures)."
+            " Choose another export.type, or set export.check to false."
+        )
+
+
 def _export_request(flags: argparse.Namespace, settings: list[str]) -> ExportRequest:
     if not flags.checkpoint:
         raise ExportError("CHECKPOINT: expected a folder, got nothing. Write: ril export CHECKPOINT --to gguf")

@@ -30,7 +30,8 @@ def stages(recipe: Recipe) -> list[tuple[str, str, str]]:
         first.append(collect)
     pretrain = [("discriminator", "discriminator", "run_discriminator")] if needs_discriminator else []
     evaluate = [("eval", "eval", "run_eval")] if recipe.data.validation else []
-    return [*first, *pretrain, ("train", "train", "run_train"), *evaluate]
+    export = [("export", "export", "run_recipe")] if recipe.export.to else []
+    return [*first, *pretrain, ("train", "train", "run_train"), *evaluate, *export]
 
 
 def run_all(recipe: Recipe, console: Console) -> int:

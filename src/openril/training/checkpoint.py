@@ -128,7 +128,7 @@ def read_progress(folder: Path) -> dict[str, Any]:
 
 # Settings that may change when a run is continued, because what is learned does not depend on them.
 _FREE = (
-    "run_dir", "cache_dir", "teachers", "sft", "eval", "judge.base_urls", "judge.concurrency", "judge.timeout",
+    "run_dir", "cache_dir", "teachers", "sft", "eval", "export", "judge.base_urls", "judge.concurrency", "judge.timeout",
     "judge.max_retries", "judge.api_key_env", "judge.max_unknown_share", "data.train", "data.validation",
     "data.validation_split", "data.allow_urls", "student.model", "student.dtype", "discriminator.pretraining",
     "discriminator.init", "discriminator.at_chance_accuracy", "discriminator.saturated_accuracy", "discriminator.health_window",

@@ -47,6 +47,7 @@ function render() {
   const parts = build(report, view, store).flat(Infinity).filter(Boolean);
   main.replaceChildren(el("h1", { class: "unseen" }, tabOf(view)[1]), ...parts);
   main.dataset.tab = tab;
+  document.querySelector("#tabs [aria-current]").scrollIntoView({ block: "nearest", inline: "nearest" });
   if (focused && focused !== "main") {
     const again = document.getElementById(focused);
     again?.focus({ preventScroll: true });
@@ -115,14 +116,31 @@ function searchGroups() {
   document.getElementById("search")?.focus();
 }
 
-/** Show what a running training has written since. What is being read is not replaced under the reader. */
-async function onNewSteps(steps) {
-  const { store } = state;
-  state.report = await store.report();
-  nameSources(state.report.runs);
+/** Fetch the report, and fill in what is not there while a server still reads the run. */
+async function loadReport() {
+  const report = await state.store.report();
+  for (const run of report.runs) for (const [key, value] of [["metrics", {}], ["steps", 0], ["name", ""]]) run[key] ??= value;
+  state.report = report;
+  nameSources(report.runs);
   drawFrame();
-  announce(`The run has reached step ${steps}.`);
-  if (!["groups", "audit"].includes(tabOf(state.view)[0])) render();
+}
+
+/** Follow a run that is read or trained. What is being read is replaced only when the reader asks for it. */
+async function onVersion(version, before) {
+  const moved = before !== null && (version.steps !== before.steps || version.report !== before.report);
+  if (moved) await loadReport();
+  const problems = Object.entries(version.problems ?? {});
+  const reading = ["groups", "audit"].includes(tabOf(state.view)[0]);
+  const fresh = moved && version.steps !== before.steps;
+  onVersion.waiting = (onVersion.waiting || fresh) && reading;
+  const notice = document.getElementById("notice");
+  notice.replaceChildren(...[
+    version.indexing ? el("p", {}, `Reading the run: ${number(version.steps)} of ${number(version.total_steps)} steps.`) : null,
+    onVersion.waiting ? el("p", {}, "There are new steps. ", el("button", { type: "button", onclick: (event) => { onVersion.waiting = false; event.target.closest("p").remove(); notice.hidden = !notice.childNodes.length; render(); } }, "Show them")) : null,
+    ...problems.slice(0, 10).map(([path, text]) => el("p", {}, inline(path, 120), ": ", inline(text, 300))),
+  ].filter(Boolean));
+  notice.hidden = !notice.childNodes.length;
+  if (moved && !reading) render();
 }
 
 async function start() {
@@ -133,14 +151,12 @@ async function start() {
   const main = document.getElementById("main");
   try {
     state.store = embedded ? new EmbeddedStore(embedded.textContent) : new ServedStore();
-    state.report = await state.store.report();
+    await loadReport();
   } catch (problem) {
     main.replaceChildren(empty(`The report cannot be read: ${visible(problem.message)}`));
     return;
   }
   state.view = parseView(location.hash);
-  nameSources(state.report.runs);
-  drawFrame();
   document.querySelector(".skip").addEventListener("click", (event) => { event.preventDefault(); main.focus(); });
   document.getElementById("download").addEventListener("click", () => state.store.download());
   document.getElementById("theme").addEventListener("click", switchTheme);
@@ -150,7 +166,7 @@ async function start() {
   const moved = () => { state.view = parseView(location.hash); render(); };
   addEventListener("hashchange", moved);
   render();
-  state.store.watch(onNewSteps);
+  state.store.watch(onVersion);
 }
 
 start();

@@ -3,7 +3,7 @@
 const memory = new Map(); // ticks where the browser keeps nothing
 
 function ticksKey(run) {
-  return `openril.audit/1:${run.path ?? run.name}:${run.audit.seed}`;
+  return `openril.ticks/1:${run.path ?? run.name}:${run.audit.seed}`;
 }
 
 /** The ticks of a run: from the browser's storage where that is possible. */
@@ -54,11 +54,12 @@ function auditTab(report, view, store) {
   const size = (part) => items.filter((i) => i.part === part).length;
   const other = size("disagreements");
   const box = el("div", { class: "list" });
-  showItem(report, store, items[place], ticks, box);
+  showItem(store, items[place], ticks, box);
   const folded = audit.ticks;
   return [
     runChoice(report, view),
-    panel("Is the judge right?", "Say whether the judge's verdict is right, not whether the response is. The ticks stay in this browser until you export them.",
+    panel("Is the judge right?", ["Say whether the judge's verdict is right, not whether the response is. The ticks stay in this browser until you export them.",
+      (audit.sample_total ?? 0) > size("sample") ? ` The sample has ${number(audit.sample_total)} verdicts; this page holds ${number(size("sample"))} of them.` : ""],
       el("dl", { class: "facts" },
         el("div", {}, el("dt", {}, "Sample ticked"), el("dd", {}, `${right + wrong} of ${size("sample")}`)),
         el("div", {}, el("dt", {}, "Judge right, with 95\u2009% interval"), el("dd", { id: "agreement" }, agreementText(right, right + wrong))),
@@ -76,7 +77,7 @@ function auditTab(report, view, store) {
   ];
 }
 
-async function showItem(report, store, item, ticks, box) {
+async function showItem(store, item, ticks, box) {
   const [id, position] = item.member.split("/");
   try {
     const [group] = await groupsById(store, [id]);
@@ -88,7 +89,7 @@ async function showItem(report, store, item, ticks, box) {
     const tick = ticks.get(item.member);
     const button = (kind, text, key) => el("button", { type: "button", id: `tick-${kind}`, class: `tick ${kind}`, "aria-pressed": String(tick === kind), "aria-keyshortcuts": key, onclick: () => tickItem(kind) }, text, el("kbd", {}, key));
     const rule = item.rule;
-    const card = memberCard(report, store, group, Number(position));
+    const card = memberCard(store, group, [Number(position)]);
     card.querySelector("details.why")?.setAttribute("open", "");
     card.append(el("footer", { class: "ticks" },
       el("p", {}, "The judge says ", verdictTag(member.verdict), rule ? [", the rule ", inline(rule.rule_name, 30), " says ", verdictTag(rule.rule)] : null, "."),
@@ -123,8 +124,8 @@ async function exportTicks(run, items, ticks, store) {
     const group = groups.get(id);
     const told = group?.members[Number(position)];
     return {
-      schema: "openril.audit/1", run: run.name, member, step: group?.step ?? null, question_id: group?.question_id ?? null,
-      source: told?.source ?? null, index: told?.index ?? null, verdict: told?.verdict ?? null, tick: ticks.get(member), part, seed: run.audit.seed,
+      schema: "openril.ticks/1", run: run.name, member, question_id: group?.question_id ?? null, source: told?.source ?? null,
+      index: told?.index ?? null, sample: part === "sample", verdict: told?.verdict ?? null, right: ticks.get(member) === "right",
     };
   });
   save(`audit-${fileName(run.name)}.jsonl`, rows.map((row) => `${JSON.stringify(row)}\n`).join(""), "application/x-ndjson");

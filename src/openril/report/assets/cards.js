@@ -6,7 +6,7 @@ function thumbnail(store, group, at) {
   if (!address) return el("span", { class: "missing" }, "Picture left out");
   const label = `Picture ${at + 1} of ${group.images.length}`;
   const name = visible(store.imageName(group.images[at])).slice(0, 200);
-  const picture = el("img", { src: address, alt: name ? `${label}: ${name}` : label, loading: "lazy", decoding: "async" });
+  const picture = el("img", { src: address, alt: name ? `${label}: ${name}` : label, loading: address.startsWith("data:") ? null : "lazy", decoding: "async" });
   picture.addEventListener("error", () => picture.closest("button")?.replaceWith(el("span", { class: "missing" }, "Picture cannot be read")));
   return el("button", { type: "button", class: "thumb", title: "Show in full size", onclick: () => openViewer(store, group, at) }, picture);
 }
@@ -42,12 +42,17 @@ function promptOf(store, group, query) {
   return el("div", { class: `prompt ${pictures.length ? "" : "bare"}` },
     pictures.length ? el("div", { class: "pictures" }, pictures) : null,
     el("div", { class: "question" },
-      block(group.question, { query, kind: "asked", title: "Question" }),
-      group.choices?.length ? el("ol", { class: "choices" }, group.choices.slice(0, 26).map((c, i) => el("li", {}, el("span", { class: "letter" }, String.fromCharCode(65 + i)), inline(c, 300)))) : null,
+      block(group.question, { query, kind: "asked", title: "Question", cut: group.question_cut ?? 0 }),
+      group.choices?.length ? el("ol", { class: "choices" }, group.choices.slice(0, 26).map((c, i) => el("li", { class: rightChoice(group, c, i) ? "is-right" : null }, el("span", { class: "letter" }, String.fromCharCode(65 + i)), inline(c, 300)))) : null,
       el("p", { class: "truth" }, el("span", { class: "key" }, truths.length === 1 ? "Right answer" : "Right answers"),
         truths.length ? truths.map((t, i) => [i ? ", " : " ", el("strong", {}, inline(t, 200))]) : " none given",
         group.truths.length > 12 ? ` and ${group.truths.length - 12} more` : "",
         group.rule ? el("span", { class: "tag" }, "rule: ", inline(group.rule, 40)) : null)));
+}
+
+/** Whether a choice is a right answer, which data give as its letter or as its text. */
+function rightChoice(group, text, at) {
+  return group.truths.some((truth) => truth === String.fromCharCode(65 + at) || truth === text);
 }
 
 function verdictTag(verdict) {
@@ -63,8 +68,9 @@ function said(member, query) {
   return el("div", { class: "said" },
     block(member.text, { query, cut: member.cut ?? 0 }),
     el("p", { class: "read" }, verdictTag(member.verdict),
+      typeof member.rule_score === "number" && member.rule_score !== member.verdict ? el("span", {}, el("span", { class: "key" }, "rule: "), member.rule_score > 0 ? "right" : "wrong") : null,
       member.extracted !== null && member.extracted !== undefined ? el("span", {}, el("span", { class: "key" }, "read as "), el("strong", {}, inline(member.extracted, 120))) : null),
-    explained ? el("details", { class: "why" }, el("summary", {}, "What the judge said"), block(explained, { title: "The judge's reply" })) : null);
+    explained ? el("details", { class: "why" }, el("summary", {}, "What the judge said"), block(explained, { cut: member.explanation_cut ?? 0, title: "The judge's reply" })) : null);
 }
 
 /** An advantage as a bar left or right of zero. */
@@ -78,20 +84,20 @@ function advantageBar(value, reach) {
 }
 
 function lengthCell(member) {
-  const learnt = member.learnt;
+  const tokens = member.tokens ?? (member.learned || null);
   const parts = [
-    typeof member.tokens === "number" ? count(member.tokens, "token") : null,
+    typeof tokens === "number" ? count(tokens, "token") : null,
     member.finish_reason && member.finish_reason !== "stop" ? el("span", { class: "tag bad" }, member.finish_reason === "length" ? "cut" : inline(member.finish_reason, 20)) : null,
-    typeof learnt === "number" ? `${number(learnt)} learnt` : learnt === true ? "learnt" : learnt === false ? "not learnt" : null,
+    typeof member.learned === "number" && member.learned !== tokens ? (member.learned ? `${number(member.learned)} learned` : "not learned from") : null,
   ].filter(Boolean);
-  return parts.length ? el("span", { class: "lengths" }, parts.map((p) => el("span", {}, p))) : "\u2013";
+  return el("span", { class: "lengths" }, parts.map((p) => el("span", {}, p)));
 }
 
 const COLUMNS = [
   ["Source", null],
   ["Response", null],
   ["P(student)", "The discriminator's probability that the student wrote the response"],
-  ["Rewards", null],
+  ["Reward", "The total, and its parts"],
   ["Advantage", "Reward minus the mean of the group, as it entered the update"],
   ["Length", "Tokens, and how many of them entered the update"],
 ];
@@ -99,11 +105,11 @@ const COLUMNS = [
 function memberRow(group, member, at, reach, { query = "", source = "" } = {}) {
   const rewards = Object.entries(member.rewards ?? {}).slice(0, 20);
   const cells = [
-    [sourceName(member.source), el("span", { class: "faint" }, `#${at}`)],
+    [sourceName(member.source), el("span", { class: "faint" }, `response ${member.index}`)],
     said(member, query),
-    shareBar(member.student_prob, number(member.student_prob)),
-    el("span", { class: "rewards" }, rewards.map(([name, value]) => el("span", {}, el("span", { class: "key" }, inline(name, 24)), number(value))),
-      el("span", { class: "total" }, el("span", { class: "key" }, "total"), el("b", {}, number(member.reward)))),
+    shareBar(member.student_prob, typeof member.student_prob === "number" ? member.student_prob.toFixed(2) : ""),
+    el("span", { class: "rewards" }, el("b", { title: "Total" }, number(member.reward)),
+      el("span", {}, rewards.map(([name, value]) => el("span", {}, el("span", { class: "key" }, inline(name, 24)), " ", number(value))))),
     advantageBar(member.advantage, reach),
     lengthCell(member),
   ];
@@ -131,9 +137,9 @@ function groupCard(report, store, group, view) {
   const flags = group.flags.filter((flag) => Object.hasOwn(FLAGS, flag));
   return el("article", { class: "card", id: `g-${group.id}`, "data-group": group.id, tabindex: -1, "aria-labelledby": title },
     el("header", {},
-      el("h3", { id: title }, several ? el("span", { class: "run-name", vars: { "--run": lineColor(group.run) } }, inline(report.runs[group.run]?.name, 30)) : null, `Step ${group.step}`),
+      el(view.side ? "h3" : "h2", { id: title }, several ? el("span", { class: "run-name", vars: { "--run": lineColor(group.run) } }, inline(report.runs[group.run]?.name, 30)) : null, `Step ${group.step}`),
       group.skill ? el("span", { class: "tag" }, inline(group.skill, 40)) : null,
-      flags.map((flag) => el("span", { class: "tag flag" }, FLAGS[flag])),
+      flags.map((flag) => el("span", { class: "tag flag", title: FLAGS[flag][1] }, FLAGS[flag][0])),
       el("span", { class: "id" }, inline(group.question_id, 60)),
       el("span", { class: "actions" },
         view.question ? null : el("button", { type: "button", class: "quiet", onclick: () => navigate({ ...NO_FILTERS, question: group.question_id, side: several ? 1 : null, group: "" }) }, several ? "In all runs" : "All steps"),

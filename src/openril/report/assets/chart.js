@@ -1,6 +1,7 @@
 // Charts as SVG. They are drawn in a fixed system of units and scale with their column.
 
 const BOX = { width: 400, height: 200, left: 44, right: 10, top: 10, bottom: 24 };
+const WIDE = { width: 580, height: 250, left: 44, right: 10, top: 26, bottom: 40 };
 
 /** Round numbers that divide an interval in about `wanted` parts. */
 function ticks(low, high, wanted = 4) {
@@ -37,17 +38,18 @@ function points(steps, values, from = -Infinity, to = Infinity) {
 }
 
 /** The frame of a chart: grid, numbers at both axes, and the names of the axes. */
-function frame(x, y, xs, ys, { xName, yName, form = (v) => number(v, 3) }) {
-  const { width, height, left, right, top, bottom } = BOX;
+function frame(box, x, y, xs, ys, { xName, yName }) {
+  const { width, height, left, right, top, bottom } = box;
   const g = el("g", { class: "frame" });
   for (const v of ys) {
     g.append(el("line", { x1: left, x2: width - right, y1: y(v), y2: y(v), class: v === 0 ? "axis" : "rule" }));
-    g.append(el("text", { x: left - 6, y: y(v) + 3.5, "text-anchor": "end" }, form(v)));
+    g.append(el("text", { x: left - 6, y: y(v) + 3.5, "text-anchor": "end" }, number(v, 3)));
   }
   for (const v of xs) g.append(el("text", { x: x(v), y: height - bottom + 15, "text-anchor": "middle" }, number(v, 1)));
   g.append(el("line", { x1: left, x2: width - right, y1: height - bottom, y2: height - bottom, class: "axis" }));
-  if (xName) g.append(el("text", { x: width - right, y: height - bottom - 5, "text-anchor": "end", class: "name" }, xName));
-  if (yName) g.append(el("text", { x: left + 4, y: top + 9, class: "name" }, yName));
+  if (xName === "step") g.append(el("text", { x: left - 6, y: height - bottom + 15, "text-anchor": "end" }, xName));
+  else if (xName) g.append(el("text", { x: (left + width - right) / 2, y: height - 4, "text-anchor": "middle" }, xName));
+  if (yName) g.append(el("text", { x: left, y: top - 11 }, yName));
   return g;
 }
 
@@ -70,7 +72,8 @@ class HoverGroup {
  * run), hover (a HoverGroup), onrange(from, to)}.
  */
 function lineChart(lines, options) {
-  const { width, height, left, right, top, bottom } = BOX;
+  const box = options.wide ? { ...WIDE, top: 10, bottom: 24 } : BOX;
+  const { width, height, left, right, top, bottom } = box;
   const drawn = lines.map((line) => ({ ...line, ...points(line.steps, line.values, options.from ?? undefined, options.to ?? undefined) })).filter((l) => l.steps.length);
   if (!drawn.length) return null;
   for (const line of drawn) {
@@ -93,14 +96,14 @@ function lineChart(lines, options) {
     viewBox: `0 0 ${width} ${height}`, class: "chart", tabindex: 0, role: "img",
     "aria-label": `${options.title}: ${drawn.map((l) => `${visible(l.label)} from ${number(l.values[0], 3)} to ${number(l.values.at(-1), 3)}`).join("; ")}. Steps ${first} to ${last}. Arrow keys read out the values.`,
   });
-  svg.append(frame(x, y, ticks(first, last, 5).filter(Number.isInteger), ticks(low, high, 4), { xName: "step" }));
+  svg.append(frame(box, x, y, ticks(first, last, 5).filter(Number.isInteger), ticks(low, high, 4), { xName: "step" }));
   if (options.level !== undefined) svg.append(el("line", { x1: left, x2: width - right, y1: y(options.level), y2: y(options.level), class: "level" }));
   for (const line of drawn) {
     const path = (values) => line.steps.map((s, i) => `${i ? "L" : "M"}${x(s).toFixed(1)} ${y(values[i]).toFixed(1)}`).join("");
     if (line.raw) svg.append(el("path", { d: path(line.values), class: "raw", vars: { stroke: line.color } }));
     svg.append(el("path", { d: path(line.smooth), class: "line", "stroke-dasharray": line.dash, vars: { stroke: line.color } }));
     if (line.sparse || line.steps.length === 1) {
-      svg.append(line.steps.map((s, i) => el("circle", { cx: x(s), cy: y(line.smooth[i]), r: 3, vars: { fill: line.color } })));
+      svg.append(...line.steps.map((s, i) => el("circle", { cx: x(s), cy: y(line.smooth[i]), r: 3, vars: { fill: line.color } })));
     }
   }
   const cross = el("g", { class: "cross", hidden: true });
@@ -128,7 +131,7 @@ function lineChart(lines, options) {
   show(null);
   options.hover?.charts.push(show);
   interact(svg, x, brush, {
-    first, last, steps: [...new Set(all)].sort((a, b) => a - b),
+    width, first, last, steps: [...new Set(all)].sort((a, b) => a - b),
     show: (step) => (options.hover ? options.hover.show(step) : show(step)),
     say: (step) => announce(`step ${step}: ${drawn.map((line, k) => `${visible(line.label)} ${legend[k].value.textContent}`).join(", ")}`),
     onrange: options.onrange,
@@ -137,12 +140,12 @@ function lineChart(lines, options) {
 }
 
 /** Pointer and keyboard of a line chart. */
-function interact(svg, x, brush, { first, last, steps, show, say, onrange }) {
+function interact(svg, x, brush, { width, first, last, steps, show, say, onrange }) {
   let start = null;
   let now = steps[0];
   const under = (event) => {
     const place = svg.getBoundingClientRect();
-    const step = x.back(((event.clientX - place.left) / place.width) * BOX.width);
+    const step = x.back(((event.clientX - place.left) / place.width) * width);
     return steps.reduce((best, s) => (Math.abs(s - step) < Math.abs(best - step) ? s : best), steps[0]);
   };
   svg.addEventListener("pointermove", (event) => {
@@ -178,11 +181,11 @@ function interact(svg, x, brush, { first, last, steps, show, say, onrange }) {
 
 /** A chart of points. dots: {x, y, source, size, title}. */
 function dotChart(dots, { title, xName, yName, xMost, diagonal = false }) {
-  const { width, height, left, right, top, bottom } = BOX;
+  const { width, height, left, right, top, bottom } = WIDE;
   const x = scale(0, xMost ?? (largest(dots.map((d) => d.x)) || 1), left, width - right);
   const y = scale(0, 1, height - bottom, top);
   const svg = el("svg", { viewBox: `0 0 ${width} ${height}`, class: "chart", role: "img", "aria-label": `${title}: ${count(dots.length, "point")}, ${xName} across, ${yName} up.` });
-  svg.append(frame(x, y, ticks(0, x.back(width - right), 5), ticks(0, 1, 4), { xName, yName }));
+  svg.append(frame(WIDE, x, y, ticks(0, x.back(width - right), 5), ticks(0, 1, 4), { xName, yName }));
   if (diagonal) svg.append(el("line", { x1: x(0), y1: y(0), x2: x(1), y2: y(1), class: "level" }));
   if (diagonal && dots.length > 1) svg.append(el("path", { class: "line", d: dots.map((d, i) => `${i ? "L" : "M"}${x(d.x)} ${y(d.y)}`).join(""), vars: { stroke: "var(--source-0)" } }));
   for (const dot of dots) {

@@ -25,14 +25,15 @@ function discriminatorTab(report, view, store) {
   const calibration = dotChart(
     bins.map((bin) => ({ x: bin.predicted, y: bin.student_share, size: 2.5 + 5 * Math.sqrt(bin.n / most), title: `${number(bin.low)} to ${number(bin.high)}: predicted ${number(bin.predicted, 3)}, truly ${number(bin.student_share, 3)} of ${number(bin.n)}` })),
     { title: "Calibration", xName: "predicted P(student)", yName: "share that the student wrote", xMost: 1, diagonal: true });
-  const dots = (d.length ?? []).filter((dot) => typeof dot.tokens === "number" && typeof dot.student_prob === "number");
+  const unit = d.length_unit === "characters" ? "characters" : "tokens";
+  const dots = (d.length ?? []).filter((dot) => typeof dot[unit] === "number" && typeof dot.student_prob === "number");
   const lengths = dots.length ? dotChart(
-    dots.map((dot) => ({ x: dot.tokens, y: dot.student_prob, source: dot.source, title: `${visible(dot.source).slice(0, 40)}: ${count(dot.tokens, "token")}, P(student) ${number(dot.student_prob, 3)}` })),
-    { title: "Score against length", xName: "tokens", yName: "P(student)" }) : null;
+    dots.map((dot) => ({ x: dot[unit], y: dot.student_prob, source: dot.source, title: `${visible(dot.source).slice(0, 40)}: ${number(dot[unit])} ${unit}, P(student) ${number(dot.student_prob, 3)}` })),
+    { title: "Score against length", xName: unit, yName: "P(student)" }) : null;
   const time = d.over_time ?? {};
   const line = (name, label, color, dash) => ({ label, color, dash, steps: time.step ?? [], values: time[name] });
   const hover = new HoverGroup();
-  const options = { share: true, level: 0.5, from: view.from, to: view.to, smooth: view.smooth ?? 5, hover, onrange: (from, to) => navigate({ from, to }) };
+  const options = { wide: true, share: true, level: 0.5, from: view.from, to: view.to, smooth: view.smooth ?? 5, hover, onrange: (from, to) => navigate({ from, to }) };
   const bySource = Object.keys(time).filter((name) => name.startsWith("accuracy_")).slice(0, 12);
   const charts = [
     lineChart([line("balanced_accuracy", "discriminator", "var(--run-0)"), line("length_only_accuracy", "length alone", "var(--run-5)", "5 3")], { ...options, title: "Balanced accuracy" }),
@@ -45,7 +46,8 @@ function discriminatorTab(report, view, store) {
     charts.length ? panel("Over time", "A discriminator that is no better than length alone has learned the length of the responses. Dotted: chance.", el("div", { class: "plots two" }, charts)) : null,
     panel("What its scores mean", "Calibration: on the dotted line a score is the true share; the size of a point is its number of responses. Score against length: a slope is a leak of length.",
       sourceLegend([...new Set(dots.map((dot) => dot.source))].slice(0, 12)), el("div", { class: "plots two" }, bins.length ? calibration : null, lengths)),
-    panel("Sure and wrong", "The responses about which it was most certain of the wrong side.", wrong),
+    el("div", { class: "panel-head above" }, el("h2", {}, "Sure and wrong"), el("p", { class: "note" }, "The responses about which it was most certain of the wrong side.")),
+    wrong,
   ];
 }
 
@@ -53,20 +55,20 @@ async function showWrong(report, view, store, references, box) {
   try {
     const members = references.slice(0, 20).map((r) => r.split("/"));
     const groups = new Map((await groupsById(store, [...new Set(members.map(([id]) => id))])).map((g) => [g.id, g]));
-    const cards = members.map(([id, at]) => memberCard(report, store, groups.get(id), Number(at))).filter(Boolean);
+    const cards = [...groups.values()].map((group) => memberCard(store, group, members.filter(([id]) => id === group.id).map(([, at]) => Number(at)))).filter(Boolean);
     box.replaceChildren(...(cards.length ? cards : [empty("None.")]));
   } catch (problem) {
     box.replaceChildren(empty(visible(problem.message)));
   }
 }
 
-/** A card with one member of a group, and a link to the whole group. */
-function memberCard(report, store, group, at) {
-  const member = group?.members[at];
-  if (!member) return null;
+/** A card with some members of a group, and a link to the whole group. */
+function memberCard(store, group, places) {
+  const members = places.filter((at) => group.members[at]).map((at) => [group.members[at], at]);
+  if (!members.length) return null;
   return el("article", { class: "card" },
     el("header", {}, el("h3", {}, `Step ${group.step}`), group.skill ? el("span", { class: "tag" }, inline(group.skill, 40)) : null, el("span", { class: "id" }, inline(group.question_id, 60)),
       el("span", { class: "actions" }, el("a", { href: formatView(parseView(`tab=groups&group=${group.id}`)) }, "Whole group"))),
     promptOf(store, group, ""),
-    memberTable(group, [[member, at]]));
+    memberTable(group, members));
 }

@@ -82,7 +82,8 @@ function number(value, digits = 2) {
   if (typeof value !== "number" || !Number.isFinite(value)) return "\u2013";
   const size = Math.abs(value);
   if (size !== 0 && size < 10 ** -digits / 2) return value.toExponential(1).replaceAll("-", "\u2212");
-  return value.toLocaleString("en", { maximumFractionDigits: size >= 1000 ? 0 : digits }).replace("-", "\u2212");
+  const most = size >= 1000 ? 0 : size >= 100 ? 1 : size >= 10 ? 2 : digits;
+  return value.toLocaleString("en", { maximumFractionDigits: Math.min(most, digits) }).replace("-", "\u2212");
 }
 
 function signed(value, digits = 2) {

@@ -35,9 +35,9 @@ function filterPanel(report, view) {
       skills.length ? choiceWithId("f-skill", "Skill or benchmark", [["", "All"], ...skills.map((s) => [s, s])], view.skill, (skill) => set({ skill })) : null,
       choiceWithId("f-source", "Source", [["", "All"], ...names("sources").map((s) => [s, s])], view.source, (source) => set({ source })),
       el("fieldset", { class: "flags" }, el("legend", {}, "Only groups with"),
-        Object.entries(FLAGS).map(([flag, text]) => {
+        Object.entries(FLAGS).map(([flag, [text, title]]) => {
           const on = view.flags.includes(flag);
-          return el("button", { id: `f-${flag}`, type: "button", class: "chip", "aria-pressed": String(on), onclick: () => set({ flags: on ? view.flags.filter((f) => f !== flag) : [...view.flags, flag] }) }, text);
+          return el("button", { id: `f-${flag}`, type: "button", class: "chip", title, "aria-pressed": String(on), onclick: () => set({ flags: on ? view.flags.filter((f) => f !== flag) : [...view.flags, flag] }) }, text);
         })),
       view.question ? el("p", { class: "pinned" }, el("span", {}, "Question ", inline(view.question, 40)), el("button", { type: "button", class: "quiet", onclick: () => set({ question: "", side: null }) }, "All questions")) : null,
       active ? el("button", { type: "button", id: "f-reset", onclick: () => navigate({ ...NO_FILTERS, group: "" }) }, "Reset filters") : null));
@@ -82,15 +82,16 @@ async function fillList(report, view, store, list) {
 }
 
 function showList(report, view, store, list, { groups, total, linked }) {
-  const held = report.groups ? report.shown : report.total;
+  const all = report.total ?? 0;
+  const held = store.embedded ? report.shown : all;
   const line = el("p", { class: "found", role: "status" }, el("b", {}, total.toLocaleString("en")), total === 1 ? " group" : " groups",
     groups.length < total ? `, ${groups.length} of them shown` : "",
-    held < report.total ? el("span", { class: "note" }, ` This file holds ${held.toLocaleString("en")} of the ${report.total.toLocaleString("en")} groups. ril report --all holds all; ril view shows all.`) : null);
+    held < all ? el("span", { class: "note" }, ` This file holds ${held.toLocaleString("en")} of the ${all.toLocaleString("en")} groups: `, el("code", {}, "ril report --all"), " or ", el("code", {}, "ril view"), " shows them all.") : null);
   const card = (group) => groupCard(report, store, group, view);
   const side = view.side && view.question && report.runs.length > 1;
   const parts = [line];
   if (linked.length) parts.push(el("section", { class: "linked", "aria-label": "Group of the link" }, el("p", { class: "note" }, "The group of the link, which is not in the list below:"), linked.map(card)));
-  if (!groups.length && !linked.length) parts.push(empty(report.total ? "No group meets these conditions." : "There are no groups yet."));
+  if (!groups.length && !linked.length) parts.push(empty(all || total ? "No group meets these conditions." : "There are no groups yet."));
   if (side) {
     parts.push(el("div", { class: "sides", vars: { "--columns": String(report.runs.length) } }, report.runs.map((run, r) => {
       const own = groups.filter((group) => group.run === r);

@@ -67,11 +67,11 @@ function curveControls(runs, view) {
   const field = (label, key, other) =>
     el("label", { class: "field small" }, el("span", {}, label),
       el("input", { type: "number", min: 0, max: last, value: view[key] ?? "", placeholder: other, onchange: (event) => navigate({ [key]: event.target.value === "" ? null : Math.max(0, Math.round(Number(event.target.value))) }) }));
-  const output = el("output", {}, `${view.smooth ?? 5}\u2009%`);
+  const output = el("span", {}, `${view.smooth ?? 5}\u2009%`);
   return el("div", { class: "controls" },
     field("From step", "from", "1"), field("To step", "to", String(last)),
     el("label", { class: "field" }, el("span", {}, "Smoothing ", output),
-      el("input", { type: "range", min: 0, max: 30, value: view.smooth ?? 5, oninput: (event) => { output.textContent = `${event.target.value}\u2009%`; }, onchange: (event) => navigate({ smooth: Number(event.target.value) }) })),
+      el("input", { type: "range", "aria-label": "Smoothing, percent of the run", min: 0, max: 30, value: view.smooth ?? 5, oninput: (event) => { output.textContent = `${event.target.value}\u2009%`; }, onchange: (event) => navigate({ smooth: Number(event.target.value) }) })),
     view.from !== null || view.to !== null ? el("button", { type: "button", onclick: () => navigate({ from: null, to: null }) }, "All steps") : null,
     el("p", { class: "note grow" }, "Drag over a curve to select steps, double-click for all."));
 }
@@ -80,7 +80,7 @@ function anyMetric(runs, view, hover) {
   const names = [...new Set(runs.flatMap((run) => Object.keys(run.metrics)))].filter((name) => name !== "step").sort();
   if (!names.length) return null;
   const chosen = names.includes(view.metric) ? view.metric : "";
-  const chart = chosen ? lineChart(metricLines(runs, [[chosen, chosen]]), { title: visible(chosen).slice(0, 80), from: view.from, to: view.to, smooth: view.smooth ?? 5, hover, onrange: (from, to) => navigate({ from, to }) }) : null;
+  const chart = chosen ? lineChart(metricLines(runs, [[chosen, chosen]]), { title: visible(chosen).slice(0, 80), wide: true, from: view.from, to: view.to, smooth: view.smooth ?? 5, hover, onrange: (from, to) => navigate({ from, to }) }) : null;
   return panel("Any metric", null,
     el("div", { class: "controls" }, choice("Metric", [["", "Choose one of the run's metrics"], ...names.map((n) => [n, n])], chosen, (metric) => navigate({ metric }))),
     chart ? el("div", { class: "plots one" }, chart) : chosen ? empty("This metric has no values in the selected steps.") : null);

@@ -2,14 +2,14 @@
 // orders here have the same meaning as those of the server of `ril view`.
 
 const FLAGS = {
-  all_right: "All right",
-  all_wrong: "All wrong",
-  zero_advantage: "Zero advantage",
-  d_fooled: "Discriminator fooled",
-  d_judge_disagree: "Discriminator and judge disagree",
-  verdict_unknown: "Verdict unknown",
-  cut: "Cut at the limit",
-  mixed: "Mixed text and image",
+  all_right: ["All right", "Every member has the right answer"],
+  all_wrong: ["All wrong", "No member has the right answer"],
+  zero_advantage: ["Zero advantage", "The group teaches nothing: all its advantages are zero"],
+  d_fooled: ["Discriminator fooled", "The discriminator takes a member for the other side"],
+  d_judge_disagree: ["Discriminator vs. judge", "For a member, the discriminator's reward and the judge's point opposite ways"],
+  verdict_unknown: ["Verdict unknown", "The judge gave no verdict on a member"],
+  cut: ["Cut at the limit", "A response ended at the limit of its length"],
+  mixed: ["Mixed text and image", "The step holds questions with and without pictures"],
 };
 
 const SORTS = {

@@ -6,6 +6,7 @@ const PICTURE = /^data:image\/(png|jpeg|webp|gif);base64,[A-Za-z0-9+/=]*$/;
 /** The report that is embedded in the page. */
 class EmbeddedStore {
   constructor(text) {
+    this.embedded = true;
     this.text = text;
     this.document = JSON.parse(text);
   }
@@ -51,8 +52,9 @@ class ServedStore {
 
   async get(path) {
     const response = await fetch(path, { headers: { Accept: "application/json" } });
-    if (!response.ok) throw new Error(`${path.split("?")[0]} answered ${response.status}. Is ril view still running?`);
-    return response.json();
+    const answer = await response.json().catch(() => ({}));
+    if (!response.ok) throw new Error(answer.error ?? `${path.split("?")[0]} answered ${response.status}. Is ril view still running?`);
+    return answer;
   }
 
   async report() {
@@ -80,19 +82,22 @@ class ServedStore {
     save("report.json", JSON.stringify(await this.get("/api/report")), "application/json");
   }
 
-  /** Call back with the number of steps whenever it has changed. */
+  /** Call back with the answer of /api/version whenever it has changed: every second while steps are read, else every five. */
   watch(changed) {
     let known = null;
-    setInterval(async () => {
-      if (document.hidden) return;
+    const ask = async () => {
+      let indexing = false;
       try {
-        const { steps } = await this.get("/api/version");
-        if (known !== null && steps !== known) changed(steps);
-        known = steps;
+        const version = document.hidden ? known : await this.get("/api/version");
+        if (JSON.stringify(version) !== JSON.stringify(known)) await changed(version, known);
+        known = version;
+        indexing = version?.indexing;
       } catch {
         announce("The server does not answer. Is ril view still running?");
       }
-    }, 5000);
+      setTimeout(ask, indexing ? 1000 : 5000);
+    };
+    ask();
   }
 }
 
