@@ -59,7 +59,7 @@ function auditTab(report, view, store) {
   return [
     runChoice(report, view),
     panel("Is the judge right?", ["Say whether the judge's verdict is right, not whether the response is. The ticks stay in this browser until you export them.",
-      (audit.sample_total ?? 0) > size("sample") ? ` The sample has ${number(audit.sample_total)} verdicts; this page holds ${number(size("sample"))} of them.` : ""],
+      (audit.sample_total ?? 0) > size("sample") ? ` The page holds a sample of ${number(size("sample"))} of the run's ${number(audit.sample_total)} verdicts.` : ""],
       el("dl", { class: "facts" },
         el("div", {}, el("dt", {}, "Sample ticked"), el("dd", {}, `${right + wrong} of ${size("sample")}`)),
         el("div", {}, el("dt", {}, "Judge right, with 95\u2009% interval"), el("dd", { id: "agreement" }, agreementText(right, right + wrong))),

@@ -72,7 +72,7 @@ class HoverGroup {
  * run), hover (a HoverGroup), onrange(from, to)}.
  */
 function lineChart(lines, options) {
-  const box = options.wide ? { ...WIDE, top: 10, bottom: 24 } : BOX;
+  const box = options.wide && innerWidth > 640 ? { ...WIDE, top: 10, bottom: 24 } : BOX;
   const { width, height, left, right, top, bottom } = box;
   const drawn = lines.map((line) => ({ ...line, ...points(line.steps, line.values, options.from ?? undefined, options.to ?? undefined) })).filter((l) => l.steps.length);
   if (!drawn.length) return null;
@@ -181,11 +181,12 @@ function interact(svg, x, brush, { width, first, last, steps, show, say, onrange
 
 /** A chart of points. dots: {x, y, source, size, title}. */
 function dotChart(dots, { title, xName, yName, xMost, diagonal = false }) {
-  const { width, height, left, right, top, bottom } = WIDE;
+  const box = innerWidth > 640 ? WIDE : { ...WIDE, width: BOX.width };
+  const { width, height, left, right, top, bottom } = box;
   const x = scale(0, xMost ?? (largest(dots.map((d) => d.x)) || 1), left, width - right);
   const y = scale(0, 1, height - bottom, top);
   const svg = el("svg", { viewBox: `0 0 ${width} ${height}`, class: "chart", role: "img", "aria-label": `${title}: ${count(dots.length, "point")}, ${xName} across, ${yName} up.` });
-  svg.append(frame(WIDE, x, y, ticks(0, x.back(width - right), 5), ticks(0, 1, 4), { xName, yName }));
+  svg.append(frame(box, x, y, ticks(0, x.back(width - right), 5), ticks(0, 1, 4), { xName, yName }));
   if (diagonal) svg.append(el("line", { x1: x(0), y1: y(0), x2: x(1), y2: y(1), class: "level" }));
   if (diagonal && dots.length > 1) svg.append(el("path", { class: "line", d: dots.map((d, i) => `${i ? "L" : "M"}${x(d.x)} ${y(d.y)}`).join(""), vars: { stroke: "var(--source-0)" } }));
   for (const dot of dots) {

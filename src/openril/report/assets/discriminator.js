@@ -13,7 +13,7 @@ function runChoice(report, view) {
 }
 
 function sourceLegend(names) {
-  return el("p", { class: "legend" }, names.map(sourceName));
+  return el("p", { class: "legend" }, [...names].sort((a, b) => sourceLook(a).index - sourceLook(b).index).map(sourceName));
 }
 
 function discriminatorTab(report, view, store) {

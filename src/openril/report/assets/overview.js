@@ -165,12 +165,12 @@ function overviewTab(report, view) {
   return [
     el("div", { class: "run-grid" }, runs.map(whatRan)),
     warningsPanel(runs),
+    evaluations(runs),
+    comparisonPanels(report),
     learning || health ? curveControls(runs, view) : empty("There are no metrics yet."),
     learning,
     health,
     anyMetric(runs, view, hover),
-    evaluations(runs),
-    comparisonPanels(report),
     recipePanel(runs),
   ];
 }

@@ -2,8 +2,8 @@
 // orders here have the same meaning as those of the server of `ril view`.
 
 const FLAGS = {
-  all_right: ["All right", "Every member has the right answer"],
-  all_wrong: ["All wrong", "No member has the right answer"],
+  all_right: ["All right", "Every sample of the student is right"],
+  all_wrong: ["All wrong", "Every sample of the student is wrong"],
   zero_advantage: ["Zero advantage", "The group teaches nothing: all its advantages are zero"],
   d_fooled: ["Discriminator fooled", "The discriminator takes a member for the other side"],
   d_judge_disagree: ["Discriminator vs. judge", "For a member, the discriminator's reward and the judge's point opposite ways"],
