@@ -121,18 +121,20 @@ function evaluations(runs) {
     }));
 }
 
-function comparisonPanels(report) {
-  const { runs, comparison } = report;
-  if (!comparison) return null;
-  const reach = reachOf(comparison.paired ?? []);
-  return [
-    comparison.paired?.length ? panel("Runs compared", "The same questions in both runs, paired; differences in points with a 95\u2009% interval.",
-      table("Paired differences between runs", ["Evaluation", "Run", "minus", "Difference", "Questions"],
-        comparison.paired.map((p) => [inline(p.evaluation, 60), inline(runs[p.b]?.name, 40), inline(runs[p.a]?.name, 40), difference(p, reach), number(p.questions)]), [4])) : null,
-    comparison.recipe?.length ? panel("Recipe settings that differ between the runs", null,
-      table("Recipe settings that differ between the runs", ["Setting", ...runs.map((run) => inline(run.name, 40))],
-        comparison.recipe.map((row) => [el("code", {}, inline(row.key, 80)), ...row.values.map((v) => el("code", {}, inline(plain(v), 120)))]))) : null,
-  ];
+function comparisonPanel({ runs, comparison }) {
+  if (!comparison?.paired?.length) return null;
+  const reach = reachOf(comparison.paired);
+  return panel("Runs compared", "The same questions in both runs, paired; differences in points with a 95\u2009% interval.",
+    table("Paired differences between runs", ["Evaluation", "Run", "minus", "Difference", "Questions"],
+      comparison.paired.map((p) => [inline(p.evaluation, 60), inline(runs[p.b]?.name, 40), inline(runs[p.a]?.name, 40), difference(p, reach), number(p.questions)]), [4]));
+}
+
+function recipeDifferences({ runs, comparison }) {
+  if (!comparison?.recipe?.length) return null;
+  const code = (text, most) => el("code", {}, inline(text, most));
+  return panel("Recipe settings that differ between the runs", null,
+    table("Recipe settings that differ between the runs", ["Setting", ...runs.map((run) => inline(run.name, 40))],
+      comparison.recipe.map((row) => [code(row.key, 80), ...row.values.map((v) => code(plain(v), 120))])));
 }
 
 /** A value of a recipe as people write it. */
@@ -166,11 +168,12 @@ function overviewTab(report, view) {
     el("div", { class: "run-grid" }, runs.map(whatRan)),
     warningsPanel(runs),
     evaluations(runs),
-    comparisonPanels(report),
+    comparisonPanel(report),
     learning || health ? curveControls(runs, view) : empty("There are no metrics yet."),
     learning,
     health,
     anyMetric(runs, view, hover),
+    recipeDifferences(report),
     recipePanel(runs),
   ];
 }
