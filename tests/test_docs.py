@@ -26,6 +26,7 @@ from openril.recipe.overrides import override
 from openril.recipe.schema import Recipe
 from openril.stages.bench import parser as bench_parser
 from openril.stages.export import parser as export_parser
+from openril.stages.export import split_arguments
 from openril.stages.report import parser as report_parser
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -172,7 +173,8 @@ def _understand_ril(words: list[str]) -> None:
         return
     command = COMMANDS[words[0]]
     if not command.takes_recipe:
-        {"bench": bench_parser, "export": export_parser, "report": report_parser}[words[0]]().parse_args(words[1:])
+        parse = {"bench": bench_parser, "export": export_parser, "report": report_parser}[words[0]]().parse_args
+        parse(split_arguments(words[1:])[0] if words[0] == "export" else words[1:])
         return
     rest, _ = _options(command, words[1:])
     if not rest or rest == ["--help"]:

@@ -280,11 +280,17 @@ def test_a_full_disk_leaves_nothing(
     arguments = ["export", str(STUDENTS["internvl"]), "--to", "gguf", "--no-check", "--out", str(tmp_path / "out")]
     monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", fail)
     assert main(arguments) == 2
-    assert "--out" in capsys.readouterr().err and not list((tmp_path / "out").iterdir())
+    assert "--out" in capsys.readouterr().err and {p.name for p in (tmp_path / "out").iterdir()} == {"export.json"}
     monkeypatch.undo()
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 5, 5))  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 5, 5))
     assert main(arguments) == 2
-    assert "--out" in capsys.readouterr().err and not list((tmp_path / "out").iterdir())
+    assert "--out" in capsys.readouterr().err and {p.name for p in (tmp_path / "out").iterdir()} == {"export.json"}
+
+
+def test_a_folder_with_other_files_is_not_touched(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "model-f16.gguf").write_text("somebody's model")
+    assert main(["export", str(STUDENTS["internvl"]), "--to", "gguf", "--no-check", "--out", str(tmp_path)]) == 2
+    assert "--out" in capsys.readouterr().err and (tmp_path / "model-f16.gguf").read_text() == "somebody's model"
 
 
 def test_a_wrong_or_missing_runtime_is_refused(
@@ -310,7 +316,8 @@ def test_flags_that_make_no_sense_are_refused(tmp_path: Path, capsys: pytest.Cap
         (student, "--to", "gguff"): "'gguff'",
         (student, "--to", "gguf", "--type", "q4_k_m"): "'q4_k_m'",
         (student, "--to", "gguf"): "data.validation",
-        (student, "--to", "gguf", "--no-check", "--seed", "1"): "--seed",
+        (student + "s", "--to", "gguf"): "sfts",
+        (student, "--to", "gguf", "--no-check", "--sed", "1"): "--sed",
         ("--check", str(tmp_path)): "--check",
         ("--check", str(tmp_path), "--type", "f16"): "--check",
     }.items():

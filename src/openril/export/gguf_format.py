@@ -19,6 +19,7 @@ from PIL import Image
 from openril._version import __version__
 from openril.checkpoint_files import check_folder
 from openril.export.fidelity import Original, answer_logprobs, check_type, divergences, markdown_table, summarize_type
+from openril.export.folder import identity
 from openril.export.gguf_file import GGUFFile, gguf_package, require
 from openril.export.gguf_names import Names
 from openril.export.gguf_text import ARCHITECTURES, add_text_keys, add_tokenizer, fixed_template
@@ -31,7 +32,7 @@ from openril.models.loading import load_model, load_processor
 from openril.models.prompts import PromptEncoder
 from openril.models.saving import full_weights
 from openril.recipe.schema import Recipe
-from openril.storage import remove, weights_fingerprint, write_json, write_text
+from openril.storage import refuse_changed, remove, write_json, write_text
 
 TYPES = ("f16", "q8_0", "q4_0")
 MMPROJ = "mmproj-f16.gguf"
@@ -45,19 +46,25 @@ def export(request: ExportRequest) -> bool:
     if request.check:
         runtime_version()
     model, encoder = load_checkpoint(request)
-    identity = {"checkpoint": str(Path(request.checkpoint).expanduser().resolve()), "weights": fingerprint(request)}
+    source = {**made_from(request), "openril": __version__}
     record = _read_record(request.out)
-    if {k: record.get(k) for k in identity} != identity:
-        for old in request.out.glob("*.gguf"):
+    if record.get("to", "gguf") != "gguf" or (not record and request.out.is_dir() and any(request.out.iterdir())):
+        raise ExportError(
+            f"--out: expected a new folder or one of an export to gguf, got {request.out}. Name another one."
+        )
+    if {k: record.get(k) for k in source} != source:
+        for old in [*request.out.glob("model-*.gguf"), request.out / MMPROJ]:
             remove(old)
         record = {}
     for leftover in request.out.glob(".*.tmp"):  # of a killed export
         remove(leftover)
     config, images = model.config, encoder.processor.image_processor
-    record |= {"to": "gguf", **identity, "openril": __version__, "recipe": request.recipe_path}
+    record |= {"to": "gguf", **source, "checkpoint": str(Path(request.checkpoint).expanduser().resolve())}
+    record["recipe"] = request.recipe_path
     record |= {"model_type": config.model_type, "text_model": config.text_config.model_type}
     record |= {"image_token_limits": image_token_limits(config, images), "resize_images": request.resize}
     record["types"] = list(dict.fromkeys([*record.get("types", []), *request.types]))
+    write_json(request.out / RECORD, record)
     for kind in request.types:
         if not (request.out / model_file(kind)).exists():
             left = write_language_model(model, encoder, kind, request.out / model_file(kind))
@@ -78,17 +85,16 @@ def export(request: ExportRequest) -> bool:
 def check(request: ExportRequest) -> bool:
     """Check every ``model-*.gguf`` of the folder, also those that ``llama-quantize`` has made."""
     record = _read_record(request.out)
-    if (now := fingerprint(request)) != record.get("weights"):
-        raise ExportError(
-            f"--check: expected the checkpoint that {request.out} was made from ({record.get('weights')}), got {now} in"
-            f" {request.checkpoint}. Export it again."
-        )
+    now = made_from(request)
+    refuse_changed(request.out, {k: record.get(k) for k in now}, now, fix="export it again", error=ExportError)
     measured = (record.get("positions") or {}).get("runtime")
     if measured and measured != runtime_version():
         request.say(
             f"check: the order of positions was measured with xllamacpp {measured}, here is {runtime_version()}"
         )
     kinds = tuple(sorted(p.stem.removeprefix("model-") for p in request.out.glob("model-*.gguf")))
+    if not kinds:
+        raise ExportError(f"--check: expected model-*.gguf in {request.out}, got none. Export it again.")
     request = dataclasses.replace(request, types=kinds, resize=record.get("resize_images", False))
     model, encoder = load_checkpoint(request)
     return _check(request, record, model, encoder)
@@ -98,8 +104,9 @@ def model_file(kind: str) -> str:
     return f"model-{kind}.gguf"
 
 
-def fingerprint(request: ExportRequest) -> str | None:
-    return weights_fingerprint(Path(request.checkpoint).expanduser())
+def made_from(request: ExportRequest) -> dict[str, Any]:
+    """Return fingerprints of the checkpoint's weights and of its other files."""
+    return {key: value for key, value in identity(request).items() if key in ("weights", "settings")}
 
 
 def load_checkpoint(request: ExportRequest) -> tuple[Any, PromptEncoder]:
@@ -236,7 +243,12 @@ def _check(request: ExportRequest, record: dict[str, Any], model: Any, encoder: 
     chosen = [questions[i * len(questions) // count] for i in range(count)]
     if recipe.eval.score != "rules":
         request.say("check: scores are those of the answer rules, also where the recipe asks a judge")
-    settings = [record["weights"], [q.content_hash() for q in chosen], recipe.eval.max_completion_length]
+    settings = [
+        record["weights"],
+        record["settings"],
+        [q.content_hash() for q in chosen],
+        recipe.eval.max_completion_length,
+    ]
     settings += [recipe.student.system_prompt, recipe.student.min_pixels, recipe.student.max_pixels]
     torch.set_num_threads(request.threads)
     model.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -25,6 +25,8 @@ class Family:
 
 def _common(file: GGUFFile, projector: str, config: Any, images: Any, patch: int, layers: int, heads: int) -> None:
     keys, vision = file.keys, config.vision_config
+    scales = [images.do_rescale, images.do_normalize, round(1 / images.rescale_factor)]
+    require(scales == [True, True, 255], "image_processor", "values of 0..1 that are normalized", scales)
     keys.add_type("mmproj")
     keys.add_clip_has_vision_encoder(True)
     keys.add_clip_projector_type(projector)

@@ -74,7 +74,7 @@ class Runtime:
         settings: dict[str, Any] = {"marker": MARKER, "model": str(model), "mmproj": str(mmproj), "threads": threads}
         # The tokens of an image are one batch, because those of some models attend to each other.
         settings |= {"n_ctx": context, "n_batch": context, "n_ubatch": context, "n_parallel": 1, "warmup": False}
-        settings |= {"fit_params": False, "use_jinja": True, "port": 0}
+        settings |= {"fit_params": False, "use_jinja": True, "port": 0, "cache_ram_mib": 0}
         if limits is not None:
             settings |= {"image_min_tokens": limits[0], "image_max_tokens": limits[1]}
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from openril.checkpoint_files import missing_fix
 from openril.export.request import FORMATS, RECORD, ExportError, ExportRequest, format_module
 from openril.report.progress import say
 
@@ -57,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
 
 def run_export(arguments: Sequence[str], console: Console) -> int:
     """Export or check as the flags say. Returns 0, or 1 if the export does not answer like the checkpoint."""
-    own, settings = _split(arguments)
+    own, settings = split_arguments(arguments)
     flags = parser().parse_args(own)
     request = _check_request(flags, settings) if flags.check else _export_request(flags, settings)
     request = ExportRequest(**{**vars(request), "say": partial(say, console)})
@@ -104,13 +105,9 @@ def _export_request(flags: argparse.Namespace, settings: list[str]) -> ExportReq
     types = tuple(dict.fromkeys(flags.type or known[:1]))
     if unknown := [t for t in types if t not in known]:
         raise ExportError(f"--type: expected {', '.join(known)}, got {unknown[0]!r}.")
-    recipe, path = None, ""
-    if not flags.no_check:
-        recipe, path = find_recipe(flags.recipe, flags.checkpoint, settings)
-    elif settings or flags.recipe:
-        raise ExportError(
-            f"--no-check: got {flags.recipe or settings[0]} too, which only the check uses. Leave one out."
-        )
+    if not Path(flags.checkpoint).expanduser().is_dir():
+        raise ExportError(f"CHECKPOINT: expected a folder, got {flags.checkpoint!r}. {missing_fix(flags.checkpoint)}.")
+    recipe, path = find_recipe(flags.recipe, flags.checkpoint, settings, check=not flags.no_check)
     out = Path(flags.out or Path(flags.checkpoint).expanduser().resolve().parent / "export" / flags.to).expanduser()
     return ExportRequest(
         flags.to, flags.checkpoint, out, types, recipe, path, not flags.no_check, **_check_settings(flags)
@@ -143,12 +140,13 @@ def _check_settings(flags: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def find_recipe(given: str, checkpoint: str, settings: list[str]) -> tuple[Recipe, str]:
+def find_recipe(given: str, checkpoint: str, settings: list[str], *, check: bool = True) -> tuple[Recipe, str]:
     """Return the recipe with the questions of the check, and its path.
 
     Args:
         given: The path of a recipe, or "" for the one that the run saved in a folder above the checkpoint.
         settings: Overrides of the command line.
+        check: Whether questions are needed.
 
     Raises:
         ExportError: There are no questions.
@@ -164,7 +162,7 @@ def find_recipe(given: str, checkpoint: str, settings: list[str]) -> tuple[Recip
     else:
         recipe, path = (load_saved_recipe(saved), str(saved)) if saved else (Recipe(), "")
         recipe = override(recipe, settings, "ril export") if settings else recipe
-    if not recipe.data.validation:
+    if check and not recipe.data.validation:
         where = f"{path} names none" if path else f"no recipe.yaml was found above {checkpoint}"
         raise ExportError(
             f"data.validation: expected the questions of the check, got none ({where}). Give --recipe RECIPE or"
@@ -173,7 +171,7 @@ def find_recipe(given: str, checkpoint: str, settings: list[str]) -> tuple[Recip
     return recipe, path
 
 
-def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Separate the command's own arguments from settings of the recipe, each with the values up to the next flag."""
     known = parser()._option_string_actions
     own: list[str] = []
