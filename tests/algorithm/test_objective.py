@@ -117,3 +117,27 @@ def test_stats_keep_student_and_teacher_tokens_apart():
     assert stats.clipped_high == 2.0
     free = objective_stats(ratios, zero, ones, mask, student, epsilon=0.2, ref_logprobs=None, unclipped_above=~student)
     assert free.clipped_high == 1.0
+
+
+def test_a_teachers_token_can_be_weighted_by_its_shaped_probability():
+    # Probabilities 0.4 and 0.1, A = 2: the student's ratio is 1 (-2); the teacher's terms are -2 x 0.4/0.5 and -2 x 0.1/0.2.
+    logprobs = torch.tensor([[math.log(0.4), math.log(0.1)]] * 2, dtype=torch.float64).requires_grad_()
+    teacher, advantages = torch.tensor([False, True]), torch.tensor([2.0, 2.0], dtype=torch.float64)
+    loss = token_loss(logprobs, logprobs.detach(), advantages, epsilon=0.2, shaped=teacher)
+    assert loss.tolist() == [pytest.approx([-2.0, -2.0]), pytest.approx([-1.6, -1.0])]
+    loss.sum().backward()
+    assert logprobs.grad is not None
+    # d/d log p of -A p / (p + 0.1) is -A 0.1 p / (p + 0.1)^2: 2 x 0.04 / 0.25 and 2 x 0.01 / 0.04.
+    assert logprobs.grad[0].tolist() == pytest.approx([-2.0, -2.0])
+    assert logprobs.grad[1].tolist() == pytest.approx([-0.32, -0.5])
+
+
+def test_a_shaped_token_is_never_clipped():
+    # Ratio 1.5 at A = 1 would be; the second row counts no clipped token and its term does not depend on pi_old.
+    logprobs = torch.full((2, 1), math.log(0.3), dtype=torch.float64)
+    old, ones = logprobs - math.log(1.5), torch.tensor([1.0, 1.0])
+    teacher, mask = torch.tensor([False, True]), torch.ones(2, 1, dtype=torch.bool)
+    stats = objective_stats(logprobs, old, ones, mask, ~teacher, epsilon=0.2, ref_logprobs=None, shaped=teacher)
+    assert (stats.clipped_high, stats.tokens) == (1.0, 2.0)
+    loss = token_loss(logprobs, old, ones, epsilon=0.2, shaped=teacher)
+    assert loss[:, 0].tolist() == pytest.approx([-1.2, -0.75])

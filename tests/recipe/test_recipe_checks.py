@@ -378,3 +378,48 @@ def test_an_export_names_the_package_or_the_model_that_it_lacks(good: Recipe, mo
 def test_the_types_of_an_export_are_those_of_its_module() -> None:
     assert {name: format_module(name).TYPES for name in FORMATS} == export_checks.EXPORT_TYPES
     assert set(get_args(ExportFormat)) == {"", *FORMATS}
+
+
+PLUS = {
+    "collect__judge_responses": True,
+    "train__teacher_draw": "judged_right",
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "level"),
+    [
+        ({"train__per_teacher": True}, "train.teacher_draw", "error"),
+        ({"train__algorithm": "dr_grpo"}, "train.teacher_draw", "warning"),
+        ({"collect__judge_responses": False}, "collect.judge_responses", "error"),
+        ({"train__algorithm": "gail", "judge": {}}, "train.teacher_draw", "error"),
+        ({"train__teacher_weight": "shaped", "train__clip_teacher_upper": False}, "train.clip_teacher_upper", "error"),
+        ({"train__teacher_weight": "shaped", "train__teacher_responses_in_update": False}, "train.teacher_weight", "warning"),
+        ({"train__teacher_advantages": "positive", "train__num_teacher_responses": 0, "discriminator__mode": "none",
+          "rewards__similarity__weight": 0.0}, "train.teacher_advantages", "warning"),
+        ({"train__baseline": "students", "train__teacher_responses_in_update": False}, "train.baseline", "warning"),
+        ({"train__baseline": "students", "train__num_generations": 1}, "train.num_generations", "error"),
+        ({"rewards__combine": "right_only", "train__algorithm": "gail"}, "rewards.combine", "error"),
+        ({"rewards__combine": "right_only", "rewards__similarity__weight": 0.0}, "rewards.combine", "error"),
+        ({"rewards__combine": "per_reward", "train__algorithm": "gail"}, "rewards.combine", "warning"),
+        ({"train__beta": 0.0}, "train.beta", "warning"),
+    ],
+)  # fmt: skip
+def test_switches_that_do_not_go_together(changes: dict[str, Any], key: str, level: str, good: Recipe):
+    found = [(p.key, p.level) for p in cross_check(change(good, **{**PLUS, **changes}), "run")]
+    assert (key, level) in found
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"collect__judge_responses": False, "rewards__answer__kind": "rules"},  # rules are run when they are needed
+        {"rewards__combine": "right_only"},
+        {"rewards__combine": "per_reward", "train__baseline": "students"},
+        {"train__beta": 0.0, "train__negative_scale": 0.5},
+        {"train__teacher_weight": "shaped", "train__teacher_advantages": "positive"},
+    ],
+)
+def test_switches_that_go_together(changes: dict[str, Any], good: Recipe):
+    assert cross_check(change(good, **{**PLUS, **changes}), "run") == []

@@ -1,8 +1,10 @@
+import itertools
+
 import pytest
 
 from openril.errors import CacheError
 from openril.records import Response
-from openril.responses.teacher_sampling import draw, hand
+from openril.responses.teacher_sampling import draw, draw_pooled, hand
 
 
 class Cache:
@@ -115,3 +117,19 @@ def test_a_hand_of_more_than_a_deck_and_a_half():
 def test_none_cached_is_an_error_with_numbers():
     with pytest.raises(CacheError, match=r"'q.*4 .*teacher 'a'.*ril collect"):
         draw(Cache(a=0), "q7", ["a"], total=4, seed=0, epoch=0)
+
+
+def test_a_pool_is_drawn_in_proportion_and_used_up_before_it_repeats():
+    # 6 of a and 2 of b in groups of 4: two epochs are the whole pool, so a gives 6 of 8, which balancing would not.
+    pool = [*Cache(a=6).responses_for("q", "a"), *Cache(b=2).responses_for("q", "b")]
+    epochs = [draw_pooled(pool, "q", total=4, seed=0, epoch=v) for v in range(4)]
+    for first in (0, 2):
+        both = [*epochs[first], *epochs[first + 1]]
+        assert counts(both, "ab") == [6, 2] and len({(r.source, r.index) for r in both}) == 8
+    assert epochs[0] != epochs[2]
+    assert all(pool.index(x) < pool.index(y) for e in epochs for x, y in itertools.pairwise(e))  # in the pool's order
+
+
+def test_a_small_pool_is_used_equally_often():
+    got = draw_pooled(Cache(a=3).responses_for("q", "a"), "q", total=4, seed=0, epoch=0)
+    assert sorted(got.count(r) for r in set(got)) == [1, 1, 2]

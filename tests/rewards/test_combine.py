@@ -245,3 +245,13 @@ def test_a_service_is_shared_by_reward_and_evaluation(tmp_path):
         RewardSystem(recipe, service, []).score([g])
         score_answers([(g.question, "It is red.")], "judge", "auto", service)
         assert server.count == 2
+
+
+def test_similarity_can_count_in_right_responses_alone(tmp_path):
+    with MisbehavingServer(then=judge_says) as server:
+        recipe = recipe_for(tmp_path, server, rewards__combine="right_only", rewards__similarity__weight=0.5)
+        g = group("It is red.", "It is blue.", "unavailable", "It is red!", probs=[0.9, 0.2, 0.2, 0.1])
+        system_for(recipe).score([g])
+    # right, like a student: 1; wrong, like a teacher: 0, where the sum gives 0.5; unknown; right, like a teacher: 1 + 0.5
+    assert [r.reward for r in g.rollouts] == [1.0, 0.0, None, 1.5]
+    assert [r.rewards["similarity"] for r in g.rollouts] == [0.0, 1.0, 1.0, 1.0]  # logged as they are

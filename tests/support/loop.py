@@ -21,6 +21,7 @@ class SubstringRewards:
     def __init__(self, unknown: Callable[[Response], bool] = lambda response: False) -> None:
         self.unknown = unknown
         self.order: list[str] = []
+        self.weights = {"similarity": 1.0, "answer": 1.0}
 
     def begin(self, groups: Sequence[Group]) -> None:
         self.order.append("begin")

@@ -98,10 +98,10 @@ def test_no_pass_is_wasted(tiny_qwen: Path, tmp_path: Path, monkeypatch: pytest.
     calls: list[str] = []
     original = Policy.forward
 
-    def counted(self: Policy, rows: Any) -> Tensor:
+    def counted(self: Policy, rows: Any, **options: Any) -> Any:
         calls.append("policy" if any(p.requires_grad for p in self.parameters()) else "reference")
         assert rows.layout is not None
-        return original(self, rows)
+        return original(self, rows, **options)
 
     for beta, mu, expected in [
         (0.0, 1, {"policy": 4}),
@@ -131,9 +131,9 @@ def test_adapters_reference_is_one_pass_too(tiny_qwen: Path, tmp_path: Path, mon
     calls: list[bool] = []
     original = Policy.forward
 
-    def counted(self: Policy, rows: Any) -> Tensor:
+    def counted(self: Policy, rows: Any, **options: Any) -> Any:
         calls.append(torch.is_grad_enabled())
-        return original(self, rows)
+        return original(self, rows, **options)
 
     monkeypatch.setattr(Policy, "forward", counted)
     trainer.policy.update(groups, 1)

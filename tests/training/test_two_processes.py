@@ -11,7 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from openril.records import Response
+from openril.responses.cache import ResponseCache
 from openril.storage import read_jsonl
+from support.tiny import tiny_questions
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
 
@@ -59,6 +62,25 @@ def test_two_processes_ask_again_what_one_does(tiny_qwen: Path, tmp_path: Path):
     ]
     memories = [(tmp_path / f"run{n}" / "checkpoints/step_000002/retry.jsonl").read_text() for n in (1, 2)]
     assert memories[0] == memories[1] != ""
+
+
+def test_two_processes_share_the_switches(tiny_qwen: Path, tmp_path: Path):
+    """One process writes which cached responses are right; both draw from them, packed, as the plain one does."""
+    questions = tiny_questions(tmp_path / "data", 12)
+    cache = ResponseCache.create(tmp_path / "data" / "cache")
+    for source in ("a", "b"):
+        cache.register(source, model=source, revision=None, sampling={})
+        with cache.writer(source) as writer:
+            for q in questions:
+                for i in range(6):
+                    writer.append(q, Response(q.id, source, i, q.answer if i < 2 else "black"))
+    compare(tiny_qwen, tmp_path, "switches")
+    rows = [read_jsonl(tmp_path / f"run{n}" / "metrics.jsonl") for n in (1, 2)]
+    assert [r["reward/teacher_answer"] for run in rows for r in run] == [1.0] * 4
+    entropies = [[r["train/entropy"] for r in run] for run in rows]
+    assert entropies[0] == pytest.approx(entropies[1], rel=1e-6)
+    files = [(tmp_path / f"run{n}" / "right_responses.jsonl").read_text() for n in (1, 2)]
+    assert files[0] == files[1] and '"right": {"a": [0, 1], "b": [0, 1]}' in files[0]
 
 
 def test_two_processes_fall_back_together(tiny_gemma3_full_attention: Path, tmp_path: Path):

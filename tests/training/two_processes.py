@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 import openril.training.setup
+from openril.stages.train import cached_teacher_responses
 from openril.training.distributed import leave_process_group
 from openril.training.loop import permutation
 from support.loop import make_trainer, tiny_recipe
@@ -36,6 +37,20 @@ overrides = {
     },
     # Two questions are asked again, one by each of two processes.
     "retry": {"train__algorithm": "dr_grpo", "train__retry": {"questions_per_step": 2}},
+    # Unequal numbers, teacher responses that are judged right, and every switch on advantages and teacher tokens.
+    "switches": {
+        "cache_dir": str(Path(data) / "cache"),
+        "collect__num_responses": 6,
+        "rewards__answer": {"kind": "rules"},
+        "train__num_generations": 3,
+        "train__num_teacher_responses": 2,
+        "train__teacher_draw": "judged_right",
+        "train__baseline": "students",
+        "train__negative_scale": 0.5,
+        "train__teacher_advantages": "positive",
+        "train__teacher_weight": "shaped",
+        "train__kl_rows": "student",
+    },
 }[kind]
 recipe = tiny_recipe(
     Path(run),
@@ -58,6 +73,9 @@ if trainer.retry is not None:
     trainer.retry.right = lambda question: [f"The answer is {question.answer}."]
 first = [q for q, _ in trainer.batch_at(0)]
 assert trainer.accelerator.num_processes == 1 or len({bool(q.images) for q in first}) == 1
+if kind == "switches":  # the main process writes what is right, and the other waits for it
+    main, wait = trainer.accelerator.is_main_process, trainer.accelerator.wait_for_everyone
+    trainer.teacher_responses = cached_teacher_responses(recipe, trainer.questions, check=main, wait=wait)
 trainer.train()
 assert trainer.policy.packing.on is (
     passes == "packed" and trainer.policy.unwrapped.model.config.model_type != "gemma3"

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+SHAPING = 0.1
+"""gamma in LUFFY's p / (p + gamma). Its gradient, gamma p / (p + gamma)^2 of that of log p, is largest at p = gamma."""
+
 
 @dataclass(frozen=True)
 class ObjectiveStats:
@@ -51,6 +54,7 @@ def token_loss(
     beta: float = 0.0,
     kl_rows: Tensor | None = None,
     unclipped_above: Tensor | None = None,
+    shaped: Tensor | None = None,
 ) -> Tensor:
     """Return -(min(r A, clip(r, 1 - epsilon, 1 + epsilon) A) - beta k3) per token.
 
@@ -61,6 +65,8 @@ def token_loss(
         advantages: [R].
         kl_rows: bool [R], the responses that have a KL term; None for all (Eq. 2).
         unclipped_above: bool [R], the responses whose ratio may exceed 1 + epsilon; None for none (Eq. 2).
+        shaped: bool [R], the responses whose policy term is p / (p + 0.1) A with p = pi_theta, without ratio and clip
+            (LUFFY, 2504.14945, for responses that no known policy drew); None for none (Eq. 2).
     """
     ratio = (logprobs - old_logprobs).exp()
     a = advantages[:, None]
@@ -68,6 +74,9 @@ def token_loss(
     if unclipped_above is not None:
         clipped = torch.where(unclipped_above[:, None], ratio.clamp(min=1 - epsilon), clipped)
     loss = -torch.minimum(ratio * a, clipped * a)
+    if shaped is not None:
+        p = logprobs.exp()
+        loss = torch.where(shaped[:, None], -p / (p + SHAPING) * a, loss)
     if beta:
         assert ref_logprobs is not None
         kl = beta * k3(logprobs, ref_logprobs)
@@ -96,6 +105,7 @@ def objective_stats(
     epsilon: float,
     ref_logprobs: Tensor | None,
     unclipped_above: Tensor | None = None,
+    shaped: Tensor | None = None,
 ) -> ObjectiveStats:
     """Return the sums for the metrics of one micro-batch.
 
@@ -107,6 +117,8 @@ def objective_stats(
         low, high = (ratio < 1 - epsilon) & (a < 0), (ratio > 1 + epsilon) & (a > 0)
         if unclipped_above is not None:
             high = high & ~unclipped_above[:, None]
+        if shaped is not None:
+            low, high = low & ~shaped[:, None], high & ~shaped[:, None]
         kl = k3(logprobs, ref_logprobs) if ref_logprobs is not None else torch.zeros_like(logprobs)
         m = mask.float()
         of_student = m * from_student[:, None]

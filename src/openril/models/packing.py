@@ -214,8 +214,13 @@ class Policy(nn.Module):
             raise CannotPack("it takes no ready image features")
         enable(base_model(self.model))
 
-    def forward(self, rows: Batch) -> Tensor:
-        """Return the log-probability of every response token in nats, float32 [R, T]; 0 where the mask is False."""
+    def forward(self, rows: Batch, with_entropy: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Return the log-probability of every response token in nats, float32 [R, T]; 0 where the mask is False.
+
+        Args:
+            with_entropy: Return the entropy of the distribution that each token was predicted with too, float32 [R, T],
+                in nats and without gradient.
+        """
         if rows.layout is None:
             logits = self.model(**rows.model_inputs, logits_to_keep=rows.keep, use_cache=False).logits
             states, head = logits.flatten(0, 1), None
@@ -223,13 +228,23 @@ class Policy(nn.Module):
             model = base_model(self.model)
             states = run_packed(model.model, rows, self.vision).flatten(0, 1)
             head = model.get_output_embeddings()
-        found = token_logprobs(states, rows.index[rows.mask], rows.targets[rows.mask], head, self.temperature)
-        return torch.zeros_like(rows.mask, dtype=torch.float32).masked_scatter(rows.mask, found)
+        index, targets = rows.index[rows.mask], rows.targets[rows.mask]
+        found = token_logprobs(states, index, targets, head, self.temperature, with_entropy=with_entropy)
+        empty = torch.zeros_like(rows.mask, dtype=torch.float32)
+        if isinstance(found, tuple):
+            return empty.masked_scatter(rows.mask, found[0]), empty.masked_scatter(rows.mask, found[1])
+        return empty.masked_scatter(rows.mask, found)
 
 
 def token_logprobs(
-    states: Tensor, index: Tensor, targets: Tensor, head: nn.Module | None, temperature: float
-) -> Tensor:
+    states: Tensor,
+    index: Tensor,
+    targets: Tensor,
+    head: nn.Module | None,
+    temperature: float,
+    *,
+    with_entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Return log-probabilities, float32 [N], of targets, int64 [N], predicted by the states [K, D] at index, int64 [N].
 
     At most LOGITS_BYTES of float32 logits exist at a time. If that takes several parts, the backward pass computes each
@@ -237,6 +252,7 @@ def token_logprobs(
 
     Args:
         head: Maps states to logits [V]; None if the states are logits.
+        with_entropy: Return the entropies in nats too, float32 [N], from the same logits and without gradient.
     """
 
     weight: Any = getattr(head, "weight", None)
@@ -248,18 +264,29 @@ def token_logprobs(
         def product(picked: Tensor) -> Tensor:
             return _ProductWithCast.apply(picked.to(cast.dtype), weight, cast)
 
-    def part(index: Tensor, targets: Tensor) -> Tensor:
+    def part(index: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
         picked = states[index]
         logits = (product(picked) if product is not None else picked).float() / temperature
-        return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
+        total = logits.logsumexp(-1)
+        found = logits.gather(-1, targets[:, None])[:, 0] - total
+        return (found, _entropy(logits.detach(), total.detach())) if with_entropy else (found,)
 
     vocabulary = states.shape[-1] if head is None else weight.shape[0] if weight is not None else 2**18
     size = max(1, LOGITS_BYTES // (4 * vocabulary))
     pieces = list(zip(index.split(size), targets.split(size), strict=True))
     again = len(pieces) > 1 and torch.is_grad_enabled() and states.requires_grad
     if again:
-        return torch.cat([checkpoint(part, *p, use_reentrant=False, preserve_rng_state=False) for p in pieces])
-    return torch.cat([part(*p) for p in pieces])
+        parts = [checkpoint(part, *p, use_reentrant=False, preserve_rng_state=False) for p in pieces]
+    else:
+        parts = [part(*p) for p in pieces]
+    logprobs, *entropies = (torch.cat(values) for values in zip(*parts, strict=True))
+    return (logprobs, entropies[0]) if entropies else logprobs
+
+
+def _entropy(logits: Tensor, total: Tensor) -> Tensor:
+    """Return the entropy [N] in nats of softmax(logits [N, V]), of which total [N] is the logsumexp."""
+    p = (logits - total[:, None]).exp_()
+    return total - torch.bmm(p[:, None], logits[:, :, None])[:, 0, 0]
 
 
 class _ProductWithCast(torch.autograd.Function):

@@ -16,7 +16,7 @@ from typing import Literal, get_args
 from openril.checkpoint_files import CheckpointError, check_folder
 from openril.errors import RecipeError
 from openril.recipe.export_checks import check_export
-from openril.recipe.loop_checks import check_groups, check_loop, check_schedule
+from openril.recipe.loop_checks import LOOP_CHECKS, check_schedule
 from openril.recipe.problems import Problem, has_responses, in_loop
 from openril.recipe.schema import DiscriminatorConfig, EndpointConfig, ModuleGroup, Recipe, RetryConfig
 from openril.recipe.validation import nearest
@@ -51,22 +51,8 @@ def cross_check(recipe: Recipe, stage: str, world_size: int = 1) -> list[Problem
     """
     if stage not in STAGES:
         raise RecipeError(f"stage: expected one of {', '.join(STAGES)}, got {stage!r}.")
-    checks = (
-        _folders,
-        _data,
-        _student,
-        _teachers,
-        _judge,
-        _sft,
-        _collection,
-        _discriminator,
-        _rewards,
-        _retries,
-        check_groups,
-        check_loop,
-        check_export,
-    )
-    return [problem for check in checks for problem in check(recipe, stage, world_size)]
+    checks = (_folders, _data, _student, _teachers, _judge, _sft, _collection, _discriminator, _rewards, _retries)
+    return [problem for check in (*checks, *LOOP_CHECKS, check_export) for problem in check(recipe, stage, world_size)]
 
 
 def require(recipe: Recipe, stage: str, world_size: int = 1) -> list[Problem]:

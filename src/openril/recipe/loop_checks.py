@@ -48,6 +48,9 @@ def check_groups(recipe: Recipe, stage: str, world_size: int) -> Iterator[Proble
         std = " (and a standard deviation of 0)" if train.algorithm == "grpo" else ""
         reason = f"a group of one response has advantage 0{std}"
         yield Problem("train.num_generations", reason, "Use at least 2")
+    elif train.baseline == "students" and train.num_generations < 2:
+        reason = "the mean of one sample is the sample, so that it has advantage 0 with train.baseline: students"
+        yield Problem("train.num_generations", reason, "Use at least 2")
 
 
 def check_loop(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
@@ -70,7 +73,8 @@ def check_loop(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]
         yield Problem("train.eval_every", reason, "List questions in data.validation, or set it to 0")
     if train.eval_suite:
         yield from _eval_suite(recipe)
-    if train.beta == 0 and train.algorithm in ("ril", "gail"):
+    damped = train.negative_scale <= 0.5 or train.baseline == "students"  # docs/algorithm.md: either keeps the entropy
+    if train.beta == 0 and train.algorithm in ("ril", "gail") and not damped:
         reason = "got 0, so no KL term keeps the student near its start (the paper's runs collapse, Table 5)"
         yield Problem("train.beta", reason, "The paper uses 0.01", "warning")
     yield from check_schedule(train.optimizer, "train.optimizer")
@@ -92,7 +96,48 @@ def _eval_suite(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(key, reason, "Set judge.base_urls, or leave them out")
 
 
+def check_switches(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
+    """Check the switches that the paper does not have against each other, and that each has an effect."""
+    if not in_loop(stage):
+        return
+    train, rewards, teachers = recipe.train, recipe.rewards, recipe.teacher_responses_per_question
+    if train.teacher_draw == "judged_right":
+        key, kind = "train.teacher_draw", rewards.answer.kind
+        if not teachers:
+            reason = "got judged_right, but no group has teacher responses"
+            yield Problem(key, reason, "Leave it out, or use an algorithm with teacher responses", "warning")
+        elif train.per_teacher:
+            reason = "got judged_right, which pools the teachers, but train.per_teacher counts for each"
+            yield Problem(key, reason, "Set one of them back, and train.num_teacher_responses to the number in all")
+        elif kind != "rules" and stage == "run" and not recipe.collect.judge_responses:
+            reason = "it is off, but train.teacher_draw: judged_right needs verdicts of cached responses"
+            yield Problem("collect.judge_responses", reason, "Turn it on, or use rewards.answer.kind: rules")
+        elif kind != "rules" and not recipe.judge.base_urls and not recipe.judge.model_path:
+            reason = "got judged_right, but neither judge.base_urls nor judge.model_path says whose verdicts count"
+            yield Problem(key, reason, "Set the judge that judged the cache, or use rewards.answer.kind: rules")
+    if not (teachers and train.teacher_responses_in_update):
+        changed = {"teacher_advantages": "signed", "teacher_weight": "ratio", "baseline": "group"}
+        for name, default in changed.items():
+            if (value := getattr(train, name)) != default:
+                reason = f"got {value}, which changes nothing without teacher responses in the update"
+                yield Problem(f"train.{name}", reason, f"Leave it out, or at {default}", "warning")
+    elif train.teacher_weight == "shaped" and not train.clip_teacher_upper:
+        reason = "it is off, but train.teacher_weight: shaped has no ratio to clip"
+        yield Problem("train.clip_teacher_upper", reason, "Leave it on, or set train.teacher_weight to ratio")
+    similarity = recipe.uses_discriminator and rewards.similarity.weight != 0
+    answer = recipe.answer_kind != "none" and rewards.answer.weight != 0
+    if rewards.combine == "right_only" and not (similarity and answer):
+        reason = f"got right_only, which needs both rewards, but {'similarity' if answer else 'answer'} is not in use"
+        yield Problem("rewards.combine", reason, "Set it to sum, or give both rewards a weight")
+    if rewards.combine == "per_reward" and similarity + answer + sum(f.weight != 0 for f in rewards.functions) == 1:
+        reason = "got per_reward, but one reward is in use, which is only divided by its standard deviation"
+        yield Problem("rewards.combine", reason, "Set it to sum, or add a reward", "warning")
+
+
 def check_schedule(optimizer: OptimizerConfig, key: str) -> Iterator[Problem]:
     if optimizer.schedule != "constant" and optimizer.final_learning_rate > optimizer.learning_rate:
         reason = "it is larger than learning_rate, so the rate would rise"
         yield Problem(f"{key}.final_learning_rate", reason, "Lower it", "warning")
+
+
+LOOP_CHECKS = (check_groups, check_loop, check_switches)

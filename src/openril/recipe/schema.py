@@ -450,6 +450,9 @@ class RewardsConfig(Section):
     """Answer reward from the judge or from rules."""
     functions: list[RewardFunctionConfig] = Field(default_factory=list)
     """Your own reward functions."""
+    combine: Literal["sum", "right_only", "per_reward"] = "sum"
+    """sum: the weighted sum (paper). right_only: similarity counts only in right responses, R = a + a s. per_reward: the
+    advantage is the weighted sum of each reward's own, divided by its standard deviation in the group (GDPO)."""
 
 
 RetryForm = Literal["compare", "again", "plain"]
@@ -489,6 +492,21 @@ class TrainConfig(Section):
     """Count num_teacher_responses for each teacher instead of over all teachers."""
     teachers: list[str] = Field(default_factory=list)
     """Names of the teachers whose cached responses are used; empty uses all teachers of the recipe."""
+    teacher_draw: Literal["any", "judged_right"] = "any"
+    """Cached responses that a group draws from: all, balanced over the teachers (paper), or those that were judged right,
+    pooled, so that a teacher gives more where more of its responses are right. A question that has none draws from all.
+    Needs `collect.judge_responses`, or answer rules."""
+    teacher_advantages: Literal["signed", "positive"] = "signed"
+    """Advantages of teacher responses: as they are (paper), or negative ones set to 0, so that no text that the student
+    did not write is pushed down."""
+    teacher_weight: Literal["ratio", "shaped"] = "ratio"
+    """Factor on the advantage of a teacher's token: pi_theta / pi_old with the clip (paper), or pi_theta / (pi_theta + 0.1)
+    without a clip (LUFFY)."""
+    baseline: Literal["group", "students"] = "group"
+    """Responses whose mean reward is subtracted: all of the group (paper), or the student's samples alone."""
+    negative_scale: NonNegative = 1.0
+    """Factor on the negative advantages of the student's samples. 0.5 keeps the entropy of a run without KL term from
+    growing; 0 learns from what is better than the baseline alone."""
     teacher_responses_in_update: bool = True
     """Include teacher responses in the group of Eq. 2 (paper). If off, they only train the discriminator."""
     num_iterations: PositiveInt = 1

@@ -62,6 +62,15 @@ def draw(
     return drawn
 
 
+def draw_pooled(pool: Sequence[Response], question_id: str, *, total: int, seed: int, epoch: int) -> list[Response]:
+    """Return ``total`` responses of a pool, in its order, so that a teacher gives its share of the pool on average.
+
+    Over the epochs every response is used once before any is used again. None is used twice in a group, unless the pool
+    is smaller than ``total``; then their counts differ by at most one. The other arguments are those of ``draw``.
+    """
+    return [pool[i] for i in sorted(hand(len(pool), [total] * (epoch + 1), [seed, question_id, "pool"]))]
+
+
 def share(number: int, num_teachers: int, total: int, seed: int, question_id: str, epoch: int) -> int:
     """Return how many of ``total`` responses teacher ``number`` gives in this epoch."""
     base, extra = divmod(total, num_teachers)

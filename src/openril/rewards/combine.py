@@ -111,7 +111,8 @@ class RewardSystem:
         """Fill ``similarity``, ``verdict``, ``rewards`` and ``reward`` of every rollout, and return the step's metrics.
 
         A rollout's reward is the weighted sum, or None if a reward with a weight is unknown. A reward with weight 0 is
-        only logged. ``stats`` holds the counts of the last call.
+        only logged. With ``rewards.combine: right_only`` a wrong response earns no similarity. ``stats`` holds the counts
+        of the last call.
 
         Raises:
             JudgeError: If too many verdicts are unknown.
@@ -130,7 +131,7 @@ class RewardSystem:
         scores = handle.result()
         stats.answer_seconds = time.perf_counter() - started - stats.function_seconds
         stats.count(scores)
-        weights = self.weights
+        weights, combine = self.weights, self.recipe.rewards.combine
         for i, (rollout, score) in enumerate(zip(rollouts, scores, strict=True)):
             rollout.rewards = {}
             if "similarity" in weights:
@@ -141,7 +142,8 @@ class RewardSystem:
                 rollout.explanation = score.verdict.explanation if score.verdict else ""
             for name, values in function_rewards.items():
                 rollout.rewards[name] = values[i]
-            rollout.reward = weighted_sum(rollout.rewards, weights)
+            counted = right_only(rollout.rewards) if combine == "right_only" else rollout.rewards
+            rollout.reward = weighted_sum(counted, weights)
         self.stats = stats if self.gather is None else RewardStats.merge(self.gather([stats]))
         if weights.get("answer", 0.0) != 0.0:
             self.budget.check(self.stats.judged, self.stats.unknown, self.stats.causes)
@@ -176,6 +178,13 @@ class RewardSystem:
         if self.functions.functions:
             metrics["function_seconds"] = stats.function_seconds
         return metrics
+
+
+def right_only(rewards: dict[str, float | None]) -> dict[str, float | None]:
+    """Return the rewards with a s in place of the similarity s, where a is the answer reward; unknown if a is."""
+    answer, similarity = rewards["answer"], rewards["similarity"]
+    known = answer is not None and similarity is not None
+    return {**rewards, "similarity": answer * similarity if known else None}  # type: ignore[operator]
 
 
 def weighted_sum(rewards: dict[str, float | None], weights: dict[str, float]) -> float | None:

@@ -30,7 +30,7 @@ from openril.report.curves import draw_curves
 from openril.report.progress import ProgressDisplay, say, warn_line
 from openril.responses.cache import ResponseCache
 from openril.responses.loaded import LoadedResponses
-from openril.responses.teacher_sampling import draw
+from openril.responses.teacher_sampling import draw, draw_pooled
 from openril.rewards.answers import known_answers, score_answers
 from openril.rewards.combine import RewardSystem
 from openril.rewards.judge import JudgeService, build_judge_service
@@ -43,6 +43,7 @@ from openril.storage import write_json
 from openril.training.checkpoint import Checkpoints, refuse_changed_recipe
 from openril.training.distributed import make_accelerator, start_trackers
 from openril.training.loop import RILTrainer, TeacherResponses, total_steps
+from openril.training.right_responses import read_right_responses, write_right_responses
 from openril.training.run_folder import RunFolder
 from openril.training.setup import TrainingComponents
 
@@ -178,6 +179,8 @@ def open_trainer(recipe: Recipe, console: Console | None = None) -> Iterator[RIL
         check=accelerator.is_main_process,
         fits=fits,
         inspect=lambda loaded: check_responses(recipe, questions, loaded, warn_of_data),
+        wait=accelerator.wait_for_everyone,
+        say=warn,
     )
     if recipe.answer_kind in ("judge", "rules_then_judge") or (evaluates and recipe.eval.score != "rules"):
         judge = build_judge_service(recipe, f"rank{accelerator.process_index}")
@@ -237,12 +240,17 @@ def cached_teacher_responses(
     check: bool = True,
     fits: Callable[[Response], bool] | None = None,
     inspect: Callable[[LoadedResponses], None] = lambda loaded: None,
+    wait: Callable[[], None] = lambda: None,
+    say: Callable[[str], None] = lambda message: None,
 ) -> TeacherResponses:
     """Return a function that draws a question's teacher responses from the cache, those that ``fits`` accepts.
 
     Args:
         check: Compare the cache with the questions and their images now; one process of a run is enough.
         inspect: Receives all responses.
+        wait: With ``train.teacher_draw: judged_right``, returns once every process has called it; the process with
+            ``check`` writes what is right before.
+        say: Receives the counts of what is right.
     """
     count = recipe.teacher_responses_per_question
     if not count:
@@ -255,8 +263,22 @@ def cached_teacher_responses(
     each = train.num_generations if train.num_teacher_responses is None else train.num_teacher_responses
     amount = {"per_teacher": each} if train.per_teacher else {"total": count}
 
+    right = None
+    if train.teacher_draw == "judged_right":
+        if check and Checkpoints(RunFolder(recipe.run_path).checkpoints_path).latest() is None:
+            write_right_responses(recipe, questions, cache, say)
+        wait()
+        right = read_right_responses(recipe)
+
     def responses(question: Question, epoch: int) -> list[Response]:
-        return draw(cache, question.id, recipe.teacher_names, seed=recipe.seed, epoch=epoch, fits=fits, **amount)
+        fitting = fits
+        if right is not None:
+            every = [r for t in recipe.teacher_names for r in cache.responses_for(question.id, t)]
+            every = [r for r in every if fits is None or fits(r)]
+            if pool := [r for r in every if right(r)]:
+                return draw_pooled(pool, question.id, total=count, seed=recipe.seed, epoch=epoch)
+            fitting = every.__contains__  # so that ``fits`` counts each once
+        return draw(cache, question.id, recipe.teacher_names, seed=recipe.seed, epoch=epoch, fits=fitting, **amount)
 
     return responses
 

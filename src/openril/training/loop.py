@@ -22,7 +22,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from openril.algorithm.advantages import group_advantages
+from openril.algorithm.advantages import decoupled_advantages, group_advantages, shaped_advantages
 from openril.discriminator.health import HealthWatch
 from openril.errors import PromptTooLongError
 from openril.recipe.schema import Recipe
@@ -31,6 +31,7 @@ from openril.rewards.similarity import SimilarityGate
 from openril.sampling.protocol import Sampler, gathered
 from openril.storage import stable_hash
 from openril.training.discriminator_update import Discriminator
+from openril.training.entropy_watch import EntropyWatch
 from openril.training.group_tables import log_groups
 from openril.training.interrupts import Interrupted, stop_requests
 from openril.training.metrics import reward_metrics
@@ -49,6 +50,11 @@ class RewardModel(Protocol):
 
     gate: float
     """Factor of the similarity reward's weight."""
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight of every reward, by its name in ``Rollout.rewards``; read for ``rewards.combine: per_reward``."""
+        ...
 
     def begin(self, groups: Sequence[Group]) -> None:
         """Start what does not need the discriminator: the judge's requests run while the discriminator trains."""
@@ -111,6 +117,7 @@ class RILTrainer:
         self.warn = warn
         d = recipe.discriminator
         self.watch = HealthWatch(d.health_window, d.at_chance_accuracy, d.saturated_accuracy)
+        self.entropy_watch = EntropyWatch()
         self.seconds: dict[str, float] = {}
         self._warned_of_length = False
 
@@ -227,14 +234,27 @@ class RILTrainer:
         return groups
 
     def set_advantages(self, groups: Sequence[Group]) -> None:
-        """Set A_i = R_i - mean over the group's members in the update, without those whose reward is unknown."""
+        """Set A_i = R_i - mean over the group's members in the update, without those whose reward is unknown.
+
+        ``train.baseline``, ``train.negative_scale``, ``train.teacher_advantages`` and ``rewards.combine`` change it.
+        """
+        train, per_reward = self.recipe.train, self.recipe.rewards.combine == "per_reward"
+        weights = {name: w for name, w in self.rewards.weights.items() if w} if per_reward else {}
+        positive = train.teacher_advantages == "positive"
         for group in groups:
             members = self.policy.members(group)
-            rewards = [float("nan") if r.reward is None else r.reward for r in members]
-            advantages = group_advantages(
-                torch.tensor([rewards], dtype=torch.float64), scale_by_std=self.recipe.train.algorithm == "grpo"
-            )
-            for rollout, advantage in zip(members, advantages[0].tolist(), strict=True):
+            student = torch.tensor([[r.response.from_student for r in members]])
+            baseline = student if train.baseline == "students" else None
+            if per_reward:
+                rewards = torch.tensor(
+                    [[[_number(r.rewards[n]) for r in members]] for n in weights], dtype=torch.float64
+                )
+                found = decoupled_advantages(rewards, list(weights.values()), baseline=baseline)
+            else:
+                rewards = torch.tensor([[_number(r.reward) for r in members]], dtype=torch.float64)
+                found = group_advantages(rewards, scale_by_std=train.algorithm == "grpo", baseline=baseline)
+            found = shaped_advantages(found, student, negative_scale=train.negative_scale, positive_teachers=positive)
+            for rollout, advantage in zip(members, found[0].tolist(), strict=True):
                 rollout.advantage = advantage
 
     # ---- steps and logging --------------------------------------------------------------------------------------------------
@@ -258,6 +278,8 @@ class RILTrainer:
         """Run to the last step from the current one. Raises Interrupted after saving if a signal asks to stop."""
         train = self.recipe.train
         saved = self.step_number
+        for row in self.folder.metrics():  # of a run that is continued
+            self.entropy_watch.see(row.get("train/entropy"))
         with stop_requests() as stop:
             while self.step_number < self.total_steps:
                 started = time.perf_counter()
@@ -318,6 +340,8 @@ class RILTrainer:
         self.report(step, self.total_steps, row)
         if message := self.watch.see(metrics.get("discriminator/balanced_accuracy")):
             self.warn(message)
+        if message := self.entropy_watch.see(metrics.get("train/entropy")):
+            self.warn(message)
         if (too_long := metrics.get("train/teacher_too_long")) and not self._warned_of_length:
             self._warned_of_length = True
             self.warn(
@@ -334,6 +358,10 @@ class RILTrainer:
         started = time.perf_counter()
         yield
         self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - started
+
+
+def _number(reward: float | None) -> float:
+    return float("nan") if reward is None else reward
 
 
 def total_steps(recipe: Recipe, num_questions: int) -> int:

@@ -99,7 +99,7 @@ class PolicyUpdate:
         metrics: dict[str, float] = {}
         for iteration in range(self.settings.num_iterations):
             self.policy.train()
-            sums = torch.zeros(9, dtype=torch.float64)
+            sums = torch.zeros(10, dtype=torch.float64)
             for number, batch in enumerate(batches):
                 # Rows are built one micro-batch at a time: the pixels of a whole step would fill the device's memory.
                 part = self._rows([groups[i] for i in batch], [grouped[i] for i in batch])
@@ -111,12 +111,13 @@ class PolicyUpdate:
                     "epsilon": self.settings.epsilon,
                     "ref_logprobs": reference[number],
                     "unclipped_above": None if self.settings.clip_teacher_upper else ~part.from_student,
+                    "shaped": ~part.from_student if self.settings.teacher_weight == "shaped" else None,
                 }
                 # Sharded gradients are reduced in every pass: kept whole until the last, they would take 4 bytes a weight.
                 keep = last or is_sharded(self.policy)
                 with nullcontext() if keep else self.accelerator.no_sync(self.policy):
                     with self.accelerator.autocast():
-                        logprobs = self.policy(part.rows)
+                        logprobs, entropies = self.policy(part.rows, with_entropy=True)
                     if iteration == 0:
                         old.append(logprobs.detach())
                     kl_rows = part.from_student if self.settings.kl_rows == "student" else None
@@ -127,12 +128,13 @@ class PolicyUpdate:
                 counted = part.rows.mask & (part.weights > 0)[:, None]
                 now = logprobs.detach()
                 stats = objective_stats(now, old[number], part.advantages, counted, part.from_student, **shared)
-                sums += torch.tensor([float(loss.detach()), *astuple(stats)], dtype=torch.float64)
+                entropy = float(entropies[counted & part.from_student[:, None]].sum())
+                sums += torch.tensor([float(loss.detach()), entropy, *astuple(stats)], dtype=torch.float64)
             limit = self.settings.optimizer.max_grad_norm
             norm = take_step(self.accelerator, self.optimizer, self.trainable, limit, f"student, step {step + 1}")
             self.updates += 1
             gathered = torch.tensor(gather_object([sums.tolist()]), dtype=torch.float64)
-            loss_mean, totals = float(gathered[:, 0].mean()), gathered[:, 1:].sum(0)
+            loss_mean, totals = float(gathered[:, 0].mean()), gathered[:, 2:].sum(0)
             tokens, of_teachers, kl_student, kl_teacher = totals[:4].tolist()
             low, high, ratio, logprob = (totals[4:] / max(1, tokens)).tolist()
             metrics = {
@@ -145,6 +147,8 @@ class PolicyUpdate:
                 "response_logprob": logprob,
                 "update_tokens": tokens,
             }
+            if tokens > of_teachers:
+                metrics["entropy"] = float(gathered[:, 1].sum()) / (tokens - of_teachers)
             if self.settings.beta:  # k3 estimates the KL divergence on the student's own tokens only
                 if tokens > of_teachers:
                     metrics["kl"] = kl_student / (tokens - of_teachers)
