@@ -172,6 +172,8 @@ def _understand_ril(words: list[str]) -> None:
     if not words or words[0] in ("--help", "--version", "COMMAND"):
         return
     command = COMMANDS[words[0]]
+    if not words[1:]:
+        return  # its name alone
     if not command.takes_recipe:
         parse = {"bench": bench_parser, "export": export_parser, "report": report_parser}[words[0]]().parse_args
         parse(split_arguments(words[1:])[0] if words[0] == "export" else words[1:])
