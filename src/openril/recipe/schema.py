@@ -606,8 +606,8 @@ class ExportConfig(Section):
     """Compare the export with the student on `data.validation`. A run whose export fails the comparison fails."""
     questions: PositiveInt = 100
     """Number of questions of the comparison."""
-    max_kl: Positive | None = None
-    """Largest mean KL that passes, in nats, for types that have no limit; null only reports it."""
+    max_kl: NonNegative = 0.0
+    """Largest mean KL that passes, in nats, for types that have no limit of their own; 0 only reports it."""
     threads: NonNegativeInt = 0
     """CPU threads of the runtime in the comparison; 0 uses all cores."""
     resize_images: bool = False

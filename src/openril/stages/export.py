@@ -84,7 +84,7 @@ def run_recipe(recipe: Recipe, console: Console) -> None:
         check=e.check,
         say=partial(say, console),
         questions=e.questions,
-        max_kl=e.max_kl,
+        max_kl=e.max_kl or None,
         resize=e.resize_images,
         threads=e.threads or len(os.sched_getaffinity(0)),
         python=e.python,
