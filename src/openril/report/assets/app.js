@@ -43,7 +43,10 @@ function render() {
   const main = document.getElementById("main");
   const focused = document.activeElement?.id;
   const cursor = document.activeElement?.selectionStart;
-  document.querySelectorAll("#tabs a").forEach((link) => (link.dataset.tab === tab ? link.setAttribute("aria-current", "page") : link.removeAttribute("aria-current")));
+  for (const link of document.querySelectorAll("#tabs a")) {
+    link.removeAttribute("aria-current");
+    if (link.dataset.tab === tab) link.setAttribute("aria-current", "page");
+  }
   const parts = build(report, view, store).flat(Infinity).filter(Boolean);
   main.replaceChildren(el("h1", { class: "unseen" }, tabOf(view)[1]), ...parts);
   main.dataset.tab = tab;
@@ -65,10 +68,16 @@ function openTab(name) {
 function drawFrame() {
   const { report } = state;
   document.getElementById("runs").replaceChildren(...report.runs.map((run, i) =>
-    el("span", { class: "run-name", vars: { "--run": lineColor(i) } }, inline(run.name, 40), el("small", {}, ` ${count(run.steps, "step")}`))));
-  document.getElementById("tabs").replaceChildren(...TABS.map(([name, text]) =>
-    el("a", { href: `#tab=${name}`, "data-tab": name, onclick: (event) => { if (event.ctrlKey || event.metaKey) return; event.preventDefault(); openTab(name); } }, text)));
-  document.getElementById("foot").replaceChildren(`OpenRIL ${visible(report.openril).slice(0, 30)}`, report.made ? `, made ${visible(report.made).slice(0, 40)}` : "", `, ${visible(report.schema).slice(0, 40)}. This page loads nothing from the network.`);
+    el("span", {}, runName(report.runs, i), el("small", {}, count(run.steps, "step")))));
+  const click = (event) => {
+    if (event.ctrlKey || event.metaKey) return;
+    event.preventDefault();
+    openTab(event.target.dataset.tab);
+  };
+  document.getElementById("tabs").replaceChildren(...TABS.map(([name, text]) => el("a", { href: `#tab=${name}`, "data-tab": name, onclick: click }, text)));
+  const made = report.made ? [", made ", inline(report.made, 40)] : [];
+  document.getElementById("foot").replaceChildren(
+    "OpenRIL ", inline(report.openril, 30), ...made, ", ", inline(report.schema, 40), ". This page loads nothing from the network.");
 }
 
 function setTheme(theme) {
@@ -77,7 +86,8 @@ function setTheme(theme) {
 }
 
 function switchTheme() {
-  const dark = getComputedStyle(document.documentElement).colorScheme.includes("light dark") ? matchMedia("(prefers-color-scheme: dark)").matches : document.documentElement.dataset.theme === "dark";
+  const chosen = document.documentElement.dataset.theme;
+  const dark = chosen ? chosen === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
   setTheme(dark ? "light" : "dark");
   try {
     localStorage.setItem("openril.theme", dark ? "light" : "dark");
@@ -86,7 +96,10 @@ function switchTheme() {
 
 function openHelp() {
   const help = document.getElementById("help");
-  help.replaceChildren(el("h2", { id: "help-title" }, "Keyboard"), el("dl", {}, KEYS_HELP.map(([keys, text]) => el("div", {}, el("dt", {}, el("kbd", {}, keys)), el("dd", {}, text)))), el("button", { type: "button", autofocus: true, onclick: () => help.close() }, "Close"));
+  help.replaceChildren(
+    el("h2", { id: "help-title" }, "Keyboard"),
+    el("dl", {}, KEYS_HELP.map(([keys, text]) => el("div", {}, el("dt", {}, el("kbd", {}, keys)), el("dd", {}, text)))),
+    button("Close", () => help.close(), { autofocus: true }));
   if (!help.open) help.showModal();
 }
 
@@ -134,9 +147,15 @@ async function onVersion(version, before) {
   const fresh = moved && version.steps !== before.steps;
   onVersion.waiting = (onVersion.waiting || fresh) && reading;
   const notice = document.getElementById("notice");
+  const show = (event) => {
+    onVersion.waiting = false;
+    event.target.closest("p").remove();
+    notice.hidden = !notice.childNodes.length;
+    render();
+  };
   notice.replaceChildren(...[
     version.indexing ? el("p", {}, `Reading the run: ${number(version.steps)} of ${number(version.total_steps)} steps.`) : null,
-    onVersion.waiting ? el("p", {}, "There are new steps. ", el("button", { type: "button", onclick: (event) => { onVersion.waiting = false; event.target.closest("p").remove(); notice.hidden = !notice.childNodes.length; render(); } }, "Show them")) : null,
+    onVersion.waiting ? el("p", {}, "There are new steps. ", button("Show them", show)) : null,
     ...problems.slice(0, 10).map(([path, text]) => el("p", {}, inline(path, 120), ": ", inline(text, 300))),
   ].filter(Boolean));
   notice.hidden = !notice.childNodes.length;
@@ -162,7 +181,9 @@ async function start() {
   document.getElementById("theme").addEventListener("click", switchTheme);
   document.getElementById("help-open").addEventListener("click", openHelp);
   document.addEventListener("keydown", onKey);
-  for (const dialog of document.querySelectorAll("dialog")) dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); });
+  for (const dialog of document.querySelectorAll("dialog")) {
+    dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); });
+  }
   const moved = () => { state.view = parseView(location.hash); render(); };
   addEventListener("hashchange", moved);
   render();

@@ -31,14 +31,19 @@ function storeTicks(run) {
 /** What there is to tick: the sample, then the disagreements that are not in it. */
 function auditItems(audit) {
   const rules = new Map((audit.disagreements ?? []).map((d) => [d.member, d]));
-  const sample = (audit.sample ?? []).map((member) => ({ member, part: "sample", rule: rules.get(member) }));
   const known = new Set(audit.sample ?? []);
-  return [...sample, ...[...rules.values()].filter((d) => !known.has(d.member)).map((rule) => ({ member: rule.member, part: "disagreements", rule }))];
+  const sample = [...known].map((member) => ({ member, part: "sample", rule: rules.get(member) }));
+  const others = [...rules.values()].filter((d) => !known.has(d.member));
+  return [...sample, ...others.map((rule) => ({ member: rule.member, part: "disagreements", rule }))];
+}
+
+function interval(share, low, high) {
+  return `${percent(share)} [${number(100 * low, 1)}, ${number(100 * high, 1)}]`;
 }
 
 function agreementText(right, n) {
-  const interval = wilson(right, n);
-  return interval ? `${percent(interval.share)} [${number(100 * interval.low, 1)}, ${number(100 * interval.high, 1)}]` : "\u2013";
+  const found = wilson(right, n);
+  return found ? interval(found.share, found.low, found.high) : "\u2013";
 }
 
 function auditTab(report, view, store) {
@@ -56,23 +61,27 @@ function auditTab(report, view, store) {
   const box = el("div", { class: "list" });
   showItem(store, items[place], ticks, box);
   const folded = audit.ticks;
+  const go = (item) => () => navigate({ item }, { replace: true });
+  const drawn = (audit.sample_total ?? 0) > size("sample")
+    ? ` The page holds a sample of ${number(size("sample"))} of the run's ${number(audit.sample_total)} verdicts.` : "";
   return [
     runChoice(report, view),
-    panel("Is the judge right?", ["Say whether the judge's verdict is right, not whether the response is. The ticks stay in this browser until you export them.",
-      (audit.sample_total ?? 0) > size("sample") ? ` The page holds a sample of ${number(size("sample"))} of the run's ${number(audit.sample_total)} verdicts.` : ""],
-      el("dl", { class: "facts" },
-        el("div", {}, el("dt", {}, "Sample ticked"), el("dd", {}, `${right + wrong} of ${size("sample")}`)),
-        el("div", {}, el("dt", {}, "Judge right, with 95\u2009% interval"), el("dd", { id: "agreement" }, agreementText(right, right + wrong))),
-        other ? el("div", {}, el("dt", {}, "Against the rules, ticked"), el("dd", {}, `${done("disagreements")} of ${other}`)) : null,
-        folded ? el("div", {}, el("dt", {}, "In the ticks of the report"), el("dd", {}, `${number(folded.right)} right, ${number(folded.wrong)} wrong: ${percent(folded.agreement)} [${number(100 * folded.low, 1)}, ${number(100 * folded.high, 1)}]`)) : null),
+    panel("Is the judge right?",
+      `Say whether the judge's verdict is right, not whether the response is. The ticks stay in this browser until you export them.${drawn}`,
+      facts([
+        ["Sample ticked", `${right + wrong} of ${size("sample")}`],
+        ["Judge right, with 95\u2009% interval", agreementText(right, right + wrong), "agreement"],
+        other ? ["Against the rules, ticked", `${done("disagreements")} of ${other}`] : null,
+        folded ? [`In the report: ${number(folded.right)} right, ${number(folded.wrong)} wrong`, interval(folded.agreement, folded.low, folded.high)] : null,
+      ]),
       el("progress", { max: items.length, value: ticks.size, "aria-label": "Verdicts ticked" }),
       el("div", { class: "controls" },
-        el("button", { type: "button", id: "export", disabled: !ticks.size, onclick: () => exportTicks(run, items, ticks, store) }, "Export the ticks"),
+        button("Export the ticks", () => exportTicks(run, items, ticks, store), { id: "export", disabled: !ticks.size }),
         storeTicks.failed ? el("p", { class: "note" }, "This browser keeps no ticks for this page: export them before you close it.") : null)),
     el("div", { class: "controls audit-bar" },
-      el("button", { type: "button", id: "audit-back", disabled: place === 0, onclick: () => navigate({ item: place - 1 }, { replace: true }) }, "Back"),
-      el("p", { class: "grow" }, `Verdict ${place + 1} of ${items.length}`, items[place].part === "disagreements" ? el("span", { class: "tag flag" }, "judge against rule") : null),
-      el("button", { type: "button", id: "audit-next", disabled: place === items.length - 1, onclick: () => navigate({ item: place + 1 }, { replace: true }) }, "Next")),
+      button("Back", go(place - 1), { id: "audit-back", disabled: place === 0 }),
+      el("p", { class: "grow" }, `Verdict ${place + 1} of ${items.length}`, items[place].part === "disagreements" ? tag("judge against rule", "flag") : null),
+      button("Next", go(place + 1), { id: "audit-next", disabled: place === items.length - 1 })),
     box,
   ];
 }
@@ -87,13 +96,16 @@ async function showItem(store, item, ticks, box) {
       return;
     }
     const tick = ticks.get(item.member);
-    const button = (kind, text, key) => el("button", { type: "button", id: `tick-${kind}`, class: `tick ${kind}`, "aria-pressed": String(tick === kind), "aria-keyshortcuts": key, onclick: () => tickItem(kind) }, text, el("kbd", {}, key));
+    const choose = (kind, text, letter) => button([text, el("kbd", {}, letter)], () => tickItem(kind),
+      { id: `tick-${kind}`, class: `tick ${kind}`, "aria-pressed": String(tick === kind), "aria-keyshortcuts": letter });
     const rule = item.rule;
     const card = memberCard(store, group, [Number(position)]);
     card.querySelector("details.why")?.setAttribute("open", "");
     card.append(el("footer", { class: "ticks" },
-      el("p", {}, "The judge says ", verdictTag(member.verdict), rule ? [", the rule ", inline(rule.rule_name, 30), " says ", verdictTag(rule.rule)] : null, "."),
-      el("div", { class: "controls" }, button("right", "The verdict is right", "y"), button("wrong", "The verdict is wrong", "n"), button("clear", "Clear", "u"))));
+      el("p", {}, "The judge says ", verdictTag(member.verdict),
+        rule ? [", the rule ", inline(rule.rule_name, 30), " says ", verdictTag(rule.rule)] : null, "."),
+      el("div", { class: "controls" },
+        choose("right", "The verdict is right", "y"), choose("wrong", "The verdict is wrong", "n"), choose("clear", "Clear", "u"))));
     if (box.isConnected || !box.childNodes.length) box.replaceChildren(card);
   } catch (problem) {
     box.replaceChildren(empty(visible(problem.message)));

@@ -6,9 +6,10 @@ function thumbnail(store, group, at) {
   if (!address) return el("span", { class: "missing" }, "Picture left out");
   const label = `Picture ${at + 1} of ${group.images.length}`;
   const name = visible(store.imageName(group.images[at])).slice(0, 200);
-  const picture = el("img", { src: address, alt: name ? `${label}: ${name}` : label, loading: address.startsWith("data:") ? null : "lazy", decoding: "async" });
+  const loading = address.startsWith("data:") ? null : "lazy";
+  const picture = el("img", { src: address, alt: name ? `${label}: ${name}` : label, loading, decoding: "async" });
   picture.addEventListener("error", () => picture.closest("button")?.replaceWith(el("span", { class: "missing" }, "Picture cannot be read")));
-  return el("button", { type: "button", class: "thumb", title: "Show in full size", onclick: () => openViewer(store, group, at) }, picture);
+  return button(picture, () => openViewer(store, group, at), { class: "thumb", title: "Show in full size" });
 }
 
 /** Show a picture of a group in full size; the arrow keys move between its pictures. */
@@ -19,8 +20,9 @@ function openViewer(store, group, at) {
     const hash = group.images[i];
     const address = store.image(hash, "full");
     viewer.replaceChildren(
-      el("div", { class: "viewer-bar" }, inline(store.imageName(hash) || `Picture ${i + 1}`, 120), group.images.length > 1 ? `${i + 1} of ${group.images.length}` : null,
-        el("button", { type: "button", "aria-label": "Close", autofocus: true, onclick: () => viewer.close() }, "\u2715")),
+      el("div", { class: "viewer-bar" },
+        inline(store.imageName(hash) || `Picture ${i + 1}`, 120), group.images.length > 1 ? `${i + 1} of ${group.images.length}` : null,
+        button("\u2715", () => viewer.close(), { "aria-label": "Close", autofocus: true })),
       address ? el("img", { src: address, alt: `Picture ${i + 1} in full size` }) : empty("The picture is not in this file."),
     );
     viewer.onkeydown = (event) => {
@@ -43,11 +45,12 @@ function promptOf(store, group, query) {
     pictures.length ? el("div", { class: "pictures" }, pictures) : null,
     el("div", { class: "question" },
       block(group.question, { query, kind: "asked", title: "Question", cut: group.question_cut ?? 0 }),
-      group.choices?.length ? el("ol", { class: "choices" }, group.choices.slice(0, 26).map((c, i) => el("li", { class: rightChoice(group, c, i) ? "is-right" : null }, el("span", { class: "letter" }, String.fromCharCode(65 + i)), inline(c, 300)))) : null,
-      el("p", { class: "truth" }, el("span", { class: "key" }, truths.length === 1 ? "Right answer" : "Right answers"),
+      group.choices?.length ? el("ol", { class: "choices" }, group.choices.slice(0, 26).map((text, i) =>
+        el("li", { class: rightChoice(group, text, i) ? "is-right" : null }, el("span", { class: "letter" }, String.fromCharCode(65 + i)), inline(text, 300)))) : null,
+      el("p", { class: "truth" }, key(truths.length === 1 ? "Right answer" : "Right answers"),
         truths.length ? truths.map((t, i) => [i ? ", " : " ", el("strong", {}, inline(t, 200))]) : " none given",
         group.truths.length > 12 ? ` and ${group.truths.length - 12} more` : "",
-        group.rule ? el("span", { class: "tag" }, "rule: ", inline(group.rule, 40)) : null)));
+        group.rule ? tag(["rule: ", inline(group.rule, 40)]) : null)));
 }
 
 /** Whether a choice is a right answer, which data give as its letter or as its text. */
@@ -65,12 +68,14 @@ function verdictTag(verdict) {
 /** What a member wrote, what was read from it, and what the judge said. */
 function said(member, query) {
   const explained = member.explanation;
+  const contrary = typeof member.rule_score === "number" && member.rule_score !== member.verdict;
   return el("div", { class: "said" },
     block(member.text, { query, cut: member.cut ?? 0 }),
     el("p", { class: "read" }, verdictTag(member.verdict),
-      typeof member.rule_score === "number" && member.rule_score !== member.verdict ? el("span", {}, el("span", { class: "key" }, "rule: "), member.rule_score > 0 ? "right" : "wrong") : null,
-      member.extracted !== null && member.extracted !== undefined ? el("span", {}, el("span", { class: "key" }, "read as "), el("strong", {}, inline(member.extracted, 120))) : null),
-    explained ? el("details", { class: "why" }, el("summary", {}, "What the judge said"), block(explained, { cut: member.explanation_cut ?? 0, title: "The judge's reply" })) : null);
+      contrary ? el("span", {}, key("rule: "), member.rule_score > 0 ? "right" : "wrong") : null,
+      member.extracted ?? null ? el("span", {}, key("read as "), el("strong", {}, inline(member.extracted, 120))) : null),
+    explained ? el("details", { class: "why" }, el("summary", {}, "What the judge said"),
+      block(explained, { cut: member.explanation_cut ?? 0, title: "The judge's reply" })) : null);
 }
 
 /** An advantage as a bar left or right of zero. */
@@ -78,8 +83,9 @@ function advantageBar(value, reach) {
   if (typeof value !== "number") return el("span", { class: "hollow" }, "\u2013");
   const width = 50 * Math.min(1, Math.abs(value) / reach);
   const side = value > 0 ? "plus" : value < 0 ? "minus" : "zero";
+  const left = value < 0 ? `${50 - width}%` : "50%";
   return el("span", { class: `advantage ${side}` },
-    el("span", { class: "track", "aria-hidden": "true" }, el("span", { class: "fill", vars: { width: `${width}%`, left: value < 0 ? `${50 - width}%` : "50%" } })),
+    el("span", { class: "track", "aria-hidden": "true" }, el("span", { class: "fill", vars: { width: `${width}%`, left } })),
     el("span", { class: "value" }, signed(value)));
 }
 
@@ -87,8 +93,8 @@ function lengthCell(member) {
   const tokens = member.tokens ?? (member.learned || null);
   const parts = [
     typeof tokens === "number" ? count(tokens, "token") : null,
-    member.finish_reason && member.finish_reason !== "stop" ? el("span", { class: "tag bad" }, member.finish_reason === "length" ? "cut" : inline(member.finish_reason, 20)) : null,
-    typeof member.learned === "number" && member.learned !== tokens ? (member.learned ? `${number(member.learned)} learned` : "not learned from") : null,
+    (member.finish_reason ?? "stop") === "stop" ? null : tag(member.finish_reason === "length" ? "cut" : inline(member.finish_reason, 20), "bad"),
+    typeof member.learned !== "number" || member.learned === tokens ? null : member.learned ? `${number(member.learned)} learned` : "not learned from",
   ].filter(Boolean);
   return el("span", { class: "lengths" }, parts.map((p) => el("span", {}, p)));
 }
@@ -109,7 +115,7 @@ function memberRow(group, member, at, reach, { query = "", source = "" } = {}) {
     said(member, query),
     shareBar(member.student_prob, typeof member.student_prob === "number" ? member.student_prob.toFixed(2) : ""),
     el("span", { class: "rewards" }, el("b", { title: "Total" }, number(member.reward)),
-      el("span", {}, rewards.map(([name, value]) => el("span", {}, el("span", { class: "key" }, inline(name, 24)), " ", number(value))))),
+      el("span", {}, rewards.map(([name, value]) => el("span", {}, key(inline(name, 24)), " ", number(value))))),
     advantageBar(member.advantage, reach),
     lengthCell(member),
   ];
@@ -125,8 +131,12 @@ function memberTable(group, members, options = {}) {
   return el("table", { class: "members", role: "table" },
     el("caption", { class: "unseen" }, `Members of the group at step ${group.step}`),
     el("thead", { role: "rowgroup" }, el("tr", { role: "row" }, COLUMNS.map(([name, title]) =>
-      el("th", { role: "columnheader", scope: "col", title }, name, name === "Advantage" ? el("small", { class: "faint" }, ` \u00b1${reach}`) : null)))),
+      el("th", { role: "columnheader", scope: "col", title }, name, name === "Advantage" ? el("small", {}, ` \u00b1${reach}`) : null)))),
     el("tbody", { role: "rowgroup" }, members.map(([member, at]) => memberRow(group, member, at, reach, options))));
+}
+
+function runName(runs, at) {
+  return el("span", { class: "run-name", vars: { "--run": lineColor(at) } }, inline(runs[at]?.name, 30));
 }
 
 /** The whole card. `several`: there is more than one run. */
@@ -135,15 +145,16 @@ function groupCard(report, store, group, view) {
   const query = needle(view);
   const title = `t-${group.id}`;
   const flags = group.flags.filter((flag) => Object.hasOwn(FLAGS, flag));
+  const all = () => navigate({ ...NO_FILTERS, question: group.question_id, side: several ? 1 : null, group: "" });
   return el("article", { class: "card", id: `g-${group.id}`, "data-group": group.id, tabindex: -1, "aria-labelledby": title },
     el("header", {},
-      el(view.side ? "h3" : "h2", { id: title }, several ? el("span", { class: "run-name", vars: { "--run": lineColor(group.run) } }, inline(report.runs[group.run]?.name, 30)) : null, `Step ${group.step}`),
-      group.skill ? el("span", { class: "tag" }, inline(group.skill, 40)) : null,
-      flags.map((flag) => el("span", { class: "tag flag", title: FLAGS[flag][1] }, FLAGS[flag][0])),
+      el(view.side ? "h3" : "h2", { id: title }, several ? runName(report.runs, group.run) : null, `Step ${group.step}`),
+      group.skill ? tag(inline(group.skill, 40)) : null,
+      flags.map((flag) => tag(FLAGS[flag][0], "flag", FLAGS[flag][1])),
       el("span", { class: "id" }, inline(group.question_id, 60)),
       el("span", { class: "actions" },
-        view.question ? null : el("button", { type: "button", class: "quiet", onclick: () => navigate({ ...NO_FILTERS, question: group.question_id, side: several ? 1 : null, group: "" }) }, several ? "In all runs" : "All steps"),
-        el("button", { type: "button", class: "quiet", onclick: () => copyLink(group) }, "Copy link"))),
+        view.question ? null : button(several ? "In all runs" : "All steps", all, { class: "quiet" }),
+        button("Copy link", () => copyLink(group), { class: "quiet" }))),
     promptOf(store, group, query),
     memberTable(group, group.members.map((member, i) => [member, i]), { query, source: view.source }));
 }

@@ -32,8 +32,8 @@ function smoothed(values, width) {
 }
 
 /** The finite points of a metric within a range of steps, as two lists. */
-function points(steps, values, from = -Infinity, to = Infinity) {
-  const kept = steps.map((s, i) => [s, values?.[i]]).filter(([s, v]) => typeof v === "number" && Number.isFinite(v) && s >= from && s <= to);
+function points(steps, values, from, to) {
+  const kept = steps.map((s, i) => [s, values?.[i]]).filter(([s, v]) => Number.isFinite(v) && s >= from && s <= to);
   return { steps: kept.map(([s]) => s), values: kept.map(([, v]) => v) };
 }
 
@@ -74,7 +74,8 @@ class HoverGroup {
 function lineChart(lines, options) {
   const box = options.wide && innerWidth > 640 ? { ...WIDE, top: 10, bottom: 24 } : BOX;
   const { width, height, left, right, top, bottom } = box;
-  const drawn = lines.map((line) => ({ ...line, ...points(line.steps, line.values, options.from ?? undefined, options.to ?? undefined) })).filter((l) => l.steps.length);
+  const within = (line) => points(line.steps, line.values, options.from ?? -Infinity, options.to ?? Infinity);
+  const drawn = lines.map((line) => ({ ...line, ...within(line) })).filter((line) => line.steps.length);
   if (!drawn.length) return null;
   for (const line of drawn) {
     const span = 2 * Math.floor((line.values.length * (options.smooth ?? 5)) / 200) + 1;
@@ -92,12 +93,14 @@ function lineChart(lines, options) {
   const x = scale(first, last, left, width - right);
   const y = scale(low, high, height - bottom, top);
 
+  const ends = drawn.map((line) => `${visible(line.label)} from ${number(line.values[0], 3)} to ${number(line.values.at(-1), 3)}`);
   const svg = el("svg", {
     viewBox: `0 0 ${width} ${height}`, class: "chart", tabindex: 0, role: "img",
-    "aria-label": `${options.title}: ${drawn.map((l) => `${visible(l.label)} from ${number(l.values[0], 3)} to ${number(l.values.at(-1), 3)}`).join("; ")}. Steps ${first} to ${last}. Arrow keys read out the values.`,
+    "aria-label": `${options.title}: ${ends.join("; ")}. Steps ${first} to ${last}. Arrow keys read out the values.`,
   });
+  const level = (value) => el("line", { x1: left, x2: width - right, y1: y(value), y2: y(value), class: "level" });
   svg.append(frame(box, x, y, ticks(first, last, 5).filter(Number.isInteger), ticks(low, high, 4), { xName: "step" }));
-  if (options.level !== undefined) svg.append(el("line", { x1: left, x2: width - right, y1: y(options.level), y2: y(options.level), class: "level" }));
+  if (options.level !== undefined) svg.append(level(options.level));
   for (const line of drawn) {
     const path = (values) => line.steps.map((s, i) => `${i ? "L" : "M"}${x(s).toFixed(1)} ${y(values[i]).toFixed(1)}`).join("");
     if (line.raw) svg.append(el("path", { d: path(line.values), class: "raw", vars: { stroke: line.color } }));
@@ -112,8 +115,9 @@ function lineChart(lines, options) {
 
   const legend = drawn.map((line) => {
     const value = el("b", {}, "");
-    const key = el("svg", { viewBox: "0 0 18 8", width: 18, height: 8, "aria-hidden": "true" }, el("line", { x1: 0, x2: 18, y1: 4, y2: 4, "stroke-dasharray": line.dash, vars: { stroke: line.color, "stroke-width": "2.5" } }));
-    return { value, node: el("span", {}, key, inline(line.label, 34), value) };
+    const stroke = { x1: 0, x2: 18, y1: 4, y2: 4, "stroke-dasharray": line.dash, vars: { stroke: line.color, "stroke-width": "2.5" } };
+    const sample = el("svg", { viewBox: "0 0 18 8", width: 18, height: 8, "aria-hidden": "true" }, el("line", stroke));
+    return { value, node: el("span", {}, sample, inline(line.label, 34), value) };
   });
   const at = el("span", { class: "at" });
   const show = (step) => {
@@ -136,7 +140,8 @@ function lineChart(lines, options) {
     say: (step) => announce(`step ${step}: ${drawn.map((line, k) => `${visible(line.label)} ${legend[k].value.textContent}`).join(", ")}`),
     onrange: options.onrange,
   });
-  return el("figure", { class: "plot" }, el("figcaption", {}, el("h3", {}, options.title), at), el("div", { class: "legend" }, legend.map((l) => l.node)), svg);
+  return el("figure", { class: "plot" },
+    el("figcaption", {}, el("h3", {}, options.title), at), el("div", { class: "legend" }, legend.map((l) => l.node)), svg);
 }
 
 /** Pointer and keyboard of a line chart. */
@@ -185,10 +190,14 @@ function dotChart(dots, { title, xName, yName, xMost, diagonal = false }) {
   const { width, height, left, right, top, bottom } = box;
   const x = scale(0, xMost ?? (largest(dots.map((d) => d.x)) || 1), left, width - right);
   const y = scale(0, 1, height - bottom, top);
-  const svg = el("svg", { viewBox: `0 0 ${width} ${height}`, class: "chart", role: "img", "aria-label": `${title}: ${count(dots.length, "point")}, ${xName} across, ${yName} up.` });
+  const label = `${title}: ${count(dots.length, "point")}, ${xName} across, ${yName} up.`;
+  const svg = el("svg", { viewBox: `0 0 ${width} ${height}`, class: "chart", role: "img", "aria-label": label });
   svg.append(frame(box, x, y, ticks(0, x.back(width - right), 5), ticks(0, 1, 4), { xName, yName }));
   if (diagonal) svg.append(el("line", { x1: x(0), y1: y(0), x2: x(1), y2: y(1), class: "level" }));
-  if (diagonal && dots.length > 1) svg.append(el("path", { class: "line", d: dots.map((d, i) => `${i ? "L" : "M"}${x(d.x)} ${y(d.y)}`).join(""), vars: { stroke: "var(--source-0)" } }));
+  if (diagonal && dots.length) {
+    const d = dots.map((dot, i) => `${i ? "L" : "M"}${x(dot.x)} ${y(dot.y)}`).join("");
+    svg.append(el("path", { class: "line", d, vars: { stroke: "var(--source-0)" } }));
+  }
   for (const dot of dots) {
     const look = sourceLook(dot.source ?? "student");
     const [cx, cy, r] = [x(dot.x), y(dot.y), dot.size ?? 3];
@@ -206,5 +215,6 @@ function dotChart(dots, { title, xName, yName, xMost, diagonal = false }) {
 /** A small bar that shows a share, with its number. */
 function shareBar(value, label = percent(value, 0)) {
   if (typeof value !== "number") return el("span", { class: "hollow" }, "\u2013");
-  return el("span", { class: "share" }, el("span", { class: "track", "aria-hidden": "true" }, el("span", { vars: { width: `${100 * Math.min(1, Math.max(0, value))}%` } })), el("span", {}, label));
+  const width = `${100 * Math.min(1, Math.max(0, value))}%`;
+  return el("span", { class: "share" }, el("span", { class: "track", "aria-hidden": "true" }, el("span", { vars: { width } })), el("span", {}, label));
 }

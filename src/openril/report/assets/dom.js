@@ -151,8 +151,41 @@ function table(caption, header, rows, numeric = []) {
       el("tbody", {}, rows.map((cells) => el("tr", {}, cells.map((c, i) => el(i ? "td" : "th", { scope: i ? null : "row", class: side(i) }, c)))))));
 }
 
+function heading(title, note, kind = "") {
+  return el("div", { class: `panel-head ${kind}` }, el("h2", {}, title), note ? el("p", { class: "note" }, note) : null);
+}
+
 function panel(title, note, ...children) {
-  return el("section", { class: "panel" }, el("div", { class: "panel-head" }, el("h2", {}, title), note ? el("p", { class: "note" }, note) : null), children);
+  return el("section", { class: "panel" }, heading(title, note), children);
+}
+
+function button(text, onclick, attributes = {}) {
+  return el("button", { type: "button", onclick, ...attributes }, text);
+}
+
+function tag(text, kind = "", title = null) {
+  return el("span", { class: `tag ${kind}`, title }, text);
+}
+
+/** A small label in front of a value. */
+function key(text) {
+  return el("span", { class: "key" }, text);
+}
+
+function code(text, most = 160, kind = null) {
+  return el("code", { class: kind }, inline(text, most));
+}
+
+/** A field for a step, which reports null when it is empty. */
+function stepField(label, id, value, placeholder, onchange) {
+  const changed = (event) => onchange(event.target.value === "" ? null : Math.max(0, Math.round(Number(event.target.value))));
+  return el("label", { class: "field small" }, el("span", {}, label),
+    el("input", { id, type: "number", min: 0, value: value ?? "", placeholder, onchange: changed }));
+}
+
+/** Numbers with their names, in a row. */
+function facts(pairs) {
+  return el("dl", { class: "facts" }, pairs.filter(Boolean).map(([name, value, id]) => el("div", {}, el("dt", {}, name), el("dd", { id }, value))));
 }
 
 function empty(text) {

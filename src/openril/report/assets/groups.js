@@ -18,29 +18,34 @@ const typed = later((q) => navigate({ q, shown: null, group: "" }, { replace: tr
 function filterPanel(report, view) {
   const { runs } = report;
   const set = (change) => navigate({ ...change, shown: null, group: "" });
-  const names = (key) => [...new Set(runs.flatMap((run) => run[key] ?? []))];
-  const step = (label, key) => el("label", { class: "field small" }, el("span", {}, label),
-    el("input", { id: `f-${key}`, type: "number", min: 0, value: view[key] ?? "", onchange: (event) => set({ [key]: event.target.value === "" ? null : Math.max(0, Math.round(Number(event.target.value))) }) }));
-  const active = formatView({ ...view, tab: "", sort: "", group: "", shown: null, from: null, to: null, smooth: null, metric: "", item: null }) !== "#";
-  const skills = names("skills");
+  const names = (name) => [...new Set(runs.flatMap((run) => run[name] ?? []))];
+  const select = (id, label, every, options, set) => choiceWithId(`f-${id}`, label, [["", every], ...options], view[id], set);
+  const same = (name) => [name, name];
+  const step = (label, name) => stepField(label, `f-${name}`, view[name], null, (value) => set({ [name]: value }));
+  const flag = ([name, [text, title]]) => {
+    const on = view.flags.includes(name);
+    const flags = on ? view.flags.filter((f) => f !== name) : [...view.flags, name];
+    return button(text, () => set({ flags }), { id: `f-${name}`, class: "chip", title, "aria-pressed": String(on) });
+  };
+  const active = Object.keys(NO_FILTERS).some((name) => name !== "shown" && String(view[name] ?? "") !== "");
   const wide = matchMedia("(min-width: 900px)").matches;
   return el("details", { class: "filters", open: wide || filterPanel.open, ontoggle: (event) => { filterPanel.open = event.target.open; } },
     el("summary", {}, "Filters and order"),
     el("div", { class: "filter-body" },
       el("label", { class: "field" }, el("span", {}, "Search ", el("kbd", {}, "/")),
-        el("input", { id: "search", type: "search", value: view.q, placeholder: "Question or response", autocomplete: "off", spellcheck: "false", oninput: (event) => typed(event.target.value) })),
-      choiceWithId("f-sort", "Order", Object.entries(SORTS), view.sort || "step", (sort) => set({ sort: sort === "step" ? "" : sort })),
-      runs.length > 1 ? choiceWithId("f-run", "Run", [["", "All runs"], ...runs.map((run, i) => [String(i), run.name])], view.run, (run) => set({ run })) : null,
-      el("div", { class: "pair" }, step("From step", "step_min"), step("To step", "step_max")),
-      skills.length ? choiceWithId("f-skill", "Skill or benchmark", [["", "All"], ...skills.map((s) => [s, s])], view.skill, (skill) => set({ skill })) : null,
-      choiceWithId("f-source", "Source", [["", "All"], ...names("sources").map((s) => [s, s])], view.source, (source) => set({ source })),
-      el("fieldset", { class: "flags" }, el("legend", {}, "Only groups with"),
-        Object.entries(FLAGS).map(([flag, [text, title]]) => {
-          const on = view.flags.includes(flag);
-          return el("button", { id: `f-${flag}`, type: "button", class: "chip", title, "aria-pressed": String(on), onclick: () => set({ flags: on ? view.flags.filter((f) => f !== flag) : [...view.flags, flag] }) }, text);
+        el("input", {
+          id: "search", type: "search", value: view.q, placeholder: "Question or response", autocomplete: "off", spellcheck: "false",
+          oninput: (event) => typed(event.target.value),
         })),
-      view.question ? el("p", { class: "pinned" }, el("span", {}, "Question ", inline(view.question, 40)), el("button", { type: "button", class: "quiet", onclick: () => set({ question: "", side: null }) }, "All questions")) : null,
-      active ? el("button", { type: "button", id: "f-reset", onclick: () => navigate({ ...NO_FILTERS, group: "" }) }, "Reset filters") : null));
+      choiceWithId("f-sort", "Order", Object.entries(SORTS), view.sort || "step", (sort) => set({ sort: sort === "step" ? "" : sort })),
+      runs.length > 1 ? select("run", "Run", "All runs", runs.map((run, i) => [String(i), run.name]), (run) => set({ run })) : null,
+      el("div", { class: "pair" }, step("From step", "step_min"), step("To step", "step_max")),
+      names("skills").length ? select("skill", "Skill or benchmark", "All", names("skills").map(same), (skill) => set({ skill })) : null,
+      select("source", "Source", "All", names("sources").map(same), (source) => set({ source })),
+      el("fieldset", { class: "flags" }, el("legend", {}, "Only groups with"), Object.entries(FLAGS).map(flag)),
+      view.question ? el("p", { class: "pinned" }, "Question ", inline(view.question, 40), " ",
+        button("All questions", () => set({ question: "", side: null }), { class: "quiet" })) : null,
+      active ? button("Reset filters", () => navigate({ ...NO_FILTERS, group: "" }), { id: "f-reset" }) : null));
 }
 
 function choiceWithId(id, ...rest) {
@@ -86,20 +91,26 @@ function showList(report, view, store, list, { groups, total, linked }) {
   const held = store.embedded ? report.shown : all;
   const line = el("p", { class: "found", role: "status" }, el("b", {}, total.toLocaleString("en")), total === 1 ? " group" : " groups",
     groups.length < total ? `, ${groups.length} of them shown` : "",
-    held < all ? el("span", { class: "note" }, ` This file holds ${held.toLocaleString("en")} of the ${all.toLocaleString("en")} groups: `, el("code", {}, "ril report --all"), " or ", el("code", {}, "ril view"), " shows them all.") : null);
+    held < all ? el("span", { class: "note" }, ` This file holds ${held.toLocaleString("en")} of the ${all.toLocaleString("en")} groups: `,
+      el("code", {}, "ril report --all"), " or ", el("code", {}, "ril view"), " shows them all.") : null);
   const card = (group) => groupCard(report, store, group, view);
+  const column = (run, at) => {
+    const own = groups.filter((group) => group.run === at);
+    return el("section", { "aria-label": `Run ${at + 1}` }, el("h2", {}, runName(report.runs, at)),
+      own.length ? own.map(card) : empty("This question is not among the groups of this run."));
+  };
   const side = view.side && view.question && report.runs.length > 1;
   const parts = [line];
-  if (linked.length) parts.push(el("section", { class: "linked", "aria-label": "Group of the link" }, el("p", { class: "note" }, "The group of the link, which is not in the list below:"), linked.map(card)));
+  if (linked.length) {
+    parts.push(el("section", { class: "linked", "aria-label": "Group of the link" },
+      el("p", { class: "note" }, "The group of the link, which is not in the list below:"), linked.map(card)));
+  }
   if (!groups.length && !linked.length) parts.push(empty(all || total ? "No group meets these conditions." : "There are no groups yet."));
-  if (side) {
-    parts.push(el("div", { class: "sides", vars: { "--columns": String(report.runs.length) } }, report.runs.map((run, r) => {
-      const own = groups.filter((group) => group.run === r);
-      return el("section", { "aria-label": `Run ${r + 1}` }, el("h2", { class: "side-name", vars: { "--run": lineColor(r) } }, inline(run.name, 40)), own.length ? own.map(card) : empty("This question is not among the groups of this run."));
-    })));
-  } else parts.push(...groups.map(card));
+  if (side) parts.push(el("div", { class: "sides", vars: { "--columns": String(report.runs.length) } }, report.runs.map(column)));
+  else parts.push(...groups.map(card));
   if (groups.length < total) {
-    parts.push(el("button", { type: "button", class: "more", onclick: () => navigate({ shown: groups.length + PAGE }, { replace: true }) }, `Show ${Math.min(PAGE, total - groups.length)} more`));
+    const more = () => navigate({ shown: groups.length + PAGE }, { replace: true });
+    parts.push(button(`Show ${Math.min(PAGE, total - groups.length)} more`, more, { class: "more" }));
   }
   list.replaceChildren(...parts);
   if (view.group) selectCard(view.group, { scroll: listing.arrived !== view.group });
