@@ -7,6 +7,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from openril.report.html import SERVED_POLICY, page_script, page_style, render_page
+from openril.report.statistics import read_ticks
 from support.report_documents import make_document
 
 
@@ -204,14 +205,15 @@ def test_audit_keeps_counts_and_exports_the_ticks(open_report):
     rows = [json.loads(line) for line in download.value.path().read_text().splitlines()]
     audit = document["runs"][0]["audit"]
     assert [row["member"] for row in rows] == [*audit["sample"], audit["disagreements"][0]["member"]]
-    assert [row["right"] for row in rows] == [True, True, False, True, False]
-    assert [row["sample"] for row in rows] == [True] * 4 + [False]
+    assert [row["tick"] for row in rows] == ["right", "right", "wrong", "right", "wrong"]
+    assert [row["part"] for row in rows] == ["sample"] * 4 + ["disagreements"]
     group, position = audit["sample"][2].split("/")
     member = next(g for g in document["groups"] if g["id"] == group)["members"][int(position)]
     assert {k: rows[2][k] for k in ("source", "index", "verdict")} == {
         k: member[k] for k in ("source", "index", "verdict")
     }
-    assert rows[2]["schema"] == "openril.ticks/1" and rows[2]["run"] == "ril"
+    assert rows[2] | {"schema": "openril.audit/1", "run": "ril", "step": 2, "seed": 0} == rows[2]
+    assert len(read_ticks(download.value.path())["ril"]) == 5
     assert watched.problems() == []
 
 

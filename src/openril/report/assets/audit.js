@@ -3,7 +3,7 @@
 const memory = new Map(); // ticks where the browser keeps nothing
 
 function ticksKey(run) {
-  return `openril.ticks/1:${run.path ?? run.name}:${run.audit.seed}`;
+  return `openril.audit/1:${run.path ?? run.name}:${run.audit.seed}`;
 }
 
 /** The ticks of a run: from the browser's storage where that is possible. */
@@ -136,8 +136,8 @@ async function exportTicks(run, items, ticks, store) {
     const group = groups.get(id);
     const told = group?.members[Number(position)];
     return {
-      schema: "openril.ticks/1", run: run.name, member, question_id: group?.question_id ?? null, source: told?.source ?? null,
-      index: told?.index ?? null, sample: part === "sample", verdict: told?.verdict ?? null, right: ticks.get(member) === "right",
+      schema: "openril.audit/1", run: run.name, member, step: group?.step ?? null, question_id: group?.question_id ?? "", source: told?.source ?? "",
+      index: told?.index ?? null, verdict: told?.verdict ?? null, tick: ticks.get(member), part, seed: run.audit.seed,
     };
   });
   save(`audit-${fileName(run.name)}.jsonl`, rows.map((row) => `${JSON.stringify(row)}\n`).join(""), "application/x-ndjson");
