@@ -1,4 +1,4 @@
-"""Report the demo: its summary, tables, curves, and groups of the first and the last step, as HTML and as text."""
+"""Report the demo: its summary, tables, curves, the page of its runs, and groups of the first and the last step as text."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from openril.recipe.loading import load_saved_recipe
 from openril.records import STUDENT, Question
 from openril.report.curves import series
 from openril.rewards.degenerate import is_empty, is_repetitive
+from openril.stages.report import write_report as write_page
 from openril.storage import read_jsonl, write_json, write_text
 from playground.runner import Clock
 from playground.study.figures import COLORS, Panel, Series, curve_figure, save
@@ -25,8 +26,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 GROUPS_SHOWN = 5
-"""Groups of a step on the page."""
-TEMPLATE = Path(__file__).with_name("demo_page.html")
+"""Groups of a step in groups.txt."""
 
 
 class DemoMethod(NamedTuple):
@@ -324,19 +324,6 @@ def group_text(group: ShownGroup) -> str:
 # Output
 
 
-def page(summary: Mapping[str, Any], sections: Sequence[tuple[str, Sequence[ShownGroup]]]) -> str:
-    """Return the report as HTML. Everything that models wrote is escaped, and the page loads nothing but its pictures."""
-    from jinja2 import Environment
-
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.globals |= {"response_rows": response_rows}
-    header, rows = skill_rows(summary)
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        notes=NOTES.format(n=summary["test_questions"]), minutes=summary["minutes"], methods=method_rows(summary),
-        lines=summary_lines(summary), header=header, skills=rows, sections=sections,
-    )  # fmt: skip
-
-
 def write_report(out: Path, seed: int, student: str, clock: Clock) -> tuple[dict[str, Any], Sequence[ShownGroup]]:
     """Write summary.json, curves.png, report.html and groups.txt; returns the summary and the groups of the last step."""
     summary = summarize(out, seed)
@@ -350,7 +337,7 @@ def write_report(out: Path, seed: int, student: str, clock: Clock) -> tuple[dict
     write_text(out / "groups.txt", "\n".join(texts))
     clock.tick()
     summary |= {"minutes": clock.minutes, "student": student}
-    write_text(out / "report.html", page(summary, sections))
+    write_page([out / METHODS[name].run for name in TRAINED], out / "report.html")
     write_json(out / "summary.json", summary)
     return summary, sections[-1][1]
 

@@ -18,13 +18,11 @@ from openril.records import ImageSource, Question
 from openril.storage import read_jsonl, write_json, write_jsonl
 from playground.demo import Settings, demo_recipe, plan, prepare, run_demo, write_recipe
 from playground.demo_report import (
-    METHODS,
     NOTES,
     ShownGroup,
     derivation_shares,
     group_text,
     own_agreement,
-    page,
     pick,
     read_evaluation,
 )
@@ -185,30 +183,6 @@ def evil_group() -> ShownGroup:
     return ShownGroup(1, question, ("world/images/a b.png",), (row,))
 
 
-def a_summary() -> dict:
-    skills = dict.fromkeys(SKILLS, 0.5)
-    gain = {"over": "dr_grpo", "difference": 0.051, "stderr": 0.02}
-    method = {"mean": 0.5, "stderr": 0.02, "skills": skills, "title": "x", "gain": gain}
-    own = {"agreement": None, "num_verdicts": 0, "distinct_agreement": None, "num_distinct": 0}
-    return {
-        "contenders": dict.fromkeys(METHODS, method),
-        "test_questions": 14,
-        "minutes": 1.0,
-        "judge": {"held_out": {"agreement": 0.99, "num_verdicts": 100}, "this_run": own},
-        "teachers": {name: {"mean": 0.5, "skills": skills} for name in ("teacher_a", "teacher_b")},
-        "training": {"ril_both": {"answer reward": {"first": 0.1, "last": 0.9}}},
-    }
-
-
-def test_nothing_a_model_writes_becomes_markup():
-    text = page(a_summary(), [("last step (1)", [evil_group()])])
-    assert "<script" not in text and "<img src=x" not in text
-    assert text.count("&lt;script&gt;") == 5  # Question, choice, truth, skill and response.
-    assert 'http-equiv="Content-Security-Policy" content="default-src \'none\'' in text
-    assert 'src="world/images/a%20b.png"' in text
-    assert "+5.1 ± 2.0" in text
-
-
 def test_nothing_a_model_writes_steers_the_terminal():
     text = group_text(evil_group())
     assert "\x1b" not in text
@@ -252,6 +226,7 @@ def test_the_whole_demo_killed_once_and_its_first_steps_again(tmp_path, models, 
     assert "by skill" in capsys.readouterr().out
     for name in ("curves.png", "report.html", "groups.txt"):
         assert (out / name).stat().st_size > 1000
+    assert all(f'"name":"{run}"' in (out / "report.html").read_text() for run in ("dr_grpo", "ril_one", "ril"))
     assert "first step (1)" in (out / "groups.txt").read_text()
     assert "last step (3)" in (out / "groups.txt").read_text()
     # The judge of this test calls everything right.

@@ -14,6 +14,7 @@ from openril.recipe.loading import save_recipe
 from openril.recipe.schema import Recipe
 from openril.records import Group, ImageSource, Question, Response, Rollout
 from openril.report.document import build_document
+from openril.report.html import render_page
 from openril.report.statistics import Sample, chosen, wilson
 from openril.stages.report import TrainingReport
 from openril.storage import read_jsonl, write_json, write_jsonl
@@ -116,6 +117,7 @@ def test_the_statistics_of_a_run(tmp_path):
 def test_a_group_of_the_document(tmp_path):
     make_run(tmp_path / "run", text=HOSTILE)
     document = build_document([tmp_path / "run"])
+    assert "<script>alert" not in render_page(document)
     group = document["groups"][0]
     assert (group["id"], group["truths"], group["rule"], group["skill"]) == ("0-1-0", ["4"], "auto", "sums")
     assert group["flags"] == ["d_fooled", "d_judge_disagree", "mixed"]
@@ -154,8 +156,6 @@ def test_a_page_stays_within_its_size(tmp_path):
     make_run(tmp_path / "run", steps=6, text="x" * 50_000)
     whole = build_document([tmp_path / "run"], groups=None, most_bytes=None)
     assert whole["shown"] == 12 and whole["groups"][0]["members"][0]["cut"] == 46_000
-    from openril.report.html import render_page
-
     limit = len(render_page(whole).encode()) - 15_000
     small = build_document([tmp_path / "run"], most_bytes=limit)
     assert 0 < small["shown"] < 12 and small["total"] == 12 and len(render_page(small).encode()) <= limit
