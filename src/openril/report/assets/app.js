@@ -75,9 +75,8 @@ function drawFrame() {
     openTab(event.target.dataset.tab);
   };
   document.getElementById("tabs").replaceChildren(...TABS.map(([name, text]) => el("a", { href: `#tab=${name}`, "data-tab": name, onclick: click }, text)));
-  const made = report.made ? [", made ", inline(report.made, 40)] : [];
-  document.getElementById("foot").replaceChildren(
-    "OpenRIL ", inline(report.openril, 30), ...made, ", ", inline(report.schema, 40), ". This page loads nothing from the network.");
+  const about = [report.openril && `OpenRIL ${report.openril}`, report.made && `made ${report.made}`, report.schema].filter(Boolean);
+  document.getElementById("foot").replaceChildren(inline(about.join(", "), 120), ". This page loads nothing from other servers.");
 }
 
 function setTheme(theme) {
@@ -141,9 +140,11 @@ async function loadReport() {
 /** Follow a run that is read or trained. What is being read is replaced only when the reader asks for it. */
 async function onVersion(version, before) {
   const moved = before !== null && (version.steps !== before.steps || version.report !== before.report);
+  const pending = state.report.runs.some((run) => run.pending);
   if (moved) await loadReport();
   const problems = Object.entries(version.problems ?? {});
-  const reading = ["groups", "audit"].includes(tabOf(state.view)[0]);
+  const current = tabOf(state.view)[0];
+  const reading = current === "groups" || (current === "audit" && !pending); // with nothing to read, draw at once
   const fresh = moved && version.steps !== before.steps;
   onVersion.waiting = (onVersion.waiting || fresh) && reading;
   const notice = document.getElementById("notice");

@@ -51,7 +51,7 @@ function auditTab(report, view, store) {
   const run = report.runs[at];
   const audit = run.audit;
   const items = audit ? auditItems(audit) : [];
-  if (!items.length) return [runChoice(report, view), empty("This run has no verdicts to check.")];
+  if (!items.length) return [runChoice(report, view), nothing(run, "This run has no verdicts to check.")];
   const ticks = loadTicks(run);
   const place = Math.min(items.length - 1, view.item ?? Math.max(0, items.findIndex((item) => !ticks.has(item.member))));
   const done = (part, tick) => items.filter((i) => i.part === part && (tick ? ticks.get(i.member) === tick : ticks.has(i.member))).length;

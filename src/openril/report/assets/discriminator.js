@@ -19,7 +19,7 @@ function sourceLegend(names) {
 function discriminatorTab(report, view, store) {
   const run = report.runs[runOf(report, view)];
   const d = run.discriminator;
-  if (!d) return [runChoice(report, view), empty("This run has no discriminator.")];
+  if (!d) return [runChoice(report, view), nothing(run, "This run has no discriminator.")];
   const bins = (d.calibration ?? []).filter((bin) => bin.n > 0);
   const most = largest(bins.map((bin) => bin.n));
   const calibration = dotChart(

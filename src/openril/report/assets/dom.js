@@ -49,7 +49,7 @@ function marked(text, query) {
   return [...nodes, text.slice(done)];
 }
 
-const SHORT = 700;
+const SHORT = 450;
 
 /** A block of text from the data. A long one is shortened, with a button that shows the whole in a box that scrolls. */
 function block(text, { query = "", cut = 0, kind = "", title = "Response" } = {}) {
@@ -186,6 +186,11 @@ function stepField(label, id, value, placeholder, onchange) {
 /** Numbers with their names, in a row. */
 function facts(pairs) {
   return el("dl", { class: "facts" }, pairs.filter(Boolean).map(([name, value, id]) => el("div", {}, el("dt", {}, name), el("dd", { id }, value))));
+}
+
+/** What a tab says of a run without its data: a server may still be reading it. */
+function nothing(run, text) {
+  return empty(run.pending ? "The run is still being read. This tab fills by itself." : text);
 }
 
 function empty(text) {

@@ -3,7 +3,7 @@
 function teachersTab(report, view) {
   const run = report.runs[runOf(report, view)];
   const teachers = run.teachers ?? [];
-  if (!teachers.length) return [runChoice(report, view), empty("This run has no teachers.")];
+  if (!teachers.length) return [runChoice(report, view), nothing(run, "This run has no teachers.")];
   const skills = [...new Set(teachers.flatMap((t) => Object.keys(t.skills ?? {})))].sort();
   return [
     runChoice(report, view),
