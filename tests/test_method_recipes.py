@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from openril.cli import main
+from openril.data.reading import read_questions
 from openril.recipe.loading import load_recipe
 from openril.responses.cache import ResponseCache
 from openril.stages.run import stages
+from openril.stages.train import right_answers
 from openril.storage import read_jsonl, weights_fingerprint
 from support.playground_models import tiny_playground
 from support.tiny import tiny_questions, write_questions
@@ -93,3 +95,18 @@ def test_the_student_is_collected_after_a_warm_start_on_teacher_text(prepared: P
     sources = ResponseCache.open(cache).manifest()["sources"]
     assert sources["student"]["revision"] == weights_fingerprint(recipe.sft_student_path)
     assert len(read_jsonl(recipe.run_path / "metrics.jsonl")) == 1
+
+
+def test_the_answers_that_are_compared_are_those_that_the_judge_accepted(prepared: Path, tmp_path: Path):
+    recipe = load_recipe(recipe_of(prepared, tmp_path / "right", "methods/zppo_like.yaml"))
+    questions = read_questions(recipe.data, "train")
+    said: list[str] = []
+    right = right_answers(recipe, questions, check=True, wait=lambda: None, say=said.append)
+    cache = ResponseCache.open(recipe.cache_path).load(questions, ["a", "b"], 2, check_hashes=False)
+    for question in questions:
+        everything = [r.text for name in ("a", "b") for r in cache.responses_for(question.id, name)]
+        assert len(everything) == 4
+        # The judge of these models accepts every response that it is asked about; empty and repetitive ones are not.
+        assert set(right(question)) <= set(everything)
+    number = sum(len(right(question)) for question in questions)
+    assert number > 0 and said[0].startswith(f"{number} of 16 ")

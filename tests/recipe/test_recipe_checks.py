@@ -399,6 +399,8 @@ PLUS = {
           "rewards__similarity__weight": 0.0}, "train.teacher_advantages", "warning"),
         ({"train__baseline": "students", "train__teacher_responses_in_update": False}, "train.baseline", "warning"),
         ({"train__baseline": "students", "train__num_generations": 1}, "train.num_generations", "error"),
+        ({"train__baseline": "none", "train__algorithm": "grpo"}, "train.baseline", "error"),
+        ({"train__baseline": "none", "rewards__combine": "per_reward"}, "train.baseline", "error"),
         ({"rewards__combine": "right_only", "train__algorithm": "gail"}, "rewards.combine", "error"),
         ({"rewards__combine": "right_only", "rewards__similarity__weight": 0.0}, "rewards.combine", "error"),
         ({"rewards__combine": "per_reward", "train__algorithm": "gail"}, "rewards.combine", "warning"),

@@ -85,6 +85,7 @@ def test_the_switches_reach_the_advantages(tiny_qwen: Path, tmp_path: Path):
     for switches, expected in (
         ({}, [-0.8, 0.2, 0.2, 1.2, -0.8]),
         ({"baseline": "students"}, [-0.5, 0.5, 0.5, 1.5, -0.5]),
+        ({"baseline": "none"}, [0.0, 1.0, 1.0, 2.0, 0.0]),
         ({"negative_scale": 0.5}, [-0.4, 0.2, 0.2, 1.2, -0.8]),
         ({"teacher_advantages": "positive"}, [-0.8, 0.2, 0.2, 1.2, 0.0]),
     ):
@@ -201,7 +202,7 @@ def test_verdicts_that_were_never_made_are_no_wrong_answers(tmp_path: Path):
     cached(tmp_path, questions, RIGHT)
     judge = {"base_urls": ["http://127.0.0.1:1/v1"], "model": "m"}
     recipe = plus(tmp_path, tmp_path, judge=judge, rewards__answer={"kind": "judge"})
-    with pytest.raises(CacheError, match=r"train\.teacher_draw.*48 of 48.*judge_responses"):
+    with pytest.raises(CacheError, match=r"judge\.max_unknown_share.*48 of 48.*judge_responses"):
         cached_teacher_responses(recipe, questions)
     recipe.judge.max_unknown_share = 1.0  # then every question draws from all, and the counts say so
     said: list[str] = []

@@ -73,7 +73,7 @@ def check_loop(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]
         yield Problem("train.eval_every", reason, "List questions in data.validation, or set it to 0")
     if train.eval_suite:
         yield from _eval_suite(recipe)
-    damped = train.negative_scale <= 0.5 or train.baseline == "students"  # docs/algorithm.md: either keeps the entropy
+    damped = train.negative_scale <= 0.5 or train.baseline != "group"  # docs/algorithm.md: either keeps the entropy
     if train.beta == 0 and train.algorithm in ("ril", "gail") and not damped:
         reason = "got 0, so no KL term keeps the student near its start (the paper's runs collapse, Table 5)"
         yield Problem("train.beta", reason, "The paper uses 0.01", "warning")
@@ -115,10 +115,13 @@ def check_switches(recipe: Recipe, stage: str, world_size: int) -> Iterator[Prob
         elif kind != "rules" and not recipe.judge.base_urls and not recipe.judge.model_path:
             reason = "got judged_right, but neither judge.base_urls nor judge.model_path says whose verdicts count"
             yield Problem(key, reason, "Set the judge that judged the cache, or use rewards.answer.kind: rules")
+    if train.baseline == "none" and (train.algorithm == "grpo" or rewards.combine == "per_reward"):
+        reason = "got none, but what is divided by a standard deviation has its mean subtracted"
+        yield Problem("train.baseline", reason, "Set it to group, or leave train.algorithm: grpo and per_reward out")
     if not (teachers and train.teacher_responses_in_update):
         changed = {"teacher_advantages": "signed", "teacher_weight": "ratio", "baseline": "group"}
         for name, default in changed.items():
-            if (value := getattr(train, name)) != default:
+            if (value := getattr(train, name)) not in (default, "none"):
                 reason = f"got {value}, which changes nothing without teacher responses in the update"
                 yield Problem(f"train.{name}", reason, f"Leave it out, or at {default}", "warning")
     elif train.teacher_weight == "shaped" and not train.clip_teacher_upper:

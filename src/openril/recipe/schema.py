@@ -502,8 +502,9 @@ class TrainConfig(Section):
     teacher_weight: Literal["ratio", "shaped"] = "ratio"
     """Factor on the advantage of a teacher's token: pi_theta / pi_old with the clip (paper), or pi_theta / (pi_theta + 0.1)
     without a clip (LUFFY)."""
-    baseline: Literal["group", "students"] = "group"
-    """Responses whose mean reward is subtracted: all of the group (paper), or the student's samples alone."""
+    baseline: Literal["group", "students", "none"] = "group"
+    """Responses whose mean reward is subtracted: all of the group (paper), or the student's samples alone. none: nothing is
+    subtracted, so that with an answer reward right responses are imitated and none is pushed down (RAFT)."""
     negative_scale: NonNegative = 1.0
     """Factor on the negative advantages of the student's samples. 0.5 keeps the entropy of a run without KL term from
     growing; 0 learns from what is better than the baseline alone."""

@@ -31,7 +31,7 @@ from openril.report.progress import ProgressDisplay, say, warn_line
 from openril.responses.cache import ResponseCache
 from openril.responses.loaded import LoadedResponses
 from openril.responses.teacher_sampling import draw, draw_pooled
-from openril.rewards.answers import known_answers, score_answers
+from openril.rewards.answers import score_answers
 from openril.rewards.combine import RewardSystem
 from openril.rewards.judge import JudgeService, build_judge_service
 from openril.rewards.verdict_store import OUTDATED
@@ -190,7 +190,8 @@ def open_trainer(recipe: Recipe, console: Console | None = None) -> Iterator[RIL
         rewards = RewardSystem(recipe, judge, gather=gather_object if accelerator.num_processes > 1 else None)
         parts = TrainingComponents(recipe, accelerator, folder.checkpoints_path, questions, probes(questions), warn)
         if parts.retry is not None and recipe.shows_teacher_answers:
-            parts.retry.right = right_answers(recipe, questions, check=accelerator.is_main_process)
+            main, wait = accelerator.is_main_process, accelerator.wait_for_everyone
+            parts.retry.right = right_answers(recipe, questions, check=main, wait=wait, say=warn)
         if accelerator.is_main_process:
             save_recipe(recipe, recipe.run_path / "recipe.yaml")
             folder.cut_after(parts.step)
@@ -265,10 +266,7 @@ def cached_teacher_responses(
 
     right = None
     if train.teacher_draw == "judged_right":
-        if check and Checkpoints(RunFolder(recipe.run_path).checkpoints_path).latest() is None:
-            write_right_responses(recipe, questions, cache, say)
-        wait()
-        right = read_right_responses(recipe)
+        right = right_responses(recipe, questions, cache, write=check, wait=wait, say=say)
 
     def responses(question: Question, epoch: int) -> list[Response]:
         fitting = fits
@@ -283,18 +281,33 @@ def cached_teacher_responses(
     return responses
 
 
-def right_answers(recipe: Recipe, questions: list[Question], *, check: bool = True) -> Callable[[Question], list[str]]:
-    """Return a function that returns the texts of a question's cached teacher responses that are known to be right."""
+def right_responses(
+    recipe: Recipe,
+    questions: list[Question],
+    cache: LoadedResponses,
+    *,
+    write: bool,
+    wait: Callable[[], None],
+    say: Callable[[str], None],
+) -> Callable[[Response], bool]:
+    """Return whether a cached response was judged right when the run started, which one process writes down before."""
+    if write and Checkpoints(RunFolder(recipe.run_path).checkpoints_path).latest() is None:
+        write_right_responses(recipe, questions, cache, say)
+    wait()
+    return read_right_responses(recipe)
+
+
+def right_answers(
+    recipe: Recipe, questions: list[Question], *, check: bool, wait: Callable[[], None], say: Callable[[str], None]
+) -> Callable[[Question], list[str]]:
+    """Return a function that returns the texts of a question's cached teacher responses that were judged right.
+
+    Args: As for ``cached_teacher_responses``.
+    """
     names, number = recipe.teacher_names, recipe.collect.num_responses
     cache = ResponseCache.open(recipe.cache_path).load(questions, names, number, check_hashes=check)
-    score = known_answers(recipe)
-
-    def right(question: Question) -> list[str]:
-        texts = [r.text for name in names for r in cache.responses_for(question.id, name)]
-        scores = score([(question, text) for text in texts])
-        return [text for text, s in zip(texts, scores, strict=True) if s.score is not None and s.score >= 1]
-
-    return right
+    right = right_responses(recipe, questions, cache, write=check, wait=wait, say=say)
+    return lambda question: [r.text for name in names for r in cache.responses_for(question.id, name) if right(r)]
 
 
 def _finished(recipe: Recipe, folder: RunFolder) -> bool:

@@ -252,7 +252,9 @@ class RILTrainer:
                 found = decoupled_advantages(rewards, list(weights.values()), baseline=baseline)
             else:
                 rewards = torch.tensor([[_number(r.reward) for r in members]], dtype=torch.float64)
-                found = group_advantages(rewards, scale_by_std=train.algorithm == "grpo", baseline=baseline)
+                scale = train.algorithm == "grpo"
+                found = group_advantages(rewards, scale_by_std=scale, baseline=baseline)
+                found = rewards.nan_to_num(0.0) if train.baseline == "none" else found
             found = shaped_advantages(found, student, negative_scale=train.negative_scale, positive_teachers=positive)
             for rollout, advantage in zip(members, found[0].tolist(), strict=True):
                 rollout.advantage = advantage

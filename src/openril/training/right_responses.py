@@ -1,4 +1,4 @@
-"""Cached teacher responses that are judged right, for ``train.teacher_draw: judged_right``.
+"""Cached teacher responses that are judged right, for ``train.teacher_draw: judged_right`` and ``train.retry``.
 
 The verdicts are made by ``ril collect`` (``collect.judge_responses``); answer rules are run here. What is right is
 written to the run folder when a run starts and read from there when it continues, because a verdict that becomes known
@@ -55,14 +55,14 @@ def write_right_responses(
         rows += found.values()
     if unknown > recipe.judge.max_unknown_share * total:
         raise CacheError(
-            f"train.teacher_draw: judged_right expects verdicts of cached responses, but {unknown} of {total} in"
-            f" {recipe.cache_path} have none (judge.max_unknown_share is {recipe.judge.max_unknown_share:g})."
+            f"judge.max_unknown_share: the loop expects verdicts of cached responses, but {unknown} of {total} in"
+            f" {recipe.cache_path} have none, and at most a share of {recipe.judge.max_unknown_share:g} may."
             " Set collect.judge_responses: true and run `ril collect`."
         )
     write_jsonl(right_responses_file(recipe), rows)
     say(
-        f"train.teacher_draw: {right} of {total} cached teacher responses are judged right, {unknown} have no verdict;"
-        f" {without} of {len(questions)} questions have no right one and draw from all"
+        f"{right} of {total} cached teacher responses are judged right, {unknown} have no verdict;"
+        f" {without} of {len(questions)} questions have no right one"
     )
 
 
