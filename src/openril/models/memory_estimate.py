@@ -148,6 +148,7 @@ def work(recipe: Recipe, num_train: int, num_validation: int) -> Work:
             provisional = min(num_train, math.ceil(selection.provisional_share * selection.num_questions))
     steps = train.max_steps or math.ceil(train.epochs * questions / train.questions_per_step)
     groups = steps * train.questions_per_step
+    sampled = groups + steps * train.retry.questions_per_step  # at most
     collected: dict[str, int] = {}
     if collects_all(recipe):
         collected = {t.name: questions * collect.num_responses for t in recipe.teachers}
@@ -156,7 +157,7 @@ def work(recipe: Recipe, num_train: int, num_validation: int) -> Work:
     requests = {f"teacher {t.name}": collected[t.name] for t in recipe.teachers if t.base_urls and t.name in collected}
     verdicts = 0
     if recipe.answer_kind in ("judge", "rules_then_judge"):
-        verdicts += groups * train.num_generations
+        verdicts += sampled * train.num_generations
         # A cached response is judged once, even if it is drawn several times.
         drawn = groups * recipe.teacher_responses_per_question
         verdicts += min(drawn, sum(collected[name] for name in recipe.teacher_names if name in collected))
@@ -167,5 +168,5 @@ def work(recipe: Recipe, num_train: int, num_validation: int) -> Work:
     if verdicts and recipe.judge.base_urls:
         requests["judge"] = verdicts
     warm_start = num_train if recipe.sft.enabled and recipe.sft.targets == "answers" else 0
-    samples = groups * train.num_generations
+    samples = sampled * train.num_generations
     return Work(warm_start, provisional, questions, steps, samples, collected, requests)
