@@ -37,7 +37,7 @@ def main() -> None:
         f"dashed: limit; score of the original {100 * types[0]['original_score']['score']:.1f}%", fontsize=10
     )
     right.set(xlabel="language and vision model, MB", ylabel="tokens per second")
-    title = f"{types[0]['threads']} threads of {types[0]['cores']} cores"
+    title = f"{types[0]['threads']} of {types[0]['cores']} cores"
     right.set_title(f"{title}{', a busy machine' if busy else ''}", fontsize=10)
     for axes in (left, right):
         axes.margins(0.25)

@@ -83,7 +83,11 @@ def test_the_export_answers_like_the_original(exported: tuple[str, Path, Path]):
     assert found["f16"]["kl_mean"] < found["q8_0"]["kl_mean"]
     for figure in found.values():
         assert figure["passed"] and figure["unequal_prompts"] == 0 and figure["positions"] >= 3
-        assert figure["peak_memory"] > 1e6 and figure["first_token_seconds"] > 0 and figure["threads"] == 1
+        assert (
+            figure["peak_memory"] >= figure["memory"] > 1e6
+            and figure["first_token_seconds"] > 0
+            and figure["threads"] == 1
+        )
         assert figure["runtime"] == f"xllamacpp {runtime_version()}"
         assert figure["bytes"] == sum(
             (out / f"{n}.gguf").stat().st_size for n in (f"model-{figure['type']}", "mmproj-f16")

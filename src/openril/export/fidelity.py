@@ -152,6 +152,7 @@ def check_type(original: Original, runtime: Runtime, kind: str, journal: Path, k
             prompt, ids = original.prompts[question.id], original.answers[question.id]["ids"]
             text, images = original.text(question), original.images(question)
             reply = runtime.complete(text, images, original.recipe.eval.max_completion_length)
+            memory = runtime.peak_memory()  # before distributions are asked for, which need memory themselves
             row: dict[str, Any] = {
                 "id": question.id,
                 "text": reply.text,
@@ -162,7 +163,7 @@ def check_type(original: Original, runtime: Runtime, kind: str, journal: Path, k
                 logprobs = answer_logprobs(original.model, prompt, ids)
                 row["kl"] = divergences(runtime, original.encoder, text, images, ids, logprobs)
             row |= {"first_token_seconds": reply.first_token_seconds, "tokens_per_second": reply.tokens_per_second}
-            row |= {"peak_memory": runtime.peak_memory(), "load": os.getloadavg()[0]}
+            row |= {"peak_memory": memory, "load": os.getloadavg()[0]}
             append_jsonl(journal, row)
             known[question.id] = row
         yield known[question.id]
@@ -210,6 +211,7 @@ def summarize_type(
         "bytes": size,
         "first_token_seconds": median(row["first_token_seconds"] for row in rows),
         "tokens_per_second": median(speeds) if speeds else None,
+        "memory": rows[0]["peak_memory"],
         "peak_memory": max(row["peak_memory"] or 0 for row in rows) or None,
         "threads": threads,
         "load": fmean(row["load"] for row in rows),
@@ -221,13 +223,13 @@ def summarize_type(
 def markdown_table(types: Sequence[dict[str, Any]]) -> str:
     """Return the figures of several types as a Markdown table with a line about the machine."""
     head = ["type", "passed", "MB", "mean KL", "max KL", "same answers", "score (original)", "difference",
-            "first token, ms", "tokens/s", "peak MB"]  # fmt: skip
+            "first token, ms", "tokens/s", "memory MB (peak)"]  # fmt: skip
     lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
     for t in types:
         then, now, gain = t["shown"]
         kl = ["-" if t[k] is None else f"{t[k]:.2g}" for k in ("kl_mean", "kl_max")]
         speed = "-" if t["tokens_per_second"] is None else f"{t['tokens_per_second']:.0f}"
-        memory = "-" if t["peak_memory"] is None else f"{t['peak_memory'] / 1e6:.0f}"
+        memory = "-" if t["memory"] is None else f"{t['memory'] / 1e6:.0f} ({t['peak_memory'] / 1e6:.0f})"
         lines.append([t["type"], "yes" if t["passed"] else "no", f"{t['bytes'] / 1e6:.2f}", *kl,
                       f"{100 * t['same_answers']:.0f}%", f"{now} ({then})", gain,
                       f"{1000 * t['first_token_seconds']:.0f}", speed, memory])  # fmt: skip
@@ -235,7 +237,7 @@ def markdown_table(types: Sequence[dict[str, Any]]) -> str:
     load = max(t["load"] for t in types)
     busy = f"; **the machine was busy** (load {load:.1f}), so the speeds are too low" if load > first["cores"] else ""
     note = (
-        f"{first['questions']} questions, {first['runtime']}, {first['threads']} threads on {first['cores']} cores{busy}."
+        f"{first['questions']} questions, {first['runtime']}, {first['threads']} of {first['cores']} cores{busy}."
         " Scores are percentages ± standard error; the difference is paired."
     )
     return "\n".join([*("| " + " | ".join(line) + " |" for line in lines), "", note, ""])

@@ -18,7 +18,15 @@ from PIL import Image
 
 from openril._version import __version__
 from openril.checkpoint_files import check_folder
-from openril.export.fidelity import Original, answer_logprobs, check_type, divergences, markdown_table, summarize_type
+from openril.export.fidelity import (
+    LIMITS,
+    Original,
+    answer_logprobs,
+    check_type,
+    divergences,
+    markdown_table,
+    summarize_type,
+)
 from openril.export.folder import identity
 from openril.export.gguf_file import GGUFFile, gguf_package, require
 from openril.export.gguf_names import Names
@@ -86,7 +94,13 @@ def check(request: ExportRequest) -> bool:
     """Check every ``model-*.gguf`` of the folder, also those that ``llama-quantize`` has made."""
     record = _read_record(request.out)
     now = made_from(request)
-    refuse_changed(request.out, {k: record.get(k) for k in now}, now, fix="export it again", error=ExportError)
+    refuse_changed(
+        request.out,
+        {k: record.get(k) for k in now},
+        now,
+        fix="export it again (settings are given like --student.system-prompt)",
+        error=ExportError,
+    )
     measured = (record.get("positions") or {}).get("runtime")
     if measured and measured != runtime_version():
         request.say(
@@ -105,8 +119,10 @@ def model_file(kind: str) -> str:
 
 
 def made_from(request: ExportRequest) -> dict[str, Any]:
-    """Return fingerprints of the checkpoint's weights and of its other files."""
-    return {key: value for key, value in identity(request).items() if key in ("weights", "settings")}
+    """Return what decides the files and their prompts: fingerprints of the checkpoint, and settings of the student."""
+    student = (request.recipe or Recipe()).student
+    found = {key: value for key, value in identity(request).items() if key in ("weights", "settings")}
+    return found | {f"student.{key}": getattr(student, key) for key in ("system_prompt", "min_pixels", "max_pixels")}
 
 
 def load_checkpoint(request: ExportRequest) -> tuple[Any, PromptEncoder]:
@@ -243,13 +259,7 @@ def _check(request: ExportRequest, record: dict[str, Any], model: Any, encoder: 
     chosen = [questions[i * len(questions) // count] for i in range(count)]
     if recipe.eval.score != "rules":
         request.say("check: scores are those of the answer rules, also where the recipe asks a judge")
-    settings = [
-        record["weights"],
-        record["settings"],
-        [q.content_hash() for q in chosen],
-        recipe.eval.max_completion_length,
-    ]
-    settings += [recipe.student.system_prompt, recipe.student.min_pixels, recipe.student.max_pixels]
+    settings = [made_from(request), [q.content_hash() for q in chosen], recipe.eval.max_completion_length]
     torch.set_num_threads(request.threads)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     sizes = resizer(model, encoder.processor.image_processor) if request.resize else None
@@ -279,7 +289,8 @@ def _check(request: ExportRequest, record: dict[str, Any], model: Any, encoder: 
     write_text(request.out / "check.md", markdown_table(types))
     write_text(request.out / "RUN.md", run_notes(record, encoder, request.out))
     request.say(markdown_table(types))
-    if not request.resize and record["model_type"] != "smolvlm" and not all(t["passed"] for t in types):
+    failed = [t for t in types if not t["passed"] and (t["unequal_prompts"] or t["type"] in LIMITS)]
+    if failed and not request.resize and record["model_type"] != "smolvlm":
         request.say("check: pictures of other sizes than the model's grid are a frequent cause; try --resize-images")
     return all(t["passed"] for t in types)
 
