@@ -121,7 +121,7 @@ def test_the_figure_is_the_one_of_simple_evaluate(offline: Recipe, mirror: Path,
     reference = json.loads(out.read_text())
     # Why it runs in a process of its own: it reseeds, and deletes the modules of the model that it evaluated.
     assert reference.pop("traps") == {"random": True, "numpy": True, "torch": True, "module deleted": True}
-    # A timeout is no wrong answer, whichever class it is of, and math-verify's alarm needs the main thread.
+    # A timeout is no wrong answer, whichever class it is of. An alarm as math-verify's needs the main thread.
     timeouts = reference.pop("timeouts")
     assert timeouts["scores"] == [1.0, 1.0, 1.0, 0.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0, None, None]
     assert [cause.split(":")[0] for cause in timeouts["causes"][-2:]] == ["TimeoutException", "TimeoutError"]
