@@ -16,7 +16,7 @@ help:
 	@echo "make study         compare RIL with its parts and with baselines, in at most three hours (runs/study)"
 	@echo "make gpu           show on one GPU, in under ten minutes, what only a GPU can show (runs/gpu)"
 	@echo "make test          run the tests"
-	@echo "make test-vllm     run the tests against a real vLLM server (builds .venv-vllm first)"
+	@echo "make test-vllm     run the tests against a real vLLM server (builds .venv-vllm and .venv-benchmarks first)"
 	@echo "make test-benchmarks run the tests of ril eval --suite with lmms-eval (builds .venv-benchmarks first)"
 	@echo "make test-versions run the core tests with the lowest declared versions (ARGS=--newest: the newest ones)"
 	@echo "make check         run the linter and the type checker, and build the documentation"
@@ -53,7 +53,7 @@ test: $(INSTALLED)
 	@echo "==> running the tests on $(WORKERS) workers"
 	$(BIN)/python -m pytest -m "not vllm and not gpu and not benchmarks" -n $(WORKERS) --dist loadfile $(ARGS)
 
-test-vllm: $(INSTALLED)
+test-vllm: $(BENCHMARKS)/.installed
 	@echo "==> running the tests against a real vLLM server on the CPU; the first run builds .venv-vllm"
 	$(BIN)/python -m pytest tests/vllm_server -m vllm -s $(ARGS)
 
