@@ -69,7 +69,7 @@ $(BENCHMARKS)/.installed: $(INSTALLED)
 
 test-benchmarks: $(BENCHMARKS)/.installed
 	@echo "==> running the tests of ril eval --suite with lmms-eval"
-	$(BENCHMARKS)/bin/python -m pytest tests/benchmarks -m benchmarks $(ARGS)
+	$(BENCHMARKS)/bin/python -m pytest tests/benchmarks -m benchmarks -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-versions:
 	@echo "==> running the core tests in a separate environment"

@@ -257,6 +257,7 @@ def test_the_hub_is_asked_only_when_a_download_is_allowed(
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{hub.server_address[1]}")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_TOKEN", "hf_none")  # tasks of lmms-eval ask for one
     write_hub_cache(tmp_path / "home")
     settings = recipe(tmp_path / "run", tmp_path, students[0])
     settings.eval.suite_data = ""
