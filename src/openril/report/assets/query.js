@@ -34,6 +34,7 @@ function parseView(hash) {
   }
   if (!Object.hasOwn(SORTS, view.sort)) view.sort = "";
   if (!/^\d+$/.test(view.run)) view.run = "";
+  if (!/^\d+-\d+-\d+$/.test(view.group)) view.group = "";
   return view;
 }
 

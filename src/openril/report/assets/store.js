@@ -103,12 +103,11 @@ class ServedStore {
 
 /** Fetch the groups of some ids, in that order; ids that are not there are left out. */
 async function groupsById(store, ids) {
-  const found = new Map();
-  const steps = new Set(ids.map((id) => id.split("-").slice(0, 2).join("-")));
-  for (const place of steps) {
+  const places = [...new Set(ids.map((id) => id.split("-").slice(0, 2).join("-")))];
+  const answers = await Promise.all(places.map((place) => {
     const [run, step] = place.split("-");
-    const query = new URLSearchParams({ run, step_min: step, step_max: step });
-    for (const group of (await store.groups(query)).groups) found.set(group.id, group);
-  }
+    return store.groups(new URLSearchParams({ run, step_min: step, step_max: step }));
+  }));
+  const found = new Map(answers.flatMap((answer) => answer.groups).map((group) => [group.id, group]));
   return ids.map((id) => found.get(id)).filter(Boolean);
 }
