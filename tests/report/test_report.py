@@ -15,7 +15,7 @@ from openril.recipe.schema import Recipe
 from openril.records import Group, ImageSource, Question, Response, Rollout
 from openril.report.document import build_document
 from openril.report.html import render_page
-from openril.report.statistics import Sample, chosen, wilson
+from openril.report.statistics import Record, Sample, chosen, wilson
 from openril.stages.report import TrainingReport
 from openril.storage import read_jsonl, write_json, write_jsonl
 from openril.training.run_folder import RunFolder
@@ -135,18 +135,27 @@ def test_two_runs_are_compared_on_the_same_questions(tmp_path):
     for name, beta in (("one", 0.01), ("two", 0.02)):
         make_run(tmp_path / name, beta=beta)
         write_evaluation(tmp_path / name, "final", [1.0, 0.0, 1.0, 0.0] if name == "one" else [1.0, 1.0, 1.0, 0.0])
-    document = build_document([tmp_path / "one", tmp_path / "two"], groups=6)
+    document = build_document([tmp_path / "one", tmp_path / "two"], groups=3)
     assert [run["name"] for run in document["runs"]] == ["one", "two"]
     assert {"key": "train.beta", "values": [0.01, 0.02]} in document["comparison"]["recipe"]
     [paired] = document["comparison"]["paired"]
     assert (paired["a"], paired["b"], paired["difference"], paired["questions"]) == (0, 1, 0.25, 4)
-    assert (document["shown"], document["total"]) == (6, 8) and {g["run"] for g in document["groups"]} == {0, 1}
-    again = build_document([tmp_path / "one", tmp_path / "two"], groups=6)
+    assert (document["shown"], document["total"]) == (6, 8) and [g["run"] for g in document["groups"]] == [
+        0,
+        0,
+        0,
+        1,
+        1,
+        1,
+    ]
+    again = build_document([tmp_path / "one", tmp_path / "two"], groups=3)
     assert [g["id"] for g in again["groups"]] == [g["id"] for g in document["groups"]]  # seeded
 
 
 def test_groups_of_the_first_and_last_step_come_first_then_every_flag():
-    records = [(f"0-{s}-{p}", 0, s, 100 * s + p, ("cut",) if s == 5 else ()) for s in range(1, 10) for p in range(10)]
+    records = [
+        Record(f"0-{s}-{p}", s, 100 * s + p, ("cut",) if s == 5 else ()) for s in range(1, 10) for p in range(10)
+    ]
     order = chosen(records, must=["0-7-7", "0-99-0"], per=2)
     assert order[:7] == ["0-1-0", "0-1-1", "0-9-0", "0-9-1", "0-5-0", "0-5-1", "0-7-7"]
     assert len(order) == len(set(order)) == 90
@@ -257,6 +266,9 @@ def test_mistakes(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert main(["report", str(tmp_path / "empty")]) == 2
     assert "first step" in capsys.readouterr().err
+    RunFolder(tmp_path / "empty").log_metrics({"step": 1})  # a run without rollouts yet
+    assert main(["report", str(tmp_path / "empty")]) == 0
+    assert "showing 0 of 0 groups" in capsys.readouterr().out
     with open(folder.rollouts_path / "step_000002.jsonl", "a") as file:
         file.write('{"step": 2, "que')
     assert main(["report", str(folder.path)]) == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from openril.report.rollouts import Row, build_groups, read_row, sources_of, ste
 from openril.report.statistics import (
     AuditStatistics,
     DiscriminatorStatistics,
+    Record,
     TeacherStatistics,
     chosen,
     rank,
@@ -30,7 +32,7 @@ from openril.rewards.extraction import extracted_answer
 
 SCHEMA = "openril.report/1"
 GROUPS = 200
-"""Groups that a report shows unless told otherwise."""
+"""Groups of each run that a report shows unless told otherwise."""
 MOST_BYTES = 10_000_000
 """Size of a report's file."""
 MOST_CHARS = 4000
@@ -53,7 +55,7 @@ def build_document(
     The rollouts are read step by step, twice if groups are shown, and only sums and samples of them are kept.
 
     Args:
-        groups: The largest number of groups to show; None for all.
+        groups: The largest number of groups of each run to show; None for all.
         most_bytes: The size in bytes that the page may have; None for any.
         ticks: A file of verdicts that a person has checked, as the page exports it.
         seed: Of the sample of groups and of the audit.
@@ -75,7 +77,6 @@ def build_document(
             f"{ticks}: expected ticks of {', '.join(names)}, got some of {', '.join(sorted(ticked))[:200]}. Pass their run"
             " folders as well."
         )
-    records = [record for run in runs for record in run.records]
     document: dict[str, Any] = {
         "schema": SCHEMA,
         "openril": __version__,
@@ -83,13 +84,16 @@ def build_document(
         "runs": [run.about() for run in runs],
         "comparison": _comparison(runs) if len(runs) > 1 else None,
         "shown": 0,
-        "total": len(records),
+        "total": sum(len(run.records) for run in runs),
         "groups": [],
         "images": {},
     }
     if groups != 0:
-        must = [name.partition("/")[0] for about in document["runs"] for name in _pointed_to(about)]
-        order = chosen(records, must)[: groups if groups is not None else None]
+        orders = [
+            chosen(run.records, [name.partition("/")[0] for name in _pointed_to(about)])[:groups]
+            for run, about in zip(runs, document["runs"], strict=True)
+        ]
+        order = [name for names in zip_longest(*orders) for name in names if name is not None]
         _fill(document, runs, order, most_bytes)
         shown = {group["id"] for group in document["groups"]}
         for about in document["runs"]:
@@ -116,8 +120,7 @@ class _Run:
         self.recipe: Recipe | None = run_files.read_recipe(path)
         self.metrics, self.seconds = run_files.read_metrics(path)
         self.evaluations: dict[str, Evaluation] = run_files.read_evaluations(path)
-        self.records: list[tuple[str, int, int, int, tuple[str, ...]]] = []
-        """Id, run, step, rank of the question, and flags of each group."""
+        self.records: list[Record] = []
         self.steps: list[int] = []
         self._earlier: EarlierRows | None = None
         self._discriminator = DiscriminatorStatistics(seed)
@@ -134,7 +137,7 @@ class _Run:
             for statistics in (self._discriminator, self._teachers, self._audit):
                 statistics.add(group)
             place = rank(seed, group["question_id"])
-            self.records.append((group["id"], self.number, group["step"], place, tuple(group["flags"])))
+            self.records.append(Record(group["id"], group["step"], place, tuple(group["flags"])))
             self._responses += len(group["members"])
             if group["skill"] and len(self._skills) < 200:
                 self._skills[group["skill"]] = None

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from openril.errors import DataError
 from openril.records import STUDENT
@@ -251,32 +251,34 @@ def _share(part: int, whole: int) -> float | None:
     return part / whole if whole else None
 
 
-def chosen(
-    records: Sequence[tuple[str, int, int, int, tuple[str, ...]]], must: Sequence[str], per: int = 4
-) -> list[str]:
-    """Return the ids of groups in the order in which a report of limited size takes them.
+class Record(NamedTuple):
+    """What the choice of groups needs to know of one."""
+
+    id: str
+    step: int
+    rank: int
+    """Rank of its question (``rank``)."""
+    flags: tuple[str, ...]
+
+
+def chosen(records: Sequence[Record], must: Sequence[str], per: int = 4) -> list[str]:
+    """Return the ids of a run's groups in the order in which a report of limited size takes them.
 
     First some groups of the first and of the last logged step, then some of each flag, then those that the other pages of the
-    report point to, then the rest by a seeded order of the questions, so that a question comes with all its steps and runs.
+    report point to, then the rest by the ranks of the questions, so that a question comes with all its steps, in every run.
 
     Args:
-        records: Id, run, step, rank of the question, and flags of each group.
+        records: All groups in order.
         must: Ids that the other pages point to.
         per: Groups of each step, and of each flag, that come first.
     """
-    first: list[str] = []
-    for run in sorted({record[1] for record in records}):
-        mine = [record for record in records if record[1] == run]
-        steps = [record[2] for record in mine]
-        for step in dict.fromkeys((min(steps), max(steps))):
-            first += [record[0] for record in mine if record[2] == step][:per]
-    by_rank = sorted(records, key=lambda record: (record[3], record[1], record[2]))
+    ends = dict.fromkeys((records[0].step, records[-1].step)) if records else {}
+    first = [r.id for step in ends for r in [r for r in records if r.step == step][:per]]
+    by_rank = sorted(records, key=lambda r: (r.rank, r.step))
     flags: dict[str, list[str]] = defaultdict(list)
     for record in by_rank:
-        for flag in record[4]:
-            if len(flags[flag]) < per:
-                flags[flag].append(record[0])
+        for flag in record.flags:
+            flags[flag] += [record.id] * (len(flags[flag]) < per)
     flagged = [i for ids in flags.values() for i in ids]
-    known = {record[0] for record in records}
-    wanted = [i for i in must if i in known]
-    return list(dict.fromkeys([*first, *flagged, *wanted, *(record[0] for record in by_rank)]))
+    known = {record.id for record in records}
+    return list(dict.fromkeys([*first, *flagged, *(i for i in must if i in known), *(r.id for r in by_rank)]))

@@ -28,7 +28,13 @@ def parser() -> argparse.ArgumentParser:
     add = p.add_argument
     add("runs", metavar="RUN_DIR", type=Path, nargs="+", help="a run folder; with several the page compares them")
     add("--out", metavar="FILE", type=Path, help=f"the file to write; default: {PAGE} in the first run folder")
-    add("--groups", metavar="N", type=_count, default=GROUPS, help=f"the most groups to show; default: {GROUPS}")
+    add(
+        "--groups",
+        metavar="N",
+        type=_count,
+        default=GROUPS,
+        help=f"the most groups of each run to show; default: {GROUPS}",
+    )
     text = f"show every group, also above the size of {MOST_BYTES / 1e6:.0f} MB that a page has otherwise"
     add("--all", action="store_true", help=text)
     add("--audit", metavar="FILE", type=Path, help="fold in ticks that the page exported")
@@ -60,7 +66,7 @@ def write_report(
     """Write a page and return a line that says where it is and how much it shows.
 
     Args:
-        groups: The most groups to show; None for all, whatever the size of the page.
+        groups: The most groups of each run to show; None for all, whatever the size of the page.
         warn: Receives a message for each line that cannot be read, which otherwise raises DataError.
     """
     most_bytes = MOST_BYTES if groups is not None else None
