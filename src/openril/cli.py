@@ -86,6 +86,12 @@ COMMANDS: dict[str, Command] = {
         "run_report",
         takes_recipe=False,
     ),
+    "view": Command(
+        "show all groups of runs in the browser, also while they train (no recipe)",
+        "view",
+        "run_view",
+        takes_recipe=False,
+    ),
     "bench": Command(
         "measure the speed and memory of a step next to TRL's GRPOTrainer (no recipe)",
         "bench",

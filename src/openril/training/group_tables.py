@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -43,8 +44,6 @@ def log_groups(
         if tracker.name == "tensorboard":
             _log_to_tensorboard(tracker.tracker, step, rows)
         else:
-            import importlib
-
             _log_table(importlib.import_module(tracker.name), tracker.tracker, step, rows)
 
 

@@ -22,7 +22,9 @@ import pyarrow as pa
 
 from openril.errors import OpenRILError
 from openril.records import STUDENT
-from openril.report.rollouts import FLAGS, build_group, build_groups, read_row, split_groups, step_files
+from openril.report.document import EarlierRows
+from openril.report.rollouts import FLAGS, Row, build_group, build_groups, read_row, split_groups, step_files
+from openril.report.run_files import read_recipe
 
 VERSION = 1
 """The version of the index. An index of another version is built again."""
@@ -32,6 +34,7 @@ SEPARATOR = "\x1e"
 """Between the searched texts of a group, so that no search finds the end of one and the beginning of the next."""
 _BIT = {flag: 1 << i for i, flag in enumerate(FLAGS)}
 _TABLES = """
+create table if not exists about(value varchar);
 create table if not exists files(run integer, step bigint, size bigint, time bigint, problem varchar);
 create table if not exists groups(
   run integer, step bigint, position integer, question varchar, skill varchar, flags integer, sources varchar[],
@@ -72,6 +75,8 @@ class Query:
 
 Place = tuple[int, int, int, int, int, int]
 """Where a group lies: run, step, position, flags, first byte, length in bytes."""
+Key = tuple[int, int]
+"""Run and step of a file."""
 Stamp = tuple[int, int]
 """Size and time of change of a file."""
 
@@ -101,29 +106,33 @@ class RunIndex:
     def __init__(self, run_dirs: Sequence[Path], path: Path | None) -> None:
         self.run_dirs = list(run_dirs)
         self.progress = Progress()
+        self.failure = ""
+        """Why the index could not be kept up to date at the last attempt."""
         self.changes = 0
         """Rises whenever groups are added or removed."""
+        self.pictures: dict[str, tuple[int, str]] = {}
+        """The run and the file of each picture of the groups that have been asked for, by its hash."""
+        self._earlier: dict[int, EarlierRows] = {}
         self._temporary: Path | None = None
         self._database = self._open(path)
         self._writing = threading.Lock()
         self._found: dict[tuple[Query, int], list[Place]] = {}
         rows = self._database.execute("select run, step, size, time, problem from files").fetchall()
-        self._known: dict[tuple[int, int], Stamp] = {(run, step): (size, time) for run, step, size, time, _ in rows}
-        self._problems = {(run, step): problem for run, step, _, _, problem in rows if problem}
+        self._known: dict[Key, Stamp] = {(run, step): (size, time) for run, step, size, time, _ in rows}
+        self._problems: dict[Key, str] = {(run, step): problem for run, step, _, _, problem in rows if problem}
 
     def _open(self, path: Path | None) -> duckdb.DuckDBPyConnection:
-        if path is not None:
-            with contextlib.suppress(OSError):
+        for _ in range(2 if path is not None else 0):
+            assert path is not None
+            try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-            for again in (False, True):
-                try:
-                    return self._connect(path)
-                except (duckdb.Error, OSError) as e:
-                    if "lock" in str(e).lower() or again or not path.exists():
-                        break
-                    for file in (path, Path(f"{path}.wal")):  # damaged, or of another version
-                        with contextlib.suppress(OSError):
-                            file.unlink(missing_ok=True)
+                return self._connect(path)
+            except (duckdb.Error, OSError) as e:
+                if "lock" in str(e).lower():  # another viewer's
+                    break
+                with contextlib.suppress(OSError):  # damaged, or of another version
+                    path.unlink(missing_ok=True)
+                    Path(f"{path}.wal").unlink(missing_ok=True)
         self._temporary = Path(tempfile.mkdtemp(prefix="ril-view-"))
         return self._connect(self._temporary / "index.duckdb")
 
@@ -133,15 +142,12 @@ class RunIndex:
         quoted = str(path).replace("'", "''")
         # Row groups are the units of parallel work; the default of 122,880 rows would leave it to one thread.
         database.execute(f"attach '{quoted}' as i (row_group_size 4096); use i; set force_compression = 'uncompressed'")
-        about = [VERSION, *(str(p) for p in self.run_dirs)]
-        database.execute("create table if not exists about(value varchar[])")
-        saved = database.execute("select value from about").fetchone()
-        if saved is not None and saved[0] != [str(a) for a in about]:
-            database.close()
-            raise OSError("another version")
-        if saved is None:
-            database.execute("insert into about values (?)", [[str(a) for a in about]])
         database.execute(_TABLES)
+        about = str([VERSION, *map(str, self.run_dirs)])
+        if database.execute("select value from about where value != ?", [about]).fetchone():
+            database.close()
+            raise OSError("an index of another version")
+        database.execute("insert into about select ? where not exists (from about)", [about])
         return database
 
     def close(self) -> None:
@@ -155,19 +161,19 @@ class RunIndex:
     def refresh(self, stop: Callable[[], bool] = lambda: False) -> None:
         """Index the files that are new or have changed, and forget those that are gone."""
         with self._writing:
-            paths: dict[tuple[int, int], Path] = {}
-            stamps: dict[tuple[int, int], Stamp] = {}
-            for run, folder in enumerate(self.run_dirs):
-                for step, path in step_files(folder):
-                    with contextlib.suppress(FileNotFoundError):
-                        about = path.stat()
-                        stamps[run, step], paths[run, step] = (about.st_size, about.st_mtime_ns), path
+            files = [(run, *f) for run, folder in enumerate(self.run_dirs) for f in step_files(folder)]
+            paths = {(run, step): path for run, step, path in files}
+            stamps: dict[Key, Stamp] = {}
+            for key, path in paths.items():
+                with contextlib.suppress(FileNotFoundError):
+                    about = path.stat()
+                    stamps[key] = (about.st_size, about.st_mtime_ns)
             gone = [key for key in self._known if key not in stamps]
             todo = sorted((key for key in stamps if self._known.get(key) != stamps[key]), key=lambda k: (k[1], k[0]))
             if gone:
-                self._write(gone, [], {})
+                self._write(gone, [], {}, {})
             for i in range(0, len(todo), FILES_AT_ONCE):
-                self._report(stamps)
+                self._report(len(stamps), len(todo) - i)
                 if stop():
                     return
                 part = todo[i : i + FILES_AT_ONCE]
@@ -178,21 +184,17 @@ class RunIndex:
                     except (OpenRILError, OSError) as e:
                         problems[key] = str(e)
                 self._write(part, groups, {key: stamps[key] for key in part}, problems)
-            self._report(stamps)
+            self._report(len(stamps), 0)
 
-    def _report(self, stamps: dict[tuple[int, int], Stamp]) -> None:
+    def _report(self, steps: int, left: int) -> None:
         count = self._database.cursor().execute("select count(*) from i.groups").fetchone()
-        self.progress = Progress(
-            indexed=sum(self._known.get(key) == stamp for key, stamp in stamps.items()),
-            steps=len(stamps),
-            groups=count[0] if count else 0,
-            problems={f"{self.run_dirs[run]}, step {step}": p for (run, step), p in self._problems.items()},
-        )
+        problems = {f"{self.run_dirs[run]}, step {step}": text for (run, step), text in self._problems.items()}
+        self.progress = Progress(steps - left, steps, count[0] if count else 0, problems)
 
     def _read(self, run: int, step: int, path: Path) -> Iterator[tuple[Any, ...]]:
         """Yield the rows of the table of groups for a step's file."""
         lines = list(io.BytesIO(path.read_bytes()))
-        rows = [read_row(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
+        rows = [self._row(run, line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
         groups = build_groups(rows, run)
         first = number = 0
         for position, group in enumerate(groups):
@@ -201,55 +203,54 @@ class RunIndex:
             yield (run, step, position, *columns(group), first, length, searched(group))
             first += length
 
+    def _row(self, run: int, line: bytes, where: str, *, hashes: bool = False) -> Row:
+        row = read_row(line, where)
+        if row["schema"] == 1:
+            if run not in self._earlier:
+                self._earlier[run] = EarlierRows(read_recipe(self.run_dirs[run]))
+            self._earlier[run].complete(row, hashes)
+        return row
+
     def _write(
-        self,
-        keys: Sequence[tuple[int, int]],
-        groups: Sequence[tuple[Any, ...]],
-        stamps: dict[tuple[int, int], Stamp],
-        problems: dict[tuple[int, int], str] | None = None,
+        self, keys: Sequence[Key], groups: Sequence[tuple[Any, ...]], stamps: dict[Key, Stamp], problems: dict[Key, str]
     ) -> None:
         """Replace what is known of some files in one transaction."""
         cursor = self._database.cursor()
         cursor.execute("use i; begin")
         try:
-            known = [key for key in keys if key in self._known]
-            if known:
+            if known := [key for key in keys if key in self._known]:
                 cursor.executemany("delete from groups where run = ? and step = ?", known)
                 cursor.executemany("delete from files where run = ? and step = ?", known)
             if groups:
                 columns = [pa.array(c, t) for c, t in zip(zip(*groups, strict=True), _TYPES.values(), strict=True)]
                 cursor.register("arrived", pa.table(columns, names=list(_TYPES)))
                 cursor.execute("insert into groups select * from arrived")
-                cursor.unregister("arrived")
             if stamps:
-                rows = [(*key, *stamp, (problems or {}).get(key)) for key, stamp in stamps.items()]
+                rows = [(*key, *stamp, problems.get(key)) for key, stamp in stamps.items()]
                 cursor.executemany("insert into files values (?, ?, ?, ?, ?)", rows)
             cursor.execute("commit")
-        except BaseException:
-            cursor.execute("rollback")
-            raise
         finally:
-            cursor.close()
-        for key in keys:
-            self._known.pop(key, None)
-            self._problems.pop(key, None)
-        self._known |= stamps
-        self._problems |= problems or {}
+            cursor.close()  # which undoes what is not committed
+        self._known = {key: stamp for key, stamp in self._known.items() if key not in keys} | stamps
+        self._problems = {key: text for key, text in self._problems.items() if key not in keys} | problems
         self.changes += 1
+
+    def stamps(self) -> list[tuple[Key, Stamp]]:
+        """Return the files that are indexed."""
+        return sorted(self._known.items())
 
     # ---- answering --------------------------------------------------------------------------------------------------
 
     def find(self, query: Query) -> list[Place]:
         """Return the places of all groups of a query, in its order. The last answers are kept."""
         key = (query, self.changes)
-        if key not in self._found:
+        found = self._found.get(key)
+        if found is None:
             condition, values = where(query)
             text = f"select run, step, position, flags, first, length from i.groups {condition} order by "
             found = self._database.cursor().execute(text + ORDERS[query.sort], values).fetchall()
-            for old in [k for k in self._found if k[1] != self.changes] or list(self._found)[:-7]:
-                self._found.pop(old, None)
-            self._found[key] = found
-        return self._found[key]
+            self._found = dict([*self._found.items(), (key, found)][-8:])
+        return found
 
     def groups(self, places: Sequence[Place]) -> list[dict[str, Any]]:
         """Return the groups at some places, read from the rollouts. Those whose file has changed are left out."""
@@ -261,24 +262,19 @@ class RunIndex:
                 if self._known.get((run, step)) != (about.st_size, about.st_mtime_ns):
                     continue
                 file.seek(first)
-                rows = [read_row(line, str(path)) for line in io.BytesIO(file.read(length))]
+                rows = [self._row(run, line, str(path), hashes=True) for line in io.BytesIO(file.read(length))]
                 group = build_group(next(split_groups(rows)), run, position)
+                images = zip(group["images"], group["image_names"], strict=False)
+                self.pictures |= {name: (run, original) for name, original in images}
                 out.append(group | {"flags": [flag for flag in FLAGS if flags & _BIT[flag]]})
         return out
 
     def summary(self, run: int) -> dict[str, Any]:
         """Return the number of steps and groups of a run, its skills and its sources."""
-        cursor = self._database.cursor()
-        text = "select count(distinct step), count(*), list(distinct skill) from i.groups where run = ?"
-        steps, groups, skills = cursor.execute(text, [run]).fetchone() or (0, 0, [])
-        text = "select distinct unnest(sources) from i.groups where run = ?"
-        sources = [source for (source,) in cursor.execute(text, [run]).fetchall()]
-        return {
-            "steps": steps,
-            "groups": groups,
-            "skills": sorted(skills or []),
-            "sources": sorted(sources, key=lambda name: (name != STUDENT, name)),
-        }
+        text = "select count(distinct step), count(*), list(distinct skill), list(distinct sources) from i.groups where run = ?"
+        steps, groups, skills, sources = self._database.cursor().execute(text, [run]).fetchone() or (0, 0, None, None)
+        names = sorted({name for some in sources or [] for name in some}, key=lambda name: (name != STUDENT, name))
+        return {"steps": steps, "groups": groups, "skills": sorted(filter(None, skills or [])), "sources": names}
 
 
 def columns(group: dict[str, Any]) -> tuple[Any, ...]:

@@ -9,26 +9,22 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
-from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from openril.report.html import SERVED_POLICY, page_script, page_style, render_page
-from openril.report.rollouts import FLAGS
+from openril.report.rollouts import FLAGS, is_hash
 from openril.report.serving.index import ORDERS, Query, RunIndex
 
 MOST_GROUPS = 200
 """Groups in one answer."""
-LOCAL = ("127.0.0.1", "localhost", "::1")
 HEADERS = {
     "content-security-policy": SERVED_POLICY,
     "x-content-type-options": "nosniff",
@@ -49,29 +45,26 @@ class Source:
     picture: Callable[[str, str], tuple[bytes, str] | None]
 
 
-def make_app(source: Source) -> ASGIApp:
+def make_app(source: Source) -> Starlette:
     """Return the application."""
 
-    def text(content: Callable[[], str], media_type: str) -> Callable[[Request], Response]:
-        return lambda request: Response(content(), media_type=media_type)
-
-    async def report(request: Request) -> Response:
-        return JSONResponse(await run_in_threadpool(source.report))
-
-    async def groups(request: Request) -> Response:
+    def groups(request: Request) -> Response:
         query, offset, limit = read_query(request.query_params)
-        return JSONResponse(await run_in_threadpool(find_groups, source.index, query, offset, limit))
+        places = source.index.find(query)
+        found = source.index.groups(places[offset : offset + limit])
+        return JSONResponse({"total": len(places), "offset": offset, "groups": found})
 
     def version(request: Request) -> Response:
         p = source.index.progress
         about = {"steps": p.indexed, "total_steps": p.steps, "groups": p.groups, "indexing": p.indexing}
-        return JSONResponse(about | {"problems": p.problems, "report": source.report_version()})
+        problems = p.problems | ({"index": source.index.failure} if source.index.failure else {})
+        return JSONResponse(about | {"problems": problems, "report": source.report_version()})
 
-    async def picture(request: Request) -> Response:
+    def picture(request: Request) -> Response:
         name, size = request.path_params["name"], request.query_params.get("size", "thumb")
-        if not re.fullmatch(r"[0-9a-f]{32}", name) or size not in ("thumb", "full"):
+        if not is_hash(name) or size not in ("thumb", "full"):
             raise HTTPException(400, "expected a picture's hash of 32 hexadecimal digits, and the size thumb or full")
-        found = await run_in_threadpool(source.picture, name, size)
+        found = source.picture(name, size)
         if found is None:
             raise HTTPException(404, f"the run folder has no picture {name}")
         return Response(found[0], media_type=found[1], headers={"cache-control": "private, max-age=3600, immutable"})
@@ -80,53 +73,39 @@ def make_app(source: Source) -> ASGIApp:
         assert isinstance(error, HTTPException)
         return JSONResponse({"error": error.detail}, error.status_code)
 
-    html = text(partial(render_page, {}, "served"), "text/html")
     routes = [
-        Route("/", html),
-        Route("/page.js", text(page_script, "text/javascript")),
-        Route("/page.css", text(page_style, "text/css")),
-        Route("/api/report", report),
+        Route("/", lambda request: Response(render_page({}, "served"), media_type="text/html")),
+        Route("/favicon.ico", lambda request: Response(status_code=204)),
+        Route("/page.js", lambda request: Response(page_script(), media_type="text/javascript")),
+        Route("/page.css", lambda request: Response(page_style(), media_type="text/css")),
+        Route("/api/report", lambda request: JSONResponse(source.report())),
         Route("/api/groups", groups),
         Route("/api/version", version),
         Route("/api/image/{name}", picture),
     ]
-    return Guard(Starlette(routes=routes, exception_handlers={HTTPException: failed}))
+    guard_all = [Middleware(BaseHTTPMiddleware, dispatch=guard)]
+    return Starlette(routes=routes, exception_handlers={HTTPException: failed}, middleware=guard_all)
 
 
-class Guard:
-    """Refuse all requests but those of the own page, and put the security headers on every answer.
+async def guard(request: Request, answer: RequestResponseEndpoint) -> Response:
+    """Refuse all requests but those of the own page, and put the security headers on every answer."""
+    refused = refusal(request.method, request.url.path, request.headers)
+    response = await answer(request) if refused is None else JSONResponse({"error": refused[1]}, refused[0])
+    for name, value in HEADERS.items():
+        response.headers.setdefault(name, value)
+    return response
+
+
+def refusal(method: str, path: str, headers: Mapping[str, str]) -> tuple[int, str] | None:
+    """Return status and text for a request that must not be answered, or None.
 
     A foreign site cannot read from the server even if its name leads to this machine (DNS rebinding), because the host of a
     request must be this machine's own name. The port is free, since an SSH tunnel may end at any.
     """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            if scope["type"] == "lifespan":
-                await self.app(scope, receive, send)
-            return
-
-        async def send_guarded(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                for name, value in HEADERS.items():
-                    headers.setdefault(name, value)
-            await send(message)
-
-        refused = refusal(scope["method"], scope["path"], Headers(scope=scope))
-        app = self.app if refused is None else JSONResponse({"error": refused[1]}, refused[0])
-        await app(scope, receive, send_guarded)
-
-
-def refusal(method: str, path: str, headers: Mapping[str, str]) -> tuple[int, str] | None:
-    """Return status and text for a request that must not be answered, or None."""
     host = headers.get("host", "")
     if method != "GET":
         return 405, "ril view only answers GET"
-    if host_name(f"//{host}") not in LOCAL:
+    if not re.fullmatch(r"(?i)(127\.0\.0\.1|localhost|\[::1\])(:[0-9]{1,5})?", host):
         return 403, "ril view only answers requests to 127.0.0.1 or localhost"
     origin = headers.get("origin")
     if origin is not None and origin != f"http://{host}":
@@ -136,15 +115,6 @@ def refusal(method: str, path: str, headers: Mapping[str, str]) -> tuple[int, st
     if site not in ("none", "same-origin") and not followed:
         return 403, "ril view only answers its own page"
     return None
-
-
-def host_name(url: str) -> str | None:
-    """Return the host of a URL, or None where it has none or cannot be read."""
-    try:
-        parts = urlsplit(url)
-        return parts.hostname if parts.username is None and parts.port != 0 else None
-    except ValueError:
-        return None
 
 
 def read_query(given: Mapping[str, str]) -> tuple[Query, int, int]:
@@ -178,9 +148,3 @@ def read_query(given: Mapping[str, str]) -> tuple[Query, int, int]:
     )
     limit = number("limit")
     return query, number("offset") or 0, MOST_GROUPS if limit is None else min(limit, MOST_GROUPS)
-
-
-def find_groups(index: RunIndex, query: Query, offset: int, limit: int) -> dict[str, Any]:
-    """Return one page of the groups of a query."""
-    places = index.find(query)
-    return {"total": len(places), "offset": offset, "groups": index.groups(places[offset : offset + limit])}
