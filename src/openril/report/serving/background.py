@@ -113,8 +113,8 @@ class Viewer:
         """Return the document, or what the index knows while the document is being built for the first time."""
         if self._document is not None:
             return self._document
-        empty = {"recipe": [], "versions": {}, "device": None, "warnings": [], "evaluations": [], "discriminator": None}
-        empty |= {"audit": None, "teachers": [], "responses": None}
+        empty: dict[str, Any] = {name: [] for name in ("recipe", "warnings", "evaluations", "teachers")}
+        empty |= {"versions": {}, "device": None, "discriminator": None, "audit": None, "responses": None}
         runs = []
         for run, folder in enumerate(self.run_dirs):
             metrics, seconds = run_files.read_metrics(folder)
