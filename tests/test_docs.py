@@ -28,6 +28,7 @@ from openril.stages.bench import parser as bench_parser
 from openril.stages.export import parser as export_parser
 from openril.stages.export import split_arguments
 from openril.stages.report import parser as report_parser
+from openril.stages.view import parser as view_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -175,7 +176,9 @@ def _understand_ril(words: list[str]) -> None:
     if not words[1:]:
         return  # its name alone
     if not command.takes_recipe:
-        parse = {"bench": bench_parser, "export": export_parser, "report": report_parser}[words[0]]().parse_args
+        parse = {"bench": bench_parser, "export": export_parser, "report": report_parser, "view": view_parser}[
+            words[0]
+        ]().parse_args
         parse(split_arguments(words[1:])[0] if words[0] == "export" else words[1:])
         return
     rest, _ = _options(command, words[1:])
