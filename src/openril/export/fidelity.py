@@ -237,7 +237,7 @@ def markdown_table(types: Sequence[dict[str, Any]]) -> str:
     load = max(t["load"] for t in types)
     busy = f"; **the machine was busy** (load {load:.1f}), so the speeds are too low" if load > first["cores"] else ""
     note = (
-        f"{first['questions']} questions, {first['runtime']}, {first['threads']} of {first['cores']} cores{busy}."
+        f"{first['questions']} questions, {first['runtime']}, {first['threads']} of {first['cores']} cores in use{busy}."
         " Scores are percentages ± standard error; the difference is paired."
     )
     return "\n".join([*("| " + " | ".join(line) + " |" for line in lines), "", note, ""])
