@@ -18,7 +18,7 @@ from openril.errors import OpenRILError
 from openril.export import internvl_original
 from openril.export import weights as weights_module
 from openril.export.request import RECORD, ExportRequest
-from openril.hf import AutoProcessor, AutoTokenizer, transformers
+from openril.hf import AutoProcessor, PreTrainedTokenizerFast, transformers
 from openril.models.loading import load_model
 from openril.recipe.overrides import override
 from openril.recipe.schema import Recipe
@@ -115,7 +115,7 @@ def logits_of_the_original(folder: Path, input_ids: torch.Tensor, pixels: torch.
     prefix = "language_model."
     language.load_state_dict({k.removeprefix(prefix): take(k) for k in w if k.startswith(prefix)}, strict=True)
     assert not unread, "weights that the original code does not read"
-    image = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("<IMG_CONTEXT>")
+    image = PreTrainedTokenizerFast.from_pretrained(folder).convert_tokens_to_ids("<IMG_CONTEXT>")
     embedded = language.get_input_embeddings()(input_ids).clone()
     embedded[input_ids == image] = x.reshape(-1, x.shape[-1])
     return language.eval()(inputs_embeds=embedded[None]).logits[0]
@@ -172,7 +172,7 @@ def test_weights_are_counted_and_the_tokenizer_and_the_template_are_those_of_the
     projections = [name for name in state if ".q_proj." in name and "vision_tower" in name]
     assert len(written) == len(state) - 2 * len(projections)
     assert sum(v.numel() for v in written.values()) == sum(v.numel() for v in state.values())
-    old, new = AutoProcessor.from_pretrained(checkpoint).tokenizer, AutoTokenizer.from_pretrained(out)
+    old, new = AutoProcessor.from_pretrained(checkpoint).tokenizer, PreTrainedTokenizerFast.from_pretrained(out)
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": [{"type": "image"}]}]
     before, after = (t.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for t in (old, new))
     assert before.count("<IMG_CONTEXT>") == 1
@@ -195,12 +195,15 @@ def questions(folder: Path) -> Recipe:
     return override(Recipe(), settings, "test")
 
 
-def test_the_check_loads_the_export_back_and_finds_a_changed_weight_and_another_template(tiny_internvl, tmp_path):
+def test_the_check_loads_the_export_back_and_finds_a_changed_weight_and_another_template(
+    tiny_internvl, tmp_path, capfd
+):
     asked = ask(tiny_internvl, tmp_path / "out", recipe=questions(tmp_path))
     assert internvl_original.export(asked)
     found = json.loads((asked.out / RECORD).read_text())
     assert found["check"]["passed"] and found["check"]["questions"] == 1 and found["check"]["kl_max"] < 1e-6
     assert found["to"] == "internvl-original" and found["types"] == ["stored"]
+    assert "run the custom code" not in capfd.readouterr().out
 
     file = asked.out / "model.safetensors"
     weights = load_file(file)

@@ -18,7 +18,7 @@ from openril.export.internvl_layout import CONTEXT, IMAGE, MODEL_TYPE, convert, 
 from openril.export.original import conclude, load_original
 from openril.export.request import ExportError, ExportRequest
 from openril.export.weights import stored_weights, write_weights
-from openril.hf import AutoTokenizer, transformers
+from openril.hf import PreTrainedTokenizerFast, transformers
 from openril.models.loading import load_config, load_model, load_processor
 from openril.records import Question
 from openril.storage import write_text
@@ -84,7 +84,8 @@ def check(request: ExportRequest) -> bool:
     """
     original = load_original(request)
     twin = load_back(request.out, original.model.config)
-    tokenizer = AutoTokenizer.from_pretrained(request.out)
+    # AutoTokenizer would ask whether to run the code that config.json names.
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(request.out)
     other, kls = 0, []
     for question in original.questions:
         prompt, ids = original.prompts[question.id], prompt_ids(original, question, tokenizer)
