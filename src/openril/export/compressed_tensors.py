@@ -39,7 +39,8 @@ LIMITS = {"fp8": 1e-2}
 INSTALL = "Make one with: python -m venv .venv-quant && .venv-quant/bin/pip install llmcompressor==0.14.0.1"
 RUN = """# {scheme} in compressed-tensors
 
-- vLLM: `vllm serve {name}`. Send chat requests; the processor and chat template are those of the checkpoint.
+- vLLM: `vllm serve {name}` (on a CPU with `--dtype bfloat16`). The processor and chat template are
+  those of the checkpoint.
 - The linear layers of the language model are quantized from their weights alone, without calibration data. The vision
   tower, the projector, the embedding and the output layer keep the checkpoint's values.
 - Made with {tools}.

@@ -220,7 +220,7 @@ def _language_config(text: Any, dtype: str) -> dict[str, Any]:
         "architectures": [CODE[text.model_type][0]],
         "rope_theta": theta,
         "rope_scaling": None if kind == "default" else {"type": kind, "rope_type": kind, **rope},
-        "tie_word_embeddings": False,  # published checkpoints store the output layer even where it is that of the input
+        "tie_word_embeddings": False,  # a tied output layer is written too, so that no runtime has to tie it
         "torch_dtype": dtype,
     }
 
