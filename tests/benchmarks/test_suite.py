@@ -21,7 +21,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from openril.errors import OpenRILError
+from openril.errors import DataError, OpenRILError
 from openril.evaluation.suite.benchmarks import PAPER, suite
 from openril.evaluation.suite.process import run_worker
 from openril.evaluation.suite.worker import Job
@@ -229,7 +229,8 @@ def test_check_says_what_is_missing_and_downloads_nothing(
     with MisbehavingServer(Status(500), Status(500), then=Say("1")) as judge:
         settings = recipe(tmp_path / "run", Path("part"), students[0], judge.url)
         console = Console(width=300)
-        run_eval(settings, console, tasks=["ai2d", "mmvet"], check=True, checkpoints=[str(students[0])])
+        with pytest.raises(DataError, match=r"eval\.suite_data: .*2 benchmarks, 1 "):
+            run_eval(settings, console, tasks=["ai2d", "mmvet"], check=True, checkpoints=[str(students[0])])
     said = capsys.readouterr().out
     assert "AI2D: 12 questions" in said
     assert "missing  MM-Vet" in said and str(part / "mmvet") in said
@@ -262,12 +263,14 @@ def test_the_hub_is_asked_only_when_a_download_is_allowed(
     settings = recipe(tmp_path / "run", tmp_path, students[0])
     settings.eval.suite_data = ""
     options: dict[str, Any] = {"suite": ["offline"], "check": True, "checkpoints": [str(students[0])]}
-    run_eval(settings, Console(width=300), tasks=["ai2d", "realworldqa"], **options)
+    with pytest.raises(DataError, match=r"eval\.suite_data"):
+        run_eval(settings, Console(width=300), tasks=["ai2d", "realworldqa"], **options)
     said = capsys.readouterr().out
     assert "here     AI2D: 12 questions" in said
     assert "missing  RealWorldQA" in said and "--download" in said and "eval.suite_data" in said
     assert asked == []
-    run_eval(settings, Console(width=300), tasks=["realworldqa"], download=True, **options)
+    with pytest.raises(DataError, match=r"eval\.suite_data"):
+        run_eval(settings, Console(width=300), tasks=["realworldqa"], download=True, **options)
     assert any("RealWorldQA" in path for path in asked)
     hub.shutdown()
 

@@ -28,11 +28,20 @@ def member(source="student", **fields):
         ([member(verdict=0.0, advantage=0.5), member(verdict=None)], []),  # unknown, but no answer was scored
         ([member(rewards={"answer": None}, advantage=0.5)], ["verdict_unknown"]),
         ([member(), member("a")], ["zero_advantage"]),
-        ([member(student_prob=0.4, advantage=1.0)], ["d_fooled"]),  # taken for a teacher's
-        ([member("a", student_prob=0.6, advantage=1.0)], ["d_fooled"]),
-        ([member("a", student_prob=0.4, advantage=1.0), member(student_prob=0.5)], []),
-        ([member("a", similarity=1.0, verdict=0.0, advantage=1.0)], ["d_judge_disagree"]),
-        ([member("a", similarity=1.0, verdict=1.0, advantage=1.0)], []),
+        # Half of the student's samples pass as a teacher's, and then one of three.
+        ([member(student_prob=0.4, advantage=1.0), member(student_prob=0.6)], ["d_fooled"]),
+        ([member(student_prob=0.4, advantage=1.0), *[member(student_prob=p) for p in (0.5, 0.6)]], []),
+        ([member("a", student_prob=0.6, advantage=1.0), member(student_prob=0.5)], []),
+        # The wrong sample looks more like a teacher's than the right one, and then less. Teachers' responses do not count.
+        (
+            [member(student_prob=0.6, verdict=0.0, advantage=1.0), member(student_prob=0.7, verdict=1.0)],
+            ["d_judge_disagree"],
+        ),
+        ([member(student_prob=0.7, verdict=0.0, advantage=1.0), member(student_prob=0.6, verdict=1.0)], []),
+        (
+            [member("a", student_prob=0.1, verdict=0.0), member(student_prob=0.6, verdict=1.0, advantage=1.0)],
+            ["all_right"],
+        ),
         ([member(finish_reason="length", advantage=1.0)], ["cut"]),
     ],
 )

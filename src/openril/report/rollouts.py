@@ -155,8 +155,8 @@ def group_flags(group: Mapping[str, Any], *, mixed: bool = False) -> list[str]:
         "all_right": known and all(v >= 0.5 for v in own),
         "all_wrong": known and all(v < 0.5 for v in own),
         "zero_advantage": all(abs(m["advantage"]) < 1e-9 for m in members),
-        "d_fooled": any(fooled(m) for m in members),
-        "d_judge_disagree": any(disagree(m) for m in members),
+        "d_fooled": fooled(members),
+        "d_judge_disagree": disagree(members),
         "verdict_unknown": any("answer" in m["rewards"] and m["verdict"] is None for m in members),
         "cut": any(m["finish_reason"] == "length" for m in members),
         "mixed": mixed,
@@ -164,7 +164,16 @@ def group_flags(group: Mapping[str, Any], *, mixed: bool = False) -> list[str]:
     return [flag for flag in FLAGS if holds[flag]]
 
 
-def fooled(member: Mapping[str, Any]) -> bool:
+def fooled(members: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether the discriminator takes half of the student's responses or more for a teacher's.
+
+    A single one would say little: at chance, nearly every group has one.
+    """
+    own = [m["student_prob"] for m in members if m["source"] == STUDENT and m["student_prob"] is not None]
+    return bool(own) and 2 * sum(p < 0.5 for p in own) >= len(own)
+
+
+def mistaken(member: Mapping[str, Any]) -> bool:
     """Return whether the discriminator takes a student's response for a teacher's, or a teacher's for the student's."""
     probability = member["student_prob"]
     if probability is None or probability == 0.5:
@@ -172,12 +181,15 @@ def fooled(member: Mapping[str, Any]) -> bool:
     return bool((probability > 0.5) != (member["source"] == STUDENT))
 
 
-def disagree(member: Mapping[str, Any]) -> bool:
-    """Return whether similarity reward and answer reward point in opposite directions."""
-    similarity, verdict = member["similarity"], member["verdict"]
-    if similarity is None or verdict is None or similarity == 0.5:
-        return False
-    return bool((similarity > 0.5) != (verdict >= 0.5))
+def disagree(members: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether the discriminator takes a wrong response of the student more for a teacher's than a right one.
+
+    Opposite rewards of a single response would say little: a right response that is recognized as the student's has them.
+    """
+    own = [m for m in members if m["source"] == STUDENT and m["student_prob"] is not None and m["verdict"] is not None]
+    right = [m["student_prob"] for m in own if m["verdict"] >= 0.5]
+    wrong = [m["student_prob"] for m in own if m["verdict"] < 0.5]
+    return bool(right and wrong) and min(wrong) < max(right)
 
 
 def skill_of(row: Row) -> str | None:

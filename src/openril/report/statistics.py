@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from openril.errors import DataError
 from openril.records import STUDENT
-from openril.report.rollouts import fooled
+from openril.report.rollouts import mistaken
 
 LENGTHS, SURE, AUDITED, DISAGREEMENTS = 2000, 20, 40, 30
 """The most responses in the plot of lengths, in the list of confident errors, in the audit's sample, and among the
@@ -83,7 +83,7 @@ class DiscriminatorStatistics:
             tokens = member["tokens"] if member["tokens"] is not None else member["learned"] or None
             point = {"tokens": tokens, "characters": len(member["text"]) + member["cut"]}
             self.lengths.add(name, {**point, "student_prob": round(probability, 5), "source": member["source"]})
-            if fooled(member):
+            if mistaken(member):
                 self.wrong[group["question_id"]] = max(
                     self.wrong.get(group["question_id"], (0.0, "")), (abs(probability - 0.5), name)
                 )

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from openril.errors import EndpointError, JudgeError, ModelError, OpenRILError, RecipeError
+from openril.errors import DataError, EndpointError, JudgeError, ModelError, OpenRILError, RecipeError
 from openril.evaluation.suite import benchmarks as known
 from openril.evaluation.suite.benchmarks import Benchmark
 from openril.evaluation.suite.process import run_worker, worker_recipe
@@ -53,6 +53,7 @@ def run_suite(
     Raises:
         RecipeError: lmms-eval is not installed, or a judge is needed and not set.
         JudgeError: The judge does not answer.
+        DataError: With ``check``, if data are missing or the judge does not answer.
         OpenRILError: A benchmark has no score. The table is written all the same.
     """
     folder = recipe.run_path / "eval" / "suite"
@@ -280,15 +281,24 @@ def _check(
         console,
         f"data: {len(benchmarks) - missing} of {len(benchmarks)} benchmarks, {questions} questions, {size / 1e9:.2f} GB",
     )
+    problems = []
+    if missing:
+        problems.append(f"eval.suite_data: expected the data of {len(benchmarks)} benchmarks, {missing} are missing")
     if use_judge:
         try:
             _probe(recipe, folder)
             say(console, "judge: answers")
         except (JudgeError, EndpointError) as e:
+            problems.append(str(e))
             say(console, f"judge: {e}")
     rate = _seconds_a_question(folder, benchmarks)
     hours = SECONDS_UNKNOWN if rate is None else f"about {rate * questions * len(targets) / 3600:.1f} hours"
     say(console, f"time: {hours} for {len(targets)} checkpoints")
+    if problems:
+        raise DataError(
+            "; ".join(problems)
+            + ". The lines above name each; benchmarks that are not there need --download or another folder."
+        )
 
 
 def _seconds_a_question(folder: Path, benchmarks: Sequence[Benchmark]) -> float | None:

@@ -26,7 +26,7 @@ from openril.report.document import EarlierRows
 from openril.report.rollouts import FLAGS, Row, build_group, build_groups, read_row, split_groups, step_files
 from openril.report.run_files import read_recipe
 
-VERSION = 1
+VERSION = 2
 """The version of the index. An index of another version is built again."""
 FILES_AT_ONCE = 16
 MEMORY = "200MB"
