@@ -37,6 +37,8 @@ MOST_BYTES = 10_000_000
 """Size of a report's file."""
 MOST_CHARS = 4000
 """Characters after which a text is cut in a report."""
+DISAGREEMENTS_IN_A_PART = 30
+"""The most disagreements of judge and rule in a page that does not show every group."""
 
 Warn = Callable[[str], None]
 
@@ -88,6 +90,10 @@ def build_document(
         "groups": [],
         "images": {},
     }
+    if groups:
+        for about in document["runs"]:
+            if about["audit"]:
+                about["audit"]["disagreements"] = about["audit"]["disagreements"][:DISAGREEMENTS_IN_A_PART]
     if groups != 0:
         orders = [
             chosen(run.records, [name.partition("/")[0] for name in _pointed_to(about)])[:groups]

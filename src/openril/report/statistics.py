@@ -16,7 +16,7 @@ from openril.errors import DataError
 from openril.records import STUDENT
 from openril.report.rollouts import mistaken
 
-LENGTHS, SURE, AUDITED, DISAGREEMENTS = 2000, 20, 40, 30
+LENGTHS, SURE, AUDITED, DISAGREEMENTS = 2000, 20, 40, 10_000
 """The most responses in the plot of lengths, in the list of confident errors, in the audit's sample, and among the
 disagreements of judge and rule."""
 _MOST_NAMES = 100
