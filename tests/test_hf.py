@@ -7,8 +7,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 DOOR = ROOT / "src" / "openril" / "hf.py"
+TOOL = ROOT / "src" / "openril" / "export" / "compressed_tensors_tool.py"
+"""Runs in an environment of llm-compressor, which does not have openril."""
 STUB = DOOR.with_suffix(".pyi")
-SOURCES = [p for folder in ("src", "playground") for p in sorted((ROOT / folder).rglob("*.py")) if p != DOOR]
+SOURCES = [
+    p for folder in ("src", "playground") for p in sorted((ROOT / folder).rglob("*.py")) if p not in (DOOR, TOOL)
+]
 
 
 def imported(path: Path) -> list[tuple[str, str, int]]:

@@ -139,7 +139,7 @@ def test_loss_and_scores_are_those_of_the_pairs(loss: str, tiny_qwen: Path, tmp_
     shown = d._views(g)
     with torch.no_grad():
         [[piece]] = d._micro_batches([g], [shown], whole=True)
-        [z] = d._logits([piece])
+        ([z], _) = d._logits([piece])
     of_student, of_teacher = z[:4].tolist(), z[4:].tolist()
     softplus = lambda x: math.log1p(math.exp(x))  # noqa: E731
     expected = 0.0

@@ -35,10 +35,10 @@ def break_logits(d: Discriminator, value: float, when: Callable[[], bool]) -> No
     logits = d._logits
 
     def broken(batch: Any) -> Any:
-        first, *rest = logits(batch)
+        (first, *rest), slopes = logits(batch)
         mask = torch.zeros_like(first)
         mask[0] = value if when() else 0.0
-        return [first + mask, *rest]
+        return [first + mask, *rest], slopes
 
     d._logits = broken  # type: ignore[method-assign]
 
