@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable
 
 from playground.world.questions import Derivation, SkillQuestion, Step, find_slips, listed, sum_steps, times_step
+from playground.world.reasoning import drawn_path
 from playground.world.scenes import COLORS, DIRECTIONS, NAMES, Scene, Thing, neighbor, where
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six")
@@ -135,21 +136,7 @@ def form(rng: random.Random, difficulty: int) -> SkillQuestion:
 def route(rng: random.Random, difficulty: int) -> SkillQuestion:
     """Ask for the sum of the digits on a way along arrows, which takes six, eight or ten steps."""
     number, follow = {1: (5, 3), 2: (7, 4), 3: (9, 5)}[difficulty]
-    while True:  # draw a path that visits no cell twice
-        path = [rng.randrange(9)]
-        moves: list[str] = []
-        while len(moves) < follow:
-            free = [d for d in DIRECTIONS if (n := neighbor(path[-1], d)) is not None and n not in path]
-            if not free:
-                break
-            moves.append(rng.choice(free))
-            step = neighbor(path[-1], moves[-1])
-            assert step is not None
-            path.append(step)
-        if len(moves) == follow:
-            break
-    others = [cell for cell in range(9) if cell not in path]
-    cells = sorted(path + rng.sample(others, number - len(path)))
+    path, moves, cells = drawn_path(rng, number, follow)
     digits = dict(zip(cells, rng.sample(range(1, 10), number), strict=True))
     arrows = dict(zip(path, moves, strict=False))
     for cell in cells:

@@ -8,10 +8,9 @@ from playground.world.questions import LETTERS, Derivation, SkillQuestion, Step,
 from playground.world.scenes import COLORS, DIRECTIONS, SIDE, Scene, Thing, neighbor, where
 
 
-def diagrams(rng: random.Random, difficulty: int) -> SkillQuestion:
-    """Ask where a number of arrows between lettered boxes leads."""
-    number, follow = {1: (5, 2), 2: (7, 3), 3: (9, 4)}[difficulty]
-    while True:  # draw a path that visits no cell twice
+def drawn_path(rng: random.Random, number: int, follow: int) -> tuple[list[int], list[str], list[int]]:
+    """Draw a path of ``follow`` moves that visits no cell twice, its moves, and ``number`` sorted cells that include it."""
+    while True:
         path = [rng.randrange(9)]
         moves: list[str] = []
         while len(moves) < follow:
@@ -25,7 +24,13 @@ def diagrams(rng: random.Random, difficulty: int) -> SkillQuestion:
         if len(moves) == follow:
             break
     others = [cell for cell in range(9) if cell not in path]
-    cells = sorted(path + rng.sample(others, number - len(path)))
+    return path, moves, sorted(path + rng.sample(others, number - len(path)))
+
+
+def diagrams(rng: random.Random, difficulty: int) -> SkillQuestion:
+    """Ask where a number of arrows between lettered boxes leads."""
+    number, follow = {1: (5, 2), 2: (7, 3), 3: (9, 4)}[difficulty]
+    path, moves, cells = drawn_path(rng, number, follow)
     letters = dict(zip(cells, rng.sample(LETTERS, number), strict=True))
     arrows = dict(zip(path, moves, strict=False))
     for cell in cells:
