@@ -40,7 +40,7 @@ def logits_and_slopes(network: Any, backbone: Any, rows: Batch) -> tuple[Tensor,
     finally:
         hook.remove()
     [embeddings] = looked_up
-    # A token is read by the logit of its own row alone, so that one gradient of the sum holds those of all logits.
+    # Only the logit of a row depends on its tokens, so that one gradient of the sum holds the gradients of all logits.
     (gradient,) = torch.autograd.grad(logits.sum(), embeddings, create_graph=True)
     squares = gradient.float().square().sum(-1).flatten()
     lengths, most = rows.mask.sum(1, keepdim=True), rows.mask.shape[1]
