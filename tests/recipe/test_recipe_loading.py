@@ -141,6 +141,22 @@ def test_base_merges_sections_and_replaces_lists(tmp_path: Path) -> None:
     assert recipe.data.train == ["c.jsonl"]
 
 
+def test_of_several_bases_the_later_one_counts(tmp_path: Path) -> None:
+    write(tmp_path, "seed: 3\ntrain: {beta: 0.5, epsilon: 0.3}\n", "method.yaml")
+    write(tmp_path, "seed: 4\ntrain: {beta: 0.2, betta: 1}\n", "mine.yaml")
+    assert re.search(r"train.betta.*mine.yaml:2", message(tmp_path, "base: [method.yaml, mine.yaml]\n"), re.S)
+    write(tmp_path, "seed: 4\ntrain: {beta: 0.2}\n", "mine.yaml")
+    recipe = load_recipe(write(tmp_path, "base: [method.yaml, mine.yaml]\nseed: 5\n"))
+    assert (recipe.seed, recipe.train.beta, recipe.train.epsilon) == (5, 0.2, 0.3)
+    assert load_recipe(write(tmp_path, "base: [mine.yaml, method.yaml]\n")).train.beta == 0.5
+
+
+@pytest.mark.parametrize("base", ["3", "[method.yaml, {a: b}]", "''"])
+def test_a_base_that_is_no_path_is_refused(base: str, tmp_path: Path) -> None:
+    write(tmp_path, "seed: 3\n", "method.yaml")
+    assert re.search(r"base: .*path.*r\.yaml", message(tmp_path, f"base: {base}\n"))
+
+
 def test_an_empty_key_takes_back_what_the_base_set(tmp_path: Path) -> None:
     write(tmp_path, "train: {beta: 0.5}\n", "base.yaml")
     assert load_recipe(write(tmp_path, "base: base.yaml\ntrain: {beta: }\n")).train.beta == 0.01

@@ -7,8 +7,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import openril
 from openril.errors import ModelError
@@ -64,3 +67,27 @@ def test_tiny_tokenizers_read_back_any_text(tokenizer: str, tmp_path: Path):
     loaded = AutoTokenizer.from_pretrained(folder)
     for text in ("Which colour is it?", "  two  spaces\nand ünïcödé 你好 🙂", "x" * 50):
         assert loaded.decode(loaded(text)["input_ids"]) == text
+
+
+@pytest.mark.parametrize("architecture", ["qwen2_5_vl", "gemma3"])
+def test_models_that_see_keep_the_scale_of_their_inputs(architecture: str, tmp_path: Path):
+    """Weights have a standard deviation of 1 / sqrt(inputs), word embeddings of 15 x 0.02."""
+    folder = build_tiny_model(tmp_path / "m", architecture, hidden_size=64, vision_hidden_size=32, sees=True)  # type: ignore[arg-type]
+    model = load_model(str(folder))
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d | torch.nn.Conv3d) and "lm_head" not in name:
+            assert module.weight.detach().std().item() == pytest.approx(module.weight[0].numel() ** -0.5, rel=0.1), name
+    assert model.get_input_embeddings().weight.detach().std().item() == pytest.approx(0.3, rel=0.05)
+    text = model.config.get_text_config()
+    assert text.num_key_value_heads == text.num_attention_heads == 2
+    assert text.tie_word_embeddings == (model.lm_head.weight is model.get_input_embeddings().weight)
+
+
+def test_models_that_see_are_the_same_for_a_seed_and_others_are_as_before(tmp_path: Path):
+    def weights(name: str, **arguments: Any) -> dict[str, torch.Tensor]:
+        return load_file(build_tiny_model(tmp_path / name, hidden_size=32, **arguments) / "model.safetensors")
+
+    first, again, plain = (weights(str(i), sees=i < 2, num_kv_heads=2) for i in range(3))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    words = next(name for name in plain if name.endswith("embed_tokens.weight"))
+    assert torch.equal(first[words], 15 * plain[words])

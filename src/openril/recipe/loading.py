@@ -1,9 +1,9 @@
 """Load a recipe from a YAML file and command-line overrides, and save it. This module does not import torch.
 
-A recipe file may be based on another one: ``base: other.yaml``, relative to the file that contains the line. Sections are
-merged key by key, lists are replaced as a whole, and an empty key (``null``) restores the default of the schema. All
-other relative paths in a recipe (run_dir, cache_dir, data files, model folders) start at the current directory, so that
-one recipe serves several run folders.
+A recipe file may be based on others: ``base: other.yaml`` or ``base: [method.yaml, mine.yaml]``, relative to the file
+that contains the line. Of several, the later one counts. Sections are merged key by key, lists are replaced as a whole,
+and an empty key (``null``) restores the default of the schema. All other relative paths in a recipe (run_dir, cache_dir,
+data files, model folders) start at the current directory, so that one recipe serves several run folders.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from openril.recipe.schema import Recipe
 from openril.recipe.validation import RENAMED_KEYS, KeyPath, describe, nearest, validate
 
 BASE = "base"
-"""Key that names the recipe a file is based on. It is not part of the resolved recipe."""
+"""Key that names the recipes a file is based on. It is not part of the resolved recipe."""
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), prog: str = "ril COMMAND RECIPE") -> Recipe:
@@ -118,7 +118,7 @@ Lines = dict[KeyPath, tuple[str, int]]
 
 
 def _read(path: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], Lines]:
-    """Return the values of a recipe file, merged over those of its base, and the place of each key."""
+    """Return the values of a recipe file, merged over those of its bases, and the place of each key."""
     if path.resolve() in chain:
         raise RecipeError(f"base: recipes are based on each other: {' -> '.join(map(str, (*chain, path)))}.")
     try:
@@ -142,16 +142,20 @@ def _read(path: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], Lines]:
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: expected sections (data:, student:, ...), got {describe(values)}.")
-    base = values.pop(BASE, None)
-    if base is None:
-        return values, lines
-    if not isinstance(base, str) or not base:
-        raise RecipeError(f"base: expected the path of another recipe, got {describe(base)} ({path}).")
-    base_path = (path.parent / Path(base).expanduser()).resolve()
-    if not base_path.is_file():
-        raise RecipeError(f"base: no such recipe: {base_path} ({path}).{_similar_file(base_path)}")
-    base_values, base_lines = _read(base_path, (*chain, path.resolve()))
-    return _merge(base_values, values), {**base_lines, **lines}
+    bases = values.pop(BASE, None)
+    merged: dict[str, Any] = {}
+    all_lines: Lines = {}
+    for base in bases if isinstance(bases, list) else [] if bases is None else [bases]:
+        if not isinstance(base, str) or not base:
+            raise RecipeError(
+                f"base: expected the path of another recipe or a list of them, got {describe(base)} ({path})."
+            )
+        base_path = (path.parent / Path(base).expanduser()).resolve()
+        if not base_path.is_file():
+            raise RecipeError(f"base: no such recipe: {base_path} ({path}).{_similar_file(base_path)}")
+        base_values, base_lines = _read(base_path, (*chain, path.resolve()))
+        merged, all_lines = _merge(merged, base_values), {**all_lines, **base_lines}
+    return _merge(merged, values), {**all_lines, **lines}
 
 
 def _similar_file(path: Path) -> str:

@@ -82,6 +82,7 @@ def build_tiny_model(
     max_pixels: int = 112 * 112,
     tile_size: int = 56,
     max_tiles: int = 4,
+    sees: bool = False,
     seed: int = 0,
 ) -> Path:
     """Write a tiny random checkpoint with its processor to ``folder``, and return the folder.
@@ -95,6 +96,9 @@ def build_tiny_model(
         tile_size: Side of the other families' square tiles in pixels, a multiple of 28. They have one image token per
             28 x 28 pixels (LLaVA-OneVision: 14 x 14).
         max_tiles: Most tiles of an image. Gemma 3 does not split images.
+        sees: Start from weights with which a model of this size learns to look at its images (see ``widen``), and give
+            every query head its key-value head. Off, the weights are as small as the architectures make them: such
+            models run everywhere, but learn hardly more than the commonest answer to each wording.
 
     Raises:
         ModelError: The sizes do not fit together.
@@ -117,7 +121,7 @@ def build_tiny_model(
         "intermediate_size": 2 * hidden_size,
         "num_hidden_layers": num_layers,
         "num_attention_heads": num_heads,
-        "num_key_value_heads": num_kv_heads or max(1, num_heads // 2),
+        "num_key_value_heads": num_kv_heads or (num_heads if sees else max(1, num_heads // 2)),
         "max_position_embeddings": 32768,
         "bos_token_id": ids.get(family.bos or ""),
         "eos_token_id": ids[family.ends[0]],
@@ -137,6 +141,8 @@ def build_tiny_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, processor = family.build(sizes)
+        if sees:
+            widen(model)
     ends = [ids[token] for token in family.ends]
     model.generation_config.eos_token_id = ends[0] if len(ends) == 1 else ends
     model.generation_config.pad_token_id = ids[family.pad]
@@ -144,3 +150,23 @@ def build_tiny_model(
         model.save_pretrained(temporary)
         processor.save_pretrained(temporary)
     return folder
+
+
+WORDS = 15.0
+"""Factor of the word embeddings. At the architectures' scale, the output of the first layer hides which word a token is."""
+
+
+@torch.no_grad()
+def widen(model: torch.nn.Module) -> None:
+    """Draw the matrices and convolutions of a random model again, with standard deviations that suit its size.
+
+    The architectures draw all weights with a standard deviation of 0.02, which suits thousands of inputs. With 64 inputs
+    each layer returns a tenth of what it gets, and hardly anything of an image reaches the language model. Here the
+    standard deviation is 1 / sqrt(inputs), so that a layer keeps the scale. Word embeddings become ``WORDS`` times as
+    large. Biases, norms and tables of positions are not changed.
+    """
+    words = model.get_input_embeddings().weight  # type: ignore[operator]
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d | torch.nn.Conv3d) and module.weight is not words:
+            torch.nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+    words.mul_(WORDS)
