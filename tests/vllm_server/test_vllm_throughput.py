@@ -28,8 +28,8 @@ from support.tiny import tiny_questions
 
 pytestmark = pytest.mark.vllm
 
-CONCURRENCY, ROUNDS = 32, 5
-COLLECTED, SAMPLES, EVALUATED, TOKENS = 64, 4, 128, 64
+CONCURRENCY, ROUNDS = 32, 3
+COLLECTED, SAMPLES, EVALUATED, TOKENS = 32, 4, 64, 64
 
 
 def raw_tokens_per_second(
