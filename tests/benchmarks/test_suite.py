@@ -96,10 +96,14 @@ def offline(mirror: Path, students: list[Path], tmp_path_factory: pytest.TempPat
     return settings
 
 
-def test_scripted_answers_get_the_scores_worked_by_hand(offline: Recipe) -> None:
-    folder = offline.run_path / "eval" / "suite" / "base"
-    script_answers(folder)
-    results = evaluate(offline, suite=["offline"], checkpoints=[offline.student.model])["checkpoints"][0]["results"]
+@pytest.fixture(scope="module")
+def results(offline: Recipe) -> dict[str, Any]:
+    """The first student's results by task, after its answers were replaced by scripted ones."""
+    script_answers(offline.run_path / "eval" / "suite" / "base")
+    return evaluate(offline, suite=["offline"], checkpoints=[offline.student.model])["checkpoints"][0]["results"]
+
+
+def test_scripted_answers_get_the_scores_worked_by_hand(results: dict[str, Any]) -> None:
     found = {task: (r["score"], r["unparsed"]) for task, r in results.items()}
     for task, (score, unparsed) in scripted.EXPECTED.items():
         assert found[task] == (pytest.approx(score), unparsed), task
@@ -109,11 +113,10 @@ def test_scripted_answers_get_the_scores_worked_by_hand(offline: Recipe) -> None
     assert results["mmmu_val"]["lmms_eval_score"] >= results["mmmu_val"]["score"]
 
 
-def test_the_figure_is_the_one_of_simple_evaluate(offline: Recipe, mirror: Path, tmp_path: Path) -> None:
-    folder = offline.run_path / "eval" / "suite" / "base"
-    script_answers(folder)
-    results = evaluate(offline, suite=["offline"], checkpoints=[offline.student.model])["checkpoints"][0]["results"]
-    out = tmp_path / "reference.json"
+def test_the_figure_is_the_one_of_simple_evaluate(
+    results: dict[str, Any], offline: Recipe, mirror: Path, tmp_path: Path
+) -> None:
+    folder, out = offline.run_path / "eval" / "suite" / "base", tmp_path / "reference.json"
     script = Path(__file__).with_name("reference.py")
     command = [sys.executable, str(script), str(folder / "answers.jsonl"), str(mirror), str(out)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
