@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +17,7 @@ from openril.recipe.schema import Recipe
 from openril.records import Response
 from openril.training import sft
 from openril.training.sft_examples import Example
+from support.launch import launch
 from support.loop import make_trainer, tiny_recipe
 from support.memory import estimated, measured_step, medium_model, peak_of, states, storages
 from support.tiny import tiny_questions
@@ -257,10 +255,7 @@ def test_what_is_on_the_device_in_each_phase_of_a_run_that_swaps(tiny_qwen: Path
 def sharded_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sharded")
     medium_model(folder, "qwen2_5_vl", torch.bfloat16)
-    script = Path(__file__).with_name("sharded_memory.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, folder]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=300)
+    done = launch(2, Path(__file__).with_name("sharded_memory.py"), folder)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
 

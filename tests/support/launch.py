@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 
-def launch(processes: int, *arguments: Any, timeout: int = 300) -> subprocess.CompletedProcess[str]:
-    """Run a script of tests/ in one process, or with torchrun in several (gloo)."""
+def launch(processes: int, *arguments: Any, timeout: int = 600) -> subprocess.CompletedProcess[str]:
+    """Run a script of tests/ in one process, or in several (gloo) as torchrun does, but with one import of libraries."""
     command = [sys.executable]
     if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        command += [str(Path(__file__).with_name("forked.py")), str(processes)]
     paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.pathsep.join(paths)}
     return subprocess.run(

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from openril.recipe.loading import save_recipe
 from openril.recipe.schema import Recipe
 from openril.storage import read_jsonl
+from support.launch import launch
 from support.tiny import tiny_questions, write_questions
 
 SCRIPT = Path(__file__).with_name("sharded.py")
@@ -42,7 +43,7 @@ def end(process: subprocess.Popen[str]) -> None:
     process.communicate()
 
 
-def launch(processes: int, *arguments: Any, timeout: int = 300) -> tuple[int, str]:
+def finish(processes: int, *arguments: Any, timeout: int = 300) -> tuple[int, str]:
     """Return exit status and standard error of a command under torchrun. It must end within the time limit."""
     process = begin(processes, *arguments)
     try:
@@ -74,8 +75,8 @@ def runs(tiny_qwen: Path, tiny_internvl: Path, tied: Path, tmp_path_factory: pyt
     checkpoints = {"mixed": tiny_internvl, "tied": tied}
     for processes in (1, 2):
         cases = [f"{c}={checkpoints.get(c, tiny_qwen)}" for c in CASES if processes > 1 or c != "bfloat16"]
-        status, errors = launch(processes, SCRIPT, folder / str(processes), *cases)
-        assert status == 0, errors[-4000:]
+        done = launch(processes, SCRIPT, folder / str(processes), *cases)
+        assert done.returncode == 0, done.stderr[-4000:]
     return folder
 
 
@@ -142,7 +143,7 @@ def test_bfloat16_gathers_layers_in_16_bits_packs_and_keeps_the_score_head_whole
 
 
 def test_a_process_that_fails_ends_the_others_with_its_message(tiny_qwen: Path, tmp_path: Path):
-    status, errors = launch(2, SCRIPT, tmp_path, f"failing={tiny_qwen}", timeout=200)
+    status, errors = finish(2, SCRIPT, tmp_path, f"failing={tiny_qwen}", timeout=200)
     assert status != 0
     assert "questions.jsonl:7: no such image" in errors
 
@@ -164,7 +165,7 @@ def test_sharded_sft_killed_and_continued_equals_one_process(lora: bool, tiny_qw
         )
         save_recipe(recipe, tmp_path / f"{processes}.yaml")
         folders[processes] = recipe.sft_student_path.parent
-    status, errors = launch(1, *command, tmp_path / "1.yaml")
+    status, errors = finish(1, *command, tmp_path / "1.yaml")
     assert status == 0, errors[-4000:]
     first = begin(2, *command, tmp_path / "2.yaml")
     try:
@@ -174,7 +175,7 @@ def test_sharded_sft_killed_and_continued_equals_one_process(lora: bool, tiny_qw
             time.sleep(0.05)
     finally:
         end(first)
-    status, errors = launch(2, *command, tmp_path / "2.yaml")
+    status, errors = finish(2, *command, tmp_path / "2.yaml")
     assert status == 0, errors[-4000:]
     one, two = (load_file(folders[n] / "student/model.safetensors") for n in (1, 2))
     start = load_file(tiny_qwen / "model.safetensors")

@@ -1,10 +1,14 @@
-"""Run by test_two_processes.py, alone or under torchrun: trains the tiny recipe and writes what came out.
+"""Run by test_two_processes.py, alone or in two processes: trains tiny recipes one after the other.
 
-usage: two_processes.py CHECKPOINT RUN_DIR DATA_DIR KIND packed|plain
+usage: two_processes.py FOLDER packed|plain NAME:KIND=CHECKPOINT ...
+
+Each case reads FOLDER/NAME/data, and writes FOLDER/NAME/run1 or run2, by the number of processes.
 """
 
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -13,15 +17,14 @@ from safetensors.torch import save_file
 
 import openril.training.setup
 from openril.stages.train import cached_teacher_responses
-from openril.training.distributed import leave_process_group
+from openril.training.distributed import leave_process_group, release_memory
 from openril.training.loop import permutation
 from support.loop import make_trainer, tiny_recipe
 
 # See test_accumulation_is_the_whole_batch_at_once: in float32 Adam turns rounding noise into steps.
 openril.training.setup.master_dtype = lambda recipe: torch.float64  # type: ignore[assignment]
 
-checkpoint, run, data, kind, passes = sys.argv[1:]
-overrides = {
+CASES: dict[str, dict[str, Any]] = {
     # Text-only and image questions mix, and the projector trains: ranks see different questions.
     "mixed": {"student__freeze": ["vision_tower"]},
     "all": {"student__freeze": [], "discriminator__inputs": "image", "discriminator__freeze": []},
@@ -39,7 +42,6 @@ overrides = {
     "retry": {"train__algorithm": "dr_grpo", "train__retry": {"questions_per_step": 2}},
     # Unequal numbers, teacher responses that are judged right, and every switch on advantages and teacher tokens.
     "switches": {
-        "cache_dir": str(Path(data) / "cache"),
         "collect__num_responses": 6,
         "rewards__answer": {"kind": "rules"},
         "train__num_generations": 3,
@@ -51,40 +53,55 @@ overrides = {
         "train__teacher_weight": "shaped",
         "train__kl_rows": "student",
     },
-}[kind]
-recipe = tiny_recipe(
-    Path(run),
-    Path(checkpoint),
-    train__max_steps=2,
-    train__save_every=1,
-    train__packed=passes == "packed",
-    train__max_tokens_per_micro_batch=200,  # fewer micro-batches of text than of images
-    **overrides,
-)
-trainer = make_trainer(recipe, Path(data), count=12)
-# The first batch gives one rank nothing but text and the other nothing but images; the second mixes them.
-text = [q for q in trainer.questions if not q.images]
-images = [q for q in trainer.questions if q.images]
-arranged = [*text[:2], *images[:2], text[2], *images[2:4], text[3]]
-order = permutation(len(arranged), recipe.seed, 0)
-trainer.questions = [arranged[order.index(i)] for i in range(len(arranged))]
-if trainer.retry is not None:
-    trainer.retry.questions = {q.id: q for q in trainer.questions}
-    trainer.retry.right = lambda question: [f"The answer is {question.answer}."]
-first = [q for q, _ in trainer.batch_at(0)]
-assert trainer.accelerator.num_processes == 1 or len({bool(q.images) for q in first}) == 1
-if kind == "switches":  # the main process writes what is right, and the other waits for it
-    main, wait = trainer.accelerator.is_main_process, trainer.accelerator.wait_for_everyone
-    trainer.teacher_responses = cached_teacher_responses(recipe, trainer.questions, check=main, wait=wait)
-trainer.train()
-assert trainer.policy.packing.on is (
-    passes == "packed" and trainer.policy.unwrapped.model.config.model_type != "gemma3"
-)
-if trainer.accelerator.is_main_process:
-    state = {f"student.{k}": v for k, v in trainer.policy.unwrapped.state_dict().items()}
-    if trainer.discriminator is not None:
-        network = trainer.accelerator.unwrap_model(trainer.discriminator.network)
-        state |= {f"discriminator.{k}": v for k, v in network.state_dict().items()}
-    save_file({k: v.clone() for k, v in state.items()}, Path(run) / "final.safetensors")
-trainer.accelerator.wait_for_everyone()
-leave_process_group()
+}
+
+
+def train(folder: Path, checkpoint: Path, kind: str, passes: str) -> None:
+    run, data, overrides = folder / f"run{os.environ.get('WORLD_SIZE', '1')}", folder / "data", dict(CASES[kind])
+    if kind == "switches":
+        overrides["cache_dir"] = str(data / "cache")
+    recipe = tiny_recipe(
+        run,
+        checkpoint,
+        train__max_steps=2,
+        train__save_every=1,
+        train__packed=passes == "packed",
+        train__max_tokens_per_micro_batch=200,  # fewer micro-batches of text than of images
+        **overrides,
+    )
+    trainer = make_trainer(recipe, data, count=12)
+    # The first batch gives one rank nothing but text and the other nothing but images; the second mixes them.
+    text = [q for q in trainer.questions if not q.images]
+    images = [q for q in trainer.questions if q.images]
+    arranged = [*text[:2], *images[:2], text[2], *images[2:4], text[3]]
+    order = permutation(len(arranged), recipe.seed, 0)
+    trainer.questions = [arranged[order.index(i)] for i in range(len(arranged))]
+    if trainer.retry is not None:
+        trainer.retry.questions = {q.id: q for q in trainer.questions}
+        trainer.retry.right = lambda question: [f"The answer is {question.answer}."]
+    first = [q for q, _ in trainer.batch_at(0)]
+    assert trainer.accelerator.num_processes == 1 or len({bool(q.images) for q in first}) == 1
+    if kind == "switches":  # the main process writes what is right, and the other waits for it
+        main, wait = trainer.accelerator.is_main_process, trainer.accelerator.wait_for_everyone
+        trainer.teacher_responses = cached_teacher_responses(recipe, trainer.questions, check=main, wait=wait)
+    trainer.train()
+    assert trainer.policy.packing.on is (
+        passes == "packed" and trainer.policy.unwrapped.model.config.model_type != "gemma3"
+    )
+    if trainer.accelerator.is_main_process:
+        state = {f"student.{k}": v for k, v in trainer.policy.unwrapped.state_dict().items()}
+        if trainer.discriminator is not None:
+            network = trainer.accelerator.unwrap_model(trainer.discriminator.network)
+            state |= {f"discriminator.{k}": v for k, v in network.state_dict().items()}
+        save_file({k: v.clone() for k, v in state.items()}, run / "final.safetensors")
+    trainer.accelerator.wait_for_everyone()
+
+
+if __name__ == "__main__":
+    place, way = Path(sys.argv[1]), sys.argv[2]
+    for argument in sys.argv[3:]:
+        case, _, model = argument.partition("=")
+        name, _, kind = case.partition(":")
+        train(place / name, Path(model), kind, way)
+        release_memory()
+    leave_process_group()
