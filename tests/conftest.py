@@ -16,6 +16,29 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 import pytest
 
+_LONGEST = [
+    Path(__file__).parent / name
+    for name in (
+        "test_end_to_end.py",
+        "playground/test_demo.py",
+        "playground/test_study_run.py",
+        "training/test_resume_sharded.py",
+        "training/test_sharding.py",
+        "training/test_sft.py",
+        "test_wheel.py",
+        "training/test_two_processes.py",
+        "training/test_resume.py",
+        "models/test_stage_memory.py",
+    )
+]
+assert all(path.is_file() for path in _LONGEST)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the longest files first, so that no worker is left with one of them when the others have ended."""
+    items.sort(key=lambda item: _LONGEST.index(item.path) if item.path in _LONGEST else len(_LONGEST))
+
+
 _TEXTS = [
     "Which colour is the square? Look at and at. Which colour has the first square? Say the word red green blue yellow.",
     "I look at the square. Its colour is black. The answer is red. Answer: blue",
