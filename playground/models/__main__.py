@@ -19,6 +19,7 @@ from openril.storage import refuse_changed, write_json
 from playground.models.plan import MODELS, folder_of
 from playground.runner import Job, Progress, Runner, exit_code, metrics_progress
 from playground.world import make_questions
+from playground.world.skills import ALL_SKILLS
 
 ORDER = ("student_qwen", "student_internvl", "teacher_b", "teacher_a")
 """Two models at a time, each in a process with one thread."""
@@ -104,7 +105,7 @@ def report(settings: Settings) -> dict[str, Any]:
     torch.set_num_threads(1)
     results: dict[str, Any] = {}
     for name, plan in MODELS.items():
-        questions = make_questions("validation", settings.num_questions, settings.seed, plan.difficulty)
+        questions = make_questions("validation", settings.num_questions, settings.seed, plan.difficulty, tuple(ALL_SKILLS))
         for stage in plan.stages:
             folder = folder_of(settings.out, name, stage)
             if not (folder / "config.json").is_file():

@@ -13,7 +13,8 @@ from openril.hf import DynamicCache
 from openril.models.loading import load_model, load_processor
 from openril.rewards import rules
 from playground.models.examples import ExampleEncoder, Styles, as_question, image_features, row_positions, styles_of
-from playground.world import SKILLS, SkillQuestion, style_of
+from playground.world import SkillQuestion, style_of
+from playground.world.skills import ALL_SKILLS as SKILLS
 
 MAX_NEW_TOKENS = 96
 

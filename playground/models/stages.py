@@ -19,6 +19,7 @@ from playground.models.examples import ExampleEncoder, Lesson, draw_batch
 from playground.models.plan import EMBEDDINGS, MODELS, POOL, Model, Schedule, folder_of
 from playground.models.training import Training
 from playground.world import SkillQuestion, corpus, make_questions
+from playground.world.skills import ALL_SKILLS
 
 TEXTS = 2000
 """Number of training questions whose words the tokenizers learn."""
@@ -36,7 +37,7 @@ def train(out: Path, name: str, seed: int, scale: float) -> None:
     if not (blank / "config.json").is_file():
         build_blank(plan, blank, seed)
     model, processor = load_model(str(blank), what=name), load_processor(str(blank), what=name)
-    pool = make_questions("train", POOL, seed, plan.difficulty)
+    pool = make_questions("train", POOL, seed, plan.difficulty, tuple(ALL_SKILLS))
     progress = Progress(name, out / "logs" / f"{name}.jsonl", sum(plan.steps(scale)))
     done = 0
     for stage in plan.stages:

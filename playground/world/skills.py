@@ -194,6 +194,6 @@ def _description_row(scene: Scene, image: str) -> dict[str, Any]:
 def corpus(number: int = 2000, seed: int = 0, difficulty: int | Sequence[int] = DIFFICULTIES) -> list[str]:
     """Return texts of the training split for tokenizers: questions, choices, answers, derivations and descriptions."""
     texts = [DESCRIBE]
-    for q in make_questions("train", number, seed, difficulty):
+    for q in make_questions("train", number, seed, difficulty, tuple(ALL_SKILLS)):
         texts += [q.question, q.answer, *q.choices, *q.derivations.values(), *map(describe, q.scenes)]
     return texts
