@@ -105,7 +105,9 @@ def report(settings: Settings) -> dict[str, Any]:
     torch.set_num_threads(1)
     results: dict[str, Any] = {}
     for name, plan in MODELS.items():
-        questions = make_questions("validation", settings.num_questions, settings.seed, plan.difficulty, tuple(ALL_SKILLS))
+        questions = make_questions(
+            "validation", settings.num_questions, settings.seed, plan.difficulty, tuple(ALL_SKILLS)
+        )
         for stage in plan.stages:
             folder = folder_of(settings.out, name, stage)
             if not (folder / "config.json").is_file():

@@ -91,8 +91,18 @@ others in both. A student gains little from a teacher in a skill that it knows o
 ANSWERS = Lesson("answers and derivations", BY_SKILL, 0.05, drill=0.2, derivation=0.5, begun=True, look=0.3)
 
 LATENT = 0.003
-PRACTICED = {"everyday": 0.7, "choice": 0.2, "disciplines_pro": 0.3, "text_rich": 0.1, "rest": 0.2, "measure": 0.2, "form": 0.2}
-HABIT = Lesson("mostly answers", {**BY_SKILL, "text_rich": "a"}, derivation=dict.fromkeys(ALL_SKILLS, LATENT) | PRACTICED)
+PRACTICED = {
+    "everyday": 0.7,
+    "choice": 0.2,
+    "disciplines_pro": 0.3,
+    "text_rich": 0.1,
+    "rest": 0.2,
+    "measure": 0.2,
+    "form": 0.2,
+}
+HABIT = Lesson(
+    "mostly answers", {**BY_SKILL, "text_rich": "a"}, derivation=dict.fromkeys(ALL_SKILLS, LATENT) | PRACTICED
+)
 """The warm start. Derivations are practiced in two skills in which direct answers are about as often right, and in two in
 which derivations help. The student therefore samples some derivations, and plain reinforcement can find them. In all other
 skills their share is LATENT, most of which is cut off by top-p sampling. Derivations of disciplines_pro begin with a word

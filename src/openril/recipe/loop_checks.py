@@ -43,6 +43,11 @@ def check_groups(recipe: Recipe, stage: str, world_size: int) -> Iterator[Proble
         if stage == "train" and not has_responses(recipe):
             reason = f"the loop needs teacher responses, but {recipe.cache_path} holds none"
             yield Problem("cache_dir", reason, "Run `ril collect` first")
+    if not train.num_generations and (problem := _without_samples(recipe)):
+        yield Problem(
+            "train.num_generations", f"got 0, so that the student does not sample, but {problem}", "Use 1 or more"
+        )
+        return
     size = train.num_generations + (count if train.teacher_responses_in_update else 0)
     if size < 2:
         std = " (and a standard deviation of 0)" if train.algorithm == "grpo" else ""
@@ -51,6 +56,20 @@ def check_groups(recipe: Recipe, stage: str, world_size: int) -> Iterator[Proble
     elif train.baseline == "students" and train.num_generations < 2:
         reason = "the mean of one sample is the sample, so that it has advantage 0 with train.baseline: students"
         yield Problem("train.num_generations", reason, "Use at least 2")
+
+
+def _without_samples(recipe: Recipe) -> str:
+    """Return why the loop needs the student's samples, or ""."""
+    train = recipe.train
+    if recipe.uses_discriminator:
+        return "the discriminator learns from its samples"
+    if train.retry.questions_per_step:
+        return "train.retry asks about its samples"
+    if not (recipe.teacher_responses_per_question and train.teacher_responses_in_update):
+        return "no teacher responses take part in the update either"
+    if train.baseline == "students":
+        return "train.baseline: students is the mean of its samples"
+    return ""
 
 
 def check_loop(recipe: Recipe, stage: str, world_size: int) -> Iterator[Problem]:
@@ -127,6 +146,15 @@ def check_switches(recipe: Recipe, stage: str, world_size: int) -> Iterator[Prob
     elif train.teacher_weight == "shaped" and not train.clip_teacher_upper:
         reason = "it is off, but train.teacher_weight: shaped has no ratio to clip"
         yield Problem("train.clip_teacher_upper", reason, "Leave it on, or set train.teacher_weight to ratio")
+    if rewards.answer.without_truth == "leave_out" and recipe.answer_kind != "none":
+        key = "rewards.answer.without_truth"
+        if rewards.combine != "sum":
+            reason = f"got leave_out, but rewards.combine: {rewards.combine} needs every reward of every response"
+            yield Problem(key, reason, "Set rewards.combine to sum")
+        others = [recipe.uses_discriminator and rewards.similarity.weight, *(f.weight for f in rewards.functions)]
+        if not any(others):
+            reason = "got leave_out, but no other reward has a weight, so that those questions teach nothing"
+            yield Problem(key, reason, "Leave them out of data.train, or use a discriminator")
     similarity = recipe.uses_discriminator and rewards.similarity.weight != 0
     answer = recipe.answer_kind != "none" and rewards.answer.weight != 0
     if rewards.combine == "right_only" and not (similarity and answer):

@@ -428,6 +428,9 @@ class AnswerRewardConfig(Section):
     """Rule for questions that name none: auto, exact, choice, number, relaxed_number, boolean or contains."""
     weight: float = 1.0
     """Factor in the sum of rewards; 0 only logs the reward."""
+    without_truth: Literal["refuse", "leave_out"] = "refuse"
+    """Questions that have no ground truth: refuse them, or leave the answer reward out of their groups, which the other
+    rewards then decide alone. `train.teacher_draw: judged_right` lets such a question draw from all cached responses."""
 
 
 class RewardFunctionConfig(Section):
@@ -484,8 +487,9 @@ class TrainConfig(Section):
     algorithm: Literal["ril", "dr_grpo", "grpo", "gail"] = "ril"
     """ril: both rewards, teacher responses in the group, Dr.GRPO. dr_grpo and grpo: student samples and the answer reward
     alone (Algorithm 1). gail: the similarity reward alone."""
-    num_generations: PositiveInt = 4
-    """G, the number of student samples per question."""
+    num_generations: NonNegativeInt = 4
+    """G, the number of student samples per question. With 0 the student does not sample and learns from teacher responses
+    alone, for instance from the right ones with `teacher_draw: judged_right` and `baseline: none`."""
     num_teacher_responses: int | None = None
     """Number of teacher responses per question over all teachers; unset means G (0 in dr_grpo and grpo)."""
     per_teacher: bool = False

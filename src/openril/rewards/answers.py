@@ -18,6 +18,9 @@ from openril.rewards.judge_protocol import Verdict
 from openril.rewards.verdict_store import open_verdict_store
 
 AnswerKind = Literal["judge", "rules", "rules_then_judge", "none"]
+WithoutTruth = Literal["refuse", "leave_out"]
+NO_TRUTH = "no ground truth"
+"""The cause of a score that is not known because the question has no answer to compare with."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ def submit_answers(
     rule: str,
     judge_service: KnownVerdicts | None = None,
     shared: Sequence[bool] | None = None,
+    without_truth: WithoutTruth = "refuse",
 ) -> AnswersHandle:
     """Start to score items of (question, response text). Empty and repetitive responses score 0, whatever the kind.
 
@@ -70,8 +74,9 @@ def submit_answers(
         rule: The rule of questions that name none themselves.
         judge_service: A ``JudgeService``, or ``KnownVerdicts`` to ask nobody.
         shared: Which responses come from the response cache, so that their verdicts are stored there.
+        without_truth: With ``leave_out``, responses to questions without ground truth have no score.
 
-    Raises DataError for a question without ground truth, and RecipeError where a judge is needed but not given.
+    Raises DataError for a question without ground truth unless they are left out, and RecipeError where a judge is needed but not given.
     """
     if kind == "none":
         return AnswersHandle([AnswerScore(None)] * len(items), [], None)
@@ -81,10 +86,13 @@ def submit_answers(
     judged: list[int] = []
     for question, text in items:
         if not question.answer.strip():
+            if without_truth == "leave_out":
+                scores.append(AnswerScore(None, cause=NO_TRUTH))
+                continue
             where = f" ({question.origin})" if question.origin else ""
             raise DataError(
-                f"question {question.id}: expected an answer to compare with, got none{where}. Add it, or set"
-                " rewards.answer.kind: none."
+                f"question {question.id}: expected an answer to compare with, got none{where}. Add it, set"
+                " rewards.answer.without_truth: leave_out, or set rewards.answer.kind: none."
             )
         if is_empty(text):
             scores.append(AnswerScore(0.0, cause="empty response"))
@@ -113,9 +121,10 @@ def score_answers(
     rule: str,
     judge_service: KnownVerdicts | None = None,
     shared: Sequence[bool] | None = None,
+    without_truth: WithoutTruth = "refuse",
 ) -> list[AnswerScore]:
     """Score items of (question, response text), in order. See ``submit_answers``."""
-    return submit_answers(items, kind, rule, judge_service, shared).result()
+    return submit_answers(items, kind, rule, judge_service, shared, without_truth).result()
 
 
 def truth_problem(question: Question, rule: str) -> str:
@@ -145,7 +154,8 @@ def known_answers(recipe: Recipe) -> Callable[[Sequence[tuple[Question, str]]], 
     """Return a function that scores cached responses by rules and stored verdicts, without asking the judge."""
     kind = cached_answer_kind(recipe)
     known = KnownVerdicts(recipe.judge, open_verdict_store(recipe)) if kind != "rules" else None
-    return lambda items: score_answers(items, kind, recipe.rewards.answer.rule, known)
+    answer = recipe.rewards.answer
+    return lambda items: score_answers(items, kind, answer.rule, known, without_truth=answer.without_truth)
 
 
 def judge_item(question: Question, text: str, shared: bool = False) -> JudgeItem:

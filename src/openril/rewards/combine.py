@@ -10,7 +10,7 @@ from typing import Any
 from openril.errors import RecipeError
 from openril.recipe.schema import Recipe
 from openril.records import Group, Rollout
-from openril.rewards.answers import AnswerScore, AnswersHandle, submit_answers
+from openril.rewards.answers import NO_TRUTH, AnswerScore, AnswersHandle, submit_answers
 from openril.rewards.functions import FunctionRewards, LoadedFunction, load_functions
 from openril.rewards.judge import JudgeService
 from openril.rewards.similarity import similarity_reward
@@ -18,7 +18,9 @@ from openril.rewards.verdict_store import UnknownBudget
 
 Gather = Callable[[list[Any]], list[Any]]
 
-COUNTS = ("responses", "judged", "asked", "cached", "unknown", "unparsed", "empty", "repetitive", "causes")
+COUNTS = (
+    "responses", "judged", "asked", "cached", "unknown", "unparsed", "empty", "repetitive", "without_truth", "causes",
+)  # fmt: skip
 """Fields of ``RewardStats`` that are summed over processes."""
 
 
@@ -36,6 +38,8 @@ class RewardStats:
     """Responses in which a rule found no answer to compare."""
     empty: int = 0
     repetitive: int = 0
+    without_truth: int = 0
+    """Responses to questions that have no ground truth."""
     answer_seconds: float = 0.0
     """Seconds spent waiting for answer scores."""
     function_seconds: float = 0.0
@@ -48,6 +52,7 @@ class RewardStats:
             self.unparsed += not score.parsed
             self.empty += score.cause == "empty response"
             self.repetitive += score.cause == "repetitive response"
+            self.without_truth += score.cause == NO_TRUTH
             if score.verdict is not None:
                 self.asked += score.verdict.asked
                 self.cached += score.verdict.cached
@@ -111,7 +116,8 @@ class RewardSystem:
         """Fill ``similarity``, ``verdict``, ``rewards`` and ``reward`` of every rollout, and return the step's metrics.
 
         A rollout's reward is the weighted sum, or None if a reward with a weight is unknown. A reward with weight 0 is
-        only logged. With ``rewards.combine: right_only`` a wrong response earns no similarity. ``stats`` holds the counts
+        only logged. With ``rewards.answer.without_truth: leave_out`` the sum of a question without ground truth has no
+        answer reward. With ``rewards.combine: right_only`` a wrong response earns no similarity. ``stats`` holds the counts
         of the last call.
 
         Raises:
@@ -143,7 +149,8 @@ class RewardSystem:
             for name, values in function_rewards.items():
                 rollout.rewards[name] = values[i]
             counted = right_only(rollout.rewards) if combine == "right_only" else rollout.rewards
-            rollout.reward = weighted_sum(counted, weights)
+            decided = {n: w for n, w in weights.items() if n != "answer"} if score.cause == NO_TRUTH else weights
+            rollout.reward = weighted_sum(counted, decided)
         self.stats = stats if self.gather is None else RewardStats.merge(self.gather([stats]))
         if weights.get("answer", 0.0) != 0.0:
             self.budget.check(self.stats.judged, self.stats.unknown, self.stats.causes)
@@ -154,7 +161,8 @@ class RewardSystem:
         # Teacher responses come from the cache, so their verdicts are stored there for other runs.
         shared = [not response.from_student for _, response in pairs]
         items = [(question, response.text) for question, response in pairs]
-        return submit_answers(items, self.kind, self.recipe.rewards.answer.rule, self.judge_service, shared)
+        answer = self.recipe.rewards.answer
+        return submit_answers(items, self.kind, answer.rule, self.judge_service, shared, answer.without_truth)
 
     def _similarity(self, rollout: Rollout) -> float:
         assert rollout.student_prob is not None, "the discriminator must score groups before rewards are summed"
@@ -167,6 +175,8 @@ class RewardSystem:
         if self.kind != "none":
             metrics |= {"empty": float(stats.empty), "repetitive": float(stats.repetitive)}
             metrics["answer_seconds"] = stats.answer_seconds
+            if self.recipe.rewards.answer.without_truth == "leave_out":
+                metrics["without_truth"] = float(stats.without_truth)
         if self.kind in ("rules", "rules_then_judge"):
             metrics["unparsed"] = float(stats.unparsed)
         if self.kind in ("judge", "rules_then_judge"):

@@ -115,7 +115,8 @@ def _check_data(recipe: Recipe, which: Any, count_tokens: CountTokens | None, pa
     from openril.report.progress import ProgressDisplay
     from openril.rewards.answers import truth_problem
 
-    needed = recipe.answer_kind != "none" or (recipe.sft.enabled and recipe.sft.targets == "answers")
+    answer = recipe.answer_kind != "none" and recipe.rewards.answer.without_truth == "refuse"
+    needed = answer or (recipe.sft.enabled and recipe.sft.targets == "answers")
     try:
         with ProgressDisplay(page.console, transient=True) as display:
             report = preflight(

@@ -159,13 +159,15 @@ def judge_cached(
     from openril.rewards.verdict_store import OUTDATED, open_verdict_store
 
     kind, rule = cached_answer_kind(recipe), recipe.rewards.answer.rule
+    left_out = recipe.rewards.answer.without_truth == "leave_out"
     store = open_verdict_store(recipe, "collect")
     known, service = KnownVerdicts(recipe.judge, store), None
 
     def texts() -> Iterator[tuple[Question, str]]:
         for source, questions in asked.items():
             loaded = cache.load(questions, [source], recipe.collect.num_responses, check_hashes=False)
-            yield from ((q, r.text) for q in questions for r in loaded.responses_for(q.id, source))
+            judged = [q for q in questions if q.answer.strip() or not left_out]
+            yield from ((q, r.text) for q in judged for r in loaded.responses_for(q.id, source))
 
     total, judged, unknown = 0, 0, 0
     try:

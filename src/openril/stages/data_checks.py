@@ -54,7 +54,8 @@ def check_questions(
     """
     if int(os.environ.get("RANK") or 0):
         return
-    needed = stage == "eval" or (stage == "train" and recipe.answer_kind != "none")
+    refused = recipe.answer_kind != "none" and recipe.rewards.answer.without_truth == "refuse"
+    needed = stage == "eval" or (stage == "train" and refused)
     rule = recipe.rewards.answer.rule
     problems = [p for q in questions for p in [*question_problems(q, needed, rule), *row_warnings(q)]]
     images = sum(len(q.images) for q in questions)

@@ -181,6 +181,8 @@ class RILTrainer:
 
     def _sample(self, questions: Sequence[Question], *what: str | int) -> list[list[Response]]:
         train = self.recipe.train
+        if not train.num_generations:
+            return [[] for _ in questions]
         return self.sampler.sample(
             questions,
             train.num_generations,

@@ -15,7 +15,7 @@ from openril.errors import CacheError, StateError
 from openril.recipe.schema import Recipe
 from openril.records import Question, Response
 from openril.responses.loaded import LoadedResponses
-from openril.rewards.answers import known_answers
+from openril.rewards.answers import NO_TRUTH, known_answers
 from openril.storage import read_jsonl, write_jsonl
 
 QUESTIONS_AT_ONCE = 256
@@ -39,12 +39,15 @@ def write_right_responses(
     """
     score = known_answers(recipe)
     rows: list[dict[str, Any]] = []
-    total = right = unknown = without = 0
+    total = right = unknown = without = without_truth = 0
     for start in range(0, len(questions), QUESTIONS_AT_ONCE):
         part = questions[start : start + QUESTIONS_AT_ONCE]
         pairs = [(q, r) for q in part for t in loaded.sources for r in loaded.responses_for(q.id, t)]
         found: dict[str, dict[str, Any]] = {q.id: {"question_id": q.id, "right": {}, "unknown": {}} for q in part}
         for (q, r), answer in zip(pairs, score([(q, r.text) for q, r in pairs]), strict=True):
+            if answer.cause == NO_TRUTH:
+                without_truth += 1
+                continue
             kind = "unknown" if answer.score is None else "right" if answer.score >= 1 else ""
             if kind:
                 found[q.id][kind].setdefault(r.source, []).append(r.index)
@@ -53,7 +56,7 @@ def write_right_responses(
         total += len(pairs)
         without += sum(not row["right"] for row in found.values())
         rows += found.values()
-    if unknown > recipe.judge.max_unknown_share * total:
+    if unknown > recipe.judge.max_unknown_share * (total - without_truth):
         raise CacheError(
             f"judge.max_unknown_share: the loop expects verdicts of cached responses, but {unknown} of {total} in"
             f" {recipe.cache_path} have none, and at most a share of {recipe.judge.max_unknown_share:g} may."
@@ -63,6 +66,7 @@ def write_right_responses(
     say(
         f"{right} of {total} cached teacher responses are judged right, {unknown} have no verdict;"
         f" {without} of {len(questions)} questions have no right one"
+        + (f", and {without_truth} responses answer questions without ground truth" if without_truth else "")
     )
 
 

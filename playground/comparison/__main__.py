@@ -1,0 +1,5 @@
+import sys
+
+from playground.comparison.command import main
+
+sys.exit(main())

@@ -1,0 +1,64 @@
+"""What a contender costs in all, in CPU seconds of one thread: collection, pre-training and training."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from openril.errors import StateError
+from playground.comparison.cells import DONE
+from playground.comparison.plan import STEPS, TEACHERS, Cell, Rate
+from playground.comparison.recipes import Recipes
+
+REFERENCE = "ril_plus"
+"""The contender whose cost the others may spend."""
+
+
+def preparation(out: Path, recipes: Recipes, cell: Cell) -> dict[str, float]:
+    """Return the CPU seconds that a cell needs before its training, by what they are spent on."""
+    recipe = recipes.cell(cell, Rate(1.0))
+    found: dict[str, float] = {}
+    uses_teachers = recipe.teacher_responses_per_question > 0 or recipe.train.retry.questions_per_step > 0
+    if uses_teachers:
+        found["teachers' responses"] = sum(_seconds(out / "teachers" / t / DONE) for t in TEACHERS)
+    if (variant := recipes.variant(cell)) is not None:
+        found["student's responses"] = _seconds(out / cell.student / "collection" / DONE)
+        folder = recipes.discriminator(cell.student, variant).run_path
+        found["discriminator's pre-training"] = _seconds(folder / DONE)
+    return found
+
+
+def seconds_per_step(out: Path, cell: Cell) -> float:
+    """Return the mean CPU seconds of a step over the finished cells of all seeds. Raises StateError if there is none."""
+    folder = (out / cell.path).parent
+    done = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(f"seed_*/{DONE}"))]
+    if not done:
+        raise StateError(
+            f"{folder}: expected a finished cell whose steps are measured. Run the part `contenders` first."
+        )
+    return mean(d["cpu_seconds"] / d["steps"] for d in done)
+
+
+def total(out: Path, recipes: Recipes, cell: Cell) -> float:
+    """Return the CPU seconds of a cell in all."""
+    return sum(preparation(out, recipes, cell).values()) + seconds_per_step(out, cell) * cell.steps
+
+
+def steps_of_equal_seconds(out: Path, recipes: Recipes, cell: Cell) -> int | None:
+    """Return the steps after which a contender has cost what the reference costs with ``STEPS``, or None if it has cost more
+    before its first."""
+    plain = replace(cell, regime="", steps=STEPS)
+    budget = total(out, recipes, replace(plain, name=REFERENCE))
+    steps = (budget - sum(preparation(out, recipes, plain).values())) / seconds_per_step(out, plain)
+    return int(steps) if steps >= 1 else None
+
+
+def _seconds(path: Path) -> float:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as e:
+        raise StateError(f"{path}: expected what this cost. Run the comparison again.") from e
+    return float(found["cpu_seconds"])

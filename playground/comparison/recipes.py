@@ -1,0 +1,129 @@
+"""Make the whole recipe of every cell, of the response caches and of the pre-trained discriminators."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from openril.errors import StateError
+from openril.recipe.schema import Recipe
+from playground.comparison.plan import Cell, Contender, Rate
+from playground.study.recipes import MODELS, OUT, baseline_settings, put, shipped_recipe
+
+SETTINGS: dict[str, Any] = {
+    # The exact rule stands in for the judge, so that the judge's errors are what a regime says and not an unknown.
+    "rewards.answer.kind": "rules",
+    "collect.num_responses": 8,
+    "collect.judge_responses": False,
+    "train.eval_every": 0,
+    "train.report_every": 0,
+    "train.log_rollouts_every": 1000,
+    "train.save_every": 0,
+    "eval.questions_per_batch": 120,
+}
+"""What all cells change in recipes/study/base.yaml."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a pre-trained discriminator depends on, besides the student."""
+
+    inputs: str
+    loss: str
+    labels: str
+
+    @property
+    def name(self) -> str:
+        return "-".join(filter(None, [self.inputs, self.loss, self.labels]))
+
+
+@dataclass
+class Recipes:
+    """Recipes of a comparison in the folder ``out`` with the models in ``models``."""
+
+    out: Path
+    models: Path
+    world: Path
+    overrides: tuple[str, ...] = ()
+
+    def _make(self, student: str, folder: Path, settings: Mapping[str, Any]) -> Recipe:
+        recipe = shipped_recipe(f"study/{student}.yaml", (), {OUT: self.out, MODELS: self.models})
+        values = recipe.model_dump()
+        values["run_dir"], values["cache_dir"] = str(folder), str(self.cache(student))
+        values["data"]["train"] = [str(self.world / "train.jsonl")]
+        values["data"]["validation"] = [str(self.world / "validation.jsonl")]
+        given = dict(text.partition("=")[::2] for text in self.overrides)
+        for key, value in {**SETTINGS, **settings, **{k: json.loads(v) for k, v in given.items()}}.items():
+            put(values, key, value)
+        return Recipe.model_validate(values)
+
+    def cache(self, student: str) -> Path:
+        """Return the folder of the responses of both teachers and of the student."""
+        return self.out / student / "responses"
+
+    def collection(self, student: str) -> Recipe:
+        """Return the recipe that collects the student's responses, next to those of the teachers."""
+        return self._make(student, self.out / student / "collection", {})
+
+    def teacher_collection(self, student: str) -> Recipe:
+        """Return the recipe that collects the teachers' responses, which the students share."""
+        recipe = self._make(student, self.out / "teachers" / "collection", {"collect.student": False})
+        recipe.cache_dir = str(self.teacher_cache)
+        return recipe
+
+    @property
+    def teacher_cache(self) -> Path:
+        return self.out / "teachers" / "responses"
+
+    def variant(self, cell: Cell) -> Variant | None:
+        """Return the pre-trained discriminator that a cell begins with, or None if it has none."""
+        recipe = self.cell(cell, Rate(1.0))
+        if not recipe.uses_discriminator:
+            return None
+        return Variant(recipe.discriminator.inputs, recipe.discriminator.loss, cell.contender.labels)
+
+    def discriminator(self, student: str, variant: Variant) -> Recipe:
+        """Return the recipe that pre-trains a discriminator for every cell and seed that begins with it."""
+        settings = {"discriminator.inputs": variant.inputs, "discriminator.loss": variant.loss}
+        return self._make(student, self.out / student / "discriminators" / variant.name, settings)
+
+    def cell(self, cell: Cell, rate: Rate, steps: int = 0) -> Recipe:
+        """Return the recipe of a cell at a rate, with ``steps`` in place of its own number if it is given."""
+        contender = cell.contender
+        settings = {**rate.settings(), "seed": cell.seed, "train.max_steps": steps or cell.steps}
+        chosen = contender_settings(contender)
+        return self._make(cell.student, self.out / cell.path, {**chosen, **settings, **self.regime(cell, chosen)})
+
+    def regime(self, cell: Cell, chosen: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the settings of a regime in which a part of the questions has no ground truth.
+
+        Without a discriminator those questions teach nothing and are left out of the data. With one, their groups are
+        rewarded by it alone.
+        """
+        kind, _, share = cell.regime.partition("_")
+        if kind != "truth":
+            return {}
+        if chosen.get("discriminator.mode") == "none":
+            whole = chosen.get("rewards.answer.weight") == 0.0
+            return {"data.train": [str(self.world / ("train.jsonl" if whole else f"train_{share}_known.jsonl"))]}
+        return {
+            "data.train": [str(self.world / f"train_{share}.jsonl")],
+            "rewards.answer.without_truth": "leave_out",
+        }
+
+
+def contender_settings(contender: Contender) -> dict[str, Any]:
+    """Return the dotted settings of a contender: those of its recipe, and its own. Its learning rate comes later."""
+    settings = {**baseline_settings(contender.recipe), **contender.settings}
+    return {key: value for key, value in settings.items() if not key.startswith("train.optimizer.")}
+
+
+def read_tuned(path: Path) -> dict[str, dict[str, str]]:
+    """Return the name of the tuned rate by student and contender. Raises StateError before the tuning is done."""
+    if not path.is_file():
+        raise StateError(f"{path}: expected the tuned rates. Run the part `tuning` first.")
+    found: dict[str, dict[str, str]] = json.loads(path.read_text(encoding="utf-8"))
+    return found
