@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -25,6 +26,7 @@ from openril.models.vision_features import FeatureCache
 from openril.recipe.schema import Recipe
 from openril.records import Question
 from openril.rewards import rules
+from openril.rewards.answers import AnswerScore, score_answers
 from openril.storage import write_json
 from playground.comparison.regimes import Regime
 
@@ -37,7 +39,7 @@ class Shared:
     def __init__(self) -> None:
         self.features = FeatureCache(2**31)
         self.encoder: Any = None
-        self.verdicts: dict[tuple[str, str], float | None] = {}
+        self.verdicts: dict[tuple[str, str], AnswerScore] = {}
 
     @contextmanager
     def used(self) -> Iterator[None]:
@@ -98,14 +100,11 @@ def train(recipe: Recipe, questions: Path, shared: Shared, regime: Regime, label
 
 def known(shared: Shared, recipe: Recipe) -> Any:
     """Return a function that scores cached responses by the rule, each once for all cells."""
-    from openril.rewards.answers import score_answers
 
     def scores(items: Sequence[tuple[Question, str]]) -> list[Any]:
         missing = [(q, text) for q, text in items if (q.id, text) not in shared.verdicts]
-        missing_truth = recipe.rewards.answer.without_truth
-        for (q, text), answer in zip(
-            missing, score_answers(missing, "rules", "auto", without_truth=missing_truth), strict=True
-        ):
+        rule = partial(score_answers, kind="rules", rule="auto", without_truth=recipe.rewards.answer.without_truth)
+        for (q, text), answer in zip(missing, rule(missing), strict=True):
             shared.verdicts[q.id, text] = answer
         return [shared.verdicts[q.id, text] for q, text in items]
 

@@ -72,6 +72,10 @@ _LENGTH = {
     "discriminator.mode": "none", "rewards.similarity.weight": 0.0,
     "rewards.functions": [{"function": "playground.comparison.rewards:long_enough", "weight": 1.0}],
 }  # fmt: skip
+_ALL = {
+    "train.teacher_draw": "any", "rewards.answer.weight": 0.0,
+    "rewards.functions": [{"function": "playground.comparison.rewards:one", "weight": 1.0}],
+}  # fmt: skip
 
 CONTENDERS: dict[str, Contender] = {
     "dr_grpo": Contender("Dr.GRPO", "dr_grpo", {"train.num_generations": 12}),
@@ -85,10 +89,7 @@ CONTENDERS: dict[str, Contender] = {
     "gad": Contender("GAD", "gad", {"train.num_generations": 8, "train.num_teacher_responses": 4}),
     "gail": Contender("GAIL", "gail"),
     "persistent": Contender("persistent discriminator", "persistent"),
-    "sft_teacher_text": Contender(
-        "SFT on teacher text", "rejection_sampling_balanced", {**_rows(0, 12), "train.teacher_draw": "any", "rewards.functions": [
-            {"function": "playground.comparison.rewards:one", "weight": 1.0}], "rewards.answer.weight": 0.0},
-    ),
+    "sft_teacher_text": Contender("SFT on teacher text", "rejection_sampling_balanced", {**_rows(0, 12), **_ALL}),
     "grpo": Contender("GRPO", "grpo", {"train.num_generations": 12}),
 }  # fmt: skip
 """In the order of the tables."""

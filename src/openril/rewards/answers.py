@@ -76,7 +76,8 @@ def submit_answers(
         shared: Which responses come from the response cache, so that their verdicts are stored there.
         without_truth: With ``leave_out``, responses to questions without ground truth have no score.
 
-    Raises DataError for a question without ground truth unless they are left out, and RecipeError where a judge is needed but not given.
+    Raises DataError for a question without ground truth unless it is left out, and RecipeError where a judge is needed but
+    not given.
     """
     if kind == "none":
         return AnswersHandle([AnswerScore(None)] * len(items), [], None)
