@@ -123,6 +123,13 @@ def read_at(path: Path) -> list[Question]:
     return _READ[path]
 
 
+def measure(recipe: Recipe, questions: Path, done: Path) -> None:
+    """Score a model as it is, without training."""
+    torch.set_num_threads(1)
+    with train_stage.open_trainer(recipe, Console(quiet=True)) as trainer:
+        write_json(done, {"scores": score(trainer, recipe, read_at(questions))})
+
+
 def warm(recipe: Recipe, files: Sequence[Path], shared: Shared) -> None:
     """Encode the questions of the files, and keep what the student's frozen tower makes of their pictures."""
     torch.set_num_threads(1)

@@ -21,6 +21,7 @@ from playground.comparison.plan import (
     GOALS,
     RATES,
     REGIMES,
+    START,
     STUDENTS,
     TEACHERS,
     Cell,
@@ -100,6 +101,8 @@ class Comparison:
         for part in self.settings.parts:
             cells = list(self.cells(part))
             say(f"{part}: {len(cells)} cells")
+            if part != "tuning":
+                failed += self.measure()
             for student in self.settings.students:
                 failed += self.run_cells([c for c in cells if c.student == student], student)
             if part == "tuning" and not failed:
@@ -164,6 +167,22 @@ class Comparison:
         return failed + run_lanes(work, self.settings.lanes, say)
 
     # Cells
+
+    def measure(self) -> list[str]:
+        """Score the teachers, and the students as they start."""
+        from playground.comparison import cells as runner
+
+        work = []
+        for name in (*self.settings.students, *TEACHERS):
+            folder = self.out / (Cell(name, START).path if name in STUDENTS else f"teachers/{name}/scored")
+            student = name if name in STUDENTS else self.settings.students[0]
+            recipe = self.recipes.cell(Cell(student, "rejection_sampling"), RATES[1])
+            recipe.run_dir = str(folder / "run")
+            if name not in STUDENTS:
+                recipe.student.model = str(self.recipes.models / name)
+            run = partial(runner.measure, recipe, self.world / "test.jsonl", folder / runner.DONE)
+            work.append(Work(f"score of {name}", folder / runner.DONE, run, folder / "log"))
+        return run_lanes(work, self.settings.lanes, say)
 
     def cells(self, part: Part) -> Iterator[Cell]:
         """Yield the cells of a part."""

@@ -1,0 +1,177 @@
+"""Write the findings as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from playground.comparison.findings import PARTS_OF_WORLD, WINNER, goals
+from playground.comparison.plan import CONTENDERS, CONTROLS, EVERYBODY, RATES, REGIMES, Rate
+from playground.study.tables import NOTHING, STUDENT_TITLES, TEACHER_TITLES, difference, each_student, markdown, percent
+
+Found = dict[str, Any]
+
+
+def rate(name: str | None) -> str:
+    if not name:
+        return "-"
+    found = Rate.of(name)
+    return f"{found.peak:g}" + (" falling" if found.falls else " constant")
+
+
+def goal_table(found: Found) -> str:
+    words = {True: "yes", False: "**no**", None: "not measured"}
+    rows = [
+        [g["goal"], STUDENT_TITLES[g["student"]], g["required"], difference(g["found"]), words[g["reached"]]]
+        for g in goals(found)
+    ]
+    return markdown(["", "student", "goal", "found", "reached"], rows, words=5) if rows else NOTHING
+
+
+def tuning(found: Found) -> str:
+    """Write the validation score of every tuning run; the chosen one is bold."""
+    parts = []
+    for student, names in found["tuning"].items():
+        rows = []
+        for name in (n for n in CONTENDERS if n in names):
+            chosen = found["tuned"][student][name]
+            scores = [(r.name, names[name].get(r.name)) for r in RATES]
+            shown = ["-" if s is None else f"**{s:.1f}**" if r == chosen else f"{s:.1f}" for r, s in scores]
+            rows.append([CONTENDERS[name].title, *shown])
+        parts.append(f"**{STUDENT_TITLES[student]}**\n\n" + markdown(["", *(rate(r.name) for r in RATES)], rows))
+    return "\n".join(parts) or NOTHING
+
+
+def contenders(found: Found) -> str:
+    header = [
+        "",
+        *PARTS_OF_WORLD.values(),
+        "over the start",
+        "RIL+ over it",
+        "rate",
+        "CPU s a step",
+        "CPU s in all",
+        "seeds",
+    ]
+
+    def table(results: Found) -> str:
+        rows = []
+        if results["start"]["all"] is not None:
+            shown = [percent(results["start"][part]) for part in PARTS_OF_WORLD]
+            rows.append(["start", *shown, "", "", "", "", "", ""])
+        for name in CONTENDERS:
+            if (row := results["contenders"].get(name)) is not None:
+                shown = [percent(row["parts"][part]) for part in PARTS_OF_WORLD]
+                over = [difference(row["over_start"]), "" if name == WINNER else difference(row["winner_over"])]
+                cost = [f"{row['seconds_per_step']:.2f}", f"{row['total']:.0f}"]
+                rows.append([CONTENDERS[name].title, *shown, *over, rate(row["rate"]), *cost, str(row["seeds"])])
+        for name, row in found["teachers"].items():
+            rows.append(
+                [TEACHER_TITLES[name], *(percent(row["parts"][p]) for p in PARTS_OF_WORLD), "", "", "", "", "", ""]
+            )
+        return markdown(header, rows) if len(rows) > 1 else ""
+
+    return each_student(found, table)
+
+
+def seconds(found: Found) -> str:
+    def table(results: Found) -> str:
+        rows = [
+            [CONTENDERS[n].title, str(r["steps"]), percent(r["mean"]), difference(r["winner_over"]), str(r["seeds"])]
+            for n, r in results["seconds"].items()
+        ]
+        if rows and (winner := results["contenders"].get(WINNER)):
+            rows.append([CONTENDERS[WINNER].title, "80", percent(winner["mean"]), "", str(winner["seeds"])])
+        return markdown(["", "steps", "mean of the skills", "RIL+ over it", "seeds"], rows) if rows else ""
+
+    return each_student(found, table)
+
+
+def steps(found: Found) -> str:
+    def table(results: Found) -> str:
+        rows = []
+        for name, row in results["steps"].items():
+            means = [percent(m) for m in row["means"].values()]
+            rows.append([CONTENDERS[name].title, *means, difference(row["over_80"].get("320"))])
+        return markdown(["", "40 steps", "80", "160", "320", "320 over 80"], rows) if rows else ""
+
+    return each_student(found, table)
+
+
+def controls(found: Found) -> str:
+    def table(results: Found) -> str:
+        rows = []
+        for name, control in CONTROLS.items():
+            if (row := results["contenders"].get(name)) is not None:
+                of = EVERYBODY[control.tuned_as].title
+                rows.append(
+                    [control.title, percent(row["mean"]), of, difference(row["without_d_over"]), str(row["seeds"])]
+                )
+        return markdown(["", "mean of the skills", "changes", "over it", "seeds"], rows) if rows else ""
+
+    return each_student(found, table)
+
+
+def regimes(found: Found) -> str:
+    names = ("rejection_sampling", "ril_plus", "ril_plus_d", "sft_teacher_text", "gail")
+
+    def table(results: Found) -> str:
+        rows = []
+        for regime, row in results["regimes"].items():
+            if row["with_d_over_without"] is None and regime != "truth_0":
+                continue
+            title = REGIMES.get(regime, "the world as it is")
+            means = [
+                percent(row["means"].get(n)) if regime or n in ("rejection_sampling", "ril_plus", "ril_plus_d") else "-"
+                for n in names
+            ]
+            gain = row["with_d_over_without"] or row["with_d_over_start"]
+            rows.append([title, *means, difference(gain) + (" over the start" if regime == "truth_0" else "")])
+        titles = [CONTENDERS[n].title for n in names]
+        return markdown(["", *titles, "with the discriminator over without"], rows) if len(rows) > 1 else ""
+
+    return each_student(found, table)
+
+
+def skills(found: Found) -> str:
+    def table(results: Found) -> str:
+        columns = [(CONTENDERS[n].title, row["skills"]) for n, row in results["contenders"].items() if n in CONTENDERS]
+        columns += [(TEACHER_TITLES[t], row["skills"]) for t, row in found["teachers"].items()]
+        if not columns:
+            return ""
+        names = list(columns[0][1])
+        return markdown(
+            ["", *(t for t, _ in columns)], [[s, *(f"{100 * c[s]:.0f}" for _, c in columns)] for s in names]
+        )
+
+    return each_student(found, table)
+
+
+def discriminators(found: Found) -> str:
+    """Write loss over chance, balanced accuracy and length-only accuracy in four parts of the run."""
+    import numpy as np
+
+    def table(results: Found) -> str:
+        rows = []
+        for name, curves in results["discriminators"].items():
+            for key, title in (
+                ("loss_minus_chance", "loss over chance"),
+                ("balanced_accuracy", "balanced accuracy"),
+                ("length_only_accuracy", "accuracy of length alone"),
+            ):
+                if key in curves:
+                    quarters = [
+                        f"{part.mean():+.2f}" if key == "loss_minus_chance" else f"{part.mean():.2f}"
+                        for part in np.array_split(np.array(curves[key]), 4)
+                    ]
+                    rows.append([EVERYBODY[name].title, title, *quarters])
+        return markdown(["", "", "steps 1-20", "21-40", "41-60", "61-80"], rows, words=2) if rows else ""
+
+    return each_student(found, table)
+
+
+BLOCKS: dict[str, Callable[[Found], str]] = {
+    "goals": goal_table, "tuning": tuning, "contenders": contenders, "seconds": seconds, "steps": steps, "controls": controls,
+    "regimes": regimes, "skills": skills, "discriminators": discriminators,
+}  # fmt: skip
+"""Generated parts of the page by the name in their markers."""
