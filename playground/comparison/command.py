@@ -114,7 +114,7 @@ class Comparison:
     def prepare(self) -> None:
         """Draw the world, and note what all cells share. Raises StateError when the folder belongs to another comparison."""
         settings = self.settings
-        names = [*(f"{s}/sft" for s in STUDENTS), *TEACHERS]
+        names = [*(f"{s}/sft" for s in settings.students), *TEACHERS]
         missing = [n for n in names if not (settings.models / n / "config.json").is_file()]
         if missing:
             raise DataError(
@@ -126,7 +126,10 @@ class Comparison:
         now["models"] = {name: weights_fingerprint(settings.models / name) for name in names}
         path = self.out / "comparison.json"
         if path.is_file():
-            refuse_changed(self.out, json.loads(path.read_text(encoding="utf-8")), now, fix="name another --out")
+            was = json.loads(path.read_text(encoding="utf-8"))
+            now["models"] = {**was["models"], **now["models"]}  # A student may be added, but not exchanged.
+            was["models"] = {**now["models"], **was["models"]}
+            refuse_changed(self.out, was, now, fix="name another --out")
         if not (self.world / "train.jsonl").is_file():
             from playground.world import write_skills_world
             from playground.world.skills import ALL_SKILLS

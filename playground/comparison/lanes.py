@@ -63,9 +63,10 @@ def _fork(piece: Work) -> int:
     code = 1
     try:
         piece.log.parent.mkdir(parents=True, exist_ok=True)
-        log = os.open(piece.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
+        log = piece.log.open("w", encoding="utf-8", buffering=1)
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        sys.stdout = sys.stderr = log
         piece.run()
         code = 0
     except BaseException:

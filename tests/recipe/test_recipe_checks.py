@@ -380,6 +380,7 @@ def test_the_types_of_an_export_are_those_of_its_module() -> None:
     assert set(get_args(ExportFormat)) == {"", *FORMATS}
 
 
+NO_D = {"discriminator__mode": "none", "rewards__similarity__weight": 0.0}
 PLUS = {
     "collect__judge_responses": True,
     "train__teacher_draw": "judged_right",
@@ -405,6 +406,13 @@ PLUS = {
         ({"rewards__combine": "right_only", "rewards__similarity__weight": 0.0}, "rewards.combine", "error"),
         ({"rewards__combine": "per_reward", "train__algorithm": "gail"}, "rewards.combine", "warning"),
         ({"train__beta": 0.0}, "train.beta", "warning"),
+        ({"train__num_generations": 0}, "train.num_generations", "error"),
+        ({**NO_D, "train__num_generations": 0, "train__baseline": "students"}, "train.num_generations", "error"),
+        ({**NO_D, "train__num_generations": 0, "train__teacher_responses_in_update": False}, "train.num_generations", "error"),
+        ({**NO_D, "train__num_generations": 0, "train__retry__questions_per_step": 2}, "train.num_generations", "error"),
+        ({**NO_D, "rewards__answer__without_truth": "leave_out"}, "rewards.answer.without_truth", "error"),
+        ({"rewards__answer__without_truth": "leave_out", "rewards__combine": "right_only"}, "rewards.answer.without_truth",
+         "error"),
     ],
 )  # fmt: skip
 def test_switches_that_do_not_go_together(changes: dict[str, Any], key: str, level: str, good: Recipe):
@@ -421,6 +429,8 @@ def test_switches_that_do_not_go_together(changes: dict[str, Any], key: str, lev
         {"rewards__combine": "per_reward", "train__baseline": "students"},
         {"train__beta": 0.0, "train__negative_scale": 0.5},
         {"train__teacher_weight": "shaped", "train__teacher_advantages": "positive"},
+        {**NO_D, "train__num_generations": 0, "train__num_teacher_responses": 4, "train__baseline": "none"},
+        {"rewards__answer__without_truth": "leave_out"},
     ],
 )
 def test_switches_that_go_together(changes: dict[str, Any], good: Recipe):

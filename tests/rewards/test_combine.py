@@ -255,3 +255,23 @@ def test_similarity_can_count_in_right_responses_alone(tmp_path):
     # right, like a student: 1; wrong, like a teacher: 0, where the sum gives 0.5; unknown; right, like a teacher: 1 + 0.5
     assert [r.reward for r in g.rollouts] == [1.0, 0.0, None, 1.5]
     assert [r.rewards["similarity"] for r in g.rollouts] == [0.0, 1.0, 1.0, 1.0]  # logged as they are
+
+
+def test_a_question_without_truth_is_rewarded_by_the_other_rewards(tmp_path):
+    recipe = recipe_for(tmp_path, rewards__answer__kind="rules", rewards__answer__without_truth="leave_out")
+    known = group("It is red.", "It is blue.", probs=[0.2, 0.9])
+    unknown = group("It is red.", "It is blue.", answer="", probs=[0.2, 0.9])
+    metrics = system_for(recipe).score([known, unknown])
+    # The first text looks like a teacher's (similarity 1), the second like the student's (0).
+    assert [r.reward for r in known.rollouts] == [2.0, 0.0]
+    assert [r.reward for r in unknown.rollouts] == [1.0, 0.0]
+    assert [r.verdict for r in unknown.rollouts] == [None, None]
+    assert [r.cause for r in unknown.rollouts] == ["no ground truth"] * 2
+    assert metrics["without_truth"] == 2.0
+    assert metrics["unparsed"] == 0.0
+
+
+def test_a_question_without_truth_is_refused_unless_it_is_left_out(tmp_path):
+    system = system_for(recipe_for(tmp_path, rewards__answer__kind="rules"))
+    with pytest.raises(DataError, match=r"q1.*without_truth"):
+        system.score([group("It is red.", "It is blue.", answer=" ", probs=[0.5, 0.5])])

@@ -245,7 +245,7 @@ class RILTrainer:
         positive = train.teacher_advantages == "positive"
         for group in groups:
             members = self.policy.members(group)
-            student = torch.tensor([[r.response.from_student for r in members]])
+            student = torch.tensor([[r.response.from_student for r in members]], dtype=torch.bool)
             baseline = student if train.baseline == "students" else None
             if per_reward:
                 rewards = torch.tensor(

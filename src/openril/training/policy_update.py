@@ -89,7 +89,7 @@ class PolicyUpdate:
         for group, tokens in zip(groups, grouped, strict=True):
             for rollout in group.rollouts:
                 rollout.learned = 0
-            for rollout, ids in zip(self.members(group), tokens.completions, strict=True):
+            for rollout, ids in zip(self.members(group), tokens.completions, strict=False):  # an empty group has a dummy
                 rollout.learned = len(ids)
         if self.packing.due(has_images([t.prompt for t in grouped])):
             self._try_packing(grouped)
@@ -159,7 +159,12 @@ class PolicyUpdate:
     def _tokens(self, group: Group) -> GroupTokens:
         limit = self.settings.max_completion_length
         ids = [self.encoder.completion_ids(r.response, limit) for r in self.members(group)]
-        return GroupTokens(self.encoder(group.question), ids)
+        # Without the student's samples, and with teacher responses that are all too long, a group has no row. A dummy row,
+        # whose weight is 0, takes their place, so that every pass has rows.
+        return GroupTokens(self.encoder(group.question), ids or [self._dummy_row()])
+
+    def _dummy_row(self) -> Tensor:
+        return torch.tensor([self.encoder.eos_token_ids[0]])
 
     def _micro_batches(self, tokens: Sequence[GroupTokens]) -> list[range]:
         """Return consecutive groups within the budget of tokens, at least one in each; every process gets as many."""
@@ -184,13 +189,16 @@ class PolicyUpdate:
         """Return the groups and, if they have no image but those of another process may, the dummy image after them."""
         if self._dummy is None or has_images([t.prompt for t in tokens]):
             return list(tokens)
-        return [*tokens, GroupTokens(self._dummy, [torch.tensor([self.encoder.eos_token_ids[0]])])]
+        return [*tokens, GroupTokens(self._dummy, [self._dummy_row()])]
 
     def _rows(self, groups: Sequence[Group], tokens: Sequence[GroupTokens]) -> _MicroBatch:
-        members = [r for g in groups for r in self.members(g)]
-        advantages = [r.advantage for r in members]
-        from_student = [r.response.from_student for r in members]
-        sizes = [len(self.members(g)) for g in groups for _ in self.members(g)]
+        advantages: list[float] = []
+        from_student: list[bool] = []
+        sizes: list[int] = []
+        for members in map(self.members, groups):
+            advantages += [r.advantage for r in members] or [0.0]
+            from_student += [r.response.from_student for r in members] or [True]
+            sizes += [len(members)] * max(1, len(members))
         extended = self._with_images(tokens)
         if len(extended) > len(tokens):
             advantages.append(0.0)

@@ -1,0 +1,205 @@
+"""The comparison of recipes: its plan, its regimes, its costs, and a tiny one that is run, stopped and continued."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from openril.cli import main as ril
+from openril.errors import StateError
+from openril.records import Group, Question, Response, Rollout
+from openril.rewards import rules
+from openril.storage import read_jsonl, write_json
+from playground.comparison.command import Comparison, Settings, main, mean_of_skills
+from playground.comparison.costs import preparation, steps_of_equal_seconds
+from playground.comparison.lanes import Work, run_lanes
+from playground.comparison.plan import CONTENDERS, EVERYBODY, PARTS, RATES, REGIMES, STUDENTS, Cell, Rate, tuning
+from playground.comparison.recipes import Recipes
+from playground.comparison.regimes import Regime, choose, erring, shuffled_sides
+from playground.models.shipped import WEIGHTS
+from support.playground_models import tiny_playground
+
+
+@pytest.fixture
+def recipes(tmp_path: Path) -> Recipes:
+    return Recipes(tmp_path, WEIGHTS, tmp_path / "world")
+
+
+def test_every_contender_is_tuned_by_the_same_runs():
+    runs = Counter((c.student, c.name) for c in tuning(STUDENTS, list(CONTENDERS)))
+    assert set(runs.values()) == {len(RATES)}
+    assert len({c.path for c in tuning(STUDENTS, list(CONTENDERS))}) == len(RATES) * len(CONTENDERS) * len(STUDENTS)
+
+
+def test_no_tuning_run_reads_a_test_question(tmp_path: Path):
+    comparison = Comparison(Settings(out=tmp_path))
+    assert {c.split for c in comparison.cells("tuning")} == {"validation"}
+    scored = [c for part in PARTS if part not in ("tuning", "seconds") for c in comparison.cells(part)]  # type: ignore[arg-type]
+    assert {c.split for c in scored} == {"test"}
+    assert len({c.path for c in scored}) == len(scored)
+    assert 100 not in {c.seed for c in scored}  # the seed of the tuning
+
+
+def test_a_rate_is_found_again_by_its_name():
+    assert [Rate.of(r.name) for r in RATES] == list(RATES)
+    falling = Rate(5e-4).settings()
+    assert falling["train.optimizer.final_learning_rate"] == pytest.approx(5e-5)
+    assert "train.optimizer.final_learning_rate" not in Rate(5e-4, falls=False).settings()
+
+
+@pytest.mark.parametrize("name", EVERYBODY)
+def test_a_contender_is_its_recipe(name: str, recipes: Recipes):
+    recipe = recipes.cell(Cell("student_qwen", name), Rate(5e-4))
+    assert (recipe.rewards.answer.kind == "rules") == (name not in ("gail", "gad")) or recipe.train.algorithm == "gail"
+    assert recipe.train.optimizer.learning_rate == 5e-4
+    assert recipe.train.max_steps == 80
+    expected = {"ril": (4, 4), "ril_plus": (8, 4), "rejection_sampling": (0, 12), "dr_grpo": (12, 0)}
+    if name in expected:
+        assert (recipe.train.num_generations, recipe.teacher_responses_per_question) == expected[name]
+
+
+def test_a_question_without_truth_is_left_to_the_discriminator_alone(recipes: Recipes):
+    with_d = recipes.cell(Cell("student_qwen", "ril_plus_d", regime="truth_30"), Rate(1.0))
+    without = recipes.cell(Cell("student_qwen", "ril_plus", regime="truth_30"), Rate(1.0))
+    assert with_d.rewards.answer.without_truth == "leave_out"
+    assert Path(with_d.data.train[0]).name == "train_30.jsonl"
+    assert Path(without.data.train[0]).name == "train_30_known.jsonl"
+
+
+QUESTION = Question("q", "Which color?", "red", rule="auto")
+
+
+def test_a_judge_errs_in_its_share_and_always_on_the_same_responses():
+    texts = [f"It is red. {n}" for n in range(2000)]
+    exact = [rules.score("auto", QUESTION, t) for t in texts]
+    judged = [erring(rules.score, 0.25, 0)("auto", QUESTION, t) for t in texts]
+    share = sum(a != b for a, b in zip(exact, judged, strict=True)) / len(texts)
+    assert 0.22 < share < 0.28
+    assert judged == [erring(rules.score, 0.25, 0)("auto", QUESTION, t) for t in texts]
+    assert judged != [erring(rules.score, 0.25, 1)("auto", QUESTION, t) for t in texts]
+
+
+@pytest.mark.parametrize(("share", "right"), [(0.25, 1), (0.5, 2), (0.75, 3)])
+def test_teachers_are_right_in_the_share_that_is_asked_for(share: float, right: int):
+    responses = [Response("q", "a", i, "It is red." if i % 2 else "It is blue.") for i in range(8)]
+    found = choose(QUESTION, responses, share, 4)
+    assert len(found) == 4
+    assert sum(r.text == "It is red." for r in found) == right
+
+
+def test_teachers_that_are_never_right_stay_so():
+    responses = [Response("q", "a", i, "It is blue.") for i in range(8)]
+    assert len(choose(QUESTION, responses, 0.9, 4)) == 4
+
+
+def test_shuffled_labels_are_the_same_number_and_follow_from_the_texts():
+    group = Group(QUESTION, [Rollout(Response("q", "student" if i < 3 else "a", i, f"text {i}")) for i in range(6)])
+    first, second = (shuffled_sides(None, group, torch.device("cpu")) for _ in range(2))  # type: ignore[arg-type]
+    assert first.tolist() == second.tolist()
+    assert int(first.sum()) == 3
+    others = [Group(Question(f"q{n}", "?", "a"), group.rollouts) for n in range(20)]
+    assert len({tuple(shuffled_sides(None, g, torch.device("cpu")).tolist()) for g in others}) > 5  # type: ignore[arg-type]
+
+
+def test_regimes_change_only_what_they_name():
+    assert Regime("", 0).contexts("") == []
+    assert Regime("truth_30", 0).contexts("") == []
+    assert Regime("judge_10", 0).changes_verdicts
+    assert Regime("judge_10", 0).share == pytest.approx(0.1)
+    assert not Regime("teachers_30", 0).changes_verdicts
+    assert {r.partition("_")[0] for r in REGIMES} == {"truth", "judge", "teachers"}
+
+
+def test_equal_cost_counts_collection_and_pre_training(tmp_path: Path, recipes: Recipes):
+    for teacher, seconds in (("teacher_a", 30.0), ("teacher_b", 10.0)):
+        write_json(tmp_path / "teachers" / teacher / "done.json", {"cpu_seconds": seconds})
+    write_json(tmp_path / "student_qwen" / "collection" / "done.json", {"cpu_seconds": 8.0})
+    write_json(tmp_path / "student_qwen" / "discriminators" / "response-bce" / "done.json", {"cpu_seconds": 12.0})
+    for name, step in (("ril_plus", 0.5), ("ril", 1.0), ("dr_grpo", 0.4), ("rejection_sampling", 0.2)):
+        done = {"steps": 80, "cpu_seconds": 80 * step}
+        write_json(tmp_path / Cell("student_qwen", name).path / "done.json", done)
+
+    def steps(name: str) -> int | None:
+        return steps_of_equal_seconds(tmp_path, recipes, Cell("student_qwen", name))
+
+    # RIL+ costs 40 for the teachers' responses and 80 x 0.5 for its steps, 80 in all.
+    assert steps("rejection_sampling") == 200  # (80 - 40) / 0.2
+    assert steps("dr_grpo") == 200  # 80 / 0.4: it needs no teacher
+    assert steps("ril") == 20  # (80 - 40 - 8 - 12) / 1
+    assert sum(preparation(tmp_path, recipes, Cell("student_qwen", "ril")).values()) == 60
+    write_json(tmp_path / Cell("student_qwen", "ril_plus").path / "done.json", {"steps": 80, "cpu_seconds": 1.0})
+    assert steps("ril") is None  # its preparation alone costs more
+
+
+def test_a_mean_gives_every_skill_the_same_weight():
+    assert mean_of_skills({"test-00000-charts": 1.0, "test-00001-charts": 0.0, "test-00002-open": 1.0}) == 0.75
+
+
+def test_lanes_report_what_fails_and_do_nothing_twice(tmp_path: Path):
+    ran = tmp_path / "ran"
+
+    def good(name: str) -> None:
+        with ran.open("a") as file:
+            file.write(name)
+        (tmp_path / name).touch()
+
+    def bad() -> None:
+        raise RuntimeError("no")
+
+    work = [
+        Work("a", tmp_path / "a", lambda: good("a"), tmp_path / "a.log"),
+        Work("bad", tmp_path / "b", bad, tmp_path / "b.log"),
+        Work("without a result", tmp_path / "c", lambda: None, tmp_path / "c.log"),
+    ]
+    said: list[str] = []
+    assert sorted(run_lanes(work, 2, said.append)) == ["bad", "without a result"]
+    assert "RuntimeError: no" in (tmp_path / "b.log").read_text()
+    assert run_lanes(work[:1], 2, said.append) == []
+    assert ran.read_text() == "a"
+
+
+SMALL = [
+    "--students", "student_qwen", "--num-train", "18", "--num-validation", "18", "--num-test", "18", "--steps", "1",
+    "--only", "rejection_sampling", "ril_plus", "--seeds", "2",
+    "--overrides", "collect.num_responses=2", "train.questions_per_step=4", "train.questions_per_sampling_batch=4",
+    "train.max_completion_length=8", "collect.max_completion_length=8", "eval.max_completion_length=8",
+]  # fmt: skip
+
+
+def test_a_tiny_comparison_runs_and_a_cell_is_what_the_commands_make(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    tiny_playground(tmp_path / "models")
+    folders = ["--out", str(tmp_path / "out"), "--models", str(tmp_path / "models")]
+    with pytest.raises(StateError, match="tuning"):
+        Comparison(Settings(out=tmp_path / "none")).rate(Cell("student_qwen", "ril"))
+    assert main([*folders, *SMALL, "--parts", "tuning", "contenders"]) == 0, capsys.readouterr()
+    out = tmp_path / "out"
+    tuned = json.loads((out / "tuned.json").read_text())
+    assert set(tuned["student_qwen"]) == {"rejection_sampling", "ril_plus"}
+    cell = out / Cell("student_qwen", "ril_plus", 1).path
+    done = json.loads((cell / "done.json").read_text())
+    assert done["steps"] == 1
+    assert done["cpu_seconds"] > 0
+    assert len(done["scores"]) == 18
+
+    # By hand: the same recipe through the commands of a user gives the same scores.
+    by_hand = ["--run_dir", str(tmp_path / "by_hand"), "--data.validation", str(out / "world" / "test.jsonl")]
+    assert ril(["train", str(cell / "recipe.yaml"), *by_hand]) == 0, capsys.readouterr()
+    options = [*by_hand, "--eval.limit", "0", "--eval.score", "rules"]
+    assert ril(["eval", str(cell / "recipe.yaml"), *options]) == 0, capsys.readouterr()
+    rows = read_jsonl(tmp_path / "by_hand" / "eval" / "final.jsonl")
+    assert {r["question_id"]: r["score"] for r in rows if "question_id" in r} == done["scores"]
+
+    capsys.readouterr()
+    assert main([*folders, *SMALL, "--parts", "contenders"]) == 0
+    assert "steps_80" not in capsys.readouterr().out  # nothing is run twice
+    assert main([*folders, "--report"]) == 0
+    found = json.loads((out / "results.json").read_text())["students"]["student_qwen"]
+    assert found["contenders"]["ril_plus"]["seeds"] == 2
+    assert main([*folders, *SMALL, "--world-seed", "3", "--parts", "contenders"]) == 2  # another world, the same folder
+    assert "world_seed" in capsys.readouterr().err
