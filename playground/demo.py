@@ -1,7 +1,7 @@
-"""``python -m playground.demo``: compare RIL with Dr.GRPO on the fourteen skills, with ready-made models.
+"""``python -m playground.demo``: compare RIL, RIL+, rejection sampling and Dr.GRPO on fourteen skills, with ready-made models.
 
 It is a small preset of the study (playground/study). It draws the world, collects both teachers' and the student's
-responses, pre-trains discriminators, trains one student by three methods, and scores the results on held-out questions.
+responses, pre-trains a discriminator, trains one student by four methods, and scores the results on held-out questions.
 Every command is shown and can be given by hand. The demo can be stopped at any time; the same command continues it.
 """
 
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from openril.errors import DataError, RecipeError
+from openril.errors import DataError, OpenRILError, RecipeError
 from openril.recipe.loading import load_saved_recipe, save_recipe
 from openril.recipe.schema import Recipe
 from openril.storage import atomic_path, read_jsonl, refuse_changed, weights_fingerprint, write_json
@@ -23,18 +23,19 @@ from playground.demo_report import METHODS, evaluation_file, read_evaluation, re
 from playground.models.shipped import StudentName, find_models
 from playground.runner import Clock, Job, Progress, Runner, exit_code
 from playground.study.jobs import collected, stage_progress
+from playground.study.metrics import cached_responses
 from playground.study.recipes import shipped_recipe
 from playground.world import SKILLS
 
 OUT = "runs/demo"
 """Folder in the shipped recipes that ``--out`` replaces."""
-RUNS = ("ril", "ril_one", "dr_grpo")
+RUNS = ("ril", "ril_plus", "rejection_sampling", "dr_grpo")
 """Runs, each with a recipe in recipes/demo."""
 
 
 @dataclass
 class Settings:
-    """Train one student by RIL with two teachers, RIL with one, and Dr.GRPO: four minutes on two CPU cores."""
+    """Train one student by Dr.GRPO, rejection sampling, RIL and RIL+: under ten minutes on two CPU cores."""
 
     out: Path = Path(OUT)
     """Folder for everything it makes."""
@@ -116,7 +117,7 @@ def write_recipe(run: str, settings: Settings) -> Recipe:
 # Jobs
 
 START_UP = 8.0
-PER_UNIT = {"collect": 0.003, "discriminator": 0.55, "train": 3.6, "eval": 0.02}
+PER_UNIT = {"collect": 0.003, "verdicts": 0.006, "discriminator": 0.55, "train": 3.6, "eval": 0.02}
 """Seconds of a response, step or answer on one core of the machine where they were measured. Only their proportions
 matter. A step of Dr.GRPO takes a third."""
 
@@ -131,6 +132,8 @@ class DemoJob(Job):
     """Method that an evaluation scores."""
 
     def progress(self) -> Progress:
+        if self.kind == "verdicts":
+            return 0, sum(collected(self.recipe.cache_path)) or 1, "verdicts"
         if self.kind != "eval":
             return stage_progress(self.kind, self.recipe)
         scores = [row["score"] for row in read_jsonl(evaluation_file(self.out, self.method)) if "question_id" in row]
@@ -142,6 +145,8 @@ class DemoJob(Job):
         match self.kind:
             case "collect":
                 done = collected(self.recipe.cache_path)[0] >= self.progress()[1]
+            case "verdicts":
+                done = not unjudged(self.recipe)
             case "discriminator":
                 done = (self.recipe.discriminator_path / "config.json").is_file()
             case "train":
@@ -152,12 +157,26 @@ class DemoJob(Job):
         return 0.0 if done else None
 
 
+def unjudged(recipe: Recipe) -> int:
+    """Return the number of cached teacher responses without a verdict."""
+    try:
+        cached = cached_responses(recipe, [t.name for t in recipe.teachers])
+    except OpenRILError:  # nothing is collected yet
+        return 1
+    return sum(verdict is None for items in cached.values() for _, _, verdict in items)
+
+
 def plan(out: Path, recipes: Mapping[str, Recipe]) -> list[DemoJob]:
     """Return all commands in order. Dr.GRPO needs no responses, so it trains while they are collected."""
 
     def job(name: str, run: str, *arguments: str, needs: Sequence[str] = (), method: str = "") -> DemoJob:
         stage = name.split()[-1]
-        command = ("openril.cli", stage, str(out / "recipes" / f"{run}.yaml"), *arguments)
+        command = (
+            "openril.cli",
+            "collect" if stage == "verdicts" else stage,
+            str(out / "recipes" / f"{run}.yaml"),
+            *arguments,
+        )
         made = DemoJob(
             name=name, arguments=command, needs=tuple(needs), kind=stage, out=out, recipe=recipes[run], method=method
         )
@@ -169,15 +188,18 @@ def plan(out: Path, recipes: Mapping[str, Recipe]) -> list[DemoJob]:
         checkpoint = out / "models" / "student" if name == "sft" else out / run / "student"
         score = ("--data.validation", str(out / "world" / "test.jsonl"), "--eval.limit", "0")
         # Two evaluations must not write the table of one folder at once.
-        needs = {"sft": [], "ril_both": ["ril train", "sft eval"]}.get(name, [f"{run} train"])
+        needs = {"sft": [], "ril": ["ril train", "sft eval"]}.get(name, [f"{run} train"])
         title = f"{'sft' if name == 'sft' else run} eval"
         return job(title, run, "--checkpoints", str(checkpoint), *score, needs=needs, method=name)
 
     return [
         job("collect", "ril"),
         job("dr_grpo train", "dr_grpo"),
-        *(job(f"{run} discriminator", run, needs=["collect"]) for run in ("ril", "ril_one")),
-        *(job(f"{run} train", run, needs=[f"{run} discriminator"]) for run in ("ril", "ril_one")),
+        job("ril discriminator", "ril", needs=["collect"]),
+        job("verdicts", "ril_plus", needs=["collect"]),
+        job("ril_plus train", "ril_plus", needs=["verdicts"]),
+        job("ril train", "ril", needs=["ril discriminator"]),
+        job("rejection_sampling train", "rejection_sampling", needs=["verdicts"]),
         *map(evaluation, METHODS),
     ]
 

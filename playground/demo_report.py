@@ -44,11 +44,14 @@ class DemoMethod(NamedTuple):
 METHODS = {
     "sft": DemoMethod("starting student", "start", "ril", "base"),
     "dr_grpo": DemoMethod("Dr.GRPO", "Dr.GRPO", "dr_grpo"),
-    "ril_one": DemoMethod("RIL, one teacher", "RIL one", "ril_one"),
-    "ril_both": DemoMethod("RIL, both teachers", "RIL both", "ril"),
+    "rejection_sampling": DemoMethod("rejection sampling", "rejection", "rejection_sampling"),
+    "ril": DemoMethod("RIL as published", "RIL", "ril"),
+    "ril_plus": DemoMethod("RIL+", "RIL+", "ril_plus"),
 }
 TRAINED = [name for name in METHODS if name != "sft"]
 BASELINE = "dr_grpo"
+SHADES = {"dr_grpo": "dr_grpo", "rejection_sampling": "rejection_sampling", "ril": "ril_both", "ril_plus": "ril_b"}
+"""Colors of the curves, by the names of the study's figures."""
 TEACHERS = {"teacher_a": "A", "teacher_b": "B"}
 """The teachers and their names in tables."""
 DERIVATIONS = "share of samples with a derivation"
@@ -61,8 +64,7 @@ CURVES = {
 """Titles of the curves and their metrics. The last comes from the rollouts."""
 NOTES = (
     "Scores: greedy answers to {n} held-out questions, by the exact rule, per cent ± standard error over questions; gains "
-    "over Dr.GRPO are paired by question. A, B: the teachers' sampled responses to the training questions. "
-    "RIL's one teacher is B (recipes/demo/ril_one.yaml). One seed."
+    "over Dr.GRPO are paired by question. A, B: the teachers' sampled responses to the training questions. One seed."
 )
 
 
@@ -190,12 +192,15 @@ def beginning_and_end(run: Path) -> dict[str, dict[str, float]]:
 
 def draw_curves(out: Path, path: Path) -> None:
     """Draw the paper's Fig. 5 for all methods, and how many of the student's samples carry a derivation."""
-    colors = {"dr_grpo": COLORS["dr_grpo"], "ril_one": COLORS["ril_b"], "ril_both": COLORS["ril_both"]}
+    colors = {name: COLORS[shade] for name, shade in SHADES.items()}
     curves = {name: curves_of(out / METHODS[name].run) for name in colors}
     panels = [
-        Panel(title, [(METHODS[n].title, colors[n], [found[title]]) for n, found in curves.items()], share=True)
+        Panel(
+            title, [(METHODS[n].title, colors[n], [found[title]]) for n, found in curves.items() if found[title][0]],
+            share=True,
+        )
         for title in CURVES
-    ]
+    ]  # fmt: skip
     save(curve_figure("", [panels[:2], panels[2:]], 11), path)
 
 
@@ -215,8 +220,8 @@ class ShownGroup:
 
 
 def shown_groups(out: Path) -> list[tuple[str, list[ShownGroup]]]:
-    """Return some groups of the first and the last logged step of RIL with both teachers."""
-    questions, steps = read_world(out, "train"), list(rollouts(out / METHODS["ril_both"].run))
+    """Return some groups of the first and the last logged step of RIL."""
+    questions, steps = read_world(out, "train"), list(rollouts(out / METHODS["ril"].run))
     titled = [("first", *steps[0]), ("last", *steps[-1])] if len(steps) > 1 else [("first", *step) for step in steps]
     return [(f"{which} step ({step})", pick(out, rows, questions)) for which, step, rows in titled]
 
@@ -332,7 +337,7 @@ def write_report(out: Path, seed: int, student: str, clock: Clock) -> tuple[dict
     texts = [
         part
         for title, groups in sections
-        for part in (f"== RIL, both teachers: {title} ==\n", *(group_text(group) + "\n" for group in groups))
+        for part in (f"== RIL: {title} ==\n", *(group_text(group) + "\n" for group in groups))
     ]
     write_text(out / "groups.txt", "\n".join(texts))
     clock.tick()
@@ -349,7 +354,7 @@ def show(console: Console, out: Path, summary: Mapping[str, Any], last: Sequence
     def line(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    line("\na group of the last step of RIL with both teachers:")
+    line("\na group of the last step of RIL:")
     for group in last[:1]:
         line(group_text(group) + "\n")
     tables = [
@@ -373,7 +378,7 @@ def show(console: Console, out: Path, summary: Mapping[str, Any], last: Sequence
         "recipes, to change and run": "recipes",
         "every response of every step": "ril/rollouts",
         "the judge's explanations": "ril/verdicts",
-        "the student": "ril/student",
+        "the student of RIL+": "ril_plus/student",
     }.items():
         line(f"  {what}: {out / path}")
     line(f"{summary['minutes']} minutes")

@@ -19,7 +19,7 @@ from openril.rewards.degenerate import is_empty, is_repetitive
 from openril.rewards.extraction import find_answers
 from openril.storage import stable_hash
 from playground.world.questions import LETTERS, STYLES, SkillQuestion, Style, listed
-from playground.world.skills import ALL_SKILLS, DIFFICULTIES, Split, make_questions
+from playground.world.skills import DIFFICULTIES, Split, make_questions
 
 MAX_RESPONSE_CHARS = 8000
 MOST_WORDS = 80
@@ -420,4 +420,4 @@ def _case(question: Question, response: str, sort: str, bank: Bank) -> Case | No
 
 def world_questions(split_name: Split, number: int, seed: int) -> list[SkillQuestion]:
     """Return questions of all skills and difficulties, which take turns."""
-    return make_questions(split_name, number, seed, DIFFICULTIES, tuple(ALL_SKILLS))
+    return make_questions(split_name, number, seed, DIFFICULTIES)

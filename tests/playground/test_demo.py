@@ -18,7 +18,6 @@ from openril.records import ImageSource, Question
 from openril.storage import read_jsonl, write_json, write_jsonl
 from playground.demo import Settings, demo_recipe, plan, prepare, run_demo, write_recipe
 from playground.demo_report import (
-    NOTES,
     ShownGroup,
     derivation_shares,
     group_text,
@@ -28,6 +27,7 @@ from playground.demo_report import (
 )
 from playground.models.plan import DIFFICULTY
 from playground.models.shipped import find_models
+from playground.study.recipes import baseline_settings
 from playground.world import SKILLS
 from support.playground_models import tiny_playground
 from support.waiting import wait_until
@@ -106,9 +106,23 @@ def test_a_recipe_that_was_changed_by_hand_stays(tmp_path):
     assert write_recipe("ril", settings).train.beta == 0.5
 
 
-def test_the_notes_name_the_teacher_of_the_recipe():
-    assert demo_recipe("ril_one", Settings()).train.teachers == ["teacher_b"]
-    assert "one teacher is B" in NOTES
+@pytest.mark.parametrize(
+    ("run", "method"),
+    [
+        ("ril_plus", "ril_plus"),
+        ("rejection_sampling", "rejection_sampling_balanced"),
+        ("dr_grpo", "dr_grpo"),
+        ("ril", "ril"),
+    ],
+)
+def test_a_run_has_the_settings_of_its_method(run: str, method: str):
+    recipe = demo_recipe(run, Settings()).model_dump()
+    settings = {k: v for k, v in baseline_settings(method).items() if "optimizer" not in k}
+    for key, value in settings.items():
+        found = recipe
+        for name in key.split("."):
+            found = found[name]
+        assert found == value, key
 
 
 def test_a_folder_with_other_settings_is_refused(tmp_path, models):
@@ -131,8 +145,11 @@ def test_dr_grpo_trains_while_responses_are_collected(tmp_path, models):
     assert jobs["dr_grpo train"].needs == ()
     assert jobs["ril train"].needs == ("ril discriminator",)
     assert jobs["ril discriminator"].needs == ("collect",)
+    assert jobs["verdicts"].needs == ("collect",)
+    assert jobs["verdicts"].shown == f"ril collect {tmp_path}/recipes/ril_plus.yaml"
+    assert jobs["rejection_sampling train"].needs == ("verdicts",)
     assert jobs["dr_grpo train"].shown == f"ril train {tmp_path}/recipes/dr_grpo.yaml"
-    assert len(jobs) == 10  # A collection, two discriminators, three trainings, four evaluations.
+    assert len(jobs) == 12  # A collection, its verdicts, a discriminator, four trainings, five evaluations.
     assert jobs["collect"].progress() == (0, 672, "responses")  # 28 questions x 8 responses x 3 sources
 
 
@@ -165,10 +182,10 @@ def test_an_evaluation_on_other_questions_does_not_count(tmp_path):
     row = {"question_id": "a", "question": "?", "answer": "x", "text": "x", "score": 1.0, "groups": {"skill": "charts"}}
     folder = tmp_path / "ril" / "eval"
     write_jsonl(folder / "final.jsonl", [{"key": "1"}, row])
-    assert read_evaluation(tmp_path, "ril_both", ["a"]) is None  # Not finished.
+    assert read_evaluation(tmp_path, "ril", ["a"]) is None  # Not finished.
     write_json(folder / "final.json", {})
-    assert read_evaluation(tmp_path, "ril_both", ["a", "b"]) is None
-    assert read_evaluation(tmp_path, "ril_both", ["a"]).summary.score == 1.0
+    assert read_evaluation(tmp_path, "ril", ["a", "b"]) is None
+    assert read_evaluation(tmp_path, "ril", ["a"]).summary.score == 1.0
 
 
 EVIL = '<script>alert(1)</script><img src=x onerror="alert(2)">\x1b[2J'
@@ -226,7 +243,7 @@ def test_the_whole_demo_killed_once_and_its_first_steps_again(tmp_path, models, 
     assert "by skill" in capsys.readouterr().out
     for name in ("curves.png", "report.html", "groups.txt"):
         assert (out / name).stat().st_size > 1000
-    assert all(f'"name":"{run}"' in (out / "report.html").read_text() for run in ("dr_grpo", "ril_one", "ril"))
+    assert all(f'"name":"{run}"' in (out / "report.html").read_text() for run in ("dr_grpo", "ril_plus", "ril"))
     assert "first step (1)" in (out / "groups.txt").read_text()
     assert "last step (3)" in (out / "groups.txt").read_text()
     # The judge of this test calls everything right.
@@ -239,8 +256,8 @@ def test_the_whole_demo_killed_once_and_its_first_steps_again(tmp_path, models, 
 
     assert left() == []
     assert run_demo(settings)["minutes"] == summary["minutes"]
-    (out / "ril_one" / "eval" / "final.json").unlink()
-    assert left() == ["ril_one eval"]
+    (out / "ril_plus" / "eval" / "final.json").unlink()
+    assert left() == ["ril_plus eval"]
 
     # The same seed gives the same first steps.
     repeat_first_steps(Settings(again, models=models, overrides=FEW_STEPS, **SMALL))
@@ -275,7 +292,7 @@ def steady(path: Path) -> list[dict]:
 
 def check_schema(summary: dict) -> None:
     assert set(summary) >= {"contenders", "seeds", "minutes", "judge_agreement"}
-    assert list(summary["contenders"]) == ["sft", "dr_grpo", "ril_one", "ril_both"]
+    assert list(summary["contenders"]) == ["sft", "dr_grpo", "rejection_sampling", "ril", "ril_plus"]
     for name, entry in summary["contenders"].items():
         assert set(entry) >= {"mean", "stderr", "skills"}
         assert list(entry["skills"]) == list(SKILLS)

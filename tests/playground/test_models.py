@@ -31,7 +31,8 @@ from playground.models.plan import MODELS, Schedule
 from playground.models.report import by_skill, measure, right, write
 from playground.models.shipped import WEIGHTS
 from playground.models.training import Training, equal_pictures_together, losses
-from playground.world import SKILLS, make_questions
+from playground.world import make_questions
+from playground.world.skills import ALL_SKILLS
 from playground.world.scenes import Scene, Thing, render, where
 from playground.world.skills import DESCRIBE, split_of
 
@@ -160,7 +161,7 @@ def test_only_weak_skills_have_wrong_derivations() -> None:
 def test_teachers_are_weak_in_different_skills() -> None:
     weak = {name: MODELS[name].stages[0].parts[-1][0].weak for name in ("teacher_a", "teacher_b")}
     assert not set(weak["teacher_a"]) & set(weak["teacher_b"])
-    assert {*weak["teacher_a"], *weak["teacher_b"]} < set(SKILLS)
+    assert {*weak["teacher_a"], *weak["teacher_b"]} < set(ALL_SKILLS)
 
 
 def test_a_student_learns_each_skill_in_the_planned_styles() -> None:
@@ -253,7 +254,7 @@ def test_students_are_measured_greedy_forced_and_sampled(blanks: dict[str, Path]
     questions = make_questions("validation", 14)
     measured = measure(model, encoder, questions, "c")
     assert set(measured) == {"greedy", "forced", "sampled", "derives"}
-    assert all(set(found) == {*SKILLS, "mean"} for found in measured.values())
+    assert all(set(found) == {*ALL_SKILLS, "mean"} for found in measured.values())
 
 
 def test_interrupted_training_ends_with_the_same_weights(
