@@ -32,9 +32,8 @@ from playground.models.report import by_skill, measure, right, write
 from playground.models.shipped import WEIGHTS
 from playground.models.training import Training, equal_pictures_together, losses
 from playground.world import make_questions
-from playground.world.skills import ALL_SKILLS
 from playground.world.scenes import Scene, Thing, render, where
-from playground.world.skills import DESCRIBE, split_of
+from playground.world.skills import ALL_SKILLS, DESCRIBE, split_of
 
 KINDS = {"qwen": "student_qwen", "internvl": "teacher_b"}
 
