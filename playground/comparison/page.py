@@ -8,7 +8,9 @@ from pathlib import Path
 from openril.storage import write_json, write_text
 from playground.comparison.findings import Findings
 from playground.comparison.tables import BLOCKS
-from playground.study.page import PAGE, replace_blocks
+from playground.study.page import replace_blocks
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "study.md"
 
 
 def write_report(out: Path, say: Callable[[str], None]) -> None:

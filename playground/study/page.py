@@ -16,12 +16,12 @@ from playground.study.scores import read_results
 from playground.study.tables import BLOCKS, NOTHING
 from playground.study.work import DONE
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "study.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "study_first.md"
 BEGIN, END = "<!-- generated: {} -->", "<!-- end: {} -->"
 
 
 def default_page(out: Path, split: str) -> Path:
-    """Return docs/study.md for the shipped study, and study.md in its folder for any other one and for validation."""
+    """Return docs/study_first.md for the shipped study, and study.md in its folder for any other one and for validation."""
     shipped = out.resolve() == (PAGE.parents[1] / "runs" / "study").resolve() and split == "test"
     return PAGE if shipped else out / "study.md"
 
@@ -29,7 +29,7 @@ def default_page(out: Path, split: str) -> Path:
 def write_report(out: Path, page: Path, resamples: int, say: Callable[[str], None]) -> dict[str, Any]:
     """Write ``out/results.json``, the figures and the page's blocks from the finished cells; returns the findings.
 
-    A new page begins as a copy of docs/study.md. Raises DataError when nothing is finished.
+    A new page begins as a copy of docs/study_first.md. Raises DataError when nothing is finished.
     """
     from playground.study.figures import draw_figures
 

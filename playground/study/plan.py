@@ -68,7 +68,7 @@ class Settings:
     report: bool = False
     """Run nothing; write tables, figures and page from the finished cells."""
     page: Path | None = None
-    """The page that receives the report, next to its figures; unset: docs/study.md for a report of the test questions in
+    """The page that receives the report, next to its figures; unset: docs/study_first.md for a report of the test questions in
     runs/study, else study.md in the out folder."""
     resamples: int = 4000
     """Draws of the bootstrap."""
