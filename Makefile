@@ -12,9 +12,9 @@ WORKERS ?= 2
 .PHONY: format clean
 
 help:
-	@echo "make demo          compare RIL with Dr.GRPO on fourteen small skills, with ready-made models (runs/demo)"
+	@echo "make demo          compare RIL, RIL+, rejection sampling and Dr.GRPO, with ready-made models (runs/demo)"
 	@echo "make playground    train the small students, teachers and judge from random weights (runs/playground)"
-	@echo "make study         compare RIL with its parts and with baselines, in at most three hours (runs/study)"
+	@echo "make study         compare all recipes, each tuned, in about ten hours (runs/comparison)"
 	@echo "make gpu           show on one GPU, in under ten minutes, what only a GPU can show (runs/gpu)"
 	@echo "make test          run the tests"
 	@echo "make test-vllm     run the tests against a real vLLM server (builds .venv-vllm and .venv-benchmarks first)"
@@ -44,8 +44,9 @@ playground: $(INSTALLED)
 	$(BIN)/python -m playground.models --out runs/playground --report
 
 study: $(INSTALLED)
-	@echo "==> the study writes to runs/study; run the same command again to continue an interrupted one"
-	$(BIN)/python -m playground.study --out runs/study $(ARGS)
+	@echo "==> the study writes to runs/comparison; run the same command again to continue an interrupted one"
+	$(BIN)/python -m playground.comparison --out runs/comparison \
+		--parts tuning contenders seconds steps controls regimes others $(ARGS)
 
 gpu: $(INSTALLED)
 	$(BIN)/python scripts/gpu_kit.py $(ARGS)
