@@ -89,7 +89,9 @@ class PolicyUpdate:
         for group, tokens in zip(groups, grouped, strict=True):
             for rollout in group.rollouts:
                 rollout.learned = 0
-            for rollout, ids in zip(self.members(group), tokens.completions, strict=False):  # an empty group has a dummy
+            for rollout, ids in zip(
+                self.members(group), tokens.completions, strict=False
+            ):  # an empty group has a dummy
                 rollout.learned = len(ids)
         if self.packing.due(has_images([t.prompt for t in grouped])):
             self._try_packing(grouped)
