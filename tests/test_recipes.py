@@ -100,12 +100,19 @@ def test_the_header_of_a_baseline_names_the_commands_that_it_needs(path):
     assert commands == (["check", "run"] if recipe.sft.targets == "answers" else ["collect", "sft"])
 
 
-def test_the_demo_runs_the_baseline_and_nothing_else_differs():
-    ril, dr_grpo = (load_recipe(ROOT / "demo" / f"{run}.yaml").model_dump() for run in ("ril", "dr_grpo"))
-    changed = {key: new for key, (_, new) in changed_keys(ril, dr_grpo).items()}
-    assert changed.pop("run_dir") == "runs/demo/dr_grpo"
+@pytest.mark.parametrize("run", ["dr_grpo", "rejection_sampling", "ril_plus"])
+def test_the_demo_runs_the_method_and_nothing_else_differs(run):
+    """Apart from the tuned rate, and for Dr.GRPO as many samples as the others have responses."""
+    ril, other = (load_recipe(ROOT / "demo" / f"{name}.yaml").model_dump() for name in ("ril", run))
+    changed = {key: new for key, (_, new) in changed_keys(ril, other).items()}
+    assert changed.pop("run_dir") == f"runs/demo/{run}"
     assert changed.pop("cache_dir") == "runs/demo/ril/responses"
-    assert changed == baseline_settings("dr_grpo")
+    if run == "dr_grpo":
+        assert changed.pop("train.num_generations") == 12
+    method = baseline_settings({"rejection_sampling": "rejection_sampling_balanced"}.get(run, run))
+    optimizer = {key for key in (*changed, *method) if key.startswith("train.optimizer.")}
+    same = [{k: v for k, v in found.items() if k not in optimizer} for found in (changed, method)]
+    assert same[0] == same[1]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "accelerate").glob("*.yaml")), ids=name)

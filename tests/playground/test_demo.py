@@ -16,7 +16,7 @@ from openril.errors import DataError, ModelError, RecipeError
 from openril.recipe.loading import load_recipe
 from openril.records import ImageSource, Question
 from openril.storage import read_jsonl, write_json, write_jsonl
-from playground.demo import Settings, demo_recipe, plan, prepare, run_demo, write_recipe
+from playground.demo import Settings, plan, prepare, run_demo, write_recipe
 from playground.demo_report import (
     ShownGroup,
     derivation_shares,
@@ -27,7 +27,6 @@ from playground.demo_report import (
 )
 from playground.models.plan import DIFFICULTY
 from playground.models.shipped import find_models
-from playground.study.recipes import baseline_settings
 from playground.world import SKILLS
 from support.playground_models import tiny_playground
 from support.waiting import wait_until
@@ -104,25 +103,6 @@ def test_a_recipe_that_was_changed_by_hand_stays(tmp_path):
     path = tmp_path / "recipes" / "ril.yaml"
     path.write_text(path.read_text().replace("beta: 0.01", "beta: 0.5"))
     assert write_recipe("ril", settings).train.beta == 0.5
-
-
-@pytest.mark.parametrize(
-    ("run", "method"),
-    [
-        ("ril_plus", "ril_plus"),
-        ("rejection_sampling", "rejection_sampling_balanced"),
-        ("dr_grpo", "dr_grpo"),
-        ("ril", "ril"),
-    ],
-)
-def test_a_run_has_the_settings_of_its_method(run: str, method: str):
-    recipe = demo_recipe(run, Settings()).model_dump()
-    settings = {k: v for k, v in baseline_settings(method).items() if "optimizer" not in k}
-    for key, value in settings.items():
-        found = recipe
-        for name in key.split("."):
-            found = found[name]
-        assert found == value, key
 
 
 def test_a_folder_with_other_settings_is_refused(tmp_path, models):
