@@ -36,8 +36,6 @@ from playground.models.shipped import WEIGHTS
 from playground.runner import exit_code
 
 Part = Literal["tuning", "contenders", "seconds", "steps", "controls", "regimes", "others"]
-TUNED = Path(__file__).with_name("tuned.json")
-"""The tuned rates of the shipped study, which are written before a test question is scored."""
 
 
 @dataclass
