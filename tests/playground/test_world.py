@@ -124,11 +124,11 @@ def test_derivations_end_in_the_answer(by_level):
 
 
 def test_vocabulary_is_small():
-    texts = corpus(42 * len(SKILLS), seed=1)
-    for q in make_questions("train", 42 * len(SKILLS), seed=1, difficulty=DIFFICULTIES):
+    texts = corpus(42 * len(ALL_SKILLS), seed=1)
+    for q in make_questions("train", 42 * len(ALL_SKILLS), 1, DIFFICULTIES, tuple(ALL_SKILLS)):
         texts += [q.wrong_derivation(style, slip) for style in STYLES for slip in (0, 1)]
     found = {word for text in texts for word in words(text)}
-    assert len(found) <= 200
+    assert len(found) <= 240
     assert max(int(word) for word in found if word.isdigit()) <= 99
     assert {word for word in found if word != word.lower()} <= set("ABCDEFGHIJ")
 
