@@ -17,7 +17,19 @@ from openril.storage import read_jsonl, write_json
 from playground.comparison.command import Comparison, Settings, main, mean_of_skills
 from playground.comparison.costs import preparation, steps_of_equal_seconds
 from playground.comparison.lanes import Work, run_lanes
-from playground.comparison.plan import CONTENDERS, EVERYBODY, PARTS, RATES, REGIMES, STUDENTS, Cell, Rate, tuning
+from playground.comparison.plan import (
+    CONTENDERS,
+    EVERYBODY,
+    IN_REGIMES,
+    PARTS,
+    RATES,
+    REGIMES,
+    STUDENTS,
+    WITHOUT_TRUTH,
+    Cell,
+    Rate,
+    tuning,
+)  # fmt: skip
 from playground.comparison.recipes import Recipes
 from playground.comparison.regimes import Regime, choose, erring, shuffled_sides
 from playground.models.shipped import WEIGHTS
@@ -203,3 +215,28 @@ def test_a_tiny_comparison_runs_and_a_cell_is_what_the_commands_make(
     assert found["contenders"]["ril_plus"]["seeds"] == 2
     assert main([*folders, *SMALL, "--world-seed", "3", "--parts", "contenders"]) == 2  # another world, the same folder
     assert "world_seed" in capsys.readouterr().err
+
+
+def test_the_cells_of_regimes_and_controls_run_with_their_changes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    models, out = tiny_playground(tmp_path / "models"), tmp_path / "out"
+    rates = dict.fromkeys(CONTENDERS, "0.001")
+    write_json(out / "tuned.json", {"student_qwen": rates})
+    small = [*SMALL[: SMALL.index("--only")], *SMALL[SMALL.index("--overrides") :]]
+    only = ["--only", "truth_0", "truth_30", "judge_25", "teachers_30", "ril_shuffled", "--seeds", "1"]
+    command = ["--out", str(out), "--models", str(models), "--parts", "regimes", "controls", *only, *small]
+    assert main(command) == 0, capsys.readouterr()
+    done = {
+        path.parent.relative_to(out / "student_qwen").parts[:2] for path in out.glob("student_qwen/*/*/*/*/done.json")
+    }
+    regimes = {(r, n) for r in ("truth_30", "judge_25", "teachers_30") for n in IN_REGIMES}
+    truthless = {("truth_0", n) for n in WITHOUT_TRUTH}
+    assert done == {*regimes, *truthless, ("plain", "ril_shuffled"), ("plain", "start")}
+
+    world = out / "world"
+    assert [row["answer"] != "" for row in read_jsonl(world / "train_30.jsonl")].count(True) == 5  # 30 % of 18
+    assert len(read_jsonl(world / "train_30_known.jsonl")) == 5
+    assert not any(row["answer"] for row in read_jsonl(world / "train_0.jsonl"))
+    (step,) = read_jsonl(out / Cell("student_qwen", "ril_plus_d", regime="truth_0").path / "metrics.jsonl")
+    assert step["reward/without_truth"] == 4 * (8 + 4)  # every response of the four questions
+    assert "reward/student_answer" not in step
+    assert (out / "student_qwen" / "discriminators" / "response-bce-shuffled" / "done.json").is_file()
