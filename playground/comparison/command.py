@@ -243,6 +243,9 @@ class Comparison:
         for cell in todo:
             recipe = self.recipes.cell(cell, self.rate(cell), self.settings.steps)
             variant = self.recipes.variant(cell)
+            if variant is not None and self._discriminator_name(student, variant) in failed:
+                failed.append(cell.path)
+                continue
             run = partial(self._train, cell, recipe, variant, shared)
             work.append(Work(cell.path, self.out / cell.path / runner.DONE, run, self.out / cell.path / "log"))
         return failed + run_lanes(work, self.settings.lanes, say, self.deadline)
@@ -262,6 +265,10 @@ class Comparison:
         questions = self.world / f"{cell.split}.jsonl"
         runner.train(recipe, questions, shared, Regime(cell.regime, cell.seed), cell.contender.labels)
 
+    @staticmethod
+    def _discriminator_name(student: str, variant: Variant) -> str:
+        return f"discriminator {student}/{variant.name}"
+
     def discriminators(self, student: str, variants: set[Variant]) -> list[str]:
         work = []
         for variant in sorted(variants, key=lambda v: v.name):
@@ -269,7 +276,7 @@ class Comparison:
             run = partial(_pretrain, recipe, variant.labels)
             work.append(
                 Work(
-                    f"discriminator {student}/{variant.name}",
+                    self._discriminator_name(student, variant),
                     recipe.run_path / "done.json",
                     run,
                     recipe.run_path / "log",

@@ -178,6 +178,7 @@ SMALL = [
     "--students", "student_qwen", "--num-train", "18", "--num-validation", "18", "--num-test", "18", "--steps", "1",
     "--only", "rejection_sampling", "ril_plus", "--seeds", "2",
     "--overrides", "collect.num_responses=2", "train.questions_per_step=4", "train.questions_per_sampling_batch=4",
+    "discriminator.pretraining.responses_per_question=2",
     "train.max_completion_length=8", "collect.max_completion_length=8", "eval.max_completion_length=8",
 ]  # fmt: skip
 
@@ -237,6 +238,6 @@ def test_the_cells_of_regimes_and_controls_run_with_their_changes(tmp_path: Path
     assert len(read_jsonl(world / "train_30_known.jsonl")) == 5
     assert not any(row["answer"] for row in read_jsonl(world / "train_0.jsonl"))
     (step,) = read_jsonl(out / Cell("student_qwen", "ril_plus_d", regime="truth_0").path / "metrics.jsonl")
-    assert step["reward/without_truth"] == 4 * (8 + 4)  # every response of the four questions
+    assert step["reward/without_truth"] >= 4 * 8  # every sample, and the teacher responses that are not too long
     assert "reward/student_answer" not in step
     assert (out / "student_qwen" / "discriminators" / "response-bce-shuffled" / "done.json").is_file()
