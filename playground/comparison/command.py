@@ -69,7 +69,7 @@ class Settings:
     overrides: tuple[str, ...] = ()
     """Settings of every recipe, as KEY=JSON, for instance train.questions_per_step=4."""
     steps: int = 0
-    """Steps of every cell in place of its own number; for trying."""
+    """Steps of every cell instead of those of its part; for trying."""
     lanes: int = 2
     """Cells at a time, each on one thread."""
     minutes: float = 0.0

@@ -14,7 +14,7 @@ from playground.comparison.plan import Cell, Contender, Rate
 from playground.study.recipes import MODELS, OUT, baseline_settings, put, shipped_recipe
 
 SETTINGS: dict[str, Any] = {
-    # The exact rule stands in for the judge, so that the judge's errors are what a regime says and not an unknown.
+    # The exact rule replaces the judge, so that the judge's errors are what a regime says and not an unknown.
     "rewards.answer.kind": "rules",
     "collect.num_responses": 8,
     "collect.judge_responses": False,
@@ -91,7 +91,7 @@ class Recipes:
         return self._make(student, self.out / student / "discriminators" / variant.name, settings)
 
     def cell(self, cell: Cell, rate: Rate, steps: int = 0) -> Recipe:
-        """Return the recipe of a cell at a rate, with ``steps`` in place of its own number if it is given."""
+        """Return the recipe of a cell at a rate. steps: Instead of the number of the cell, if it is given."""
         contender = cell.contender
         settings = {**rate.settings(), "seed": cell.seed, "train.max_steps": steps or cell.steps}
         chosen = contender_settings(contender)
