@@ -18,6 +18,7 @@ from playground.comparison.lanes import Work, run_lanes
 from playground.comparison.plan import (
     CONTENDERS,
     CONTROLS,
+    EVERYBODY,
     GOALS,
     RATES,
     REGIMES,
@@ -31,7 +32,7 @@ from playground.comparison.plan import (
     regimes,
     tuning,
 )  # fmt: skip
-from playground.comparison.recipes import Recipes, Variant, read_tuned
+from playground.comparison.recipes import Recipes, Variant, parsed, read_tuned
 from playground.models.shipped import WEIGHTS
 from playground.runner import exit_code
 
@@ -93,6 +94,7 @@ class Comparison:
         self.deadline = time.time() + 60 * settings.minutes if settings.minutes else None
 
     def run(self) -> int:
+        self.check()
         self.prepare()
         failed: list[str] = []
         failed += self.collect()
@@ -108,6 +110,17 @@ class Comparison:
         return 1 if failed else 0
 
     # Shared parts
+
+    def check(self) -> None:
+        """Raise DataError for names that nothing has, and RecipeError for overrides that cannot be read."""
+        parsed(self.settings.overrides)
+        names = {*EVERYBODY, *REGIMES}
+        for key, given, known in (
+            ("--students", self.settings.students, set(STUDENTS)),
+            ("--only", self.settings.only, names),
+        ):
+            if unknown := sorted(set(given) - known):
+                raise DataError(f"{key}: expected names of {', '.join(sorted(known))}; got {', '.join(unknown)}")
 
     def prepare(self) -> None:
         """Draw the world, and note what all cells share. Raises StateError when the folder belongs to another comparison."""
@@ -210,7 +223,7 @@ class Comparison:
             case "seconds":
                 for cell in contenders(students, chosen([n for n in GOALS if n != "ril_plus"]), seeds):
                     if (steps := self.steps_of_equal_seconds(cell)) is not None:
-                        yield Cell(cell.student, cell.name, cell.seed, steps, "seconds")
+                        yield Cell(cell.student, cell.name, cell.seed, steps, regime="seconds")
 
     def steps_of_equal_seconds(self, cell: Cell) -> int | None:
         """Return the steps after which a contender has cost as much in all as RIL+ with ``STEPS`` steps."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from openril.errors import StateError
+from openril.errors import RecipeError, StateError
 from openril.recipe.schema import Recipe
 from playground.comparison.plan import Cell, Contender, Rate
 from playground.study.recipes import MODELS, OUT, baseline_settings, put, shipped_recipe
@@ -55,8 +55,7 @@ class Recipes:
         values["run_dir"], values["cache_dir"] = str(folder), str(self.cache(student))
         values["data"]["train"] = [str(self.world / "train.jsonl")]
         values["data"]["validation"] = [str(self.world / "validation.jsonl")]
-        given = dict(text.partition("=")[::2] for text in self.overrides)
-        for key, value in {**SETTINGS, **settings, **{k: json.loads(v) for k, v in given.items()}}.items():
+        for key, value in {**SETTINGS, **settings, **parsed(self.overrides)}.items():
             put(values, key, value)
         return Recipe.model_validate(values)
 
@@ -119,6 +118,18 @@ def contender_settings(contender: Contender) -> dict[str, Any]:
     """Return the dotted settings of a contender: those of its recipe, and its own. Its learning rate comes later."""
     settings = {**baseline_settings(contender.recipe), **contender.settings}
     return {key: value for key, value in settings.items() if not key.startswith("train.optimizer.")}
+
+
+def parsed(overrides: Sequence[str]) -> dict[str, Any]:
+    """Return overrides as values by key. Raises RecipeError for one that is not KEY=JSON."""
+    found: dict[str, Any] = {}
+    for text in overrides:
+        key, _, value = text.partition("=")
+        try:
+            found[key] = json.loads(value)
+        except ValueError as e:
+            raise RecipeError(f"--overrides: expected KEY=JSON, got {text!r} ({e})") from None
+    return found
 
 
 def read_tuned(path: Path) -> dict[str, dict[str, str]]:

@@ -190,7 +190,7 @@ def test_a_tiny_comparison_runs_and_a_cell_is_what_the_commands_make(
     folders = ["--out", str(tmp_path / "out"), "--models", str(tmp_path / "models")]
     with pytest.raises(StateError, match="tuning"):
         Comparison(Settings(out=tmp_path / "none")).rate(Cell("student_qwen", "ril"))
-    assert main([*folders, *SMALL, "--parts", "tuning", "contenders"]) == 0, capsys.readouterr()
+    assert main([*folders, *SMALL, "--parts", "tuning", "contenders", "seconds"]) == 0, capsys.readouterr()
     out = tmp_path / "out"
     tuned = json.loads((out / "tuned.json").read_text())
     assert set(tuned["student_qwen"]) == {"rejection_sampling", "ril_plus"}
@@ -214,8 +214,12 @@ def test_a_tiny_comparison_runs_and_a_cell_is_what_the_commands_make(
     assert main([*folders, "--report"]) == 0
     found = json.loads((out / "results.json").read_text())["students"]["student_qwen"]
     assert found["contenders"]["ril_plus"]["seeds"] == 2
+    assert found["seconds"]["rejection_sampling"]["seeds"] == 2
     assert main([*folders, *SMALL, "--world-seed", "3", "--parts", "contenders"]) == 2  # another world, the same folder
     assert "world_seed" in capsys.readouterr().err
+    for mistake in (["--only", "ril_minus"], ["--students", "qwen"], ["--overrides", "train.beta=high"]):
+        assert main([*folders, *mistake]) == 2
+        assert mistake[1] in capsys.readouterr().err
 
 
 def test_the_cells_of_regimes_and_controls_run_with_their_changes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
