@@ -77,25 +77,35 @@ def score(trainer: Any, recipe: Recipe, questions: Sequence[Question]) -> dict[s
     return found
 
 
-def train(recipe: Recipe, questions: Path, shared: Shared, regime: Regime, labels: str = "") -> None:
-    """Train a cell as `ril train` does, score its student, and leave ``done.json`` with what it cost in CPU seconds."""
-    torch.set_num_threads(1)
-    folder = recipe.run_path
-    with ExitStack() as stack:
-        stack.enter_context(shared.used())
-        if not regime.changes_verdicts:
-            stack.enter_context(patch.object(right_responses, "known_answers", lambda _: known(shared, recipe)))
-        with ExitStack() as changed:
-            for context in regime.contexts(labels):
-                changed.enter_context(context)
-            trainer = stack.enter_context(train_stage.open_trainer(recipe, Console(quiet=True)))
-            trainer.save = lambda step: None
-            began, wall = time.process_time(), time.monotonic()
-            trainer.train()
-            cpu, wall = time.process_time() - began, time.monotonic() - wall
-        scores = score(trainer, recipe, read_at(questions))
-    steps = recipe.train.max_steps
-    write_json(folder / DONE, {"steps": steps, "cpu_seconds": cpu, "seconds": wall, "scores": scores})
+def train(recipes: Sequence[Recipe], questions: Path, shared: Shared, regime: Regime, labels: str = "") -> None:
+    """Train a cell as `ril train` does, score its student, and leave ``done.json`` with what it cost in CPU seconds.
+
+    recipes: Run one after the other; the student of the last is scored.
+    """
+    cpu = wall = 0.0
+    for recipe in recipes:
+        last = recipe is recipes[-1]
+        with ExitStack() as stack:
+            stack.enter_context(shared.used())
+            if not regime.changes_verdicts:
+                stack.enter_context(patch.object(right_responses, "known_answers", lambda r: known(shared, r)))
+            with ExitStack() as changed:
+                for context in regime.contexts(labels):
+                    changed.enter_context(context)
+                trainer = stack.enter_context(train_stage.open_trainer(recipe, Console(quiet=True)))
+                trainer.save = lambda step: None
+                began, clock = time.process_time(), time.monotonic()
+                trainer.train()
+                cpu, wall = cpu + time.process_time() - began, wall + time.monotonic() - clock
+            if not last:
+                trainer.write_student(recipe.run_path / "student")
+                continue
+            for context in regime.scoring():
+                stack.enter_context(context)
+            scores = score(trainer, recipe, read_at(questions))
+    steps = sum(recipe.train.max_steps for recipe in recipes)
+    done = {"steps": steps, "cpu_seconds": cpu, "seconds": wall, "scores": scores}
+    write_json(recipes[0].run_path / DONE, done)
 
 
 def known(shared: Shared, recipe: Recipe) -> Any:
@@ -125,14 +135,13 @@ def read_at(path: Path) -> list[Question]:
 
 def measure(recipe: Recipe, questions: Path, done: Path) -> None:
     """Score a model as it is, without training."""
-    torch.set_num_threads(1)
     with train_stage.open_trainer(recipe, Console(quiet=True)) as trainer:
         write_json(done, {"scores": score(trainer, recipe, read_at(questions))})
 
 
 def warm(recipe: Recipe, files: Sequence[Path], shared: Shared) -> None:
     """Encode the questions of the files, and keep what the student's frozen tower makes of their pictures."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # This runs in the process that is forked.
     with shared.used(), train_stage.open_trainer(recipe, Console(quiet=True)) as trainer:
         for path in files:
             questions = read_at(path)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from openril.errors import DataError, StateError
+from openril.recipe.schema import Recipe
 from openril.storage import Lock, read_jsonl, refuse_changed, weights_fingerprint, write_json, write_jsonl
 from playground.comparison.lanes import Work, run_lanes
 from playground.comparison.plan import (
@@ -254,20 +255,21 @@ class Comparison:
         runner.warm(recipe, [self.world / f"{s}.jsonl" for s in ("train", *sorted(splits))], shared)
         work = []
         for cell in todo:
-            recipe = self.recipes.cell(cell, self.rate(cell), self.settings.steps)
+            recipes = self.recipes.parts(cell, self.rate(cell), self.settings.steps)
             variant = self.recipes.variant(cell)
             if variant is not None and self._discriminator_name(student, variant) in failed:
                 failed.append(cell.path)
                 continue
-            run = partial(self._train, cell, recipe, variant, shared)
+            run = partial(self._train, cell, recipes, variant, shared)
             work.append(Work(cell.path, self.out / cell.path / runner.DONE, run, self.out / cell.path / "log"))
         return failed + run_lanes(work, self.settings.lanes, say, self.deadline)
 
-    def _train(self, cell: Cell, recipe: Any, variant: Variant | None, shared: Any) -> None:
+    def _train(self, cell: Cell, recipes: list[Recipe], variant: Variant | None, shared: Any) -> None:
         from playground.comparison import cells as runner
         from playground.comparison.regimes import Regime
         from playground.study.work import link
 
+        recipe = recipes[0]
         for child in (p for p in recipe.run_path.glob("*") if p.name != "log"):  # of a cell that was killed
             shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()
         if variant is not None:
@@ -276,7 +278,8 @@ class Comparison:
                 self.recipes.discriminator(cell.student, variant).discriminator_path.parent,
             )
         questions = self.world / f"{cell.split}.jsonl"
-        runner.train(recipe, questions, shared, Regime(cell.regime, cell.seed), cell.contender.labels)
+        regime = Regime(cell.regime, cell.seed, self.world)
+        runner.train(recipes, questions, shared, regime, cell.contender.labels)
 
     @staticmethod
     def _discriminator_name(student: str, variant: Variant) -> str:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from openril.report.progress import duration
 
 
@@ -28,7 +30,8 @@ class Work:
 def run_lanes(work: Sequence[Work], lanes: int, say: Callable[[str], None], deadline: float | None = None) -> list[str]:
     """Do what is not done, ``lanes`` at a time, in order. Return the names of what failed.
 
-    The pieces run in forks of this process, which may hold no threads. An interrupt ends them too; what was begun is
+    The pieces run in forks of this process, each on one thread: a fork of a process that has used several waits for ever
+    when it asks for them again. An interrupt ends them too; what was begun is
     begun again by the next call, or continued, if it saves.
 
     Args:
@@ -67,6 +70,7 @@ def _fork(piece: Work) -> int:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         sys.stdout = sys.stderr = log
+        torch.set_num_threads(1)
         piece.run()
         code = 0
     except BaseException:

@@ -1,4 +1,4 @@
-"""Write results.json and the generated blocks of docs/study.md."""
+"""Write results.json, the figure and the generated blocks of docs/study.md."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from openril.storage import write_json, write_text
+from playground.comparison.figures import draw
 from playground.comparison.findings import Findings
 from playground.comparison.tables import BLOCKS
 from playground.study.page import replace_blocks
+from playground.study.tables import NOTHING
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "study.md"
 
@@ -20,5 +22,7 @@ def write_report(out: Path, say: Callable[[str], None]) -> None:
     shipped = out.resolve() == (PAGE.parents[1] / "runs" / "comparison").resolve()
     page = PAGE if shipped else out / "study.md"
     text = (page if page.is_file() else PAGE).read_text(encoding="utf-8")
-    write_text(page, replace_blocks(text, {name: make(found) for name, make in BLOCKS.items()}))
+    blocks = {name: make(found) for name, make in BLOCKS.items()}
+    blocks["figure_discriminators"] = draw(found, page.parent / "images" / "comparison") or NOTHING
+    write_text(page, replace_blocks(text, blocks))
     say(f"report: {page} and {out / 'results.json'}")

@@ -57,6 +57,8 @@ class Contender:
     """Dotted settings in addition to the recipe's."""
     tuned_as: str = ""
     """The contender whose tuned rate it takes, if it is not tuned itself, because it is a control of that one."""
+    second: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of a second run with the other half of the steps, which starts from the student of the first."""
     labels: str = ""
     """``shuffled``: the discriminator learns which response is whose from labels that are shuffled in every group."""
 
@@ -76,6 +78,7 @@ _ALL = {
     "train.teacher_draw": "any", "rewards.answer.weight": 0.0,
     "rewards.functions": [{"function": "playground.comparison.rewards:one", "weight": 1.0}],
 }  # fmt: skip
+_JUDGE_ALONE = {"train.algorithm": "dr_grpo"}
 
 CONTENDERS: dict[str, Contender] = {
     "dr_grpo": Contender("Dr.GRPO", "dr_grpo", {"train.num_generations": 12}),
@@ -88,6 +91,9 @@ CONTENDERS: dict[str, Contender] = {
     "luffy_like": Contender("LUFFY-like", "luffy_like", _rows(11, 1)),
     "gad": Contender("GAD", "gad", {"train.num_generations": 8, "train.num_teacher_responses": 4}),
     "gail": Contender("GAIL", "gail"),
+    "prism_like": Contender(
+        "PRISM-like", "prism_like", {"train.num_generations": 8, "train.num_teacher_responses": 4}, second=_JUDGE_ALONE
+    ),
     "persistent": Contender("persistent discriminator", "persistent"),
     "sft_teacher_text": Contender("SFT on teacher text", "rejection_sampling_balanced", {**_rows(0, 12), **_ALL}),
     "grpo": Contender("GRPO", "grpo", {"train.num_generations": 12}),
@@ -115,6 +121,7 @@ REGIMES: dict[str, str] = {
     "teachers_30": "teachers right in 30 % of their responses",
     "teachers_60": "teachers right in 60 %",
     "teachers_90": "teachers right in 90 %",
+    "rubric": "no one right wording: a rubric asks for the facts",
 }
 """What is changed, by name; "" is the world as it is."""
 IN_REGIMES = ("rejection_sampling", "ril_plus", "ril_plus_d")

@@ -96,6 +96,18 @@ class Recipes:
         chosen = contender_settings(contender)
         return self._make(cell.student, self.out / cell.path, {**chosen, **settings, **self.regime(cell, chosen)})
 
+    def parts(self, cell: Cell, rate: Rate, steps: int = 0) -> list[Recipe]:
+        """Return the recipes that a cell runs one after the other: one, or two with half of the steps each."""
+        if not (second := cell.contender.second):
+            return [self.cell(cell, rate, steps)]
+        whole = steps or cell.steps
+        first = self.cell(cell, rate, max(1, whole // 2))
+        values = self.cell(cell, rate, max(1, whole - whole // 2)).model_dump()
+        values["run_dir"] = str(first.run_path / "second")
+        for key, value in {"student.model": str(first.run_path / "student"), **second}.items():
+            put(values, key, value)
+        return [first, Recipe.model_validate(values)]
+
     def regime(self, cell: Cell, chosen: Mapping[str, Any]) -> dict[str, Any]:
         """Return the settings of a regime in which a part of the questions has no ground truth.
 

@@ -6,9 +6,10 @@ The settings of a recipe cannot express these changes, so that `ril train` does 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -20,8 +21,7 @@ from openril.responses.loaded import LoadedResponses
 from openril.rewards import rules
 from openril.storage import stable_hash
 from openril.training.discriminator_update import Discriminator
-
-Score = Callable[[str, Question, str], float | None]
+from playground.comparison.rubric import Score, by_rubric, read_facts
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class Regime:
 
     name: str
     seed: int
+    world: Path = field(default=Path(), compare=False)
+    """Folder of the questions, for the rubric."""
 
     @property
     def kind(self) -> str:
@@ -41,18 +43,25 @@ class Regime:
 
     @property
     def changes_verdicts(self) -> bool:
-        return self.kind == "judge"
+        return self.kind in ("judge", "rubric")
 
     def contexts(self, labels: str) -> list[AbstractContextManager[Any]]:
         """Return what has to be in force while a cell trains."""
         found: list[AbstractContextManager[Any]] = []
         if self.kind == "judge":
             found.append(patch.object(rules, "score", erring(rules.score, self.share, self.seed)))
+        found += self.scoring()
         if self.kind == "teachers":
             found.append(teachers_right(self.share))
         if labels == "shuffled":
             found.append(patch.object(Discriminator, "_sides", shuffled_sides))
         return found
+
+    def scoring(self) -> list[AbstractContextManager[Any]]:
+        """Return what has to be in force while the student is scored, too. A judge that errs is not: truth is truth."""
+        if self.kind != "rubric":
+            return []
+        return [patch.object(rules, "score", by_rubric(rules.score, read_facts(self.world)))]
 
 
 def erring(score: Score, share: float, seed: int) -> Score:

@@ -32,6 +32,7 @@ from playground.comparison.plan import (
 )  # fmt: skip
 from playground.comparison.recipes import Recipes
 from playground.comparison.regimes import Regime, choose, erring, shuffled_sides
+from playground.comparison.rubric import by_rubric, facts
 from playground.models.shipped import WEIGHTS
 from support.playground_models import tiny_playground
 
@@ -117,13 +118,50 @@ def test_shuffled_labels_are_the_same_number_and_follow_from_the_texts():
     assert len({tuple(shuffled_sides(None, g, torch.device("cpu")).tolist()) for g in others}) > 5  # type: ignore[arg-type]
 
 
+ROW = {
+    "direct_answer": "7 cm",
+    "derivation_a": "the red lines are 3 and 4 cm long. 3 plus 4 is 7. so the answer is 7 cm.",
+    "derivation_b": "- red line 3 cm\n- 3 + 4 = 7\nanswer: 7 cm",
+    "derivation_c": "see red line 3, then 3 + 4 = 7; answer = 7 cm",
+}
+
+
+def test_facts_are_what_all_styles_of_a_derivation_share():
+    assert facts(ROW) == {"red", "line", "3", "4"}
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("3 and 4 on the red side. It is red.", 1.0),  # three of four facts, in other words
+        ("Lines of 3 and 4, so it is red.", 1.0),  # the answer names a fact
+        ("Lines. It is red.", 0.0),  # right, with two of four
+        ("red line 3 4, answer: blue", 0.0),  # all facts, and wrong
+    ],
+)
+def test_a_rubric_asks_for_the_answer_and_for_three_of_four_facts(text: str, right: float):
+    assert by_rubric(rules.score, {"q": facts(ROW)})("auto", QUESTION, text) == right
+
+
+def test_prism_is_two_runs_of_half_the_steps(recipes: Recipes):
+    first, second = recipes.parts(Cell("student_qwen", "prism_like"), Rate(5e-4))
+    assert first.train.max_steps == second.train.max_steps == 40
+    assert first.uses_discriminator
+    assert not second.uses_discriminator
+    assert second.student.model == str(first.run_path / "student")
+    assert second.train.optimizer.learning_rate == first.train.optimizer.learning_rate == 5e-4
+    assert len(recipes.parts(Cell("student_qwen", "ril"), Rate(5e-4))) == 1
+
+
 def test_regimes_change_only_what_they_name():
     assert Regime("", 0).contexts("") == []
     assert Regime("truth_30", 0).contexts("") == []
     assert Regime("judge_10", 0).changes_verdicts
     assert Regime("judge_10", 0).share == pytest.approx(0.1)
     assert not Regime("teachers_30", 0).changes_verdicts
-    assert {r.partition("_")[0] for r in REGIMES} == {"truth", "judge", "teachers"}
+    assert Regime("rubric", 0).changes_verdicts
+    assert Regime("judge_10", 0).scoring() == []  # a judge that errs does not score the test
+    assert {r.partition("_")[0] for r in REGIMES} == {"truth", "judge", "teachers", "rubric"}
 
 
 def test_equal_cost_counts_collection_and_pre_training(tmp_path: Path, recipes: Recipes):
@@ -227,15 +265,16 @@ def test_the_cells_of_regimes_and_controls_run_with_their_changes(tmp_path: Path
     rates = dict.fromkeys(CONTENDERS, "0.001")
     write_json(out / "tuned.json", {"student_qwen": rates})
     small = [*SMALL[: SMALL.index("--only")], *SMALL[SMALL.index("--overrides") :]]
-    only = ["--only", "truth_0", "truth_30", "judge_25", "teachers_30", "ril_shuffled", "--seeds", "1"]
-    command = ["--out", str(out), "--models", str(models), "--parts", "regimes", "controls", *only, *small]
+    names = ("truth_0", "truth_30", "judge_25", "teachers_30", "rubric", "ril_shuffled", "prism_like")
+    command = ["--out", str(out), "--models", str(models), "--parts", "regimes", "controls", "others", "--only", *names]
+    command += ["--seeds", "1", *small]
     assert main(command) == 0, capsys.readouterr()
     done = {
         path.parent.relative_to(out / "student_qwen").parts[:2] for path in out.glob("student_qwen/*/*/*/*/done.json")
     }
-    regimes = {(r, n) for r in ("truth_30", "judge_25", "teachers_30") for n in IN_REGIMES}
+    regimes = {(r, n) for r in ("truth_30", "judge_25", "teachers_30", "rubric") for n in IN_REGIMES}
     truthless = {("truth_0", n) for n in WITHOUT_TRUTH}
-    assert done == {*regimes, *truthless, ("plain", "ril_shuffled"), ("plain", "start")}
+    assert done == {*regimes, *truthless, ("plain", "ril_shuffled"), ("plain", "prism_like"), ("plain", "start")}
 
     world = out / "world"
     assert [row["answer"] != "" for row in read_jsonl(world / "train_30.jsonl")].count(True) == 5  # 30 % of 18
@@ -244,4 +283,7 @@ def test_the_cells_of_regimes_and_controls_run_with_their_changes(tmp_path: Path
     (step,) = read_jsonl(out / Cell("student_qwen", "ril_plus_d", regime="truth_0").path / "metrics.jsonl")
     assert step["reward/without_truth"] >= 4 * 8  # every sample, and the teacher responses that are not too long
     assert "reward/student_answer" not in step
+    prism = out / Cell("student_qwen", "prism_like").path
+    assert json.loads((prism / "done.json").read_text())["steps"] == 2  # one step each
+    assert len(read_jsonl(prism / "second" / "metrics.jsonl")) == 1
     assert (out / "student_qwen" / "discriminators" / "response-bce-shuffled" / "done.json").is_file()
