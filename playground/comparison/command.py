@@ -236,7 +236,13 @@ class Comparison:
         if cell.split == "validation":
             return Rate.of(cell.rate)
         name = cell.contender.tuned_as or cell.name
-        return Rate.of(read_tuned(self.out / "tuned.json")[cell.student][name])
+        tuned = read_tuned(self.out / "tuned.json").get(cell.student, {})
+        if name not in tuned:
+            raise StateError(
+                f"{self.out / 'tuned.json'}: expected a rate of {name} for {cell.student}, found {', '.join(tuned) or 'none'}. "
+                f"Run --parts tuning --students {cell.student} --only {name} first."
+            )
+        return Rate.of(tuned[name])
 
     def run_cells(self, cells: Sequence[Cell], student: str) -> list[str]:
         """Pre-train the discriminators that cells of one student need, then run the cells."""

@@ -232,6 +232,8 @@ def test_a_tiny_comparison_runs_and_a_cell_is_what_the_commands_make(
     out = tmp_path / "out"
     tuned = json.loads((out / "tuned.json").read_text())
     assert set(tuned["student_qwen"]) == {"rejection_sampling", "ril_plus"}
+    with pytest.raises(StateError, match="--only gail"):
+        Comparison(Settings(out=out)).rate(Cell("student_qwen", "gail"))
     cell = out / Cell("student_qwen", "ril_plus", 1).path
     done = json.loads((cell / "done.json").read_text())
     assert done["steps"] == 1
