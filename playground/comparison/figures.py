@@ -13,7 +13,7 @@ from playground.study.tables import STUDENT_TITLES
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLORS = {"ril": "#2c5282", "ril_shuffled": "#a0aec0", "ril_plus_d": "#dd6b20"}
+COLORS = {"ril": "#2c5282", "ril_shuffled": "#a0aec0", "ril_plus_d": "#dd6b20", "ril_plus_d_fast": "#38a169"}
 """Of the contenders that the figure shows."""
 PANELS = {
     "loss_minus_chance": ("loss over that of chance", 0.0),
