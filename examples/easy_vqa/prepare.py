@@ -23,7 +23,11 @@ SHAPES = ("circle", "rectangle", "triangle")
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 HELD_OUT = 0.05
 """Share of the training pictures whose questions are for validation."""
-CAPTION = "what is in the image?"
+CAPTIONS = {
+    "what is in the image?": "a {color} {shape}",
+    "describe the shape.": "The shape is a {shape}.",
+}
+"""What the student learns of every picture before any question: how to see, and a few words to say so."""
 TILE = {"tile_size": 112, "max_tiles": 1}
 """Pictures are enlarged from 64 x 64 to 112 x 112 pixels, which are 16 image tokens. Four do not show a shape well."""
 MODELS: dict[str, tuple[Architecture, dict[str, Any]]] = {
@@ -127,6 +131,9 @@ def record(row: Row, answer: str | None = None) -> dict[str, Any]:
         "images": [row.picture],
         "question": row.question,
         "answer": row.answer if answer is None else answer,
+        # Without it words would be looked for anywhere in a response, and a student that is rewarded for them learns to
+        # name several.
+        "rule": "boolean" if row.answer in ("yes", "no") else "exact",
     }
 
 
@@ -150,10 +157,18 @@ def prepare(settings: Settings) -> dict[str, int]:
     taught = [row for row in rows if row.picture in facts]
     files: dict[str, list[dict[str, Any]]] = {
         "captions": [
-            record(Row(f"caption-{i}", CAPTION, f"a {color} {shape}", picture))
+            record(Row(f"caption-{i}-{n}", prompt, caption.format(color=color, shape=shape), picture))
             for i, (picture, (color, shape)) in enumerate(sorted(facts.items()))
+            for n, (prompt, caption) in enumerate(CAPTIONS.items())
         ],
-        "warm_start": [record(row) for row in warm],
+        "warm_start": [
+            *(record(row) for row in warm),
+            *(
+                record(row._replace(id=f"{row.id}-explained"), teacher_text(row, *facts[row.picture]))
+                for row in warm
+                if row.picture in facts
+            ),
+        ],
         "train": [record(row) for row in rows[len(warm) :][: settings.num_train]],
         "validation": [record(row) for row in validation[: settings.num_validation]],
         "test": [record(row) for row in test[: settings.num_test or None]],

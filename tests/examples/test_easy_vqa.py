@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 from PIL import Image, ImageDraw
 
-from examples.easy_vqa.prepare import COLORS, SHAPES, Row, commonest, prepare, shown, teacher_text
+from examples.easy_vqa.prepare import COLORS, SHAPES, Row, commonest, prepare, record, shown, teacher_text
 from examples.easy_vqa.run import METHODS, RunSettings, jobs, main, table
 from openril.cli import main as ril
 from openril.errors import DataError
@@ -65,7 +65,7 @@ def test_the_splits_share_no_picture_and_no_question(settings: RunSettings):
     assert not {row["id"] for row in rows["warm_start"]} & {row["id"] for row in rows["train"]}
     assert all("test" in Path(row["images"][0]).name for row in rows["test"])
     # 23 pictures with three questions: "which shape" and "is there a circle" are about shapes, one is about colors.
-    assert (counts["captions"], counts["teacher_shape"], counts["teacher_color"]) == (23, 46, 23)
+    assert (counts["captions"], counts["teacher_shape"], counts["teacher_color"]) == (2 * 23, 46, 23)
 
 
 def test_what_a_picture_shows_comes_from_its_questions():
@@ -92,6 +92,16 @@ def test_the_rule_finds_the_answer_in_both_teachers_texts(question: str, answer:
     asked, other = Question("1", question, answer), Question("1", question, "no" if answer == "yes" else "yes")
     text = teacher_text(row, "red", "circle")
     assert (score("auto", asked, text), score("auto", other, text)) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize("text", ["shape is a triangle. shape is a circle. shape", "circle rectangle triangle"])
+def test_naming_several_shapes_is_not_right(text: str):
+    """A student learned to write this when words were looked for anywhere in its answers."""
+    row = record(Row("1", "what is the red shape?", "circle", "a.png"))
+    question = Question("1", row["question"], row["answer"], rule=row["rule"])
+    assert score(row["rule"], question, text) != 1.0
+    assert score(row["rule"], question, "The shape is a circle. The answer is circle.") == 1.0
+    assert score(row["rule"], question, "circle") == 1.0
 
 
 def test_a_missing_package_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
