@@ -113,7 +113,8 @@ class Comparison:
     # Shared parts
 
     def check(self) -> None:
-        """Raise DataError for names that nothing has, and RecipeError for overrides that cannot be read."""
+        """Raise DataError for names that nothing has, RecipeError for overrides that cannot be read, and StateError for
+        cells whose rate is not tuned yet and will not be."""
         parsed(self.settings.overrides)
         names = {*EVERYBODY, *REGIMES}
         for key, given, known in (
@@ -122,6 +123,10 @@ class Comparison:
         ):
             if unknown := sorted(set(given) - known):
                 raise DataError(f"{key}: expected names of {', '.join(sorted(known))}; got {', '.join(unknown)}")
+        if "tuning" not in self.settings.parts:
+            for part in (p for p in self.settings.parts if p != "seconds"):  # whose cells follow from finished ones
+                for cell in self.cells(part):
+                    self.rate(cell)
 
     def prepare(self) -> None:
         """Draw the world, and note what all cells share. Raises StateError when the folder belongs to another comparison."""
