@@ -49,7 +49,14 @@ def total(out: Path, recipes: Recipes, cell: Cell) -> float:
 
 def steps_of_equal_seconds(out: Path, recipes: Recipes, cell: Cell) -> int | None:
     """Return the steps after which a contender has cost what the reference costs with ``STEPS``, or None if it has cost more
-    before its first."""
+    before its first.
+
+    Costs are means over the finished cells. Once a run with such a number of steps has begun, the number stays, so that
+    seeds that are added later have as many.
+    """
+    begun = sorted((out / cell.student / "seconds" / cell.name).glob("steps_*"))
+    if begun:
+        return int(begun[0].name.removeprefix("steps_"))
     plain = replace(cell, regime="", steps=STEPS)
     budget = total(out, recipes, replace(plain, name=REFERENCE))
     steps = (budget - sum(preparation(out, recipes, plain).values())) / seconds_per_step(out, plain)

@@ -183,6 +183,9 @@ def test_equal_cost_counts_collection_and_pre_training(tmp_path: Path, recipes: 
     assert sum(preparation(tmp_path, recipes, Cell("student_qwen", "ril")).values()) == 60
     write_json(tmp_path / Cell("student_qwen", "ril_plus").path / "done.json", {"steps": 80, "cpu_seconds": 1.0})
     assert steps("ril") is None  # its preparation alone costs more
+    # A number with which a run has begun stays, whatever cells that come later cost.
+    (tmp_path / Cell("student_qwen", "rejection_sampling", steps=200, regime="seconds").path).mkdir(parents=True)
+    assert steps("rejection_sampling") == 200
 
 
 def test_a_mean_gives_every_skill_the_same_weight():
