@@ -136,10 +136,14 @@ class Rollout:
 
 @dataclass
 class Group:
-    """One question with the student's samples first and the teachers' responses after them: the unit of a RIL step."""
+    """One question with the student's samples first and the teachers' responses after them: the unit of a RIL step.
+
+    without_teachers: its teacher responses are not in the update (``train.teacher_responses_below``).
+    """
 
     question: Question
     rollouts: list[Rollout]
+    without_teachers: bool = False
 
     @property
     def students(self) -> list[Rollout]:
@@ -148,3 +152,9 @@ class Group:
     @property
     def teachers(self) -> list[Rollout]:
         return [r for r in self.rollouts if not r.response.from_student]
+
+    @property
+    def right_share(self) -> float | None:
+        """The share of right samples among the student's, over known verdicts; None if none is known."""
+        known = [r.verdict for r in self.students if r.verdict is not None]
+        return sum(verdict == 1.0 for verdict in known) / len(known) if known else None

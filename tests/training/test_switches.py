@@ -103,6 +103,69 @@ def test_the_switches_reach_the_advantages(tiny_qwen: Path, tmp_path: Path):
     assert [r.advantage for r in group.rollouts] == pytest.approx([-expected_one, expected_one])
 
 
+@pytest.mark.parametrize(
+    ("below", "verdicts", "advantages"),
+    [
+        # Students 0, 1, teachers 1, 1. With the teachers the mean is 3/4, without them 1/2.
+        (None, (0.0, 1.0), [-0.75, 0.25, 0.25, 0.25]),
+        (1.0, (0.0, 1.0), [-0.75, 0.25, 0.25, 0.25]),
+        (0.5, (0.0, 1.0), [-0.5, 0.5, 0.0, 0.0]),  # half of the samples are right, which is not below a half
+        (0.01, (0.0, 1.0), [-0.5, 0.5, 0.0, 0.0]),
+        (0.01, (0.0, 0.0), [-0.5, -0.5, 0.5, 0.5]),  # all of them failed
+        (0.5, (None, 1.0), [0.0, 0.0, 0.0, 0.0]),  # the one known sample is right, and alone
+        (0.01, (None, None), [0.0, 0.0, 0.0, 0.0]),  # nothing is known: the teachers stay, and have equal rewards
+    ],
+)
+def test_teachers_help_where_samples_fail(
+    below: float | None, verdicts: tuple[float | None, ...], advantages: list[float], tiny_qwen: Path, tmp_path: Path
+):
+    recipe = tiny_recipe(tmp_path / "run", tiny_qwen, train__teacher_responses_below=below)
+    trainer = make_trainer(recipe, tmp_path / "data")
+    group = group_of(*verdicts, 1.0, 1.0, students=2)
+    for rollout in group.rollouts:
+        rollout.verdict = rollout.reward
+    found = trainer.leave_out_teachers([group])
+    trainer.set_advantages([group])
+    assert [r.advantage for r in group.rollouts] == pytest.approx(advantages)
+    left_out = below is not None and group.right_share is not None and group.right_share >= below
+    assert trainer.policy.members(group) == (group.students if left_out else group.rollouts)
+    assert found == ({} if below is None else {"train/teacher_groups": 0.0 if left_out else 1.0})
+
+
+def test_groups_that_teach_nothing_need_no_pass(tiny_qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Without a KL term the update equals one that runs all groups; with one, all of them run."""
+    trained, passes = {}, {}
+    for way in ("skipped", "all", "kl"):
+        beta = 0.1 if way == "kl" else 0.0
+        recipe = tiny_recipe(tmp_path / way, tiny_qwen, train__beta=beta, train__max_tokens_per_micro_batch=1)
+        trainer = make_trainer(recipe, tmp_path / "data")
+        groups = trainer.sample_groups(trainer.batch_at(0))
+        for number, group in enumerate(groups):
+            for i, rollout in enumerate(group.rollouts):
+                rollout.advantage = (1.0, -1.0, 0.5, -0.5)[i] if number in (1, 3) else 0.0
+        if way == "all":
+            monkeypatch.setattr(type(trainer.policy), "_teaches", lambda self, group: True)
+        metrics = trainer.policy.update(groups, 0)
+        monkeypatch.undo()
+        learned = [sum(r.learned or 0 for r in g.rollouts) for g in groups]
+        assert all(learned)  # a response whose advantage is 0 is in Eq. 2 all the same
+        passes[way] = metrics["update_tokens"]
+        assert passes[way] == (sum(learned[i] for i in (1, 3)) if way == "skipped" else sum(learned))
+        trained[way] = {k: v.clone() for k, v in trainer.policy.unwrapped.state_dict().items()}
+    for name, value in trained["all"].items():
+        torch.testing.assert_close(trained["skipped"][name], value, rtol=0, atol=1e-6)
+    assert passes["kl"] == passes["all"] > passes["skipped"] > 0
+
+
+def test_a_step_without_any_advantage_has_no_ratio(tiny_qwen: Path, tmp_path: Path):
+    trainer = make_trainer(tiny_recipe(tmp_path / "run", tiny_qwen, train__beta=0.0), tmp_path / "data")
+    before = {k: v.clone() for k, v in trainer.policy.unwrapped.state_dict().items()}
+    metrics = trainer.policy.update(trainer.sample_groups(trainer.batch_at(0)), 0)
+    assert metrics == {"loss": 0.0, "grad_norm": 0.0, "update_tokens": 0.0}
+    for name, value in trainer.policy.unwrapped.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
 def test_the_shaped_weight_changes_teacher_rows_alone(tiny_qwen: Path, tmp_path: Path):
     """At mu = 1 the loss of a group is -sum of w A over tokens: w = 1 for the student's, p / (p + 0.1) for a teacher's."""
     losses = {}

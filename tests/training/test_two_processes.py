@@ -24,7 +24,7 @@ def runs(
     """A folder for each case with its runs, of one process (``run1``) and two (``run2``)."""
     folder = tmp_path_factory.mktemp("runs")
     cases = {
-        **{f"qwen_{kind}:{kind}": tiny_qwen for kind in ("mixed", "all", "replay", "retry", "switches")},
+        **{f"qwen_{kind}:{kind}": tiny_qwen for kind in ("mixed", "all", "replay", "retry", "switches", "skipped")},
         **{f"internvl_{kind}:{kind}": tiny_internvl for kind in ("mixed", "all")},
         "gemma3_mixed:mixed": tiny_gemma3_full_attention,
     }
@@ -88,6 +88,18 @@ def test_two_processes_share_the_switches(tiny_qwen: Path, runs: Path):
     assert entropies[0] == pytest.approx(entropies[1], rel=1e-6)
     files = [(folder / f"run{n}" / "right_responses.jsonl").read_text() for n in (1, 2)]
     assert files[0] == files[1] and '"right": {"a": [0, 1], "b": [0, 1]}' in files[0]
+
+
+def test_two_processes_skip_what_one_does(tiny_qwen: Path, runs: Path):
+    """All groups of one process teach nothing in the first step; it still runs as many passes as the other."""
+    folder = runs / "qwen_skipped"
+    compare(tiny_qwen, folder, discriminator=False)
+    for row in [read_jsonl(folder / f"run{n}" / "metrics.jsonl")[0] for n in (1, 2)]:
+        assert row["train/frac_reward_zero_std"] == 0.5
+        assert row["train/teacher_groups"] == 0.5
+    # Two of four groups are learned from, each with two samples.
+    learned = [r for r in read_jsonl(folder / "run1" / "rollouts" / "step_000001.jsonl") if r["advantage"]]
+    assert {r["source"] for r in learned} == {"student"}
 
 
 def test_two_processes_fall_back_together(tiny_gemma3_full_attention: Path, runs: Path):

@@ -134,6 +134,8 @@ def check_switches(recipe: Recipe, stage: str, world_size: int) -> Iterator[Prob
         elif kind != "rules" and not recipe.judge.base_urls and not recipe.judge.model_path:
             reason = "got judged_right, but neither judge.base_urls nor judge.model_path says whose verdicts count"
             yield Problem(key, reason, "Set the judge that judged the cache, or use rewards.answer.kind: rules")
+    if train.teacher_responses_below is not None:
+        yield from _teacher_responses_below(recipe)
     if train.baseline == "none" and (train.algorithm == "grpo" or rewards.combine == "per_reward"):
         reason = "got none, but what is divided by a standard deviation has its mean subtracted"
         yield Problem("train.baseline", reason, "Set it to group, or leave train.algorithm: grpo and per_reward out")
@@ -163,6 +165,19 @@ def check_switches(recipe: Recipe, stage: str, world_size: int) -> Iterator[Prob
     if rewards.combine == "per_reward" and similarity + answer + sum(f.weight != 0 for f in rewards.functions) == 1:
         reason = "got per_reward, but one reward is in use, which is only divided by its standard deviation"
         yield Problem("rewards.combine", reason, "Set it to sum, or add a reward", "warning")
+
+
+def _teacher_responses_below(recipe: Recipe) -> Iterator[Problem]:
+    train, key = recipe.train, "train.teacher_responses_below"
+    value = f"got {train.teacher_responses_below:g}"
+    if not (recipe.teacher_responses_per_question and train.teacher_responses_in_update):
+        reason = f"{value}, which changes nothing without teacher responses in the update"
+        yield Problem(key, reason, "Leave it out", "warning")
+    elif not train.num_generations:
+        yield Problem(key, f"{value}, but train.num_generations is 0: no sample can be right", "Leave it out")
+    elif recipe.answer_kind == "none":
+        reason = f"{value}, but no answer reward says which samples are right"
+        yield Problem(key, reason, "Leave it out, or set rewards.answer.kind")
 
 
 def check_schedule(optimizer: OptimizerConfig, key: str) -> Iterator[Problem]:

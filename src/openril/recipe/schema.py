@@ -500,6 +500,10 @@ class TrainConfig(Section):
     """Cached responses that a group draws from: all, balanced over the teachers (paper), or those that were judged right,
     pooled, so that a teacher gives more where more of its responses are right. A question that has none draws from all.
     Needs `collect.judge_responses`, or answer rules."""
+    teacher_responses_below: Annotated[float | None, Field(gt=0.0, le=1.0)] = None
+    """Give a group teacher responses only if a smaller share of its student samples is right; unset gives them to all
+    (paper). 0.01: where every sample failed. An unknown verdict counts as neither, and a group that has no known one gets
+    them. The discriminator learns from all of them. Needs an answer reward."""
     teacher_advantages: Literal["signed", "positive"] = "signed"
     """Advantages of teacher responses: as they are (paper), or negative ones set to 0, so that no text that the student
     did not write is pushed down."""

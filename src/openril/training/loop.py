@@ -144,6 +144,7 @@ class RILTrainer:
         with self.timed("rewards"):  # similarity and answer, for all 2G
             metrics |= prefixed("reward", self.rewards.score(judged))
             guard_against_copies(self.retries, self.recipe.rewards.answer.weight)
+        metrics |= self.leave_out_teachers(groups)
         self.set_advantages(judged)
         with self.timed("update", "student", "reference"):  # mu steps on Eq. 2
             learned = [*groups, *(r.learned for r in self.retries)]
@@ -234,6 +235,17 @@ class RILTrainer:
             question, epoch = question_at(self.questions, self.recipe.seed, position)
             groups.append(Group(question, [Rollout(r) for r in [*students, *self.teacher_responses(question, epoch)]]))
         return groups
+
+    def leave_out_teachers(self, groups: Sequence[Group]) -> dict[str, float]:
+        """Leave teacher responses out of the groups whose student samples do well enough without."""
+        below = self.recipe.train.teacher_responses_below
+        if below is None:  # the paper
+            return {}
+        for group in groups:
+            share = group.right_share
+            group.without_teachers = share is not None and share >= below
+        everyone = [left_out for part in gather_object([[g.without_teachers for g in groups]]) for left_out in part]
+        return {"train/teacher_groups": 1 - sum(everyone) / len(everyone)}
 
     def set_advantages(self, groups: Sequence[Group]) -> None:
         """Set A_i = R_i - mean over the group's members in the update, without those whose reward is unknown.

@@ -65,8 +65,13 @@ class PolicyUpdate:
         )
 
     def members(self, group: Group) -> list[Rollout]:
-        """Return the rollouts that are in Eq. 2, without teacher responses if those only train the discriminator."""
-        return group.rollouts if self.settings.teacher_responses_in_update else group.students
+        """Return the rollouts that are in Eq. 2: all, or the student's samples alone where the recipe says so."""
+        with_teachers = self.settings.teacher_responses_in_update and not group.without_teachers
+        return group.rollouts if with_teachers else group.students
+
+    def _teaches(self, group: Group) -> bool:
+        """Return whether a group has a gradient. Without a KL term, one whose advantages are all 0 has none."""
+        return self.settings.beta > 0 or any(r.advantage for r in self.members(group))
 
     def fits(self, response: Response) -> bool:
         """Return whether a teacher response is learned whole, and count it in ``too_long`` if it would be cut."""
@@ -95,7 +100,7 @@ class PolicyUpdate:
                 rollout.learned = len(ids)
         if self.packing.due(has_images([t.prompt for t in grouped])):
             self._try_packing(grouped)
-        batches = self._micro_batches(grouped)
+        batches = self._micro_batches(groups, grouped)
         old: list[Tensor] = []
         reference: list[Tensor | None] = []
         metrics: dict[str, float] = {}
@@ -139,16 +144,15 @@ class PolicyUpdate:
             loss_mean, totals = float(gathered[:, 0].mean()), gathered[:, 2:].sum(0)
             tokens, of_teachers, kl_student, kl_teacher = totals[:4].tolist()
             low, high, ratio, logprob = (totals[4:] / max(1, tokens)).tolist()
-            metrics = {
-                "loss": loss_mean,
-                "grad_norm": norm,
-                "clip_ratio/low_mean": low,
-                "clip_ratio/high_mean": high,
-                "clip_ratio/region_mean": low + high,
-                "ratio": ratio,
-                "response_logprob": logprob,
-                "update_tokens": tokens,
-            }
+            metrics = {"loss": loss_mean, "grad_norm": norm, "update_tokens": tokens}
+            if tokens:
+                metrics |= {
+                    "clip_ratio/low_mean": low,
+                    "clip_ratio/high_mean": high,
+                    "clip_ratio/region_mean": low + high,
+                    "ratio": ratio,
+                    "response_logprob": logprob,
+                }
             if tokens > of_teachers:
                 metrics["entropy"] = float(gathered[:, 1].sum()) / (tokens - of_teachers)
             if self.settings.beta:  # k3 estimates the KL divergence on the student's own tokens only
@@ -168,11 +172,22 @@ class PolicyUpdate:
     def _dummy_row(self) -> Tensor:
         return torch.tensor([self.encoder.eos_token_ids[0]])
 
-    def _micro_batches(self, tokens: Sequence[GroupTokens]) -> list[range]:
-        """Return consecutive groups within the budget of tokens, at least one in each; every process gets as many."""
-        lengths = [t.packed_length() if self.packing.on else t.plain_length() for t in tokens]
-        batches = batch_by_tokens(lengths, self.settings.max_tokens_per_micro_batch)
-        return split_to(batches, max(gather_object([len(batches)])))
+    def _micro_batches(self, groups: Sequence[Group], tokens: Sequence[GroupTokens]) -> list[list[int]]:
+        """Return the groups of each pass, within the budget of tokens, at least one in each; every process gets as many.
+
+        Groups that teach nothing are left out, unless another process has more passes than this one has groups.
+        """
+        chosen = [i for i, group in enumerate(groups) if self._teaches(group)]
+
+        def batched() -> list[range]:
+            lengths = [tokens[i].packed_length() if self.packing.on else tokens[i].plain_length() for i in chosen]
+            return batch_by_tokens(lengths, self.settings.max_tokens_per_micro_batch)
+
+        count = max(1, *gather_object([len(batched())]))
+        if (missing := count - len(chosen)) > 0:  # every process has as many groups as the others
+            idle = [i for i in range(len(groups)) if i not in chosen]
+            chosen = sorted([*chosen, *idle[:missing]])
+        return [[chosen[i] for i in batch] for batch in split_to(batched(), count)]
 
     def _try_packing(self, tokens: Sequence[GroupTokens]) -> None:
         """Find out on one group whether packed rows give this model's own log-probabilities, on all processes alike."""
@@ -197,10 +212,12 @@ class PolicyUpdate:
         advantages: list[float] = []
         from_student: list[bool] = []
         sizes: list[int] = []
-        for members in map(self.members, groups):
+        for group in groups:
+            members = self.members(group)
             advantages += [r.advantage for r in members] or [0.0]
             from_student += [r.response.from_student for r in members] or [True]
-            sizes += [len(members)] * max(1, len(members))
+            # A group that teaches nothing is in no metric, so that these do not depend on the number of processes.
+            sizes += [len(members) if self._teaches(group) else 0] * max(1, len(members))
         extended = self._with_images(tokens)
         if len(extended) > len(tokens):
             advantages.append(0.0)
@@ -236,9 +253,9 @@ class PolicyUpdate:
         """Return how far the sampler's log-probabilities of its samples are from the trainer's, in nats per token."""
         differences: list[float] = []
         for groups, logprobs in zip(batches, old, strict=True):
-            responses = [r.response for g in groups for r in self.members(g)]
-            for row, response in zip(logprobs, responses, strict=False):  # a dummy row has no response
-                if response.logprobs is not None:
+            responses = [(r.response, self._teaches(g)) for g in groups for r in self.members(g)]
+            for row, (response, teaches) in zip(logprobs, responses, strict=False):  # a dummy row has no response
+                if teaches and response.logprobs is not None:
                     sampled = torch.tensor(response.logprobs, device=row.device)
                     differences += (row[: len(sampled)] - sampled).abs().tolist()
         everyone = [d for part in gather_object([differences]) for d in part]

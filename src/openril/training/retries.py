@@ -154,12 +154,11 @@ class RetryMemory:
 
     def _see(self, group: Group) -> bool:
         """Remember or forget the question of a group by its share of right samples. Return whether it was forgotten."""
-        known = [r for r in group.students if r.verdict is not None]
-        wrong = [r.response.text for r in known if r.verdict == 0.0 and r.response.text.strip()]
-        id = group.question.id
-        if not known:
+        wrong = [r.response.text for r in group.students if r.verdict == 0.0 and r.response.text.strip()]
+        id, share = group.question.id, group.right_share
+        if share is None:
             return False
-        if sum(r.verdict == 1.0 for r in known) / len(known) >= self.settings.failed_below:
+        if share >= self.settings.failed_below:
             return self._failed.pop(id, None) is not None
         if wrong:
             failed = self._failed.setdefault(id, _Failed(id, []))
