@@ -70,6 +70,8 @@ class Settings:
     """Test questions."""
     overrides: tuple[str, ...] = ()
     """Settings of every recipe, as KEY=JSON, for instance train.questions_per_step=4."""
+    tuned: Path | None = None
+    """Take the rates from this tuned.json of another comparison, for instance on another world; it is copied."""
     steps: int = 0
     """Steps of every cell instead of those of its part; for trying."""
     lanes: int = 2
@@ -113,9 +115,11 @@ class Comparison:
     # Shared parts
 
     def check(self) -> None:
-        """Raise DataError for names that nothing has, RecipeError for overrides that cannot be read, and StateError for
-        cells whose rate is not tuned yet and will not be."""
+        """Raise DataError for names that nothing has or rates that contradict the folder's, RecipeError for overrides that
+        cannot be read, and StateError for cells whose rate is not tuned yet and will not be."""
         parsed(self.settings.overrides)
+        if self.settings.tuned is not None:
+            self.take_rates(self.settings.tuned)
         names = {*EVERYBODY, *REGIMES}
         for key, given, known in (
             ("--students", self.settings.students, set(STUDENTS)),
@@ -127,6 +131,15 @@ class Comparison:
             for part in (p for p in self.settings.parts if p != "seconds"):  # whose cells follow from finished ones
                 for cell in self.cells(part):
                     self.rate(cell)
+
+    def take_rates(self, path: Path) -> None:
+        """Copy the tuned rates of another comparison. Raises DataError if the folder has other ones."""
+        if "tuning" in self.settings.parts:
+            raise DataError(f"--tuned {path}: expected other parts than tuning, which would write its own rates")
+        rates, own = read_tuned(path), self.out / "tuned.json"
+        if own.is_file() and (has := read_tuned(own)) != rates:
+            raise DataError(f"--tuned {path}: expected the rates of {own}, {has}; got {rates}. Name another --out.")
+        write_json(own, rates)
 
     def prepare(self) -> None:
         """Draw the world, and note what all cells share. Raises StateError when the folder belongs to another comparison."""

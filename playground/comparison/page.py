@@ -1,4 +1,4 @@
-"""Write results.json, the figure and the generated blocks of docs/study.md."""
+"""Write results.json, the figure and the generated blocks of the pages in docs."""
 
 from __future__ import annotations
 
@@ -12,16 +12,20 @@ from playground.comparison.tables import BLOCKS
 from playground.study.page import replace_blocks
 from playground.study.tables import NOTHING
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "study.md"
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = {"comparison": "study.md", "comparison_2": "study_round_two.md"}
+"""Page in docs by the comparison's folder in runs."""
 
 
 def write_report(out: Path, say: Callable[[str], None]) -> None:
-    """Write ``out/results.json`` and the page's blocks: of docs/study.md for runs/comparison, else of ``out/study.md``."""
+    """Write ``out/results.json`` and the blocks of a page: of that in docs for a folder of ``PAGES``, else of one in ``out``,
+    which begins as a copy of docs/study.md."""
     found = Findings(out).everything()
     write_json(out / "results.json", found)
-    shipped = out.resolve() == (PAGE.parents[1] / "runs" / "comparison").resolve()
-    page = PAGE if shipped else out / "study.md"
-    text = (page if page.is_file() else PAGE).read_text(encoding="utf-8")
+    shipped = out.resolve().parent == (ROOT / "runs").resolve() and out.name in PAGES
+    docs = ROOT / "docs"
+    page = docs / PAGES[out.name] if shipped else out / "study.md"
+    text = (page if page.is_file() else docs / "study.md").read_text(encoding="utf-8")
     blocks = {name: make(found) for name, make in BLOCKS.items()}
     blocks["figure_discriminators"] = draw(found, page.parent / "images" / "comparison") or NOTHING
     write_text(page, replace_blocks(text, blocks))

@@ -109,6 +109,9 @@ CONTROLS: dict[str, Contender] = {
     "ril_length": Contender("RIL with a length reward in the discriminator's place", "ril", _LENGTH, "ril"),
     "ril_shuffled": Contender("RIL with shuffled labels", "ril", {}, "ril", labels="shuffled"),
     "ril_plus_length": Contender("RIL+ with a length reward", "ril_plus", _LENGTH, "ril_plus"),
+    "ril_plus_always": Contender(
+        "RIL+ with teachers in all groups", "ril_plus", {"train.teacher_responses_below": None}, "ril_plus"
+    ),
     # Added after the first results: at the other's rate the discriminator does not follow the student.
     "ril_plus_d_fast": Contender(
         "RIL+ with a gated discriminator, ten times its rate",
