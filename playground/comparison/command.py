@@ -21,6 +21,7 @@ from playground.comparison.plan import (
     CONTROLS,
     EVERYBODY,
     GOALS,
+    LENGTHS,
     RATES,
     REGIMES,
     START,
@@ -72,6 +73,8 @@ class Settings:
     """Settings of every recipe, as KEY=JSON, for instance train.questions_per_step=4."""
     tuned: Path | None = None
     """Take the rates from this tuned.json of another comparison, for instance on another world; it is copied."""
+    lengths: tuple[int, ...] = LENGTHS
+    """Numbers of steps of the part `steps`."""
     steps: int = 0
     """Steps of every cell instead of those of its part; for trying."""
     lanes: int = 2
@@ -236,7 +239,7 @@ class Comparison:
             case "controls":
                 yield from contenders(students, chosen(list(CONTROLS)), seeds)
             case "steps":
-                yield from lengths(students, chosen(GOALS), seeds)
+                yield from lengths(students, chosen(GOALS), seeds, settings.lengths)
             case "regimes":
                 yield from regimes(students, seeds, chosen(list(REGIMES)))
             case "seconds":

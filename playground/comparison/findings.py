@@ -23,6 +23,7 @@ from playground.study.bootstrap import Estimate, Resampling, paired
 from playground.world import SKILLS
 
 WINNER, RIVAL, PUBLISHED, WITH_D = "ril_plus", "rejection_sampling", "ril", "ril_plus_d"
+BASELINE = "dr_grpo"
 PARTS_OF_WORLD = {"all": "eighteen skills", "fourteen": "the fourteen", "four": "the four with headroom"}
 
 
@@ -234,6 +235,7 @@ def goals(found: Mapping[str, Any]) -> list[dict[str, Any]]:
         for name, goal, least in (
             (RIVAL, "RIL+ over tuned rejection sampling, equal steps", 0.03),
             (PUBLISHED, "RIL+ over RIL as published", 0.0),
+            (BASELINE, "RIL+ over Dr.GRPO", 0.0),
         ):
             e = contenders.get(name, {}).get("winner_over")
             text = "at least +3, interval above 0" if least else "interval above 0"

@@ -182,9 +182,11 @@ def contenders(students: Sequence[str], names: Sequence[str], seeds: int) -> Ite
     yield from (Cell(s, name, seed) for seed in range(seeds) for name in names for s in students)
 
 
-def lengths(students: Sequence[str], names: Sequence[str], seeds: int) -> Iterator[Cell]:
+def lengths(
+    students: Sequence[str], names: Sequence[str], seeds: int, numbers: Sequence[int] = LENGTHS
+) -> Iterator[Cell]:
     for cell in contenders(students, names, seeds):
-        yield from (replace(cell, steps=steps) for steps in LENGTHS)
+        yield from (replace(cell, steps=steps) for steps in numbers)
 
 
 def regimes(students: Sequence[str], seeds: int, only: Sequence[str] = tuple(REGIMES)) -> Iterator[Cell]:

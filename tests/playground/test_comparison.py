@@ -260,6 +260,17 @@ def test_a_tiny_comparison_runs_and_a_cell_is_what_the_commands_make(
     assert found["seconds"]["rejection_sampling"]["seeds"] == 2
     assert main([*folders, *SMALL, "--world-seed", "3", "--parts", "contenders"]) == 2  # another world, the same folder
     assert "world_seed" in capsys.readouterr().err
+
+    # Another world takes the tuned rates of this one, and no other ones after that.
+    second = ["--out", str(tmp_path / "second"), *folders[2:], *SMALL, "--world-seed", "3"]
+    assert main([*second, "--tuned", str(out / "tuned.json"), "--parts", "steps", "--lengths", "2"]) == 0
+    assert json.loads((tmp_path / "second" / "tuned.json").read_text()) == tuned
+    assert {p.parent.parent.name for p in (tmp_path / "second").glob("*/plain/ril_plus/*/*/done.json")} == {"steps_2"}
+    write_json(tmp_path / "others.json", {"student_qwen": {"ril_plus": "0.0005"}})
+    for parts, found in (("steps", "0.0005"), ("tuning", "tuning")):
+        assert main([*second, "--tuned", str(tmp_path / "others.json"), "--parts", parts]) == 2
+        assert found in capsys.readouterr().err
+
     for mistake in (["--only", "ril_minus"], ["--students", "qwen"], ["--overrides", "train.beta=high"]):
         assert main([*folders, *mistake]) == 2
         assert mistake[1] in capsys.readouterr().err
