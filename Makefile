@@ -46,6 +46,7 @@ playground: $(INSTALLED)
 study: $(INSTALLED)
 	@echo "==> the study writes to runs/comparison; run the same command again to continue an interrupted one"
 	$(BIN)/python -m playground.comparison --out runs/comparison \
+		--overrides train.teacher_responses_below=null \
 		--parts tuning contenders seconds steps controls regimes others $(ARGS)
 
 gpu: $(INSTALLED)
