@@ -117,8 +117,8 @@ class Rollout:
     sum; None when any reward with a weight is unknown. advantage: 0.0 where the reward is unknown.
 
     judged: whether the judge decides the verdict. explanation: the judge's own words. cause: why the verdict is unknown, or
-    why it is 0 without a comparison. learned: tokens that entered the student's update, 0 for a response outside it; None
-    before the update.
+    why it is 0 without a comparison. learned: tokens in the student's update, also where its group has no advantage and
+    needs no pass; 0 for a response outside the update; None before it.
     """
 
     response: Response
