@@ -169,8 +169,8 @@ def test_wrong_model_is_named(client):
 def test_timeout(client):
     with MisbehavingServer(Hang(), then=Say("late")) as server:
         start = time.monotonic()
-        assert chat(client(server, timeout=0.3)).text == "late"
-        assert time.monotonic() - start < 3
+        assert chat(client(server, timeout=2)).text == "late"
+        assert time.monotonic() - start < 20
 
 
 def test_timeout_to_the_end(client):
