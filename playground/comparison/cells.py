@@ -28,6 +28,8 @@ from openril.records import Question
 from openril.rewards import rules
 from openril.rewards.answers import AnswerScore, score_answers
 from openril.storage import write_json
+from playground.comparison.distillation import by_logits
+from playground.comparison.plan import Contender
 from playground.comparison.regimes import Regime
 
 DONE = "done.json"
@@ -77,7 +79,7 @@ def score(trainer: Any, recipe: Recipe, questions: Sequence[Question]) -> dict[s
     return found
 
 
-def train(recipes: Sequence[Recipe], questions: Path, shared: Shared, regime: Regime, labels: str = "") -> None:
+def train(recipes: Sequence[Recipe], questions: Path, shared: Shared, regime: Regime, contender: Contender) -> None:
     """Train a cell as `ril train` does, score its student, and leave ``done.json`` with what it cost in CPU seconds.
 
     recipes: Run one after the other; the student of the last is scored.
@@ -90,8 +92,10 @@ def train(recipes: Sequence[Recipe], questions: Path, shared: Shared, regime: Re
             if not regime.changes_verdicts:
                 stack.enter_context(patch.object(right_responses, "known_answers", lambda r: known(shared, r)))
             with ExitStack() as changed:
-                for context in regime.contexts(labels):
+                for context in regime.contexts(contender.labels):
                     changed.enter_context(context)
+                if contender.logits:
+                    changed.enter_context(by_logits(recipe, contender.logits))
                 trainer = stack.enter_context(train_stage.open_trainer(recipe, Console(quiet=True)))
                 trainer.save = lambda step: None
                 began, clock = time.process_time(), time.monotonic()

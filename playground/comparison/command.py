@@ -19,6 +19,7 @@ from playground.comparison.lanes import Work, run_lanes
 from playground.comparison.plan import (
     CONTENDERS,
     CONTROLS,
+    DISTILLATION,
     EVERYBODY,
     GOALS,
     LENGTHS,
@@ -27,9 +28,11 @@ from playground.comparison.plan import (
     START,
     STUDENTS,
     TEACHERS,
+    WITH_ONE_TEACHER,
     Cell,
     Rate,
     contenders,
+    distillation,
     lengths,
     regimes,
     tuning,
@@ -38,7 +41,7 @@ from playground.comparison.recipes import Recipes, Variant, parsed, read_tuned
 from playground.models.shipped import WEIGHTS
 from playground.runner import exit_code
 
-Part = Literal["tuning", "contenders", "seconds", "steps", "controls", "regimes", "others"]
+Part = Literal["tuning", "contenders", "seconds", "steps", "controls", "regimes", "others", "distillation"]
 
 
 @dataclass
@@ -109,8 +112,7 @@ class Comparison:
             say(f"{part}: {len(cells)} cells")
             if part != "tuning":
                 failed += self.measure()
-            for student in self.settings.students:
-                failed += self.run_cells([c for c in cells if c.student == student], student)
+            failed += self.run_cells(cells)
             if part == "tuning" and not failed:
                 self.write_tuned()
         return 1 if failed else 0
@@ -231,7 +233,7 @@ class Comparison:
         others = [n for n in CONTENDERS if n not in GOALS]
         match part:
             case "tuning":
-                yield from tuning(students, chosen([*GOALS, *others]))
+                yield from tuning(students, chosen([*GOALS, *others, *DISTILLATION]))
             case "contenders":
                 yield from contenders(students, chosen(GOALS), seeds)
             case "others":
@@ -240,6 +242,8 @@ class Comparison:
                 yield from contenders(students, chosen(list(CONTROLS)), seeds)
             case "steps":
                 yield from lengths(students, chosen(GOALS), seeds, settings.lengths)
+            case "distillation":
+                yield from distillation(students, chosen(WITH_ONE_TEACHER), seeds)
             case "regimes":
                 yield from regimes(students, seeds, chosen(list(REGIMES)))
             case "seconds":
@@ -265,31 +269,41 @@ class Comparison:
             )
         return Rate.of(tuned[name])
 
-    def run_cells(self, cells: Sequence[Cell], student: str) -> list[str]:
-        """Pre-train the discriminators that cells of one student need, then run the cells."""
+    def run_cells(self, cells: Sequence[Cell]) -> list[str]:
+        """Pre-train the discriminators that the cells need, then run the cells, those of all students side by side."""
+        from playground.comparison.cells import DONE
+
+        todo = [c for c in cells if not (self.out / c.path / DONE).exists()]
+        failed: list[str] = []
+        work: list[Work] = []
+        for student in self.settings.students:
+            mine = [c for c in todo if c.student == student]
+            if not mine:
+                continue
+            failed += self.discriminators(student, {v for c in mine if (v := self.recipes.variant(c)) is not None})
+            shared = self.encoded(student, {c.split for c in mine})
+            for cell in mine:
+                variant = self.recipes.variant(cell)
+                if variant is not None and self._discriminator_name(student, variant) in failed:
+                    failed.append(cell.path)
+                    continue
+                recipes = self.recipes.parts(cell, self.rate(cell), self.settings.steps)
+                run = partial(self._train, cell, recipes, variant, shared)
+                work.append(Work(cell.path, self.out / cell.path / DONE, run, self.out / cell.path / "log"))
+        order = [cell.path for cell in todo]
+        work.sort(key=lambda piece: order.index(piece.name))
+        return failed + run_lanes(work, self.settings.lanes, say, self.deadline)
+
+    def encoded(self, student: str, splits: set[str]) -> Any:
+        """Return what the cells of a student share, with the pictures of the splits and of the training questions."""
         from playground.comparison import cells as runner
 
-        todo = [c for c in cells if not (self.out / c.path / runner.DONE).exists()]
-        if not todo:
-            return []
-        failed = self.discriminators(student, {v for c in todo if (v := self.recipes.variant(c)) is not None})
         shared = runner.Shared()
         say(f"{student}: encoding the pictures")
-        plain = Cell(student, "rejection_sampling", split="validation")
-        recipe = self.recipes.cell(plain, RATES[1])
+        recipe = self.recipes.cell(Cell(student, "rejection_sampling", split="validation"), RATES[1])
         recipe.run_dir = str(self.out / student / "warm")
-        splits = {c.split for c in todo}
         runner.warm(recipe, [self.world / f"{s}.jsonl" for s in ("train", *sorted(splits))], shared)
-        work = []
-        for cell in todo:
-            recipes = self.recipes.parts(cell, self.rate(cell), self.settings.steps)
-            variant = self.recipes.variant(cell)
-            if variant is not None and self._discriminator_name(student, variant) in failed:
-                failed.append(cell.path)
-                continue
-            run = partial(self._train, cell, recipes, variant, shared)
-            work.append(Work(cell.path, self.out / cell.path / runner.DONE, run, self.out / cell.path / "log"))
-        return failed + run_lanes(work, self.settings.lanes, say, self.deadline)
+        return shared
 
     def _train(self, cell: Cell, recipes: list[Recipe], variant: Variant | None, shared: Any) -> None:
         from playground.comparison import cells as runner
@@ -306,7 +320,7 @@ class Comparison:
             )
         questions = self.world / f"{cell.split}.jsonl"
         regime = Regime(cell.regime, cell.seed, self.world)
-        runner.train(recipes, questions, shared, regime, cell.contender.labels)
+        runner.train(recipes, questions, shared, regime, cell.contender)
 
     @staticmethod
     def _discriminator_name(student: str, variant: Variant) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from openril.errors import StateError
 from playground.comparison.cells import DONE
-from playground.comparison.plan import STEPS, TEACHERS, Cell, Rate
+from playground.comparison.plan import STEPS, Cell, Rate
 from playground.comparison.recipes import Recipes
 
 REFERENCE = "ril_plus"
@@ -23,7 +23,7 @@ def preparation(out: Path, recipes: Recipes, cell: Cell) -> dict[str, float]:
     found: dict[str, float] = {}
     uses_teachers = recipe.teacher_responses_per_question > 0 or recipe.train.retry.questions_per_step > 0
     if uses_teachers:
-        found["teachers' responses"] = sum(_seconds(out / "teachers" / t / DONE) for t in TEACHERS)
+        found["teachers' responses"] = sum(_seconds(out / "teachers" / t / DONE) for t in cell.teachers)
     if (variant := recipes.variant(cell)) is not None:
         found["student's responses"] = _seconds(out / cell.student / "collection" / DONE)
         folder = recipes.discriminator(cell.student, variant).run_path

@@ -17,7 +17,18 @@ from openril.report.curves import series
 from openril.storage import read_jsonl
 from playground.comparison.cells import DONE
 from playground.comparison.costs import preparation, seconds_per_step
-from playground.comparison.plan import CONTENDERS, EVERYBODY, LENGTHS, START, STEPS, STUDENTS, TEACHERS, Cell
+from playground.comparison.plan import (
+    CONTENDERS,
+    EVERYBODY,
+    LENGTHS,
+    ONE_TEACHER,
+    START,
+    STEPS,
+    STUDENTS,
+    TEACHERS,
+    WITH_ONE_TEACHER,
+    Cell,
+)  # fmt: skip
 from playground.comparison.recipes import Recipes
 from playground.study.bootstrap import Estimate, Resampling, paired
 from playground.world import SKILLS
@@ -133,6 +144,7 @@ class Findings:
             "seconds": {n: row for n in CONTENDERS if (row := self.equal_seconds(student, n, winner)) is not None},
             "steps": {n: row for n in CONTENDERS if (row := self.lengths(Cell(student, n))) is not None},
             "regimes": self.regimes(student),
+            "distillation": self.distillation(student),
             "discriminators": {n: found for n in EVERYBODY if (found := self.discriminator(Cell(student, n)))},
         }
 
@@ -199,6 +211,12 @@ class Findings:
                 "with_d_over_start": self.over(with_d, Cell(student, START)),
             }
         return found
+
+    def distillation(self, student: str) -> dict[str, Any]:
+        """Return what each contender makes of one teacher, by name."""
+        cells = {n: Cell(student, n, regime=ONE_TEACHER) for n in WITH_ONE_TEACHER}
+        winner = cells[WINNER]
+        return {n: row for n, cell in cells.items() if (row := self.row(cell, winner)) is not None}
 
     def discriminator(self, cell: Cell) -> dict[str, list[float]]:
         """Return the discriminator's loss over chance and accuracies by step, means over the seeds."""

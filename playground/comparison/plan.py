@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 STUDENTS = ("student_qwen", "student_internvl")
 TEACHERS = ("teacher_a", "teacher_b")
@@ -61,6 +61,8 @@ class Contender:
     """Settings of a second run with the other half of the steps, which starts from the student of the first."""
     labels: str = ""
     """``shuffled``: the discriminator learns which response is whose from labels that are shuffled in every group."""
+    logits: Literal["", "forward", "reverse"] = ""
+    """The divergence from the distribution of ``SAME_TOKENIZER``'s teacher that it learns in the place of rewards."""
 
 
 def _rows(students: int, teachers: int) -> dict[str, int]:
@@ -120,7 +122,21 @@ CONTROLS: dict[str, Contender] = {
         "ril_plus_d",
     ),
 }
-EVERYBODY = {**CONTENDERS, **CONTROLS}
+DISTILLATION: dict[str, Contender] = {
+    "logits_of_text": Contender(
+        "logits on the teacher's text", "rejection_sampling_balanced", {**_rows(0, 8), **_ALL}, logits="forward"
+    ),
+    "logits_of_samples": Contender(
+        "logits on the student's samples", "dr_grpo", {"train.num_generations": 8, "train.beta": 0}, logits="reverse"
+    ),
+}  # fmt: skip
+"""Distillation by logits, which is not a method of the package."""
+SAME_TOKENIZER = {"student_qwen": "teacher_a"}
+"""The teacher whose logits a student can learn."""
+ONE_TEACHER = "one_teacher"
+"""The regime in which that teacher is the only one."""
+WITH_ONE_TEACHER = ("sft_teacher_text", "rejection_sampling", "ril_plus", *DISTILLATION)
+EVERYBODY = {**CONTENDERS, **CONTROLS, **DISTILLATION}
 
 REGIMES: dict[str, str] = {
     "truth_30": "ground truth for 30 % of the questions",
@@ -166,16 +182,22 @@ class Cell:
             [*part, *([f"rate_{self.rate}"] if self.rate else []), f"steps_{self.steps}", f"seed_{self.seed}"]
         )
 
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """Names of the teachers that it may learn from."""
+        return (SAME_TOKENIZER[self.student],) if self.regime == ONE_TEACHER or self.contender.logits else TEACHERS
 
-PARTS = ("tuning", "contenders", "seconds", "steps", "controls", "regimes", "others")
+
+PARTS = ("tuning", "contenders", "seconds", "steps", "controls", "regimes", "others", "distillation")
 LENGTHS = (40, 160, 320)
 
 
 def tuning(students: Sequence[str], names: Sequence[str]) -> Iterator[Cell]:
     """Yield the validation runs: the same ones for every contender."""
     for name in names:
+        able = [s for s in students if s in SAME_TOKENIZER or not EVERYBODY[name].logits]
         for rate in RATES:
-            yield from (Cell(s, name, TUNING_SEED, rate=rate.name, split="validation") for s in students)
+            yield from (Cell(s, name, TUNING_SEED, rate=rate.name, split="validation") for s in able)
 
 
 def contenders(students: Sequence[str], names: Sequence[str], seeds: int) -> Iterator[Cell]:
@@ -194,3 +216,9 @@ def regimes(students: Sequence[str], seeds: int, only: Sequence[str] = tuple(REG
         for regime in only:
             names = WITHOUT_TRUTH if regime == "truth_0" else IN_REGIMES
             yield from (Cell(s, name, seed, regime=regime) for name in names for s in students)
+
+
+def distillation(students: Sequence[str], names: Sequence[str], seeds: int) -> Iterator[Cell]:
+    """Yield the cells with one teacher, for the students that have its tokenizer."""
+    for cell in contenders([s for s in students if s in SAME_TOKENIZER], names, seeds):
+        yield replace(cell, regime=ONE_TEACHER)

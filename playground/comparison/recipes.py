@@ -10,7 +10,7 @@ from typing import Any
 
 from openril.errors import RecipeError, StateError
 from openril.recipe.schema import Recipe
-from playground.comparison.plan import Cell, Contender, Rate
+from playground.comparison.plan import TEACHERS, Cell, Contender, Rate
 from playground.study.recipes import MODELS, OUT, baseline_settings, put, shipped_recipe
 
 SETTINGS: dict[str, Any] = {
@@ -49,12 +49,15 @@ class Recipes:
     world: Path
     overrides: tuple[str, ...] = ()
 
-    def _make(self, student: str, folder: Path, settings: Mapping[str, Any]) -> Recipe:
+    def _make(
+        self, student: str, folder: Path, settings: Mapping[str, Any], teachers: Sequence[str] = TEACHERS
+    ) -> Recipe:
         recipe = shipped_recipe(f"study/{student}.yaml", (), {OUT: self.out, MODELS: self.models})
         values = recipe.model_dump()
         values["run_dir"], values["cache_dir"] = str(folder), str(self.cache(student))
         values["data"]["train"] = [str(self.world / "train.jsonl")]
         values["data"]["validation"] = [str(self.world / "validation.jsonl")]
+        values["teachers"] = [t for t in values["teachers"] if t["name"] in teachers]
         for key, value in {**SETTINGS, **settings, **parsed(self.overrides)}.items():
             put(values, key, value)
         return Recipe.model_validate(values)
@@ -94,7 +97,8 @@ class Recipes:
         contender = cell.contender
         settings = {**rate.settings(), "seed": cell.seed, "train.max_steps": steps or cell.steps}
         chosen = contender_settings(contender)
-        return self._make(cell.student, self.out / cell.path, {**chosen, **settings, **self.regime(cell, chosen)})
+        settings = {**chosen, **settings, **self.regime(cell, chosen)}
+        return self._make(cell.student, self.out / cell.path, settings, cell.teachers)
 
     def parts(self, cell: Cell, rate: Rate, steps: int = 0) -> list[Recipe]:
         """Return the recipes that a cell runs one after the other: one, or two with half of the steps each."""

@@ -33,11 +33,11 @@ def tuning(found: Found) -> str:
     parts = []
     for student, names in found["tuning"].items():
         rows = []
-        for name in (n for n in CONTENDERS if n in names):
+        for name in (n for n in EVERYBODY if n in names):
             chosen = found["tuned"][student][name]
             scores = [(r.name, names[name].get(r.name)) for r in RATES]
             shown = ["-" if s is None else f"**{s:.1f}**" if r == chosen else f"{s:.1f}" for r, s in scores]
-            rows.append([CONTENDERS[name].title, *shown])
+            rows.append([EVERYBODY[name].title, *shown])
         parts.append(f"**{STUDENT_TITLES[student]}**\n\n" + markdown(["", *(rate(r.name) for r in RATES)], rows))
     return "\n".join(parts) or NOTHING
 
@@ -133,6 +133,22 @@ def regimes(found: Found) -> str:
     return each_student(found, table)
 
 
+def distillation(found: Found) -> str:
+    """Write what text and logits of one teacher give."""
+
+    def table(results: Found) -> str:
+        rows = []
+        for name, row in results["distillation"].items():
+            truth = "no" if name == "sft_teacher_text" or EVERYBODY[name].logits else "yes"
+            over = "" if name == WINNER else difference(row["winner_over"])
+            cost = [f"{row['seconds_per_step']:.2f}", f"{row['total']:.0f}"]
+            rows.append([EVERYBODY[name].title, truth, percent(row["mean"]), over, *cost, str(row["seeds"])])
+        header = ["", "ground truth", "mean of the skills", "RIL+ over it", "CPU s a step", "CPU s in all", "seeds"]
+        return markdown(header, rows, words=2) if rows else ""
+
+    return each_student(found, table)
+
+
 def skills(found: Found) -> str:
     def table(results: Found) -> str:
         columns = [(CONTENDERS[n].title, row["skills"]) for n, row in results["contenders"].items() if n in CONTENDERS]
@@ -173,5 +189,6 @@ def discriminators(found: Found) -> str:
 BLOCKS: dict[str, Callable[[Found], str]] = {
     "goals": goal_table, "tuning": tuning, "contenders": contenders, "seconds": seconds, "steps": steps, "controls": controls,
     "regimes": regimes, "skills": skills, "discriminators": discriminators,
+    "distillation": distillation,
 }  # fmt: skip
 """Generated parts of the page by the name in their markers."""

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
 from openril.cli import main as ril
-from openril.errors import StateError
+from openril.errors import ModelError, StateError
 from openril.records import Group, Question, Response, Rollout
 from openril.rewards import rules
 from openril.storage import read_jsonl, write_json
 from playground.comparison.command import Comparison, Settings, main, mean_of_skills
 from playground.comparison.costs import preparation, steps_of_equal_seconds
+from playground.comparison.distillation import by_logits, divergence
 from playground.comparison.lanes import Work, run_lanes
 from playground.comparison.plan import (
     CONTENDERS,
+    DISTILLATION,
     EVERYBODY,
     IN_REGIMES,
+    ONE_TEACHER,
     PARTS,
     RATES,
     REGIMES,
@@ -28,6 +33,7 @@ from playground.comparison.plan import (
     WITHOUT_TRUTH,
     Cell,
     Rate,
+    distillation,
     tuning,
 )  # fmt: skip
 from playground.comparison.recipes import Recipes
@@ -151,6 +157,32 @@ def test_prism_is_two_runs_of_half_the_steps(recipes: Recipes):
     assert second.student.model == str(first.run_path / "student")
     assert second.train.optimizer.learning_rate == first.train.optimizer.learning_rate == 5e-4
     assert len(recipes.parts(Cell("student_qwen", "ril"), Rate(5e-4))) == 1
+
+
+def test_the_divergence_between_two_distributions():
+    # Of a coin that is fair and one that shows heads three times of four.
+    ours, theirs = torch.log(torch.tensor([[0.5, 0.5]])), torch.log(torch.tensor([[0.75, 0.25]])) + 3.0
+    forward = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
+    reverse = 0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)
+    assert divergence(ours, theirs, "forward").tolist() == pytest.approx([forward])
+    assert divergence(ours, theirs, "reverse").tolist() == pytest.approx([reverse])
+    assert divergence(ours, ours + 1.0, "reverse").tolist() == pytest.approx([0.0], abs=1e-7)
+
+
+def test_logits_are_those_of_the_one_teacher_with_the_students_tokenizer(recipes: Recipes, tmp_path: Path):
+    cells = [Cell("student_qwen", n, regime=ONE_TEACHER) for n in ("logits_of_text", "sft_teacher_text", "ril_plus")]
+    for recipe in (recipes.cell(cell, Rate(1.0)) for cell in cells):
+        assert recipe.teacher_names == ["teacher_a"]
+    text, sft = (recipes.cell(cell, Rate(1.0)) for cell in cells[:2])
+    assert text.train.num_teacher_responses == 8
+    assert sft.train.num_teacher_responses == 12
+    assert not any(c.student == "student_internvl" for c in distillation(STUDENTS, list(DISTILLATION), 1))
+    models = tiny_playground(tmp_path)
+    text.student.model = str(models / "student_qwen" / "sft")
+    for teacher, fits in (("teacher_a", True), ("teacher_b", False)):
+        text.teachers[0].model_path = str(models / teacher)
+        with nullcontext() if fits else pytest.raises(ModelError, match=teacher), by_logits(text, "forward"):
+            pass
 
 
 def test_regimes_change_only_what_they_name():
@@ -278,11 +310,13 @@ def test_a_tiny_comparison_runs_and_a_cell_is_what_the_commands_make(
 
 def test_the_cells_of_regimes_and_controls_run_with_their_changes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     models, out = tiny_playground(tmp_path / "models"), tmp_path / "out"
-    rates = dict.fromkeys(CONTENDERS, "0.001")
+    rates = dict.fromkeys((*CONTENDERS, *DISTILLATION), "0.001")
     write_json(out / "tuned.json", {"student_qwen": rates})
     small = [*SMALL[: SMALL.index("--only")], *SMALL[SMALL.index("--overrides") :]]
     names = ("truth_0", "truth_30", "judge_25", "teachers_30", "rubric", "ril_shuffled", "prism_like")
-    command = ["--out", str(out), "--models", str(models), "--parts", "regimes", "controls", "others", "--only", *names]
+    logits = ("logits_of_text", "logits_of_samples")
+    command = ["--out", str(out), "--models", str(models), "--parts", "regimes", "controls", "others", "distillation"]
+    command += ["--only", *names, *logits]
     command += ["--seeds", "1", *small]
     assert main(command) == 0, capsys.readouterr()
     done = {
@@ -290,7 +324,8 @@ def test_the_cells_of_regimes_and_controls_run_with_their_changes(tmp_path: Path
     }
     regimes = {(r, n) for r in ("truth_30", "judge_25", "teachers_30", "rubric") for n in IN_REGIMES}
     truthless = {("truth_0", n) for n in WITHOUT_TRUTH}
-    assert done == {*regimes, *truthless, ("plain", "ril_shuffled"), ("plain", "prism_like"), ("plain", "start")}
+    plain = {("plain", "ril_shuffled"), ("plain", "prism_like"), ("plain", "start")}
+    assert done == {*regimes, *truthless, *plain, *((ONE_TEACHER, name) for name in logits)}
 
     world = out / "world"
     assert [row["answer"] != "" for row in read_jsonl(world / "train_30.jsonl")].count(True) == 5  # 30 % of 18
@@ -303,3 +338,7 @@ def test_the_cells_of_regimes_and_controls_run_with_their_changes(tmp_path: Path
     assert json.loads((prism / "done.json").read_text())["steps"] == 2  # one step each
     assert len(read_jsonl(prism / "second" / "metrics.jsonl")) == 1
     assert (out / "student_qwen" / "discriminators" / "response-bce-shuffled" / "done.json").is_file()
+    for name in logits:  # the divergence between two random models, in nats a token
+        (step,) = read_jsonl(out / Cell("student_qwen", name, regime=ONE_TEACHER).path / "metrics.jsonl")
+        assert 0 < step["train/loss"] < 2
+        assert step["train/grad_norm"] > 0

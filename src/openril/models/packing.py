@@ -221,19 +221,24 @@ class Policy(nn.Module):
             with_entropy: Return the entropy of the distribution that each token was predicted with too, float32 [R, T],
                 in nats and without gradient.
         """
-        if rows.layout is None:
-            logits = self.model(**rows.model_inputs, logits_to_keep=rows.keep, use_cache=False).logits
-            states, head = logits.flatten(0, 1), None
-        else:
-            model = base_model(self.model)
-            states = run_packed(model.model, rows, self.vision).flatten(0, 1)
-            head = model.get_output_embeddings()
+        states, head = self.states(rows)
         index, targets = rows.index[rows.mask], rows.targets[rows.mask]
         found = token_logprobs(states, index, targets, head, self.temperature, with_entropy=with_entropy)
         empty = torch.zeros_like(rows.mask, dtype=torch.float32)
         if isinstance(found, tuple):
             return empty.masked_scatter(rows.mask, found[0]), empty.masked_scatter(rows.mask, found[1])
         return empty.masked_scatter(rows.mask, found)
+
+    def states(self, rows: Batch) -> tuple[Tensor, nn.Module | None]:
+        """Return the states [K, D] that ``rows.index`` counts, and the head that maps them to logits.
+
+        Without a head the states are the logits.
+        """
+        if rows.layout is None:
+            logits = self.model(**rows.model_inputs, logits_to_keep=rows.keep, use_cache=False).logits
+            return logits.flatten(0, 1), None
+        model = base_model(self.model)
+        return run_packed(model.model, rows, self.vision).flatten(0, 1), model.get_output_embeddings()
 
 
 def token_logprobs(
