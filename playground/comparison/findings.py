@@ -200,7 +200,7 @@ class Findings:
     def regimes(self, student: str) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for regime in ("", *_regimes()):
-            names = [n for n in CONTENDERS if self.scores(Cell(student, n, regime=regime)) is not None]
+            names = [n for n in EVERYBODY if self.scores(Cell(student, n, regime=regime)) is not None]
             if regime and not names:
                 continue
             cells = {n: Cell(student, n, regime=regime) for n in names}

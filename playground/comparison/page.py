@@ -27,6 +27,7 @@ def write_report(out: Path, say: Callable[[str], None]) -> None:
     page = docs / PAGES[out.name] if shipped else out / "study.md"
     text = (page if page.is_file() else docs / "study.md").read_text(encoding="utf-8")
     blocks = {name: make(found) for name, make in BLOCKS.items()}
-    blocks["figure_discriminators"] = draw(found, page.parent / "images" / "comparison") or NOTHING
+    # A folder for each comparison, because two pages of docs have the figure.
+    blocks["figure_discriminators"] = draw(found, page.parent / "images" / out.name) or NOTHING
     write_text(page, replace_blocks(text, blocks))
     say(f"report: {page} and {out / 'results.json'}")

@@ -59,6 +59,8 @@ class Contender:
     """The contender whose tuned rate it takes, if it is not tuned itself, because it is a control of that one."""
     second: Mapping[str, Any] = field(default_factory=dict)
     """Settings of a second run with the other half of the steps, which starts from the student of the first."""
+    second_recipe: str = ""
+    """The recipe of that second run, if it is another."""
     labels: str = ""
     """``shuffled``: the discriminator learns which response is whose from labels that are shuffled in every group."""
     logits: Literal["", "forward", "reverse"] = ""
@@ -122,6 +124,17 @@ CONTROLS: dict[str, Contender] = {
         "ril_plus_d",
     ),
 }
+IN_TWO_PARTS: dict[str, Contender] = {
+    "sft_then_ril_plus": Contender(
+        "SFT on teacher text, then RIL+",
+        "rejection_sampling_balanced",
+        {**_rows(0, 12), **_ALL},
+        "ril_plus",
+        second=_rows(8, 4),
+        second_recipe="ril_plus",
+    ),
+}
+"""For questions of which a part has ground truth: half of the steps on all of them, half on that part."""
 DISTILLATION: dict[str, Contender] = {
     "logits_of_text": Contender(
         "logits on the teacher's text", "rejection_sampling_balanced", {**_rows(0, 8), **_ALL}, logits="forward"
@@ -136,7 +149,7 @@ SAME_TOKENIZER = {"student_qwen": "teacher_a"}
 ONE_TEACHER = "one_teacher"
 """The regime in which that teacher is the only one."""
 WITH_ONE_TEACHER = ("sft_teacher_text", "rejection_sampling", "ril_plus", *DISTILLATION)
-EVERYBODY = {**CONTENDERS, **CONTROLS, **DISTILLATION}
+EVERYBODY = {**CONTENDERS, **CONTROLS, **IN_TWO_PARTS, **DISTILLATION}
 
 REGIMES: dict[str, str] = {
     "truth_30": "ground truth for 30 % of the questions",
@@ -151,6 +164,8 @@ REGIMES: dict[str, str] = {
 }
 """What is changed, by name; "" is the world as it is."""
 IN_REGIMES = ("rejection_sampling", "ril_plus", "ril_plus_d")
+WITH_SOME_TRUTH = (*IN_REGIMES, "ril", *IN_TWO_PARTS)
+"""Those that run where a part of the questions has ground truth."""
 WITHOUT_TRUTH = ("sft_teacher_text", "ril_plus_d", "gail")
 """Those that can learn without any ground truth."""
 
@@ -214,7 +229,7 @@ def lengths(
 def regimes(students: Sequence[str], seeds: int, only: Sequence[str] = tuple(REGIMES)) -> Iterator[Cell]:
     for seed in range(seeds):
         for regime in only:
-            names = WITHOUT_TRUTH if regime == "truth_0" else IN_REGIMES
+            names = WITHOUT_TRUTH if regime == "truth_0" else WITH_SOME_TRUTH if "truth" in regime else IN_REGIMES
             yield from (Cell(s, name, seed, regime=regime) for name in names for s in students)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,23 +92,31 @@ class Recipes:
         settings = {"discriminator.inputs": variant.inputs, "discriminator.loss": variant.loss}
         return self._make(student, self.out / student / "discriminators" / variant.name, settings)
 
-    def cell(self, cell: Cell, rate: Rate, steps: int = 0) -> Recipe:
-        """Return the recipe of a cell at a rate. steps: Instead of the number of the cell, if it is given."""
-        contender = cell.contender
+    def cell(self, cell: Cell, rate: Rate, steps: int = 0, contender: Contender | None = None) -> Recipe:
+        """Return the recipe of a cell at a rate.
+
+        Args:
+            steps: Instead of the number of the cell, if it is given.
+            contender: Instead of that of the cell, if it is given.
+        """
         settings = {**rate.settings(), "seed": cell.seed, "train.max_steps": steps or cell.steps}
-        chosen = contender_settings(contender)
+        chosen = contender_settings(contender or cell.contender)
         settings = {**chosen, **settings, **self.regime(cell, chosen)}
         return self._make(cell.student, self.out / cell.path, settings, cell.teachers)
 
     def parts(self, cell: Cell, rate: Rate, steps: int = 0) -> list[Recipe]:
         """Return the recipes that a cell runs one after the other: one, or two with half of the steps each."""
-        if not (second := cell.contender.second):
+        contender = cell.contender
+        if not contender.second:
             return [self.cell(cell, rate, steps)]
         whole = steps or cell.steps
         first = self.cell(cell, rate, max(1, whole // 2))
-        values = self.cell(cell, rate, max(1, whole - whole // 2)).model_dump()
+        other = None
+        if contender.second_recipe:
+            other = replace(contender, recipe=contender.second_recipe, settings={})
+        values = self.cell(cell, rate, max(1, whole - whole // 2), other).model_dump()
         values["run_dir"] = str(first.run_path / "second")
-        for key, value in {"student.model": str(first.run_path / "student"), **second}.items():
+        for key, value in {"student.model": str(first.run_path / "student"), **contender.second}.items():
             put(values, key, value)
         return [first, Recipe.model_validate(values)]
 

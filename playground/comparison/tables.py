@@ -113,7 +113,8 @@ def controls(found: Found) -> str:
 
 
 def regimes(found: Found) -> str:
-    names = ("rejection_sampling", "ril_plus", "ril_plus_d", "sft_teacher_text", "gail")
+    plain = ("rejection_sampling", "ril_plus", "ril_plus_d")
+    names = (*plain, "ril", "sft_then_ril_plus", "sft_teacher_text", "gail")
 
     def table(results: Found) -> str:
         rows = []
@@ -121,13 +122,10 @@ def regimes(found: Found) -> str:
             if row["with_d_over_without"] is None and regime != "truth_0":
                 continue
             title = REGIMES.get(regime, "the world as it is")
-            means = [
-                percent(row["means"].get(n)) if regime or n in ("rejection_sampling", "ril_plus", "ril_plus_d") else "-"
-                for n in names
-            ]
+            means = [percent(row["means"].get(n)) if regime or n in (*plain, "ril") else "-" for n in names]
             gain = row["with_d_over_without"] or row["with_d_over_start"]
             rows.append([title, *means, difference(gain) + (" over the start" if regime == "truth_0" else "")])
-        titles = [CONTENDERS[n].title for n in names]
+        titles = [EVERYBODY[n].title for n in names]
         return markdown(["", *titles, "with the discriminator over without"], rows) if len(rows) > 1 else ""
 
     return each_student(found, table)

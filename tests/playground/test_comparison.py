@@ -6,6 +6,7 @@ import json
 import math
 from collections import Counter
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,7 @@ from playground.comparison.plan import (
     RATES,
     REGIMES,
     STUDENTS,
+    WITH_SOME_TRUTH,
     WITHOUT_TRUTH,
     Cell,
     Rate,
@@ -157,6 +159,17 @@ def test_prism_is_two_runs_of_half_the_steps(recipes: Recipes):
     assert second.student.model == str(first.run_path / "student")
     assert second.train.optimizer.learning_rate == first.train.optimizer.learning_rate == 5e-4
     assert len(recipes.parts(Cell("student_qwen", "ril"), Rate(5e-4))) == 1
+
+
+def test_all_text_first_and_then_ril_plus_on_what_has_truth(recipes: Recipes):
+    cell = Cell("student_qwen", "sft_then_ril_plus", regime="truth_10")
+    first, second = recipes.parts(cell, Rate(5e-4))
+    assert [Path(r.data.train[0]).name for r in (first, second)] == ["train.jsonl", "train_10_known.jsonl"]
+    assert (first.train.num_generations, first.train.teacher_draw, first.rewards.answer.weight) == (0, "any", 0)
+    assert second.student.model == str(first.run_path / "student")
+    alone = recipes.cell(replace(cell, name="ril_plus"), Rate(5e-4), 40)
+    differs = {"run_dir", "student"}  # nothing of the first part stays in the second
+    assert second.model_dump(exclude=differs) == alone.model_dump(exclude=differs)
 
 
 def test_the_divergence_between_two_distributions():
@@ -322,7 +335,8 @@ def test_the_cells_of_regimes_and_controls_run_with_their_changes(tmp_path: Path
     done = {
         path.parent.relative_to(out / "student_qwen").parts[:2] for path in out.glob("student_qwen/*/*/*/*/done.json")
     }
-    regimes = {(r, n) for r in ("truth_30", "judge_25", "teachers_30", "rubric") for n in IN_REGIMES}
+    regimes = {(r, n) for r in ("judge_25", "teachers_30", "rubric") for n in IN_REGIMES}
+    regimes |= {("truth_30", n) for n in WITH_SOME_TRUTH}
     truthless = {("truth_0", n) for n in WITHOUT_TRUTH}
     plain = {("plain", "ril_shuffled"), ("plain", "prism_like"), ("plain", "start")}
     assert done == {*regimes, *truthless, *plain, *((ONE_TEACHER, name) for name in logits)}
