@@ -161,11 +161,14 @@ REGIMES: dict[str, str] = {
     "teachers_60": "teachers right in 60 %",
     "teachers_90": "teachers right in 90 %",
     "rubric": "no one right wording: a rubric asks for the facts",
+    "unjudged": "teacher responses without verdicts, drawn whether right or wrong",
 }
 """What is changed, by name; "" is the world as it is."""
-IN_REGIMES = ("rejection_sampling", "ril_plus", "ril_plus_d")
+IN_REGIMES: tuple[str, ...] = ("rejection_sampling", "ril_plus", "ril_plus_d")
 WITH_SOME_TRUTH = (*IN_REGIMES, "ril", *IN_TWO_PARTS)
 """Those that run where a part of the questions has ground truth."""
+WITHOUT_VERDICTS = ("ril_plus", "ril_plus_d")
+"""Those that can do without verdicts on the cached teacher responses."""
 WITHOUT_TRUTH = ("sft_teacher_text", "ril_plus_d", "gail")
 """Those that can learn without any ground truth."""
 
@@ -229,7 +232,11 @@ def lengths(
 def regimes(students: Sequence[str], seeds: int, only: Sequence[str] = tuple(REGIMES)) -> Iterator[Cell]:
     for seed in range(seeds):
         for regime in only:
-            names = WITHOUT_TRUTH if regime == "truth_0" else WITH_SOME_TRUTH if "truth" in regime else IN_REGIMES
+            names = IN_REGIMES
+            if regime.startswith("truth"):
+                names = WITHOUT_TRUTH if regime == "truth_0" else WITH_SOME_TRUTH
+            elif regime == "unjudged":
+                names = WITHOUT_VERDICTS
             yield from (Cell(s, name, seed, regime=regime) for name in names for s in students)
 
 

@@ -121,12 +121,14 @@ class Recipes:
         return [first, Recipe.model_validate(values)]
 
     def regime(self, cell: Cell, chosen: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the settings of a regime in which a part of the questions has no ground truth.
+        """Return the settings of a regime in which teacher responses have no verdicts, or a part of the questions no truth.
 
         Without a discriminator those questions teach nothing and are left out of the data. With one, their groups are
         rewarded by it alone.
         """
         kind, _, share = cell.regime.partition("_")
+        if kind == "unjudged":
+            return {"train.teacher_draw": "any"}
         if kind != "truth":
             return {}
         if chosen.get("discriminator.mode") == "none":

@@ -33,11 +33,15 @@ from playground.comparison.plan import (
     STUDENTS,
     WITH_SOME_TRUTH,
     WITHOUT_TRUTH,
+    WITHOUT_VERDICTS,
     Cell,
     Rate,
     distillation,
     tuning,
 )  # fmt: skip
+from playground.comparison.plan import (
+    regimes as planned_regimes,
+)
 from playground.comparison.recipes import Recipes
 from playground.comparison.regimes import Regime, choose, erring, shuffled_sides
 from playground.comparison.rubric import by_rubric, facts
@@ -206,7 +210,14 @@ def test_regimes_change_only_what_they_name():
     assert not Regime("teachers_30", 0).changes_verdicts
     assert Regime("rubric", 0).changes_verdicts
     assert Regime("judge_10", 0).scoring() == []  # a judge that errs does not score the test
-    assert {r.partition("_")[0] for r in REGIMES} == {"truth", "judge", "teachers", "rubric"}
+    assert {r.partition("_")[0] for r in REGIMES} == {"truth", "judge", "teachers", "rubric", "unjudged"}
+
+
+@pytest.mark.parametrize("name", WITHOUT_VERDICTS)
+def test_without_verdicts_teacher_text_is_drawn_whether_right_or_wrong(recipes: Recipes, name: str):
+    plain, unjudged = (recipes.cell(Cell("student_qwen", name, regime=r), Rate(5e-4)) for r in ("", "unjudged"))
+    assert (plain.train.teacher_draw, unjudged.train.teacher_draw) == ("judged_right", "any")
+    assert [c.name for c in planned_regimes(["student_qwen"], 1, ["unjudged"])] == list(WITHOUT_VERDICTS)
 
 
 def test_equal_cost_counts_collection_and_pre_training(tmp_path: Path, recipes: Recipes):
