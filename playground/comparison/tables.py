@@ -6,7 +6,17 @@ from collections.abc import Callable
 from typing import Any
 
 from playground.comparison.findings import PARTS_OF_WORLD, WINNER, goals
-from playground.comparison.plan import CONTENDERS, CONTROLS, EVERYBODY, RATES, REGIMES, Rate
+from playground.comparison.plan import (
+    CONTENDERS,
+    CONTROLS,
+    EVERYBODY,
+    IN_REGIMES,
+    RATES,
+    REGIMES,
+    WITH_SOME_TRUTH,
+    WITHOUT_TRUTH,
+    Rate,
+)  # fmt: skip
 from playground.study.tables import NOTHING, STUDENT_TITLES, TEACHER_TITLES, difference, each_student, markdown, percent
 
 Found = dict[str, Any]
@@ -113,20 +123,29 @@ def controls(found: Found) -> str:
 
 
 def regimes(found: Found) -> str:
-    plain = ("rejection_sampling", "ril_plus", "ril_plus_d")
-    names = (*plain, "ril", "sft_then_ril_plus", "sft_teacher_text", "gail")
+    """Write RIL+ with and without its discriminator in every regime, and then who does what with how much truth."""
+    by_truth = {"": "all", "truth_30": "30 %", "truth_10": "10 %", "truth_0": "none"}
 
     def table(results: Found) -> str:
         rows = []
         for regime, row in results["regimes"].items():
-            if row["with_d_over_without"] is None and regime != "truth_0":
-                continue
-            title = REGIMES.get(regime, "the world as it is")
-            means = [percent(row["means"].get(n)) if regime or n in (*plain, "ril") else "-" for n in names]
-            gain = row["with_d_over_without"] or row["with_d_over_start"]
-            rows.append([title, *means, difference(gain) + (" over the start" if regime == "truth_0" else "")])
-        titles = [EVERYBODY[n].title for n in names]
-        return markdown(["", *titles, "with the discriminator over without"], rows) if len(rows) > 1 else ""
+            if (gain := row["with_d_over_without"]) is not None:
+                means = [percent(row["means"].get(n)) for n in IN_REGIMES]
+                title = REGIMES.get(regime, "the world as it is")
+                rows.append([title, *means, difference(gain), str(gain["seeds"])])
+        if len(rows) < 2:
+            return ""
+        header = ["", *(CONTENDERS[n].title for n in IN_REGIMES), "with the discriminator over without", "seeds of the difference"]
+        written = markdown(header, rows)
+        truth = {r: results["regimes"][r]["means"] for r in by_truth if r in results["regimes"]}
+        if len(truth) > 1:
+            names = [n for n in (*WITH_SOME_TRUTH, *WITHOUT_TRUTH) if any(r and n in m for r, m in truth.items())]
+            lines = [
+                [EVERYBODY[n].title, *(percent(m.get(n)) if n in m else "" for m in truth.values())]
+                for n in dict.fromkeys(names)
+            ]
+            written += "\n" + markdown(["questions with ground truth", *(by_truth[r] for r in truth)], lines)
+        return written
 
     return each_student(found, table)
 
