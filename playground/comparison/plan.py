@@ -139,6 +139,10 @@ DISTILLATION: dict[str, Contender] = {
     "logits_of_text": Contender(
         "logits on the teacher's text", "rejection_sampling_balanced", {**_rows(0, 8), **_ALL}, logits="forward"
     ),
+    "logits_of_both": Contender(
+        "logits on both", "ril_plus", {**_rows(4, 4), "train.teacher_draw": "any", "train.teacher_responses_below": None},
+        logits="forward",
+    ),
     "logits_of_samples": Contender(
         "logits on the student's samples", "dr_grpo", {"train.num_generations": 8, "train.beta": 0}, logits="reverse"
     ),

@@ -135,7 +135,12 @@ def regimes(found: Found) -> str:
                 rows.append([title, *means, difference(gain), str(gain["seeds"])])
         if len(rows) < 2:
             return ""
-        header = ["", *(CONTENDERS[n].title for n in IN_REGIMES), "with the discriminator over without", "seeds of the difference"]
+        header = [
+            "",
+            *(CONTENDERS[n].title for n in IN_REGIMES),
+            "with the discriminator over without",
+            "seeds of the difference",
+        ]
         written = markdown(header, rows)
         truth = {r: results["regimes"][r]["means"] for r in by_truth if r in results["regimes"]}
         if len(truth) > 1:
