@@ -129,10 +129,11 @@ def regimes(found: Found) -> str:
     def table(results: Found) -> str:
         rows = []
         for regime, row in results["regimes"].items():
-            if (gain := row["with_d_over_without"]) is not None:
+            if WINNER in row["means"]:
+                gain = row["with_d_over_without"]
                 means = [percent(row["means"].get(n)) for n in IN_REGIMES]
                 title = REGIMES.get(regime, "the world as it is")
-                rows.append([title, *means, difference(gain), str(gain["seeds"])])
+                rows.append([title, *means, difference(gain), str(gain["seeds"]) if gain else ""])
         if len(rows) < 2:
             return ""
         header = [
