@@ -25,6 +25,7 @@ from playground.comparison.plan import (
     LENGTHS,
     RATES,
     REGIMES,
+    SAME_TOKENIZER,
     START,
     STUDENTS,
     TEACHERS,
@@ -120,8 +121,8 @@ class Comparison:
     # Shared parts
 
     def check(self) -> None:
-        """Raise DataError for names that nothing has or rates that contradict the folder's, RecipeError for overrides that
-        cannot be read, and StateError for cells whose rate is not tuned yet and will not be."""
+        """Raise DataError for names that nothing has, parts without a cell, or rates that contradict the folder's,
+        RecipeError for overrides that cannot be read, and StateError for cells whose rate is not tuned yet and will not be."""
         parsed(self.settings.overrides)
         if self.settings.tuned is not None:
             self.take_rates(self.settings.tuned)
@@ -132,6 +133,13 @@ class Comparison:
         ):
             if unknown := sorted(set(given) - known):
                 raise DataError(f"{key}: expected names of {', '.join(sorted(known))}; got {', '.join(unknown)}")
+        for part in (p for p in self.settings.parts if p != "seconds"):
+            if next(self.cells(part), None) is None:
+                chosen = f"--students {' '.join(self.settings.students)} --only {' '.join(self.settings.only) or 'all'}"
+                raise DataError(
+                    f"--parts {part}: expected a cell of {chosen}, found none. Name others, or leave the part out."
+                    f" Logits are those of a teacher with the tokenizer of {', '.join(SAME_TOKENIZER)}."
+                )
         if "tuning" not in self.settings.parts:
             for part in (p for p in self.settings.parts if p != "seconds"):  # whose cells follow from finished ones
                 for cell in self.cells(part):

@@ -327,6 +327,12 @@ def test_a_tiny_comparison_runs_and_a_cell_is_what_the_commands_make(
         assert main([*second, "--tuned", str(tmp_path / "others.json"), "--parts", parts]) == 2
         assert found in capsys.readouterr().err
 
+    for nothing in (
+        ["--parts", "distillation", "--students", "student_internvl"],
+        ["--parts", "others", "--only", "ril"],
+    ):
+        assert main([*folders, *nothing]) == 2
+        assert nothing[1] in capsys.readouterr().err
     for mistake in (["--only", "ril_minus"], ["--students", "qwen"], ["--overrides", "train.beta=high"]):
         assert main([*folders, *mistake]) == 2
         assert mistake[1] in capsys.readouterr().err
