@@ -343,7 +343,7 @@ def test_the_cells_of_regimes_and_controls_run_with_their_changes(tmp_path: Path
     rates = dict.fromkeys((*CONTENDERS, *DISTILLATION), "0.001")
     write_json(out / "tuned.json", {"student_qwen": rates})
     small = [*SMALL[: SMALL.index("--only")], *SMALL[SMALL.index("--overrides") :]]
-    names = ("truth_0", "truth_30", "judge_25", "teachers_30", "rubric", "ril_shuffled", "prism_like")
+    names = ("truth_0", "truth_30", "judge_25", "teachers_30", "rubric", "ril_shuffled", "ril_fixed_d", "prism_like")
     logits = ("logits_of_text", "logits_of_samples")
     command = ["--out", str(out), "--models", str(models), "--parts", "regimes", "controls", "others", "distillation"]
     command += ["--only", *names, *logits]
@@ -355,7 +355,7 @@ def test_the_cells_of_regimes_and_controls_run_with_their_changes(tmp_path: Path
     regimes = {(r, n) for r in ("judge_25", "teachers_30", "rubric") for n in IN_REGIMES}
     regimes |= {("truth_30", n) for n in WITH_SOME_TRUTH}
     truthless = {("truth_0", n) for n in WITHOUT_TRUTH}
-    plain = {("plain", "ril_shuffled"), ("plain", "prism_like"), ("plain", "start")}
+    plain = {("plain", name) for name in ("ril_shuffled", "ril_fixed_d", "prism_like", "start")}
     assert done == {*regimes, *truthless, *plain, *((ONE_TEACHER, name) for name in logits)}
 
     world = out / "world"
