@@ -110,7 +110,9 @@ CONTROLS: dict[str, Contender] = {
     "ril_without_d": Contender(
         "RIL without its discriminator", "ril", {"discriminator.mode": "none", "rewards.similarity.weight": 0.0}, "ril"
     ),
-    "ril_fixed_d": Contender("RIL with its discriminator as pre-trained", "ril", {"discriminator.mode": "fixed"}, "ril"),
+    "ril_fixed_d": Contender(
+        "RIL with its discriminator as pre-trained", "ril", {"discriminator.mode": "fixed"}, "ril"
+    ),
     "ril_length": Contender("RIL with a length reward in the discriminator's place", "ril", _LENGTH, "ril"),
     "ril_shuffled": Contender("RIL with shuffled labels", "ril", {}, "ril", labels="shuffled"),
     "ril_plus_length": Contender("RIL+ with a length reward", "ril_plus", _LENGTH, "ril_plus"),
