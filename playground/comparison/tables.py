@@ -102,8 +102,10 @@ def steps(found: Found) -> str:
         rows = []
         for name, row in results["steps"].items():
             means = [percent(m) for m in row["means"].values()]
-            rows.append([CONTENDERS[name].title, *means, difference(row["over_80"].get("320"))])
-        return markdown(["", "40 steps", "80", "160", "320", "320 over 80"], rows) if rows else ""
+            apart = [difference(row[key].get("320")) for key in ("over_80", "winner_over")]
+            rows.append([CONTENDERS[name].title, *means, *apart])
+        head = ["", "40 steps", "80", "160", "320", "320 over 80", "RIL+ over it at 320"]
+        return markdown(head, rows) if rows else ""
 
     return each_student(found, table)
 

@@ -31,7 +31,6 @@ from openril.rewards.similarity import SimilarityGate
 from openril.sampling.protocol import Sampler, gathered
 from openril.storage import stable_hash
 from openril.training.discriminator_update import Discriminator
-from openril.training.entropy_watch import EntropyWatch
 from openril.training.group_tables import log_groups
 from openril.training.interrupts import Interrupted, stop_requests
 from openril.training.metrics import reward_metrics
@@ -40,6 +39,7 @@ from openril.training.optimization import learning_rate, set_learning_rate
 from openril.training.policy_update import PolicyUpdate
 from openril.training.retries import Retry, RetryMemory, guard_against_copies
 from openril.training.run_folder import RunFolder
+from openril.training.student_watch import AdvantageWatch, EntropyWatch
 
 TeacherResponses = Callable[[Question, int], list[Response]]
 """(question, epoch) -> teacher responses for its group; epoch counts how often the question was used before."""
@@ -118,6 +118,7 @@ class RILTrainer:
         d = recipe.discriminator
         self.watch = HealthWatch(d.health_window, d.at_chance_accuracy, d.saturated_accuracy)
         self.entropy_watch = EntropyWatch()
+        self.advantage_watch = AdvantageWatch()
         self.seconds: dict[str, float] = {}
         self._warned_of_length = False
 
@@ -295,7 +296,7 @@ class RILTrainer:
         train = self.recipe.train
         saved = self.step_number
         for row in self.folder.metrics():  # of a run that is continued
-            self.entropy_watch.see(row.get("train/entropy"))
+            self._watch_student(row)
         with stop_requests() as stop:
             while self.step_number < self.total_steps:
                 started = time.perf_counter()
@@ -356,7 +357,7 @@ class RILTrainer:
         self.report(step, self.total_steps, row)
         if message := self.watch.see(metrics.get("discriminator/balanced_accuracy")):
             self.warn(message)
-        if message := self.entropy_watch.see(metrics.get("train/entropy")):
+        for message in self._watch_student(metrics):
             self.warn(message)
         if (too_long := metrics.get("train/teacher_too_long")) and not self._warned_of_length:
             self._warned_of_length = True
@@ -365,6 +366,15 @@ class RILTrainer:
                 f" longer than {self.recipe.train.max_completion_length} tokens of the student and join no group. Raise it,"
                 " or collect shorter responses. The metric train/teacher_too_long counts them in every step."
             )
+
+    def _watch_student(self, metrics: dict[str, float]) -> list[str]:
+        """Let the watches see a step, and return what they warn of."""
+        gate = metrics.get("reward/similarity_gate")
+        found = (
+            self.entropy_watch.see(metrics.get("train/entropy")),
+            self.advantage_watch.see(metrics.get("train/advantage_abs"), gate),
+        )
+        return [message for message in found if message]
 
     @contextmanager
     def timed(self, part: str, *models: str) -> Iterator[None]:

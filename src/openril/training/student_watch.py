@@ -1,4 +1,4 @@
-"""Watch the entropy of the student's samples over the steps of a run."""
+"""Watch the student over the steps of a run: the entropy of its samples, and whether anything tells them apart."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import math
 from collections import deque
 
 WINDOW = 10
+"""Steps that both look back."""
 FACTOR = 2.0
 LEAST = 0.5
+ROUNDING = 1e-9
 
 
 class EntropyWatch:
@@ -39,4 +41,33 @@ class EntropyWatch:
             f"train/entropy runs away: {now:.2f} nats per token over {WINDOW} steps, {start:.2f} over the first {WINDOW}."
             " The student's samples become random text. Options: train.negative_scale: 0.5, train.beta: 0.01 with"
             " train.kl_rows: student, train.baseline: students, or a lower train.optimizer.learning_rate."
+        )
+
+
+class AdvantageWatch:
+    """Warns once per episode when no response had an advantage in the last ``WINDOW`` steps: the rewards teach nothing."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        """How many steps in a row were without."""
+
+    def see(self, advantage: float | None, gate: float | None = None) -> str | None:
+        """Take the mean absolute advantage of one step, and return a warning to show or None.
+
+        gate: The factor of the similarity reward's weight, if the recipe has a gate.
+        """
+        if advantage is None or math.isnan(advantage):
+            return None
+        self.steps = 0 if advantage > ROUNDING else self.steps + 1
+        if self.steps != WINDOW:
+            return None
+        closed = (
+            " The gate of the similarity reward is closed: the discriminator does not tell student and teachers apart."
+            if gate == 0
+            else ""
+        )
+        return (
+            f"train/advantage_abs is 0 in the last {WINDOW} steps: all responses to a question earn the same, and the student"
+            f" learns nothing from them.{closed} Look at reward/student_answer (1: the questions are too easy; 0: too hard, or"
+            " the judge or the rule never agrees) and at train/unknown_reward_share."
         )
