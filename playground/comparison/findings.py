@@ -205,9 +205,11 @@ class Findings:
                 continue
             cells = {n: Cell(student, n, regime=regime) for n in names}
             with_d, without = Cell(student, WITH_D, regime=regime), Cell(student, WINNER, regime=regime)
+            rival = Cell(student, RIVAL, regime=regime)
             found[regime] = {
                 "means": {n: self.mean(c) for n, c in cells.items()},
                 "with_d_over_without": self.over(with_d, without),
+                "winner_over_rival": self.over(without, rival),
                 "with_d_over_start": self.over(with_d, Cell(student, START)),
             }
         return found

@@ -135,14 +135,16 @@ def regimes(found: Found) -> str:
                 gain = row["with_d_over_without"]
                 means = [percent(row["means"].get(n)) for n in IN_REGIMES]
                 title = REGIMES.get(regime, "the world as it is")
-                rows.append([title, *means, difference(gain), str(gain["seeds"]) if gain else ""])
+                lead = difference(row["winner_over_rival"])
+                rows.append([title, *means, lead, difference(gain), str(gain["seeds"]) if gain else ""])
         if len(rows) < 2:
             return ""
         header = [
             "",
             *(CONTENDERS[n].title for n in IN_REGIMES),
+            "RIL+ over rejection sampling",
             "with the discriminator over without",
-            "seeds of the difference",
+            "seeds of the last difference",
         ]
         written = markdown(header, rows)
         truth = {r: results["regimes"][r]["means"] for r in by_truth if r in results["regimes"]}

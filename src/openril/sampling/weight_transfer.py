@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import pickle
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import suppress
@@ -30,7 +31,7 @@ Chunk = list[tuple[str, Tensor]]
 OnMainProcess = Callable[[Callable[[], Any]], None]
 
 
-class Transfer:
+class Transfer(ABC):
     """A backend for ``servers``, a ``WeightSync``. ``connect`` runs in the main process, ``send`` in every process."""
 
     def __init__(self, settings: SamplerConfig, servers: Any, device: torch.device) -> None:
@@ -43,9 +44,9 @@ class Transfer:
         """Prepare the servers for the first sync."""
         self.connected = True
 
+    @abstractmethod
     def send(self, chunk: Chunk, on_main: OnMainProcess) -> None:
         """Send a chunk to every server, and return when they have it."""
-        raise NotImplementedError
 
     def init(self, url: str, info: dict[str, Any]) -> Any:
         return self.servers.post(url, "/init_weight_transfer_engine", "weight transfer", {"init_info": info}, self.fix)
