@@ -59,13 +59,20 @@ def test_rewards_that_teach_nothing(series: list[float | None], expected: list[i
     assert [step for step, value in enumerate(series, start=1) if watch.see(value)] == expected
 
 
-@pytest.mark.parametrize(("gate", "named"), [(0.0, True), (0.4, False), (None, False)])
-def test_the_warning_names_a_closed_gate(gate: float | None, named: bool):
+@pytest.mark.parametrize(
+    ("gate", "named"),
+    [
+        (0.0, ("rewards.similarity.gate.closed_below", "rewards.similarity.gate.enabled", "rewards.answer.weight")),
+        (0.4, ("reward/student_answer", "train/unknown_reward_share")),
+        (None, ("reward/student_answer", "train/unknown_reward_share")),
+    ],
+)
+def test_the_warning_names_what_to_do_about_a_closed_gate_or_flat_answers(gate: float | None, named: tuple[str, ...]):
     watch = AdvantageWatch()
     [message] = [m for _ in range(10) if (m := watch.see(0.0, gate))]
-    assert ("gate" in message) == named
-    for part in ("train/advantage_abs", "reward/student_answer", "train/unknown_reward_share"):
+    for part in ("train/advantage_abs", *named):
         assert part in message
+    assert ("gate" in message) == (gate == 0.0)
 
 
 class FlatRewards(SubstringRewards):

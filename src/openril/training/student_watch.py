@@ -61,13 +61,17 @@ class AdvantageWatch:
         self.steps = 0 if advantage > ROUNDING else self.steps + 1
         if self.steps != WINDOW:
             return None
-        closed = (
-            " The gate of the similarity reward is closed: the discriminator does not tell student and teachers apart."
-            if gate == 0
-            else ""
-        )
-        return (
+        found = (
             f"train/advantage_abs is 0 in the last {WINDOW} steps: all responses to a question earn the same, and the student"
-            f" learns nothing from them.{closed} Look at reward/student_answer (1: the questions are too easy; 0: too hard, or"
-            " the judge or the rule never agrees) and at train/unknown_reward_share."
+            " learns nothing from them."
+        )
+        if gate == 0:
+            return (
+                f"{found} The gate of the similarity reward is closed, because the discriminator does not tell student and"
+                " teachers apart. Options: another reward next to it (rewards.answer.weight), a lower"
+                " rewards.similarity.gate.closed_below, or rewards.similarity.gate.enabled: false."
+            )
+        return (
+            f"{found} Look at reward/student_answer (1: the questions are too easy; 0: too hard, or the judge or the rule never"
+            " agrees) and at train/unknown_reward_share."
         )
