@@ -62,7 +62,7 @@ class Settings:
     students: tuple[str, ...] = STUDENTS
     """Which students."""
     only: tuple[str, ...] = ()
-    """Only these contenders, regimes or controls."""
+    """Only these contenders, regimes or controls. With contenders or controls among them, regimes are run with those alone."""
     seeds: int = 5
     """Seeds of every cell, from 0."""
     world_seed: int = 19
@@ -253,7 +253,8 @@ class Comparison:
             case "distillation":
                 yield from distillation(students, chosen(WITH_ONE_TEACHER), seeds)
             case "regimes":
-                yield from regimes(students, seeds, chosen(list(REGIMES)))
+                these = [r for r in REGIMES if r in settings.only] or list(REGIMES)
+                yield from regimes(students, seeds, these, [n for n in settings.only if n in EVERYBODY])
             case "seconds":
                 for cell in contenders(students, chosen([n for n in GOALS if n != "ril_plus"]), seeds):
                     if (steps := self.steps_of_equal_seconds(cell)) is not None:

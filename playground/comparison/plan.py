@@ -126,6 +126,7 @@ CONTROLS: dict[str, Contender] = {
         {**_D, "discriminator.optimizer.learning_rate": 1.5e-4},
         "ril_plus_d",
     ),
+    "ril_plus_at_d_rate": Contender("RIL+ at the rate of RIL+ with a gated discriminator", "ril_plus", {}, "ril_plus_d"),
 }
 IN_TWO_PARTS: dict[str, Contender] = {
     "sft_then_ril_plus": Contender(
@@ -167,6 +168,7 @@ REGIMES: dict[str, str] = {
     "teachers_30": "teachers right in 30 % of their responses",
     "teachers_60": "teachers right in 60 %",
     "teachers_90": "teachers right in 90 %",
+    "teachers_100": "teachers always right, in the words of the world itself",
     "rubric": "no one right wording: a rubric asks for the facts",
     "unjudged": "teacher responses without verdicts, drawn whether right or wrong",
 }
@@ -236,7 +238,14 @@ def lengths(
         yield from (replace(cell, steps=steps) for steps in numbers)
 
 
-def regimes(students: Sequence[str], seeds: int, only: Sequence[str] = tuple(REGIMES)) -> Iterator[Cell]:
+def regimes(
+    students: Sequence[str], seeds: int, only: Sequence[str] = tuple(REGIMES), named: Sequence[str] = ()
+) -> Iterator[Cell]:
+    """Yield the cells of some regimes.
+
+    Args:
+        named: Contenders that run there, and controls in addition to a regime's contenders; all contenders, if none is named.
+    """
     for seed in range(seeds):
         for regime in only:
             names = IN_REGIMES
@@ -244,6 +253,8 @@ def regimes(students: Sequence[str], seeds: int, only: Sequence[str] = tuple(REG
                 names = WITHOUT_TRUTH if regime == "truth_0" else WITH_SOME_TRUTH
             elif regime == "unjudged":
                 names = WITHOUT_VERDICTS
+            if named:
+                names = tuple(n for n in (*names, *CONTROLS) if n in named)
             yield from (Cell(s, name, seed, regime=regime) for name in names for s in students)
 
 

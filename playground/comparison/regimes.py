@@ -6,7 +6,7 @@ The settings of a recipe cannot express these changes, so that `ril train` does 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +19,9 @@ import openril.stages.train as train_stage
 from openril.records import Question, Response
 from openril.responses.loaded import LoadedResponses
 from openril.rewards import rules
-from openril.storage import stable_hash
+from openril.storage import read_jsonl, stable_hash
 from openril.training.discriminator_update import Discriminator
+from playground.comparison.plan import TEACHERS
 from playground.comparison.rubric import Score, by_rubric, read_facts
 
 
@@ -31,7 +32,7 @@ class Regime:
     name: str
     seed: int
     world: Path = field(default=Path(), compare=False)
-    """Folder of the questions, for the rubric."""
+    """Folder of the questions, for the rubric and for teachers that are always right."""
 
     @property
     def kind(self) -> str:
@@ -52,7 +53,8 @@ class Regime:
             found.append(patch.object(rules, "score", erring(rules.score, self.share, self.seed)))
         found += self.scoring()
         if self.kind == "teachers":
-            found.append(teachers_right(self.share))
+            written = read_derivations(self.world) if self.share == 1 else None
+            found.append(teachers_right(self.share, written=written))
         if labels == "shuffled":
             found.append(patch.object(Discriminator, "_sides", shuffled_sides))
         return found
@@ -75,11 +77,22 @@ def erring(score: Score, share: float, seed: int) -> Score:
     return judged
 
 
+def read_derivations(world: Path) -> dict[tuple[str, str], str]:
+    """Return the right derivation of every training question in the style of each teacher, by question id and teacher."""
+    rows = read_jsonl(world / "train.jsonl")
+    return {(row["id"], teacher): row[f"derivation_{teacher[-1]}"] for row in rows for teacher in TEACHERS}
+
+
 @contextmanager
-def teachers_right(share: float, number: int = 4) -> Iterator[None]:
+def teachers_right(
+    share: float, number: int = 4, written: Mapping[tuple[str, str], str] | None = None
+) -> Iterator[None]:
     """Let the loop see ``number`` cached responses of each teacher, of which about ``share`` are right.
 
     Where a question has too few right ones, or too few wrong ones, it keeps what it has.
+
+    Args:
+        written: Texts that all responses are, in the place of cached ones, by question id and teacher.
     """
     load = train_stage.ResponseCache.load
 
@@ -92,6 +105,9 @@ def teachers_right(share: float, number: int = 4) -> Iterator[None]:
         def some(question_id: str, source: str) -> list[Response]:
             if source == "student":
                 return whole(question_id, source)
+            if (question_id, source) not in kept and written is not None:
+                text = written[question_id, source]
+                kept[question_id, source] = [Response(question_id, source, n, text) for n in range(number)]
             if (question_id, source) not in kept:
                 kept[question_id, source] = choose(by_id[question_id], whole(question_id, source), share, number)
             return kept[question_id, source]
