@@ -15,6 +15,7 @@ from typing import Any, Literal
 from openril.errors import DataError, StateError
 from openril.recipe.schema import Recipe
 from openril.storage import Lock, read_jsonl, refuse_changed, weights_fingerprint, write_json, write_jsonl
+from playground.comparison.archive import unpack
 from playground.comparison.lanes import Work, run_lanes
 from playground.comparison.plan import (
     CONTENDERS,
@@ -36,6 +37,7 @@ from playground.comparison.plan import (
     distillation,
     lengths,
     regimes,
+    skill_of,
     tuning,
 )  # fmt: skip
 from playground.comparison.recipes import Recipes, Variant, parsed, read_tuned
@@ -62,7 +64,7 @@ class Settings:
     students: tuple[str, ...] = STUDENTS
     """Which students."""
     only: tuple[str, ...] = ()
-    """Only these contenders, regimes or controls. With contenders or controls among them, regimes are run with those alone."""
+    """Only these contenders, regimes or controls. A regime runs with those of its contenders that are among them, if any."""
     seeds: int = 5
     """Seeds of every cell, from 0."""
     world_seed: int = 19
@@ -77,6 +79,9 @@ class Settings:
     """Settings of every recipe, as KEY=JSON, for instance train.questions_per_step=4."""
     tuned: Path | None = None
     """Take the rates from this tuned.json of another comparison, for instance on another world; it is copied."""
+    scores: Path | None = None
+    """Take the finished cells of this file first, as --report writes it (scores.jsonl in its folder). Tables and pages then
+    need no cell to be run again, and cells that it lacks, for instance of further seeds, can be added."""
     lengths: tuple[int, ...] = LENGTHS
     """Numbers of steps of the part `steps`."""
     steps: int = 0
@@ -254,7 +259,7 @@ class Comparison:
                 yield from distillation(students, chosen(WITH_ONE_TEACHER), seeds)
             case "regimes":
                 these = [r for r in REGIMES if r in settings.only] or list(REGIMES)
-                yield from regimes(students, seeds, these, [n for n in settings.only if n in EVERYBODY])
+                yield from regimes(students, seeds, these, settings.only)
             case "seconds":
                 for cell in contenders(students, chosen([n for n in GOALS if n != "ril_plus"]), seeds):
                     if (steps := self.steps_of_equal_seconds(cell)) is not None:
@@ -375,7 +380,7 @@ def mean_of_skills(scores: dict[str, float]) -> float:
     """Return the mean over the skills of the mean scores, by question id (``test-00001-charts``)."""
     skills: dict[str, list[float]] = {}
     for question, value in scores.items():
-        skills.setdefault(question.split("-", 2)[2], []).append(value)
+        skills.setdefault(skill_of(question), []).append(value)
     return sum(sum(v) / len(v) for v in skills.values()) / len(skills)
 
 
@@ -415,6 +420,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = tyro.cli(Settings, args=arguments, prog="python -m playground.comparison")
 
     def body() -> int:
+        if settings.scores is not None:
+            say(f"{settings.scores}: {unpack(settings.scores, settings.out.absolute())} scored cells")
         if settings.report:
             from playground.comparison.page import write_report
 

@@ -9,6 +9,7 @@ from statistics import mean
 from typing import Any
 
 from openril.errors import StateError
+from playground.comparison.archive import RESTORED
 from playground.comparison.cells import DONE
 from playground.comparison.plan import STEPS, Cell, Rate
 from playground.comparison.recipes import Recipes
@@ -23,11 +24,11 @@ def preparation(out: Path, recipes: Recipes, cell: Cell) -> dict[str, float]:
     found: dict[str, float] = {}
     uses_teachers = recipe.teacher_responses_per_question > 0 or recipe.train.retry.questions_per_step > 0
     if uses_teachers:
-        found["teachers' responses"] = sum(_seconds(out / "teachers" / t / DONE) for t in cell.teachers)
+        found["teachers' responses"] = sum(_seconds(out, f"teachers/{t}") for t in cell.teachers)
     if (variant := recipes.variant(cell)) is not None:
-        found["student's responses"] = _seconds(out / cell.student / "collection" / DONE)
-        folder = recipes.discriminator(cell.student, variant).run_path
-        found["discriminator's pre-training"] = _seconds(folder / DONE)
+        found["student's responses"] = _seconds(out, f"{cell.student}/collection")
+        folder = recipes.discriminator(cell.student, variant).run_path.relative_to(out)
+        found["discriminator's pre-training"] = _seconds(out, folder.as_posix())
     return found
 
 
@@ -63,9 +64,11 @@ def steps_of_equal_seconds(out: Path, recipes: Recipes, cell: Cell) -> int | Non
     return int(steps) if steps >= 1 else None
 
 
-def _seconds(path: Path) -> float:
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as e:
-        raise StateError(f"{path}: expected what this cost. Run the comparison again.") from e
-    return float(found["cpu_seconds"])
+def _seconds(out: Path, folder: str) -> float:
+    """Return the CPU seconds of a piece of shared work, as it was done here or as it was restored."""
+    path = out / folder / DONE
+    for place in (path, out / RESTORED / folder / DONE):
+        if place.is_file():
+            found: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
+            return float(found["cpu_seconds"])
+    raise StateError(f"{path}: expected what this cost. Run the comparison again.")

@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 from openril.errors import DataError
 from openril.report.curves import series
 from openril.storage import read_jsonl
+from playground.comparison.archive import CURVES, question_ids
 from playground.comparison.cells import DONE
 from playground.comparison.costs import preparation, seconds_per_step
 from playground.comparison.plan import (
+    AT_D_RATE,
     CONTENDERS,
     EVERYBODY,
     LENGTHS,
@@ -28,6 +30,7 @@ from playground.comparison.plan import (
     TEACHERS,
     WITH_ONE_TEACHER,
     Cell,
+    skill_of,
 )  # fmt: skip
 from playground.comparison.recipes import Recipes
 from playground.study.bootstrap import Estimate, Resampling, paired
@@ -53,11 +56,11 @@ class Findings:
 
     def __init__(self, out: Path, resamples: int = 4000) -> None:
         self.out = out
+        ids = question_ids(out)  # first, because it says what is missing
         self.settings = json.loads((out / "comparison.json").read_text(encoding="utf-8"))
         self.recipes = Recipes(out, out, out / "world")
-        rows = read_jsonl(out / "world" / "test.jsonl")
-        self.ids = [row["id"] for row in rows]
-        skills = [row["skill"] for row in rows]
+        self.ids = ids
+        skills = [skill_of(question) for question in self.ids]
         groups = {"all": skills, "fourteen": [s for s in skills if s in SKILLS]}
         groups["four"] = [s for s in skills if s not in SKILLS]
         self.masks = {
@@ -210,9 +213,18 @@ class Findings:
                 "means": {n: self.mean(c) for n, c in cells.items()},
                 "with_d_over_without": self.over(with_d, without),
                 "winner_over_rival": self.over(without, rival),
+                "at_d_rate": self.at_d_rate(student, regime),
                 "with_d_over_start": self.over(with_d, Cell(student, START)),
             }
         return found
+
+    def at_d_rate(self, student: str, regime: str) -> dict[str, Any] | None:
+        """Return RIL+ at the rate of RIL+ with its discriminator, and how far the two and RIL+ are apart."""
+        cell = Cell(student, AT_D_RATE, regime=regime)
+        if (mean := self.mean(cell)) is None:
+            return None
+        over = {"over_without": self.over(cell, replace(cell, name=WINNER))}
+        return {"mean": mean, **over, "with_d_over": self.over(replace(cell, name=WITH_D), cell)}
 
     def distillation(self, student: str) -> dict[str, Any]:
         """Return what each contender makes of one teacher, by name."""
@@ -226,7 +238,7 @@ class Findings:
         if found is None:
             return {}
         out: dict[str, list[float]] = {}
-        for name in ("loss_minus_chance", "balanced_accuracy", "length_only_accuracy"):
+        for name in CURVES:
             curves = [series(read_jsonl(f / "metrics.jsonl"), f"discriminator/{name}")[1] for f in found.folders]
             curves = [c for c in curves if c]
             if curves:

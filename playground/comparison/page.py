@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from openril.storage import write_json, write_text
+from playground.comparison.archive import pack
 from playground.comparison.figures import draw
 from playground.comparison.findings import Findings
 from playground.comparison.tables import BLOCKS
@@ -13,15 +14,18 @@ from playground.study.page import replace_blocks
 from playground.study.tables import NOTHING
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = {"comparison": "study.md", "comparison_2": "study_round_two.md"}
+PAGES = {"comparison": "study.md", "comparison_2": "study_round_two.md", "comparison_3": "study_round_three.md"}
 """Page in docs by the comparison's folder in runs."""
 
 
 def write_report(out: Path, say: Callable[[str], None]) -> None:
-    """Write ``out/results.json`` and the blocks of a page: of that in docs for a folder of ``PAGES``, else of one in ``out``,
-    which begins as a copy of docs/study.md."""
+    """Write ``out/results.json``, ``out/scores.jsonl`` and the blocks of a page.
+
+    The page is that in docs for a folder of ``PAGES``, else one in ``out``, which begins as a copy of docs/study.md.
+    """
     found = Findings(out).everything()
     write_json(out / "results.json", found)
+    pack(out, out / "scores.jsonl")
     shipped = out.resolve().parent == (ROOT / "runs").resolve() and out.name in PAGES
     docs = ROOT / "docs"
     page = docs / PAGES[out.name] if shipped else out / "study.md"

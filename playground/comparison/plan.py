@@ -106,6 +106,8 @@ CONTENDERS: dict[str, Contender] = {
 GOALS = ("dr_grpo", "rejection_sampling", "ril", "ril_plus", "ril_plus_d")
 """Contenders of the goals, which come first and have the most seeds."""
 
+AT_D_RATE = "ril_plus_at_d_rate"
+"""Tells what a discriminator gives from what the rate gives that was tuned for it."""
 CONTROLS: dict[str, Contender] = {
     "ril_without_d": Contender(
         "RIL without its discriminator", "ril", {"discriminator.mode": "none", "rewards.similarity.weight": 0.0}, "ril"
@@ -126,7 +128,7 @@ CONTROLS: dict[str, Contender] = {
         {**_D, "discriminator.optimizer.learning_rate": 1.5e-4},
         "ril_plus_d",
     ),
-    "ril_plus_at_d_rate": Contender("RIL+ at the rate of RIL+ with a gated discriminator", "ril_plus", {}, "ril_plus_d"),
+    AT_D_RATE: Contender("RIL+ at the rate of RIL+ with a gated discriminator", "ril_plus", {}, "ril_plus_d"),
 }
 IN_TWO_PARTS: dict[str, Contender] = {
     "sft_then_ril_plus": Contender(
@@ -215,6 +217,11 @@ class Cell:
         return (SAME_TOKENIZER[self.student],) if self.regime == ONE_TEACHER or self.contender.logits else TEACHERS
 
 
+def skill_of(question: str) -> str:
+    """Return the skill of a question by its id (``test-00001-charts``)."""
+    return question.split("-", 2)[2]
+
+
 PARTS = ("tuning", "contenders", "seconds", "steps", "controls", "regimes", "others", "distillation")
 LENGTHS = (40, 160, 320)
 
@@ -244,7 +251,7 @@ def regimes(
     """Yield the cells of some regimes.
 
     Args:
-        named: Contenders that run there, and controls in addition to a regime's contenders; all contenders, if none is named.
+        named: Contenders. Those of a regime's that are among them run there, or all if none is; ``AT_D_RATE`` only if it is.
     """
     for seed in range(seeds):
         for regime in only:
@@ -253,8 +260,7 @@ def regimes(
                 names = WITHOUT_TRUTH if regime == "truth_0" else WITH_SOME_TRUTH
             elif regime == "unjudged":
                 names = WITHOUT_VERDICTS
-            if named:
-                names = tuple(n for n in (*names, *CONTROLS) if n in named)
+            names = tuple(n for n in (*names, AT_D_RATE) if n in named) or names
             yield from (Cell(s, name, seed, regime=regime) for name in names for s in students)
 
 

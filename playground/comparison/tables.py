@@ -160,6 +160,28 @@ def regimes(found: Found) -> str:
     return each_student(found, table)
 
 
+def same_rate(found: Found) -> str:
+    """Write what the discriminator gives over RIL+ at its rate, where that was run, and what the rate alone gives."""
+
+    def table(results: Found) -> str:
+        rows = []
+        for regime, row in results["regimes"].items():
+            if (at := row["at_d_rate"]) is not None:
+                title = REGIMES.get(regime, "the world as it is")
+                apart = [row["with_d_over_without"], at["over_without"], at["with_d_over"]]
+                rows.append([title, *map(difference, apart), str(at["mean"]["seeds"])])
+        header = [
+            "",
+            "with the discriminator, at its rate, over RIL+",
+            "RIL+ at that rate over RIL+",
+            "with the discriminator over RIL+ at the same rate",
+            "seeds",
+        ]
+        return markdown(header, rows) if rows else ""
+
+    return each_student(found, table)
+
+
 def distillation(found: Found) -> str:
     """Write what text and logits of one teacher give."""
 
@@ -216,6 +238,6 @@ def discriminators(found: Found) -> str:
 BLOCKS: dict[str, Callable[[Found], str]] = {
     "goals": goal_table, "tuning": tuning, "contenders": contenders, "seconds": seconds, "steps": steps, "controls": controls,
     "regimes": regimes, "skills": skills, "discriminators": discriminators,
-    "distillation": distillation,
+    "distillation": distillation, "same_rate": same_rate,
 }  # fmt: skip
 """Generated parts of the page by the name in their markers."""

@@ -13,10 +13,12 @@ import pytest
 import torch
 
 from openril.cli import main as ril
-from openril.errors import ModelError, StateError
+from openril.errors import DataError, ModelError, StateError
 from openril.records import Group, Question, Response, Rollout
+from openril.responses.cache import ResponseCache
 from openril.rewards import rules
-from openril.storage import read_jsonl, write_json
+from openril.storage import read_jsonl, write_json, write_jsonl
+from playground.comparison.archive import bits, unbits
 from playground.comparison.command import Comparison, Settings, main, mean_of_skills
 from playground.comparison.costs import preparation, steps_of_equal_seconds
 from playground.comparison.distillation import by_logits, divergence
@@ -43,7 +45,7 @@ from playground.comparison.plan import (
     regimes as planned_regimes,
 )
 from playground.comparison.recipes import Recipes
-from playground.comparison.regimes import Regime, choose, erring, shuffled_sides
+from playground.comparison.regimes import Regime, choose, erring, read_derivations, shuffled_sides, teachers_right
 from playground.comparison.rubric import by_rubric, facts
 from playground.models.shipped import WEIGHTS
 from support.playground_models import tiny_playground
@@ -314,6 +316,7 @@ def test_a_tiny_comparison_runs_and_a_cell_is_what_the_commands_make(
     found = json.loads((out / "results.json").read_text())["students"]["student_qwen"]
     assert found["contenders"]["ril_plus"]["seeds"] == 2
     assert found["seconds"]["rejection_sampling"]["seeds"] == 2
+    check_that_scores_restore(out, tmp_path, folders, capsys)
     assert main([*folders, *SMALL, "--world-seed", "3", "--parts", "contenders"]) == 2  # another world, the same folder
     assert "world_seed" in capsys.readouterr().err
 
@@ -338,12 +341,94 @@ def test_a_tiny_comparison_runs_and_a_cell_is_what_the_commands_make(
         assert mistake[1] in capsys.readouterr().err
 
 
+def check_that_scores_restore(
+    out: Path, tmp_path: Path, folders: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The file of scores makes the same report elsewhere, and only what it lacks is run there."""
+    capsys.readouterr()
+    scores, again = out / "scores.jsonl", tmp_path / "again"
+    report = ["--out", str(again), "--scores", str(scores), "--report"]
+    assert main(report) == 0
+    assert main(report) == 0  # a second time it finds its own
+    assert json.loads((again / "results.json").read_text()) == json.loads((out / "results.json").read_text())
+    assert (again / "scores.jsonl").read_text() == scores.read_text()
+    more = ["--out", str(again), *folders[2:], *SMALL, "--scores", str(scores), "--parts", "contenders"]
+    more[more.index("--seeds") + 1] = "3"
+    capsys.readouterr()
+    assert main(more) == 0, capsys.readouterr()
+    ran = [line for line in capsys.readouterr().out.splitlines() if "steps_80/seed_" in line]
+    assert len(ran) == 2
+    assert all("seed_2" in line for line in ran)
+
+    rows = read_jsonl(scores)
+    cell = next(r for r in rows[1:] if "plain/ril_plus/" in r["path"])
+    cell["right"] = "".join(f"{15 - int(d, 16):x}" for d in cell["right"])
+    write_jsonl(tmp_path / "changed.jsonl", rows)
+    rows[0]["settings"]["world_seed"] = 4
+    write_jsonl(tmp_path / "world.jsonl", rows)
+    rows[0] = {"settings": {}}
+    write_jsonl(tmp_path / "other.jsonl", rows)
+    for name, said in (
+        ("changed", cell["path"]),
+        ("world", "world_seed"),
+        ("other", "other.jsonl"),
+        ("none", "none.jsonl"),
+    ):
+        assert main(["--out", str(again), "--scores", str(tmp_path / f"{name}.jsonl"), "--report"]) == 2
+        assert said in capsys.readouterr().err
+    assert main(["--out", str(tmp_path / "empty"), "--report"]) == 2
+    assert "--scores" in capsys.readouterr().err
+
+
+def test_scores_are_kept_as_one_bit_for_each_question():
+    scores = [1.0, 0.0, 1.0, 1.0, 0.0, 1.0]
+    assert bits(scores) == "b4"  # 1011 01, and two zeros
+    assert unbits("b4", 6) == scores
+    with pytest.raises(DataError, match="2 digits"):
+        unbits("b", 6)
+
+
+def test_teachers_that_are_always_right_say_what_the_world_does(tmp_path: Path):
+    row = {"id": "q", "derivation_a": "It is red.", "derivation_b": "- red\nanswer: red"}
+    write_jsonl(tmp_path / "train.jsonl", [row])
+    written = read_derivations(tmp_path)
+    cache = ResponseCache.create(tmp_path / "cache")
+    for source in ("teacher_a", "teacher_b", "student"):
+        cache.register(source, model="m", revision=None, sampling={})
+        with cache.writer(source) as writer:
+            writer.append(QUESTION, Response("q", source, 0, "It is blue."))
+    with teachers_right(1.0, written=written):
+        loaded = cache.load([QUESTION])
+        assert [r.text for r in loaded.responses_for("q", "teacher_a")] == ["It is red."] * 4
+        assert [(r.text, r.index) for r in loaded.responses_for("q", "teacher_b")][-1] == ("- red\nanswer: red", 3)
+        assert [r.text for r in loaded.responses_for("q", "student")] == ["It is blue."]
+
+
+def test_the_named_contenders_alone_run_in_a_regime():
+    cells = planned_regimes(["student_qwen"], 1, ["truth_30", "unjudged"], ["rejection_sampling", "ril_plus_at_d_rate"])
+    assert [(c.regime, c.name) for c in cells] == [
+        ("truth_30", "rejection_sampling"),
+        ("truth_30", "ril_plus_at_d_rate"),
+        ("unjudged", "ril_plus_at_d_rate"),
+    ]
+
+
 def test_the_cells_of_regimes_and_controls_run_with_their_changes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     models, out = tiny_playground(tmp_path / "models"), tmp_path / "out"
     rates = dict.fromkeys((*CONTENDERS, *DISTILLATION), "0.001")
     write_json(out / "tuned.json", {"student_qwen": rates})
     small = [*SMALL[: SMALL.index("--only")], *SMALL[SMALL.index("--overrides") :]]
-    names = ("truth_0", "truth_30", "judge_25", "teachers_30", "rubric", "ril_shuffled", "ril_fixed_d", "prism_like")
+    names = (
+        "truth_0",
+        "truth_30",
+        "judge_25",
+        "teachers_30",
+        "teachers_100",
+        "rubric",
+        "ril_shuffled",
+        "ril_fixed_d",
+        "prism_like",
+    )
     logits = ("logits_of_text", "logits_of_samples")
     command = ["--out", str(out), "--models", str(models), "--parts", "regimes", "controls", "others", "distillation"]
     command += ["--only", *names, *logits]
@@ -352,7 +437,7 @@ def test_the_cells_of_regimes_and_controls_run_with_their_changes(tmp_path: Path
     done = {
         path.parent.relative_to(out / "student_qwen").parts[:2] for path in out.glob("student_qwen/*/*/*/*/done.json")
     }
-    regimes = {(r, n) for r in ("judge_25", "teachers_30", "rubric") for n in IN_REGIMES}
+    regimes = {(r, n) for r in ("judge_25", "teachers_30", "teachers_100", "rubric") for n in IN_REGIMES}
     regimes |= {("truth_30", n) for n in WITH_SOME_TRUTH}
     truthless = {("truth_0", n) for n in WITHOUT_TRUTH}
     plain = {("plain", name) for name in ("ril_shuffled", "ril_fixed_d", "prism_like", "start")}
