@@ -75,6 +75,17 @@ def test_the_warning_names_what_to_do_about_a_closed_gate_or_flat_answers(gate: 
     assert ("gate" in message) == (gate == 0.0)
 
 
+def test_the_warning_counts_the_unparsed_answers_of_the_steps_that_it_is_about():
+    watch = AdvantageWatch()
+    assert watch.see(0.3, None, 100.0) is None  # a step with an advantage
+    [message] = [m for n in range(10) if (m := watch.see(0.0, None, 4.0 if n else 1.0))]
+    for part in ("In 37 answers", "reward/unparsed", "rewards.answer.rule", "rules_then_judge"):
+        assert part in message
+    parsed = AdvantageWatch()
+    [message] = [m for _ in range(10) if (m := parsed.see(0.0, None, 0.0))]
+    assert "unparsed" not in message
+
+
 class FlatRewards(SubstringRewards):
     """Everything is worth the same."""
 

@@ -369,10 +369,10 @@ class RILTrainer:
 
     def _watch_student(self, metrics: dict[str, float]) -> list[str]:
         """Let the watches see a step, and return what they warn of."""
-        gate = metrics.get("reward/similarity_gate")
+        gate, unparsed = metrics.get("reward/similarity_gate"), metrics.get("reward/unparsed")
         found = (
             self.entropy_watch.see(metrics.get("train/entropy")),
-            self.advantage_watch.see(metrics.get("train/advantage_abs"), gate),
+            self.advantage_watch.see(metrics.get("train/advantage_abs"), gate, unparsed),
         )
         return [message for message in found if message]
 

@@ -50,15 +50,20 @@ class AdvantageWatch:
     def __init__(self) -> None:
         self.steps = 0
         """How many steps in a row were without."""
+        self.unparsed = 0.0
+        """Answers of these steps in which the rule found nothing to compare."""
 
-    def see(self, advantage: float | None, gate: float | None = None) -> str | None:
+    def see(self, advantage: float | None, gate: float | None = None, unparsed: float | None = None) -> str | None:
         """Take the mean absolute advantage of one step, and return a warning to show or None.
 
-        gate: The factor of the similarity reward's weight, if the recipe has a gate.
+        gate: The factor of the similarity reward's weight, if the recipe has a gate. unparsed: The number of answers in
+        which a rule found nothing to compare, if the recipe has one.
         """
         if advantage is None or math.isnan(advantage):
             return None
-        self.steps = 0 if advantage > ROUNDING else self.steps + 1
+        flat = advantage <= ROUNDING
+        self.steps = self.steps + 1 if flat else 0
+        self.unparsed = self.unparsed + (unparsed or 0.0) if flat else 0.0
         if self.steps != WINDOW:
             return None
         found = (
@@ -70,6 +75,11 @@ class AdvantageWatch:
                 f"{found} The gate of the similarity reward is closed, because the discriminator does not tell student and"
                 " teachers apart. Options: another reward next to it (rewards.answer.weight), a lower"
                 " rewards.similarity.gate.closed_below, or rewards.similarity.gate.enabled: false."
+            )
+        if self.unparsed:
+            found += (
+                f" In {self.unparsed:.0f} answers the rule found nothing to compare (reward/unparsed). Options: another"
+                " rewards.answer.rule, rewards.answer.kind: rules_then_judge, or a prompt that names the form of the answer."
             )
         return (
             f"{found} Look at reward/student_answer (1: the questions are too easy; 0: too hard, or the judge or the rule never"
