@@ -226,7 +226,7 @@ def test_switches_can_be_written_both_ways(tmp_path: Path, arguments: list[str])
         ("--train.sampler.engine vllm", r"^--train\.sampler\.engine: .*--student\.sampler\.engine\."),
         ("--train.beta x", r"--train\.beta: .*'x'"),
         ("--train.beta -1", r"\btrain\b.*\bbeta\b.* 0$"),
-        ("--train.algorithm ppo", r"invalid choice 'ppo'"),
+        ("--train.algorithm ppo", r"^invalid choice 'ppo'"),
         ("--sft.enabled maybe", r"^--sft\.enabled: .*true or false.*'maybe'"),
         ("--rewards.answer.weight inf", r"^--rewards\.answer\.weight: .*finite.* inf"),
         ("stray", "Unrecognized options: stray"),

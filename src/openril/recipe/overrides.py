@@ -81,8 +81,10 @@ def _spell_switches(overrides: list[str], known: Mapping[str, Any]) -> list[str]
 
 
 def _plain(boxed: str) -> str:
-    """Return tyro's message without its frame and its pointers."""
+    """Return tyro's message without its frame, its title and its pointers."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", boxed)
+    title, rule, rest = text.partition("-" * 20)  # the title says again what the message does
+    text = rest if rule and len(title.split("\n")) == 2 else text
     rows = [row.strip().strip("│").strip() for row in text.splitlines()]
     rows = [row for row in rows if row and not re.match(r"^[╭╰─]", row)]
     joined = " ".join(rows)
