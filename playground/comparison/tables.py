@@ -98,13 +98,17 @@ def seconds(found: Found) -> str:
 
 
 def steps(found: Found) -> str:
+    """Write the scores after each number of steps, and how far RIL+ is ahead at the largest that it shares with a rival."""
+
     def table(results: Found) -> str:
+        lengths = [n for row in results["steps"].values() for n, e in row["winner_over"].items() if e is not None]
+        last = max(lengths, key=int, default="320")
         rows = []
         for name, row in results["steps"].items():
             means = [percent(m) for m in row["means"].values()]
-            apart = [difference(row[key].get("320")) for key in ("over_80", "winner_over")]
+            apart = [difference(row["over_80"].get("320")), difference(row["winner_over"].get(last))]
             rows.append([CONTENDERS[name].title, *means, *apart])
-        head = ["", "40 steps", "80", "160", "320", "320 over 80", "RIL+ over it at 320"]
+        head = ["", "40 steps", "80", "160", "320", "320 over 80", f"RIL+ over it at {last}"]
         return markdown(head, rows) if rows else ""
 
     return each_student(found, table)

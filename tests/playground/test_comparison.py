@@ -47,6 +47,7 @@ from playground.comparison.plan import (
 from playground.comparison.recipes import Recipes
 from playground.comparison.regimes import Regime, choose, erring, read_derivations, shuffled_sides, teachers_right
 from playground.comparison.rubric import by_rubric, facts
+from playground.comparison.tables import BLOCKS
 from playground.models.shipped import WEIGHTS
 from support.playground_models import tiny_playground
 
@@ -402,6 +403,16 @@ def test_teachers_that_are_always_right_say_what_the_world_does(tmp_path: Path):
         assert [r.text for r in loaded.responses_for("q", "teacher_a")] == ["It is red."] * 4
         assert [(r.text, r.index) for r in loaded.responses_for("q", "teacher_b")][-1] == ("- red\nanswer: red", 3)
         assert [r.text for r in loaded.responses_for("q", "student")] == ["It is blue."]
+
+
+def test_the_lead_is_shown_at_the_last_length_that_a_rival_has():
+    lead = {"value": 0.02, "low": -0.01, "high": 0.05, "seeds": 3}
+    apart = {"means": dict.fromkeys(("40", "80", "160", "320")), "over_80": {}}
+    rows = {"rejection_sampling": {**apart, "winner_over": {"80": lead, "160": lead, "320": None}}}
+    rows["ril_plus"] = {**apart, "winner_over": {}}
+    table = BLOCKS["steps"]({"students": {"student_qwen": {"steps": rows}}})
+    assert "RIL+ over it at 160" in table
+    assert "+2.0 [-1.0, +5.0]" in table
 
 
 def test_the_named_contenders_alone_run_in_a_regime():
