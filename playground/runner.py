@@ -301,5 +301,5 @@ def exit_code(name: str, body: Callable[[], int]) -> int:
         print(f"{name}: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as e:
-        print(f"{name}: {e or 'interrupted; the same command continues'}", file=sys.stderr)
+        print(f"{name}: {str(e) or 'interrupted; the same command continues'}", file=sys.stderr)
         return 130

@@ -2,6 +2,7 @@
 
 import io
 import json
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -125,3 +126,14 @@ def test_time_left_follows_what_was_measured():
     jobs.append(Job(name="d", arguments=(), expected=10, kind="eval"))
     assert seconds_left(jobs, {"a": 60, "d": 5}, {}, 1) == 65  # c now has the factor of its kind.
     assert seconds_left(jobs, dict.fromkeys("abcd", 1.0), {}, 1) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_command_that_is_stopped_says_how_to_go_on(number: int):
+    code = (
+        "import os, signal, sys, time; from playground.runner import exit_code\n"
+        f"sys.exit(exit_code('demo', lambda: os.kill(os.getpid(), {int(number)}) or time.sleep(20) or 0))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 130
+    assert done.stderr == "demo: interrupted; the same command continues\n"
